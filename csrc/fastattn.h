@@ -1,0 +1,159 @@
+/* fastattn.h - THE contract: what the C side asks and what a backend computes.
+ *
+ * Stop 3 of 6 (see README.md): check.c fills one fa_params, dispatch.c offers it to the backends
+ * in order, the first that does not reject runs it. Both sides, gcc and nvcc, read this file and
+ * nothing else of each other, so it includes nothing but <stdint.h>.
+ *
+ * Letters: b batch, sq/sk query/key length, hq/hk query/key heads, d head size of q and k, dv of v.
+ * Absent means a NULL pointer or a clear flag bit, never a magic value.
+ */
+#ifndef FASTATTN_H
+#define FASTATTN_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+    FA_MAX_HEAD_SIZE = 256,          /* d and dv: 1 .. 256 */
+    FA_MAX_LENGTH = (1 << 30) - 1,   /* sq and sk: any sum of two row numbers fits an int32 */
+};
+
+typedef enum fa_status {
+    FA_OK = 0,
+    FA_VALUE,       /* ValueError: a value or a shape */
+    FA_TYPE,        /* TypeError: a type or a dtype */
+    FA_UNSUPPORTED, /* NotImplementedError: a legal request that no backend serves */
+    FA_RUNTIME,     /* RuntimeError: a CUDA failure, with CUDA's name and text */
+    FA_MEMORY,      /* MemoryError */
+} fa_status;
+
+/* One sentence for the user; empty while the status is FA_OK. */
+typedef struct fa_error {
+    char text[512];
+} fa_error;
+
+typedef enum fa_dtype { FA_F64 = 1, FA_F32, FA_F16, FA_BF16, FA_BOOL } fa_dtype;
+
+typedef enum fa_device_type { FA_CPU = 1, FA_CUDA = 2 } fa_device_type; /* DLPack's numbers */
+
+/* A strided array of rank 4. Strides count elements, may be 0 or negative; 64 bits throughout.
+ * stride[i] has no meaning where shape[i] is 1 (check.c sets it to 0 there). */
+typedef struct fa_tensor {
+    void *data; /* element (0, 0, 0, 0); may be NULL if any shape is 0, or if the tensor is optional */
+    int64_t shape[4];
+    int64_t stride[4];
+} fa_tensor;
+
+/* What is computed: softmax(scale * q k^T) v. Always valid. */
+typedef struct fa_what {
+    fa_tensor q;      /* (b, hq, sq, d)  dtype */
+    fa_tensor k;      /* (b, hk, sk, d)  dtype */
+    fa_tensor v;      /* (b, hk, sk, dv) dtype */
+    fa_tensor out;    /* (b, hq, sq, dv) dtype, written whole; never overlaps an input */
+    fa_tensor lse;    /* (b, hq, sq, 1) float32, natural logarithm; data NULL: not wanted */
+    fa_dtype dtype;   /* of q, k, v and out: FA_F64, FA_F32, FA_F16 or FA_BF16 */
+    int32_t b, hq, hk, sq, sk, d, dv; /* b, sq, sk may be 0; hq is a multiple of hk */
+    double scale;     /* multiplies q.k; any finite value, 0 and negative included */
+    int32_t batch_invariant; /* 1: the bits of a sequence do not depend on the others */
+} fa_what;
+
+/* Which keys a row may see: one interval per row, computed by fa_row_interval() in mask.h. */
+enum {
+    FA_HAS_LEFT = 1,  /* `left` bounds the interval from below */
+    FA_HAS_RIGHT = 2, /* `right` bounds it from above (causal is right = 0) */
+    FA_TOP_LEFT = 4,  /* i' = i instead of i + sk - sq */
+};
+
+typedef struct fa_masks {
+    uint32_t flags;            /* FA_HAS_LEFT | FA_HAS_RIGHT | FA_TOP_LEFT */
+    int32_t left, right;       /* keys i' - left .. i' + right, inclusive; 0 .. FA_MAX_LENGTH */
+    const int32_t *q_lengths;  /* (b,) on the device, true query lengths, or NULL: sq */
+    const int32_t *k_lengths;  /* (b,) on the device, true key lengths, or NULL: sk */
+    const int32_t *k_start;    /* (b,) on the device, first key that counts, or NULL: 0 */
+    int64_t q_lengths_stride, k_lengths_stride, k_start_stride; /* elements */
+} fa_masks;
+
+/* What changes the scores. */
+typedef struct fa_scores {
+    float softcap;             /* c of c * tanh(s / c); 0 = off (by definition of the argument) */
+    fa_dtype mask_dtype;       /* FA_BOOL (1 = attend), or FA_F32, FA_F16, FA_BF16, FA_F64: added */
+    fa_tensor mask;            /* (b, hq, sq, sk), broadcast by stride 0; data NULL: none */
+    const float *alibi_slopes; /* (b, hq) on the device, or NULL */
+    int64_t alibi_stride[2];   /* elements, for b and hq; 0 for b where the slopes are (hq,) */
+    const float *sink;         /* (hq,) on the device, an extra logit per head, or NULL */
+    int64_t sink_stride;       /* elements */
+} fa_scores;
+
+/* Where it runs. */
+typedef struct fa_where {
+    fa_device_type device_type;
+    int32_t device_id; /* CUDA ordinal; 0 on the CPU */
+    void *stream;      /* cudaStream_t of the caller, NULL is the legacy default stream; unused on the CPU */
+} fa_where;
+
+typedef struct fa_params {
+    fa_what what;
+    fa_masks masks;
+    fa_scores scores;
+    fa_where where;
+} fa_params;
+
+/* Partial results over disjoint keys, merged: lse = logaddexp(lses), out = sum exp(lse_i - lse) out_i. */
+typedef struct fa_merge {
+    int32_t n;              /* number of parts, >= 1 */
+    const fa_tensor *outs;  /* n of (b, h, s, dv) dtype */
+    const fa_tensor *lses;  /* n of (b, h, s, 1) float32 */
+    fa_tensor out;          /* (b, h, s, dv) dtype */
+    fa_tensor lse;          /* (b, h, s, 1) float32 */
+    fa_dtype dtype;
+    fa_where where;
+} fa_merge;
+
+/* One backend. reject and workspace are pure host functions of the request: they read no tensor
+ * and launch nothing. A backend never allocates device memory and never synchronises. */
+typedef struct fa_backend {
+    const char *name; /* "cpu", "sm90": the value of backend= */
+    /* FA_OK: takes it. FA_UNSUPPORTED: why->text says why not, as a clause ("it takes d <= 256"). */
+    fa_status (*reject)(const fa_params *p, fa_error *why);
+    /* The kernel row that would run, e.g. "sm90_fwd_bf16_d128_128x128"; static storage. */
+    const char *(*kernel)(const fa_params *p);
+    /* Bytes of device workspace that run() needs, 256-byte aligned; 0 = none. */
+    int64_t (*workspace)(const fa_params *p);
+    fa_status (*run)(const fa_params *p, void *workspace, fa_error *error);
+    fa_status (*merge)(const fa_merge *m, fa_error *error); /* NULL: not served */
+} fa_backend;
+
+extern const fa_backend fa_cpu; /* csrc/cpu.c */
+/* The CPU's vector level that fa_cpu runs with: "portable", "avx2", "avx512", "avx512_bf16". */
+const char *fa_cpu_level(void);
+int32_t fa_cpu_threads(void);
+
+#ifdef FASTATTN_CUDA /* built with nvcc; kernels/ */
+extern const fa_backend fa_sm90; /* kernels/sm90.cu */
+
+typedef struct fa_gpu {
+    char name[128];
+    int32_t major, minor; /* compute capability */
+    int32_t sms;          /* multiprocessors */
+    int64_t memory;       /* bytes */
+} fa_gpu;
+
+typedef struct fa_cuda_state {
+    int32_t toolkit;  /* CUDART_VERSION built with, e.g. 13000 */
+    int32_t driver;   /* cudaDriverGetVersion(), 0: no driver */
+    int32_t devices;  /* usable devices */
+    char error[128];  /* CUDA's sentence where devices cannot be listed, else empty */
+} fa_cuda_state;
+
+void fa_cuda_probe(fa_cuda_state *state);                                  /* kernels/sm90.cu */
+fa_status fa_cuda_device(int32_t device_id, fa_gpu *gpu, fa_error *error); /* kernels/sm90.cu */
+const char *const *fa_cuda_rows(void); /* names of the rows built in, NULL-terminated */
+#endif
+
+#ifdef __cplusplus
+}
+#endif
+#endif

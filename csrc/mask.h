@@ -1,0 +1,55 @@
+/* mask.h - the key interval of a row: the only place that knows causal, window and lengths.
+ *
+ * Compiled by gcc and nvcc alike (csrc/cpu.c, kernels/). Includes nothing but fastattn.h.
+ * For the rows 0 .. sq-1 of one sequence (its true length) both ends are non-decreasing in the row, so a block of
+ * rows sees exactly [begin of its first row, end of its last row).
+ */
+#ifndef FASTATTN_MASK_H
+#define FASTATTN_MASK_H
+
+#include "fastattn.h"
+
+#ifdef __CUDACC__
+#define FA_INLINE static __host__ __device__ __forceinline__
+#else
+#define FA_INLINE static inline
+#endif
+
+typedef struct fa_interval {
+    int32_t begin, end; /* keys begin <= j < end; empty where they are equal; 0 <= begin <= end <= sk */
+} fa_interval;
+
+/* The true lengths of one sequence; what came from memory is clamped, never trusted. */
+typedef struct fa_lengths {
+    int32_t sq, sk, k_start;
+} fa_lengths;
+
+FA_INLINE int32_t fa_clamp(int32_t x, int32_t lo, int32_t hi) {
+    return x < lo ? lo : x > hi ? hi : x;
+}
+
+FA_INLINE fa_lengths fa_sequence_lengths(const fa_masks *m, int64_t b, int32_t sq, int32_t sk) {
+    fa_lengths n = {sq, sk, 0};
+    if (m->q_lengths) n.sq = fa_clamp(m->q_lengths[b * m->q_lengths_stride], 0, sq);
+    if (m->k_lengths) n.sk = fa_clamp(m->k_lengths[b * m->k_lengths_stride], 0, sk);
+    if (m->k_start) n.k_start = fa_clamp(m->k_start[b * m->k_start_stride], 0, n.sk);
+    return n;
+}
+
+/* The position i' of row i on the key axis, from which windows and ALiBi count. */
+FA_INLINE int32_t fa_row_position(const fa_masks *m, fa_lengths n, int32_t i) {
+    return m->flags & FA_TOP_LEFT ? i : i + n.sk - n.sq;
+}
+
+FA_INLINE fa_interval fa_row_interval(const fa_masks *m, fa_lengths n, int32_t i) {
+    fa_interval keys = {n.k_start, n.sk};
+    if (i >= n.sq) keys.end = keys.begin;
+    int32_t position = fa_row_position(m, n, i);
+    if (m->flags & FA_HAS_LEFT && position - m->left > keys.begin) keys.begin = position - m->left;
+    if (m->flags & FA_HAS_RIGHT && position + m->right + 1 < keys.end) keys.end = position + m->right + 1;
+    if (keys.end < n.k_start) keys.end = n.k_start;
+    if (keys.begin > keys.end) keys.begin = keys.end;
+    return keys;
+}
+
+#endif
