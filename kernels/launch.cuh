@@ -5,9 +5,9 @@
  *     extern "C" fa_status fa_launch_<name>(const fa_params *p, const fa_sm90_device *device,
  *                                           void *workspace, fa_error *error);
  *
- * called by kernels/sm90.cu with the tensors' device current. It encodes its tensor maps, makes
- * one launch on p->where.stream and returns the launch's own error. It never allocates and never
- * synchronises, so it may run inside a graph capture.
+ * called through kernels/sm90.cu with the tensors' device current. It encodes its tensor maps,
+ * makes one launch on p->where.stream and returns the launch's own error. It never allocates and
+ * never synchronises, so it may run inside a graph capture.
  */
 #ifndef FASTATTN_LAUNCH_CUH
 #define FASTATTN_LAUNCH_CUH
@@ -34,6 +34,10 @@ typedef struct fa_sm90_device {
     int32_t smem_bytes;     /* dynamic shared memory one block may ask for */
     fa_encode_tiled encode; /* NULL where the driver has no tensor maps */
 } fa_sm90_device;
+
+/* The one function that every row exports. */
+typedef fa_status fa_launcher(const fa_params *p, const fa_sm90_device *device, void *workspace,
+                              fa_error *error);
 
 /* Writes the sentence, returns the status: `return fa_fail(error, FA_RUNTIME, "...", ...);` */
 static inline fa_status fa_fail(fa_error *error, fa_status status, const char *format, ...) {

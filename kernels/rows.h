@@ -1,0 +1,69 @@
+/* rows.h - which row of variants.def runs a request: a pure function of the shape.
+ *
+ * Plain C, no CUDA: kernels/sm90.cu dispatches with it, tests/test_gpu_host.py compiles it with
+ * gcc and asks it about thousands of shapes.
+ */
+#ifndef FASTATTN_ROWS_H
+#define FASTATTN_ROWS_H
+
+#include <stdint.h>
+
+#include "../csrc/fastattn.h"
+
+typedef struct fa_row {
+    const char *name;
+    fa_dtype dtype;
+    int32_t d, dv;            /* the largest head sizes it takes; smaller ones are zero-padded */
+    int32_t block_m, block_n; /* query rows and keys of a tile */
+} fa_row;
+
+static const fa_row fa_rows[] = {
+#define FA_ROW(name, source, arch, dtype, d, dv, warpgroups, block_n, ...) \
+    {#name, dtype, d, dv, 64 * (warpgroups), block_n},
+#include "variants.def"
+#undef FA_ROW
+};
+
+enum { FA_ROWS = sizeof fa_rows / sizeof fa_rows[0] };
+
+static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* The time of a request on one row, in units of one query row times one key on one SM. A tile is
+ * as long as its keys, rounded up to blocks, plus a prologue and an epilogue that weigh about as
+ * much as one block; the SMs work through the tiles in rounds, of which the last may be ragged. */
+static inline int64_t fa_row_cost(const fa_row *row, const fa_what *w, int32_t sms) {
+    int64_t blocks = fa_ceil_div(w->sk, row->block_n) + 1;
+    int64_t tile = row->block_m * blocks * row->block_n;
+    int64_t tiles = fa_ceil_div(w->sq, row->block_m);
+    /* A batch-invariant choice sees one sequence only: as if every SM were always busy. */
+    if (w->batch_invariant) return tiles * tile;
+    return fa_ceil_div(tiles * w->b * w->hq, sms) * tile;
+}
+
+/* The row's index in fa_rows, or -1: no row takes this dtype and these head sizes. Least padding
+ * first, then least time, then the order of the table. */
+static inline int32_t fa_choose_row(const fa_what *w, int32_t sms) {
+    int32_t best = -1;
+    for (int32_t i = 0; i < FA_ROWS; ++i) {
+        const fa_row *row = &fa_rows[i], *so_far = &fa_rows[best < 0 ? i : best];
+        if (row->dtype != w->dtype || row->d < w->d || row->dv < w->dv) continue;
+        int32_t padding = (row->d + row->dv) - (so_far->d + so_far->dv);
+        if (best < 0 || padding < 0 ||
+            (padding == 0 && fa_row_cost(row, w, sms) < fa_row_cost(so_far, w, sms)))
+            best = i;
+    }
+    return best;
+}
+
+/* Whether the tensor memory accelerator can address it: base and strides in units of 16 bytes,
+ * no stride negative or too long. */
+static inline int32_t fa_tma_takes(const fa_tensor *t, int32_t element_bytes) {
+    if ((uintptr_t)t->data % 16 || (t->shape[3] > 1 && t->stride[3] != 1)) return 0;
+    for (int i = 0; i < 3; ++i) {
+        int64_t bytes = t->stride[i] * element_bytes;
+        if (t->shape[i] > 1 && (bytes < 0 || bytes % 16 || bytes >> 40)) return 0;
+    }
+    return 1;
+}
+
+#endif

@@ -1,0 +1,216 @@
+/* sm90.cu - the Hopper backend: stop 5 of 6. It asks the driver what is there, says what it does
+ * not take, and hands a request to its row. The kernels are in sm90_fwd.cu. */
+#include <pthread.h>
+
+#include "driver.h"
+#include "launch.cuh"
+#include "rows.h"
+
+static_assert(FA_CUDA_NO_DEVICE == (int)cudaErrorNoDevice, "driver.h");
+
+#define FA_ROW(name, ...) extern "C" fa_launcher fa_launch_##name;
+#include "variants.def"
+#undef FA_ROW
+
+static fa_launcher *const launchers[] = {
+#define FA_ROW(name, ...) fa_launch_##name,
+#include "variants.def"
+#undef FA_ROW
+};
+
+static const char *const row_names[] = {
+#define FA_ROW(name, ...) #name,
+#include "variants.def"
+#undef FA_ROW
+    NULL,
+};
+
+extern "C" const char *const *fa_cuda_rows(void) { return row_names; }
+
+extern "C" void fa_cuda_probe(fa_cuda_state *state) {
+    *state = fa_cuda_state{};
+    state->toolkit = CUDART_VERSION;
+    (void)cudaDriverGetVersion(&state->driver);
+    cudaError_t code = cudaGetDeviceCount(&state->devices);
+    if (code == cudaSuccess) return;
+    (void)cudaGetLastError();
+    state->devices = 0;
+    fa_driver_sentence(state->error, sizeof state->error, state->toolkit, state->driver, code,
+                       cudaGetErrorString(code));
+}
+
+extern "C" fa_status fa_cuda_device(int32_t device_id, fa_gpu *gpu, fa_error *error) {
+    cudaDeviceProp properties;
+    fa_status status =
+        fa_cuda(cudaGetDeviceProperties(&properties, device_id), "cudaGetDeviceProperties", error);
+    if (status != FA_OK) return status;
+    snprintf(gpu->name, sizeof gpu->name, "%.127s", properties.name);
+    gpu->major = properties.major;
+    gpu->minor = properties.minor;
+    gpu->sms = properties.multiProcessorCount;
+    gpu->memory = (int64_t)properties.totalGlobalMem;
+    return FA_OK;
+}
+
+/* ---- devices ---------------------------------------------------------------------------------*/
+
+enum { MAX_DEVICES = 64 };
+
+static fa_status query_device(int32_t id, fa_sm90_device *device, fa_error *error) {
+    fa_cuda_state state;
+    fa_cuda_probe(&state);
+    if (state.error[0]) return fa_fail(error, FA_RUNTIME, "%s", state.error);
+
+    *device = fa_sm90_device{};
+    device->id = id;
+    const struct {
+        int32_t *value;
+        cudaDeviceAttr attribute;
+    } attributes[] = {
+        {&device->major, cudaDevAttrComputeCapabilityMajor},
+        {&device->minor, cudaDevAttrComputeCapabilityMinor},
+        {&device->sms, cudaDevAttrMultiProcessorCount},
+        {&device->l2_bytes, cudaDevAttrL2CacheSize},
+        {&device->smem_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+    };
+    for (const auto &a : attributes) {
+        fa_status status = fa_cuda(cudaDeviceGetAttribute(a.value, a.attribute, id),
+                                   "cudaDeviceGetAttribute", error);
+        if (status != FA_OK) return status;
+    }
+    cudaDriverEntryPointQueryResult found;
+    void *encode = NULL;
+    fa_status status = fa_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode,
+                                                                12000, cudaEnableDefault, &found),
+                               "cudaGetDriverEntryPointByVersion", error);
+    if (status != FA_OK) return status;
+    device->encode = (fa_encode_tiled)encode;
+    return FA_OK;
+}
+
+/* Each device is asked once. A ready entry never changes, so the warm path takes no lock; the lock
+ * only keeps two first calls from writing one entry at once. */
+static fa_status find_device(int32_t id, const fa_sm90_device **device, fa_error *error) {
+    static fa_sm90_device devices[MAX_DEVICES];
+    static int ready[MAX_DEVICES];
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+    if (id < 0 || id >= MAX_DEVICES)
+        return fa_fail(error, FA_RUNTIME, "cuda:%d is past the %d devices it knows", id,
+                       MAX_DEVICES);
+    *device = &devices[id];
+    if (__atomic_load_n(&ready[id], __ATOMIC_ACQUIRE)) return FA_OK;
+
+    fa_status status = FA_OK;
+    pthread_mutex_lock(&lock);
+    if (!ready[id]) status = query_device(id, &devices[id], error);
+    if (status == FA_OK) __atomic_store_n(&ready[id], 1, __ATOMIC_RELEASE);
+    pthread_mutex_unlock(&lock);
+    return status;
+}
+
+/* ---- the backend -----------------------------------------------------------------------------*/
+
+/* A request without a score to compute: no query row, or no key for any of them. */
+static bool is_empty(const fa_what *w) {
+    return w->b == 0 || w->hq == 0 || w->sq == 0 || w->sk == 0;
+}
+
+static const char *dtype_name(fa_dtype dtype) {
+    switch (dtype) {
+        case FA_F64:
+            return "float64";
+        case FA_F32:
+            return "float32";
+        case FA_F16:
+            return "float16";
+        case FA_BF16:
+            return "bfloat16";
+        default:
+            return "bool";
+    }
+}
+
+static fa_status reject(const fa_params *p, fa_error *why) {
+    const fa_what *w = &p->what;
+    const fa_scores *s = &p->scores;
+    if (p->where.device_type != FA_CUDA)
+        return fa_fail(why, FA_UNSUPPORTED, "it takes CUDA arrays");
+
+    const fa_sm90_device *device;
+    if (find_device(p->where.device_id, &device, why) != FA_OK) return FA_UNSUPPORTED;
+    if (device->major != 9)
+        return fa_fail(why, FA_UNSUPPORTED,
+                       "it runs on compute capability 9.0, and cuda:%d has %d.%d",
+                       p->where.device_id, device->major, device->minor);
+    if (!device->encode)
+        return fa_fail(why, FA_UNSUPPORTED, "the NVIDIA driver cannot encode tensor maps");
+
+    if (w->dtype != FA_F16 && w->dtype != FA_BF16)
+        return fa_fail(why, FA_UNSUPPORTED, "it takes float16 and bfloat16, not %s",
+                       dtype_name(w->dtype));
+    const char *feature = s->mask.data      ? "`mask`"
+                          : s->softcap != 0 ? "`softcap`"
+                          : s->alibi_slopes ? "`alibi_slopes`"
+                          : s->sink         ? "`sink`"
+                                            : NULL;
+    if (feature) return fa_fail(why, FA_UNSUPPORTED, "it does not take %s yet", feature);
+    if (fa_choose_row(w, device->sms) < 0)
+        return fa_fail(why, FA_UNSUPPORTED, "it has no kernel for %s with d = %d and dv = %d",
+                       dtype_name(w->dtype), w->d, w->dv);
+    return FA_OK;
+}
+
+/* reject() said yes before: the device is known and a row takes the request. */
+static int32_t chosen_row(const fa_params *p) {
+    const fa_sm90_device *device;
+    fa_error ignored;
+    if (find_device(p->where.device_id, &device, &ignored) != FA_OK) return 0;
+    return fa_choose_row(&p->what, device->sms);
+}
+
+static const char *kernel(const fa_params *p) { return fa_rows[chosen_row(p)].name; }
+
+static int64_t workspace(const fa_params *) { return 0; }
+
+/* No key: every output row is 0 and every lse is -inf. Both 16-bit formats write 0 as 0. */
+__global__ void write_empty_rows(fa_what w) {
+    int64_t rows = (int64_t)w.b * w.hq * w.sq;
+    for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        int64_t i = row % w.sq, h = row / w.sq % w.hq, b = row / w.sq / w.hq;
+        uint16_t *out = (uint16_t *)w.out.data + b * w.out.stride[0] + h * w.out.stride[1] +
+                        i * w.out.stride[2];
+        for (int32_t c = threadIdx.x; c < w.dv; c += blockDim.x) out[c * w.out.stride[3]] = 0;
+        if (w.lse.data && threadIdx.x == 0)
+            ((float *)w.lse.data)[b * w.lse.stride[0] + h * w.lse.stride[1] + i * w.lse.stride[2]] =
+                -INFINITY;
+    }
+}
+
+static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *workspace,
+                        fa_error *error) {
+    const fa_what *w = &p->what;
+    if (!is_empty(w)) return launchers[fa_choose_row(w, device->sms)](p, device, workspace, error);
+    int64_t rows = (int64_t)w->b * w->hq * w->sq;
+    if (rows == 0) return FA_OK;
+    int64_t blocks = rows < 8 * device->sms ? rows : 8 * device->sms;
+    write_empty_rows<<<blocks, 128, 0, (cudaStream_t)p->where.stream>>>(*w);
+    return fa_cuda(cudaGetLastError(), "the launch", error);
+}
+
+/* Makes the tensors' device current for the launch and restores the caller's. */
+static fa_status run(const fa_params *p, void *workspace, fa_error *error) {
+    const fa_sm90_device *device;
+    int before;
+    fa_status status = find_device(p->where.device_id, &device, error);
+    if (status == FA_OK) status = fa_cuda(cudaGetDevice(&before), "cudaGetDevice", error);
+    if (status != FA_OK) return status;
+    if (before == device->id) return launch(p, device, workspace, error);
+
+    status = fa_cuda(cudaSetDevice(device->id), "cudaSetDevice", error);
+    if (status == FA_OK) status = launch(p, device, workspace, error);
+    cudaError_t restored = cudaSetDevice(before);
+    return status == FA_OK ? fa_cuda(restored, "cudaSetDevice", error) : status;
+}
+
+const fa_backend fa_sm90 = {"sm90", reject, kernel, workspace, run, NULL};
