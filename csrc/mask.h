@@ -1,8 +1,8 @@
 /* mask.h - the key interval of a row: the only place that knows causal, window and lengths.
  *
  * Compiled by gcc and nvcc alike (csrc/cpu.c, kernels/). Includes nothing but fastattn.h.
- * For the rows 0 .. sq-1 of one sequence (its true length) both ends are non-decreasing in the row, so a block of
- * rows sees exactly [begin of its first row, end of its last row).
+ * For the rows 0 .. sq-1 of one sequence (its true length) both ends are non-decreasing in the row,
+ * so a block of rows sees exactly [begin of its first row, end of its last row).
  */
 #ifndef FASTATTN_MASK_H
 #define FASTATTN_MASK_H
@@ -16,7 +16,7 @@
 #endif
 
 typedef struct fa_interval {
-    int32_t begin, end; /* keys begin <= j < end; empty where they are equal; 0 <= begin <= end <= sk */
+    int32_t begin, end; /* keys begin <= j < end, none where equal; 0 <= begin <= end <= sk */
 } fa_interval;
 
 /* The true lengths of one sequence; what came from memory is clamped, never trusted. */
@@ -43,10 +43,14 @@ FA_INLINE int32_t fa_row_position(const fa_masks *m, fa_lengths n, int32_t i) {
 
 FA_INLINE fa_interval fa_row_interval(const fa_masks *m, fa_lengths n, int32_t i) {
     fa_interval keys = {n.k_start, n.sk};
-    if (i >= n.sq) keys.end = keys.begin;
+    if (i >= n.sq) { /* padding sees nothing; its position may not even fit an int32 */
+        keys.end = keys.begin;
+        return keys;
+    }
     int32_t position = fa_row_position(m, n, i);
     if (m->flags & FA_HAS_LEFT && position - m->left > keys.begin) keys.begin = position - m->left;
-    if (m->flags & FA_HAS_RIGHT && position + m->right + 1 < keys.end) keys.end = position + m->right + 1;
+    if (m->flags & FA_HAS_RIGHT && position + m->right + 1 < keys.end)
+        keys.end = position + m->right + 1;
     if (keys.end < n.k_start) keys.end = n.k_start;
     if (keys.begin > keys.end) keys.begin = keys.end;
     return keys;
