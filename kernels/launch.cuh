@@ -17,6 +17,9 @@
 #include <stdarg.h>
 #include <stdio.h>
 
+#ifndef FASTATTN_CUDA
+#define FASTATTN_CUDA /* this is the side that it announces */
+#endif
 #include "../csrc/fastattn.h"
 
 /* cuTensorMapEncodeTiled, looked up in the driver at run time. */

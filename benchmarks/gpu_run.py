@@ -1,0 +1,247 @@
+"""Everything that needs a GPU, in one call: tests, the memory checker, benchmarks.
+
+    python benchmarks/gpu_run.py build                        # here: a machine with nvcc, no GPU
+    python benchmarks/gpu_run.py run --out results            # there: a GPU, no compiler
+
+`build` compiles the module in place and stores a copy under build/gpu/NAME.so; copies of several
+variants can lie there side by side. `run` needs the sources' Python files and those modules, no
+more. Each part runs under its own time limit and writes its own log, so that one that hangs costs
+the others nothing:
+
+    smoke     one call of each head size against the formula; the others are skipped if it fails
+    tests     pytest -m gpu
+    sanitize  compute-sanitizer's four tools at once, over one small case per row and feature
+    bench     python -m fastattn bench
+
+`run --module a=build/gpu/a.so --module b=build/gpu/b.so` repeats the parts for each module.
+Archives named by --peers (.tar.xz, .whl) are unpacked once and put on the path, after our own.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "python" / "fastattn"
+STORE = ROOT / "build" / "gpu"
+PARTS = ("smoke", "tests", "sanitize", "bench")
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+
+
+def build(options):
+    """Compiles in place and stores a copy."""
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, check=True
+    )
+    STORE.mkdir(parents=True, exist_ok=True)
+    target = STORE / f"{options.name}.so"
+    shutil.copy2(module_in(PACKAGE), target)
+    print(f"{target.relative_to(ROOT)}: {target.stat().st_size / 1e6:.1f} MB")
+
+
+def module_in(package):
+    found = sorted(package.glob("_C*.so"))
+    if not found:
+        sys.exit(f"no module in {package}; build first")
+    return found[0]
+
+
+def assemble(name, module, work):
+    """A package made of the sources' Python files and one module, on a path of its own."""
+    package = work / name / "fastattn"
+    shutil.rmtree(package, ignore_errors=True)
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy2(module, package / "_C.abi3.so")
+    return package.parent
+
+
+def unpack(archives, work):
+    """Peers' archives into one folder; each once, for unpacking 300 MB takes seconds."""
+    site = work / "peers"
+    for archive in map(Path, archives):
+        done = site / f".{archive.name}"
+        if done.exists():
+            continue
+        site.mkdir(parents=True, exist_ok=True)
+        if archive.suffix == ".whl":
+            zipfile.ZipFile(archive).extractall(site)
+        else:
+            with tarfile.open(archive) as tar:
+                tar.extractall(site, filter="fully_trusted")
+        done.touch()
+    return site
+
+
+def run_part(command, log, seconds, environment):
+    """Runs with a log and a time limit; the whole process group ends with it. Returns a summary."""
+    start = time.perf_counter()
+    with open(log, "w") as output:
+        output.write(f"$ {shlex.join(map(str, command))}\n")
+        output.flush()
+        process = subprocess.Popen(
+            list(map(str, command)),
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = f"stopped after {seconds:.0f} s"
+    return code, time.perf_counter() - start
+
+
+def sanitizer():
+    places = [shutil.which("compute-sanitizer"), "/usr/local/cuda/bin/compute-sanitizer"]
+    return next((place for place in places if place and Path(place).exists()), None)
+
+
+def commands(part, options, out, name):
+    """(label, command) of a part; the labels name the logs."""
+    python = [sys.executable, "-X", "faulthandler"]
+    if part == "smoke":
+        yield "smoke", [*python, ROOT / "tests" / "gpu_cases.py", "--smoke"]
+    elif part == "tests":
+        extra = shlex.split(options.pytest)
+        yield (
+            "tests",
+            [
+                *python,
+                "-m",
+                "pytest",
+                "-m",
+                "gpu",
+                "-q",
+                "-rsx",
+                "--durations=8",
+                ROOT / "tests",
+                *extra,
+            ],
+        )
+    elif part == "sanitize":
+        if not sanitizer():
+            print("compute-sanitizer is not installed")
+            return
+        for tool in options.tools.split(","):
+            flags = [
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "99",
+                "--kernel-name",
+                "kernel_substring=sm90",
+            ]
+            yield tool, [sanitizer(), *flags, *python, ROOT / "tests" / "gpu_cases.py"]
+    elif part == "bench":
+        extra = shlex.split(options.bench)
+        yield (
+            "bench",
+            [*python, "-m", "fastattn", "bench", "--json", out / f"{name}-bench.json", *extra],
+        )
+
+
+def run_all(part, options, out, name, seconds, environment):
+    """The commands of one part at once. Prints the end of each log; returns whether all was well."""
+    listed = [
+        (out / f"{name}-{label}.log", command)
+        for label, command in commands(part, options, out, name)
+    ]
+
+    def one(item):
+        return run_part(item[1], item[0], seconds, environment)
+
+    fine = True
+    with concurrent.futures.ThreadPoolExecutor(max(len(listed), 1)) as pool:
+        for (log, _), (code, took) in zip(listed, pool.map(one, listed), strict=True):
+            lines = log.read_text(errors="replace").splitlines()
+            print(f"==== {log.stem}: {code or 'ok'}, {took:.0f} s")
+            print("\n".join(lines[-options.tail :]), flush=True)
+            fine &= code == 0
+    return fine
+
+
+def run(options):
+    out, work = Path(options.out).resolve(), Path(options.work).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    modules = dict(text.split("=", 1) for text in options.module)
+    site = unpack(options.peers, work)
+    dsl = site / "nvidia_cutlass_dsl" / "dsl_packages"  # a .pth file would add it in site-packages
+    fine, deadline = True, time.perf_counter() + options.seconds
+
+    for name, module in (modules or {"fastattn": module_in(PACKAGE)}).items():
+        paths = [assemble(name, module, work), site, dsl, os.environ.get("PYTHONPATH", "")]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, filter(None, paths))),
+            "PYTHONUNBUFFERED": "1",
+        }
+        for part in options.parts.split(","):
+            left = min(getattr(options, f"{part}_seconds"), deadline - time.perf_counter())
+            if left < 5:
+                print(f"==== {name}-{part}: no time left")
+                fine = False
+            elif not run_all(part, options, out, name, left, environment):
+                fine = False
+                if part == "smoke":
+                    break
+    sys.exit(not fine)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(required=True)
+
+    verb = verbs.add_parser("build", help="compile, and store the module under build/gpu")
+    verb.add_argument("--name", default="fastattn", help="of this variant")
+    verb.set_defaults(verb=build)
+
+    verb = verbs.add_parser("run", help="tests, sanitizer and benchmarks on this machine's GPU")
+    verb.add_argument("--out", required=True, help="folder for logs and results")
+    verb.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="(repeats) default: in place",
+    )
+    verb.add_argument(
+        "--peers", nargs="*", default=[], metavar="ARCHIVE", help="wheels or tar files of peers"
+    )
+    verb.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
+    verb.add_argument(
+        "--tools", default=",".join(TOOLS), help="of the sanitizer; default: %(default)s"
+    )
+    verb.add_argument("--pytest", default="", help="more arguments for pytest")
+    verb.add_argument("--bench", default="", help="more arguments for the benchmark")
+    verb.add_argument("--work", default=ROOT / "build" / "gpu-run", help="scratch folder")
+    verb.add_argument(
+        "--seconds", type=float, default=580, help="for everything; default: %(default)s"
+    )
+    for part, seconds in zip(PARTS, (60, 240, 180, 400), strict=True):
+        verb.add_argument(
+            f"--{part}-seconds", type=float, default=seconds, help="default: %(default)s"
+        )
+    verb.add_argument("--tail", type=int, default=25, help="lines of each log to print")
+    verb.set_defaults(verb=run)
+
+    options = parser.parse_args()
+    options.verb(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The formula of reference.py on a GPU, so that large shapes can be judged by the same rule."""
+
+import numpy as np
+import pytest
+import reference
+from cases import Torch
+
+torch = pytest.importorskip("torch")
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+numpy = Torch("cuda").numpy
+
+served = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+marks = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not served, reason="needs a GPU of compute capability 9.0"),
+]
+
+
+def normal(*shape, dtype=torch.bfloat16, seed=0, device="cuda"):
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(dtype)
+
+
+def inputs(b, hq, hk, sq, sk, d, dv=None, dtype=torch.bfloat16, seed=0):
+    """q, k, v in the layout bhsd."""
+    shapes = (b, hq, sq, d), (b, hk, sk, d), (b, hk, sk, dv or d)
+    return [normal(*shape, dtype=dtype, seed=3 * seed + i) for i, shape in enumerate(shapes)]
+
+
+def formula(q, k, v, heads, scale=None, low=False, **limits):
+    """reference.Result of those (sequence, query head) pairs, as a batch of one head each.
+
+    `limits` are the keywords of reference.interval; lengths per sequence stay on the host.
+    """
+    real = torch.float32 if low else torch.float64
+    sq, sk, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    lengths = {
+        name for name in ("q_lengths", "k_lengths", "k_start") if limits.get(name) is not None
+    }
+    signs = reference.widen(np.ones((1, 1, sk, v.shape[3])), len(heads) * sq)[0, 0]
+    signs = torch.from_numpy(signs).to(q.device, real)
+    outs, lses, empties, biggest = [], [], [], 0.0
+    step = max(1, 2**27 // max(sq * sk, 1))
+    for first in range(0, len(heads), step):
+        b, h = torch.tensor(heads[first : first + step], device=q.device).T
+        mine = {n: np.asarray(x)[b.cpu()] if n in lengths else x for n, x in limits.items()}
+        inside, _ = reference.interval(len(b) if lengths else 1, sq, sk, **mine)
+        seen = torch.from_numpy(np.ascontiguousarray(inside)).to(q.device)
+        s = scale * (q[b, h].to(real) @ k[b, h // group].to(real).mT)
+        biggest = max(
+            biggest, torch.where(seen, s, 0).abs().nan_to_num().max().item() if s.numel() else 0.0
+        )
+        s = s.masked_fill(~seen, -torch.inf)
+        empty = (s == -torch.inf).all(2)
+        peak = s.amax(2, keepdim=True) if s.shape[2] else s.new_full((*s.shape[:2], 1), -torch.inf)
+        shift = torch.where(peak == -torch.inf, 0, peak)
+        p = torch.exp(s - shift)
+        total = p.sum(2, keepdim=True)
+        lse = (torch.log(total) + shift)[..., 0]
+        p = torch.where(total == 0, 0, p / total)
+        if low:
+            p = p.to(q.dtype).to(real)
+        reached = torch.where(seen.any(1)[..., None], v[b, h // group].to(real), 0)
+        out = (p @ (reached.tile(signs.shape[1] // v.shape[3]) * signs)).masked_fill(
+            empty[..., None], 0
+        )
+        outs.append(numpy(out.to(q.dtype)) if low else numpy(out))
+        lses.append(numpy(lse))
+        empties.append(numpy(empty))
+    out, lse, empty = (np.concatenate(x)[:, None] for x in (outs, lses, empties))
+    return reference.Result(out, lse, biggest, empty, None)
+
+
+def complaints(out, lse, q, k, v, most=16, **keywords):
+    """What is wrong with a result in the layout bhsd, judged on `most` heads, evenly spread."""
+    pairs = [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]
+    heads = [
+        pairs[i]
+        for i in sorted({*np.linspace(0, len(pairs) - 1, min(most, len(pairs))).astype(int)})
+    ]
+    exact, low = (formula(q, k, v, heads, low=low, **keywords) for low in (False, True))
+    b, h = torch.tensor(heads, device=q.device).T
+    return reference.judge(numpy(out[b, h])[:, None], numpy(lse[b, h])[:, None], exact, low)

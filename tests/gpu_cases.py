@@ -1,0 +1,98 @@
+"""One small call per kernel row and feature, for `compute-sanitizer` and as a first smoke test.
+
+python tests/gpu_cases.py [--smoke]
+
+Inputs are made on the host and judged there, so that ours are the only kernels that run.
+"""
+
+import itertools
+import sys
+
+import fastattn
+import gpu
+from gpu import DTYPES, torch
+
+SIZES = ((64, 64), (128, 128), (256, 256), (96, 96), (192, 192), (192, 128))
+SHAPES = ((1, 2, 200, 300), (2, 4, 40, 70), (1, 1, 1000, 1000), (40, 8, 64, 64), (40, 8, 300, 300))
+
+
+def arrays(b, hq, hk, sq, sk, d, dv, dtype):
+    shapes = (b, hq, sq, d), (b, hk, sk, d), (b, hk, sk, dv)
+    return [gpu.normal(*shape, dtype=dtype, seed=i, device="cpu") for i, shape in enumerate(shapes)]
+
+
+def rows():
+    """(row name, head sizes, dtype, shape) for every row that some shape here is run by."""
+    found = {}
+    for (d, dv), dtype, shape in itertools.product(SIZES, DTYPES.values(), SHAPES):
+        b, h, sq, sk = shape
+        q, k, v = (x.cuda() for x in arrays(b, h, h, sq, sk, d, dv, dtype))
+        name = fastattn.explain(fastattn.attention, q, k, v).kernel
+        if name:
+            found.setdefault(name, ((d, dv), dtype, shape))
+    return found
+
+
+def odd(x):
+    """The same values, one element more between the rows: not for the copy engine."""
+    room = torch.full((*x.shape[:3], x.shape[3] + 1), torch.nan, dtype=x.dtype)
+    room[..., :-1] = x
+    return room.cuda()[..., :-1]
+
+
+def lengths(b, s):
+    return [max(0, s - 70 * i) for i in range(1, b + 1)]
+
+
+def features(b, hq, sq, sk):
+    """(name, changes of the inputs, keywords)."""
+    yield "full", {}, {}
+    yield "causal", {}, {"causal": True}
+    yield "top-left", {}, {"causal": "top-left"}
+    yield "window", {}, {"window": (50, 20)}
+    yield (
+        "lengths",
+        {},
+        {"q_lengths": lengths(b, sq), "k_lengths": lengths(b, sk), "k_start": [1] * b},
+    )
+    yield "one key head", {"hk": 1}, {"causal": True}
+    yield "odd strides", {"odd": True}, {"causal": True}
+    yield "peaked", {"factor": 100}, {}
+    yield "peaked causal", {"factor": 40}, {"causal": True}
+    yield "batch invariant", {}, {"batch_invariant": True}
+
+
+def run(name, feature, sizes, dtype, shape, change, keywords):
+    (d, dv), (b, h, sq, sk) = sizes, shape
+    q, k, v = arrays(b, h, change.get("hk", h), sq, sk, d, dv, dtype)
+    q = q * change.get("factor", 1)
+    move = odd if change.get("odd") else torch.Tensor.cuda
+    limits = {n: x for n, x in keywords.items() if n != "batch_invariant"}
+    sent = {
+        n: torch.tensor(x, dtype=torch.int32).cuda() if isinstance(x, list) else x
+        for n, x in keywords.items()
+    }
+    try:
+        out, lse = fastattn.attention(*map(move, (q, k, v)), **sent, return_lse=True)
+    except NotImplementedError as refusal:
+        print(f"refused  {name} {feature}: {refusal}")
+        return True
+    wrong = gpu.complaints(out.cpu(), lse.cpu(), q, k, v, most=8, **limits)
+    print(f"{'WRONG' if wrong else 'ok   '}    {name} {feature} {'; '.join(wrong)}", flush=True)
+    return not wrong
+
+
+def main():
+    smoke = "--smoke" in sys.argv
+    print(f"{torch.cuda.get_device_name()}; {fastattn.info()}")
+    right = []
+    for name, (sizes, dtype, shape) in rows().items():
+        for feature, change, keywords in features(shape[0], *shape[1:]):
+            if not smoke or feature in ("full", "causal", "peaked"):
+                right.append(run(name, feature, sizes, dtype, shape, change, keywords))
+    print(f"{sum(right)} of {len(right)} right")
+    sys.exit(not right or not all(right))
+
+
+if __name__ == "__main__":
+    main()

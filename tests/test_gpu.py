@@ -1,0 +1,402 @@
+"""What a GPU computes: right for every shape, layout and input, and the same bits every time."""
+
+import itertools
+from dataclasses import replace
+
+import cases
+import fastattn
+import gpu
+import numpy as np
+import pytest
+from gpu import DTYPES, inputs, torch
+
+pytestmark = gpu.marks
+
+SIZES = (64, 128, 256)
+CAUSAL = (False, True, "top-left")
+LENGTHS = (1, 7, 64, 127, 128, 129, 1000, 4096)
+
+
+def poisoned(q, v):
+    return torch.full((*q.shape[:3], v.shape[3]), torch.nan, dtype=q.dtype, device=q.device)
+
+
+def check(q, k, v, most=16, **keywords):
+    """Calls in the layout bhsd, into poisoned memory, and judges."""
+    out = poisoned(q, v)
+    got, lse = fastattn.attention(q, k, v, out=out, return_lse=True, **keywords)
+    assert got is out
+    for name in ("out", "layout", "backend", "batch_invariant"):
+        keywords.pop(name, None)
+    assert gpu.complaints(out, lse, q, k, v, most=most, **keywords) == []
+    return out, lse
+
+
+# ----------------------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize("causal", CAUSAL)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("s", LENGTHS)
+def test_lengths(s, d, dtype, causal):
+    check(*inputs(2, 3, 3, s, s, d, dtype=DTYPES[dtype]), most=4, causal=causal)
+
+
+@pytest.mark.parametrize("causal", CAUSAL)
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize(
+    ("sq", "sk"),
+    [
+        (1, 4096),
+        (4096, 1),
+        (127, 129),
+        (129, 127),
+        (64, 1000),
+        (1000, 64),
+        (7, 300),
+        (300, 7),
+        (1, 2),
+        (257, 511),
+    ],
+)
+def test_other_lengths_of_keys(sq, sk, d, causal):
+    check(*inputs(1, 2, 2, sq, sk, d), causal=causal)
+
+
+@pytest.mark.parametrize("s", range(1, 258, 8))
+def test_every_length_around(s):
+    for sq in range(s, s + 8):
+        check(*inputs(1, 2, 1, sq, sq + s % 3, 64), causal=bool(s % 16 < 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hq", "hk"), [(8, 1), (16, 2), (6, 2)])
+def test_grouped_heads(hq, hk, dtype):
+    check(*inputs(2, hq, hk, 333, 517, 128, dtype=DTYPES[dtype]), most=hq, causal=True)
+
+
+@pytest.mark.parametrize(
+    ("d", "dv"), [(96, 96), (192, 192), (192, 128), (80, 80), (40, 72), (8, 8), (1, 1), (65, 127)]
+)
+def test_other_head_sizes(d, dv):
+    q, k, v = inputs(1, 2, 2, 200, 300, d, dv)
+    try:
+        check(q, k, v, causal=True)
+    except NotImplementedError as refusal:
+        assert "sm90" in str(refusal)
+        pytest.skip(str(refusal))
+
+
+@pytest.mark.parametrize(
+    ("b", "h", "s"), [(70_000, 1, 16), (35, 2000, 16), (1, 70_000, 5), (4096, 8, 64)]
+)
+def test_many_heads(b, h, s):
+    check(*inputs(b, h, h, s, s, 64), most=4096)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 5), (2, 2, 0, 5), (2, 2, 5, 0), (0, 2, 0, 0)])
+def test_empty_dimensions(shape):
+    b, h, sq, sk = shape
+    out, lse = (
+        check(*inputs(b, h, h, sq, sk, 64))
+        if b * sq
+        else fastattn.attention(*inputs(b, h, h, sq, sk, 64), return_lse=True)
+    )
+    assert out.shape == (b, h, sq, 64) and lse.shape == (b, h, sq)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_layouts(layout, d):
+    q, k, v = inputs(2, 4, 2, 200, 300, d)
+    if layout == "bshd":
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    out, lse = fastattn.attention(q, k, v, layout=layout, return_lse=True, causal=True)
+    assert out.is_contiguous() and out.shape == q.shape and lse.shape == (2, 4, 200)
+    if layout == "bshd":
+        q, k, v, out = (x.transpose(1, 2) for x in (q, k, v, out))
+    assert gpu.complaints(out, lse, q, k, v, causal=True) == []
+
+
+def restrided(x, how):
+    """The same values in poisoned memory of other strides."""
+    b, h, s, d = x.shape
+    if how == "padded rows":  # strides in units of 16 bytes
+        room = x.new_full((b, h, s + 3, d + 8), torch.nan)[:, :, :s, :d]
+    elif how == "odd rows":  # strides of an odd number of elements
+        room = x.new_full((b, h, s + 3, d + 1), torch.nan)[:, :, :s, :d]
+    elif how == "odd heads":
+        room = (
+            x.new_full((b, s, h * d + 1), torch.nan)[..., : h * d]
+            .unflatten(2, (h, d))
+            .transpose(1, 2)
+        )
+    elif how == "odd base":
+        room = x.new_full((b, h, s, d + 8), torch.nan)[..., 1 : d + 1]
+    elif how == "packed":  # one buffer of (b, s, 3, h, d)
+        room = x.new_full((b, s, 3, h, d), torch.nan)[:, :, 1].transpose(1, 2)
+    elif how == "every second":
+        room = x.new_full((b, 2 * h, 2 * s, d), torch.nan)[:, ::2, ::2]
+    elif how == "strided columns":
+        room = x.new_full((b, h, s, 2 * d), torch.nan)[..., ::2]
+    room.copy_(x)
+    return room
+
+
+STRIDES = (
+    "padded rows",
+    "odd rows",
+    "odd heads",
+    "odd base",
+    "packed",
+    "every second",
+    "strided columns",
+)
+
+
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("how", STRIDES)
+def test_strides(how, d):
+    plain = inputs(2, 4, 2, 200, 300, d)
+    q, k, v = (restrided(x, how) for x in plain)
+    try:
+        out, lse = check(q, k, v, causal=True)
+    except NotImplementedError as refusal:
+        assert how == "strided columns"  # only a contiguous last dimension is promised
+        pytest.skip(str(refusal))
+    expected, expected_lse = check(*plain, causal=True)
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_each_array_may_have_odd_strides(which):
+    arrays = dict(zip("qkv", inputs(2, 2, 2, 100, 200, 128), strict=True))
+    arrays[which] = restrided(arrays[which], "odd rows")
+    check(**arrays)
+
+
+@pytest.mark.parametrize("how", STRIDES)
+def test_strides_of_the_output(how):
+    q, k, v = inputs(2, 4, 2, 200, 300, 128)
+    expected = fastattn.attention(q, k, v)
+    out = restrided(poisoned(q, v), how)
+    before = torch.as_strided(out, (out.untyped_storage().size() // 2,), (1,), 0)
+    assert fastattn.attention(q, k, v, out=out) is out
+    assert torch.equal(out, expected)
+    assert (
+        torch.isnan(before).sum() == before.numel() - out.numel()
+    )  # nothing around it was written
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
+def test_expanded(axes):
+    plain = inputs(3, 4, 4, 100, 200, 128)
+    index = tuple(slice(1) if axis in axes else slice(None) for axis in range(4))
+    check(*(x[index].expand(x.shape) for x in plain), most=12)
+
+
+@pytest.mark.parametrize("far", ["heads", "rows"])
+def test_offsets_beyond_2_31_elements(far):
+    """Elements more than 2^31 from their base, in every array."""
+    b, h, s, d = 1, 3, 130, 64
+    stride = (0, 2**30 + 64, d, 1) if far == "heads" else (0, d, 2**24 + 128, 1)
+    buffer = torch.empty(2**31 + 2**27, dtype=torch.bfloat16, device="cuda")
+    plain = inputs(b, h, h, s, s, d)
+    q, k, v, out = (buffer.as_strided((b, h, s, d), stride, 2**14 * i) for i in range(4))
+    for room, values in zip((q, k, v), plain, strict=True):
+        room.copy_(values)
+    out.fill_(torch.nan)
+    assert sum((n - 1) * step for n, step in zip(out.shape, out.stride(), strict=True)) > 2**31
+    _, lse = fastattn.attention(q, k, v, causal=True, out=out, return_lse=True)
+    assert gpu.complaints(out, lse, *plain, causal=True) == []
+
+
+# --------------------------------------------------------------------------------- random requests
+
+
+def served(case):
+    """The case as the Hopper kernels take it: a 16-bit dtype, and intervals as its only masks."""
+    d = SIZES[case.seed % 3]
+    return replace(
+        case,
+        dtype=("bfloat16", "float16")[case.seed % 2],
+        d=d,
+        dv=d,
+        mask=None,
+        softcap=0.0,
+        alibi=0,
+        sink=False,
+        storage="padded" if case.storage == "strided" else case.storage,
+    )
+
+
+@pytest.mark.parametrize("first", range(0, 300, 50))
+def test_random_cases(first):
+    """Poisoned padding, random strides, windows, lengths, families of inputs: see cases.py."""
+    framework = cases.Torch("cuda")
+    for seed in range(first, first + 50):
+        case = served(cases.random_case(seed))
+        assert cases.run(case, framework) == [], case
+
+
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("window", [(0, 0), (100, 0), (None, 50), (127, 128), (1000, None)])
+def test_windows(window, d):
+    check(*inputs(1, 2, 2, 700, 900, d), window=window)
+
+
+def test_lengths_hide_what_lies_behind_them():
+    q, k, v = inputs(4, 2, 2, 200, 300, 128)
+    q_lengths, k_lengths, k_start = [200, 1, 0, 130], [300, 129, 77, 0], [0, 128, 5, 9]
+    for b in range(4):
+        q[b, :, q_lengths[b] :] = torch.nan
+        for x in (k, v):
+            x[b, :, k_lengths[b] :] = torch.nan
+            x[b, :, : k_start[b]] = torch.inf
+    lengths = {"q_lengths": q_lengths, "k_lengths": k_lengths, "k_start": k_start}
+    out = poisoned(q, v)
+    on_gpu = {
+        name: torch.tensor(x, dtype=torch.int32, device="cuda") for name, x in lengths.items()
+    }
+    _, lse = fastattn.attention(q, k, v, out=out, return_lse=True, causal=True, **on_gpu)
+    assert gpu.complaints(out, lse, q, k, v, causal=True, **lengths) == []
+
+
+# --------------------------------------------------------------------------------- hostile inputs
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("factor", [4, 8, 16, 25, 40, 100])
+def test_peaked_rows(factor, d, dtype, causal):
+    q, k, v = inputs(1, 4, 4, 1024, 1024, d, dtype=DTYPES[dtype])
+    check(q * factor, k, v, causal=causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("place", [0, 127, 128, 500, 1000, 1023])
+def test_one_huge_key(place, d, dtype, causal):
+    q, k, v = inputs(1, 2, 2, 1024, 1024, d, dtype=DTYPES[dtype])
+    k[:, :, place] *= 100
+    check(q, k, v, causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "how", ["rising", "falling", "equal", "negative", "zero scale", "negative scale", "tiny"]
+)
+def test_ordered_scores(how, dtype):
+    q, k, v = inputs(1, 2, 2, 600, 1500, 128, dtype=DTYPES[dtype])
+    slope = torch.linspace(0, 60, 1500, device="cuda")[:, None]
+    scale = {"zero scale": 0.0, "negative scale": -0.3}.get(how)
+    if how in ("rising", "falling"):  # each block's maximum above, or below, all before it
+        q[..., 0], k[..., :1] = 11.3, (slope if how == "rising" else 60 - slope).to(k.dtype)
+    elif how == "negative":
+        q[..., 0], k[..., 0] = 30, -300
+    elif how == "equal":
+        k[:] = k[:, :, :1]
+    elif how == "tiny":
+        v = v * 1e-4
+    check(q, k, v, scale=scale)
+
+
+@pytest.mark.parametrize("d", SIZES)
+def test_huge_values(d):
+    q, k, v = inputs(1, 2, 2, 300, 700, d)
+    check(q, k, v * 1e30)
+    check(q, k, v * 1e-30)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_inf_and_nan(name, dtype, value, causal):
+    """They come out as the formula gives them. (A value that only some rows see may spread.)"""
+    arrays = dict(zip("qkv", inputs(1, 2, 2, 300, 300, 128, dtype=DTYPES[dtype]), strict=True))
+    where = 0 if name == "v" else 200
+    arrays[name][0, 0, where, 5] = value
+    check(**arrays, causal=causal)
+
+
+# ------------------------------------------------------------------------------------- determinism
+
+
+def random_shapes(n):
+    rng = np.random.default_rng(7)
+    for i in range(n):
+        sq, sk = (int(2 ** rng.uniform(0, 11)) for _ in range(2))
+        hk, group = int(rng.integers(1, 5)), int(rng.choice([1, 1, 2, 4]))
+        yield (
+            i,
+            int(rng.integers(1, 4)),
+            hk * group,
+            hk,
+            sq,
+            sk,
+            int(rng.choice(SIZES)),
+            bool(rng.integers(2)),
+        )
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_the_same_bits_every_time(part):
+    """They come out as the formula gives them; a value that some rows see may spread to others."""
+    other, busy = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    for i, b, hq, hk, sq, sk, d, causal in itertools.islice(random_shapes(100), part, None, 10):
+        q, k, v = inputs(b, hq, hk, sq, sk, d, dtype=list(DTYPES.values())[i % 2], seed=i)
+        q = q * 40 if i % 3 == 0 else q
+        first = fastattn.attention(q, k, v, causal=causal, return_lse=True)
+        torch.cuda.synchronize()
+        differ = torch.zeros((), dtype=torch.int64, device="cuda")
+        for launch in range(100):
+            if launch >= 50 and launch % 10 == 0:
+                with torch.cuda.stream(other):
+                    busy @ busy
+            again = fastattn.attention(q, k, v, causal=causal, return_lse=True)
+            for x, y in zip(first, again, strict=True):
+                bits = torch.int16 if x.dtype != torch.float32 else torch.int32
+                differ += (x.view(bits) != y.view(bits)).sum()
+        assert differ.item() == 0, (b, hq, hk, sq, sk, d, causal)
+
+
+@pytest.mark.parametrize("d", SIZES)
+def test_batch_invariant(d):
+    q, k, v = inputs(5, 8, 2, 700, 700, d)
+    together = fastattn.attention(q, k, v, causal=True, batch_invariant=True)
+    for b in range(5):
+        alone = fastattn.attention(
+            q[b : b + 1], k[b : b + 1], v[b : b + 1], causal=True, batch_invariant=True
+        )
+        assert torch.equal(alone[0], together[b])
+    check(q, k, v, causal=True, batch_invariant=True)
+
+
+# ------------------------------------------------------------------------------------ against cuDNN
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d", "s"), [(64, 512), (64, 4096), (128, 512), (128, 4096)])
+def test_error_is_not_above_cudnn(d, s, dtype, causal):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = inputs(2, 8, 8, s, s, d, dtype=DTYPES[dtype])
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    ours = fastattn.attention(q, k, v, causal=causal)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double() for x in (q, k, v)), is_causal=causal
+    )
+    error, their_error = ((x.double() - exact).abs() for x in (ours, theirs))
+    assert error.max() <= 1.01 * their_error.max()
+    assert error.mean() <= 1.01 * their_error.mean()

@@ -1,0 +1,238 @@
+"""What the GPU side promises, tested without one: row choice, budgets, schedule, CUDA's sentences.
+
+The host code of kernels/ that decides something is plain C, so gcc compiles it here into a library
+that the tests ask.
+"""
+
+import ctypes
+import itertools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+VARIANTS = KERNELS / "variants.def"
+SMS = 132
+
+pytestmark = pytest.mark.skipif(
+    not VARIANTS.exists() or not shutil.which("gcc"), reason="needs the sources and gcc"
+)
+
+SHIM = r"""
+#include <string.h>
+#include "driver.h"
+#include "rows.h"
+#include "schedule.h"
+
+int choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int invariant,
+           int sms) {
+    fa_what w = {.dtype = dtype, .b = b, .hq = hq, .hk = hk, .sq = sq, .sk = sk, .d = d, .dv = dv,
+                 .batch_invariant = invariant};
+    return fa_choose_row(&w, sms);
+}
+int rows(void) { return FA_ROWS; }
+const char *row_name(int i) { return fa_rows[i].name; }
+int row_field(int i, int field) {
+    const fa_row *r = &fa_rows[i];
+    int fields[] = {r->dtype, r->d, r->dv, r->block_m, r->block_n};
+    return fields[field];
+}
+int tma_takes(int64_t base, const int64_t *shape, const int64_t *stride) {
+    fa_tensor t = {.data = (void *)base};
+    memcpy(t.shape, shape, sizeof t.shape);
+    memcpy(t.stride, stride, sizeof t.stride);
+    return fa_tma_takes(&t, 2);
+}
+const char *sentence(int toolkit, int driver, int code, const char *detail) {
+    static char text[128];
+    fa_driver_sentence(text, sizeof text, toolkit, driver, code, detail);
+    return text;
+}
+/* Counts how often the blocks of one launch visit each tile (head, m_block); returns the visits
+ * outside of all tiles. `order` is the m_block of each tile number. */
+int64_t visit(int b, int hq, int hk, int sq, int sk, int d, int flags, int block_m, int blocks,
+              unsigned char *visits, int32_t *order) {
+    fa_what w = {.b = b, .hq = hq, .hk = hk, .sq = sq, .sk = sk, .d = d, .dv = d};
+    fa_masks m = {.flags = flags};
+    fa_schedule s = fa_schedule_make(&w, &m, block_m);
+    int64_t outside = 0;
+    for (int block = 0; block < blocks; ++block)
+        for (int round = 0;; ++round) {
+            int32_t tile = fa_schedule_next(&s, blocks, block, round);
+            if (tile >= s.tiles) break;
+            fa_tile t = fa_schedule_tile(&s, tile);
+            if (t.head < 0 || t.head >= s.heads || t.m_block < 0 || t.m_block >= s.m_blocks) {
+                ++outside;
+                continue;
+            }
+            visits[t.head * s.m_blocks + t.m_block]++;
+            order[tile] = t.m_block;
+        }
+    return outside;
+}
+"""
+F16, BF16 = 3, 4
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("host")
+    (folder / "shim.c").write_text(SHIM)
+    command = [
+        "gcc",
+        "-std=c11",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+        f"-I{KERNELS}",
+    ]
+    subprocess.run([*command, "shim.c", "-o", "shim.so"], cwd=folder, check=True)
+    library = ctypes.CDLL(str(folder / "shim.so"))
+    library.row_name.restype = library.sentence.restype = ctypes.c_char_p
+    return library
+
+
+def read_rows():
+    """variants.def as a list of dicts, read as the build reads it."""
+    text = VARIANTS.read_text()
+    columns = re.search(r"// columns: (.*)", text).group(1).split()
+    lines = re.findall(r"^FA_ROW\((.*)\)", text, re.MULTILINE)
+    return [dict(zip(columns, map(str.strip, line.split(",")), strict=True)) for line in lines]
+
+
+ROWS = read_rows() if VARIANTS.exists() else []
+
+# -------------------------------------------------------------------------------------- the table
+
+
+def test_table_as_the_build_and_the_dispatch_read_it(host):
+    assert [row["name"] for row in ROWS] == [host.row_name(i).decode() for i in range(host.rows())]
+    assert 0 < len(ROWS) <= 150
+    assert len({row["name"] for row in ROWS}) == len(ROWS)
+    for row in ROWS:
+        assert (KERNELS / f"{row['source']}.cu").exists(), row
+
+
+# ----------------------------------------------------------------------------------- row selection
+
+
+def shapes(n):
+    rng = np.random.default_rng(3)
+    for _ in range(n):
+        hk = int(2 ** rng.uniform(0, 5))
+        hq = hk * int(rng.choice([1, 1, 4, 8]))
+        sq, sk = (int(2 ** rng.uniform(0, 15)) for _ in range(2))
+        yield int(2 ** rng.uniform(0, 8)), hq, hk, sq, sk
+
+
+def test_every_head_size_has_its_row(host):
+    """The tightest row that holds d and dv, whatever the rest of the shape; none: -1."""
+    for (name, dtype), d, dv in itertools.product(
+        {"FA_F16": F16, "FA_BF16": BF16}.items(), range(1, 257, 5), (64, 128, 192, 256)
+    ):
+        sizes = {(int(row["d"]), int(row["dv"])) for row in ROWS if row["dtype"] == name}
+        for b, hq, hk, sq, sk in shapes(3):
+            i = host.choose(dtype, b, hq, hk, sq, sk, d, dv, 0, SMS)
+            fits = [row for row in sizes if row[0] >= d and row[1] >= dv]
+            if not fits:
+                assert i == -1
+                continue
+            got_dtype, got_d, got_dv, *_ = (host.row_field(i, f) for f in range(5))
+            assert got_dtype == dtype and got_d >= d and got_dv >= dv
+            assert got_d + got_dv == min(map(sum, fits))
+
+
+def test_no_row_for_other_dtypes(host):
+    for dtype in (1, 2, 5):
+        assert host.choose(dtype, 1, 1, 1, 64, 64, 64, 64, 0, SMS) == -1
+
+
+def test_batch_invariant_choice_sees_one_sequence(host):
+    for b, hq, hk, sq, sk in shapes(500):
+        for d in (64, 128, 256):
+            rows = {host.choose(BF16, n, hq, hk, sq, sk, d, d, 1, SMS) for n in (1, 2, b, 4096)}
+            assert len(rows) == 1
+
+
+def test_tma_limits(host):
+    four = ctypes.c_int64 * 4
+
+    def takes(base, shape, stride):
+        return bool(host.tma_takes(ctypes.c_int64(base), four(*shape), four(*stride)))
+
+    shape = (2, 3, 100, 64)
+    assert takes(1024, shape, (19200, 6400, 64, 1))
+    assert takes(1024, shape, (0, 0, 64, 1))  # expanded
+    assert takes(1024, (1, 3, 100, 64), (7, 6400, 64, 1))  # the stride of one element means nothing
+    assert not takes(1026, shape, (19200, 6400, 64, 1))
+    assert not takes(1024, shape, (19200, 6400, 65, 1))
+    assert not takes(1024, shape, (19200, 6404, 64, 1))
+    assert not takes(1024, shape, (19200, 6400, -64, 1))
+    assert not takes(1024, shape, (19200, 6400, 64, 2))
+    assert not takes(1024, shape, (1 << 40, 6400, 64, 1))
+
+
+# ------------------------------------------------------------------------------------ the schedule
+
+HAS_LEFT, HAS_RIGHT, TOP_LEFT = 1, 2, 4
+
+
+@pytest.mark.parametrize("flags", [0, HAS_RIGHT, HAS_RIGHT | TOP_LEFT, HAS_LEFT | HAS_RIGHT])
+def test_each_tile_comes_exactly_once(host, flags):
+    host.visit.restype = ctypes.c_int64
+    for b, hq, hk, sq, sk in itertools.chain(
+        shapes(1500), [(70_000, 1, 1, 16, 16), (1, 70_000, 1, 5, 5)]
+    ):
+        block_m = (64, 128, 192, 256)[sq % 4]
+        m_blocks = -(-sq // block_m)
+        tiles = b * hq * m_blocks
+        if tiles > 300_000:
+            continue
+        visits, order = np.zeros(tiles, np.uint8), np.zeros(tiles, np.int32)
+        blocks = min(tiles, SMS) if b % 3 else 7
+        pointers = [ctypes.c_void_p(x.ctypes.data) for x in (visits, order)]
+        outside = host.visit(
+            b, hq, hk, sq, sk, (64, 128, 256)[sk % 3], flags, block_m, blocks, *pointers
+        )
+        assert outside == 0 and (visits == 1).all(), (b, hq, hk, sq, sk, flags, block_m, blocks)
+
+
+# ------------------------------------------------------------------------- sentences of the driver
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "driver", "code", "expected"),
+    [
+        (13000, 13000, 0, "^$"),
+        (13000, 13010, 0, "^$"),
+        (13000, 0, 35, "no NVIDIA driver"),
+        (13000, 0, 100, "no NVIDIA driver"),
+        (
+            13000,
+            12040,
+            35,
+            r"too old: it serves CUDA 12\.4, this build needs CUDA 13\.0 \(driver 580 or newer",
+        ),
+        (
+            12090,
+            11080,
+            35,
+            r"too old: it serves CUDA 11\.8, this build needs CUDA 12\.0 \(driver 525 or newer",
+        ),
+        (13000, 13000, 100, "shows no GPU"),
+        (13000, 13000, 999, "failed: unknown error"),
+    ],
+)
+def test_driver_sentences(host, toolkit, driver, code, expected):
+    assert re.search(expected, host.sentence(toolkit, driver, code, b"unknown error").decode())
+
+
+def test_a_long_sentence_is_cut(host):
+    assert len(host.sentence(13000, 13000, 999, b"x" * 500)) == 127
