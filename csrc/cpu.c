@@ -1,35 +1,293 @@
-/* cpu.c - the CPU backend (being written; it takes nothing yet). */
+/* cpu.c - the CPU backend: chooses the vector level, shares out blocks of rows among threads,
+ * merges.
+ *
+ * What is computed is in cpu_kernel.h, in vectors of cpu_simd.h; this file compiles it for every
+ * level.
+ */
+#define _GNU_SOURCE
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
+#include "cpu_half.h"
+#include "cpu_pool.h"
 #include "fastattn.h"
+#include "mask.h"
 
-const char *fa_cpu_level(void) {
-    return "portable";
+#define FA_LOG2E 1.44269504088896340736
+#define FA_LN2 0.69314718055994530942
+#define FA_FAST static inline __attribute__((always_inline))
+#define FA_JOIN_(a, b) a##_##b
+#define FA_JOIN(a, b) FA_JOIN_(a, b)
+
+static int64_t fa_size(fa_dtype type) {
+    static const int8_t size[] = {
+        [FA_F64] = 8, [FA_F32] = 4, [FA_F16] = 2, [FA_BF16] = 2, [FA_BOOL] = 1};
+    return size[type];
 }
 
-int32_t fa_cpu_threads(void) {
-    return 1;
+/* ---- the levels ---- */
+
+typedef struct fa_cpu_kernel {
+    int lanes, rows; /* rows in a vector; the most that run() takes at once */
+    size_t (*scratch)(const fa_params *p, int rows);
+    void (*run)(const fa_params *p, int64_t b, int64_t h, fa_lengths lengths, int first, int count,
+                void *memory);
+} fa_cpu_kernel;
+
+#define FA_LEVEL portable /* 16-byte vectors: SSE2, NEON, or whatever gcc makes of them */
+#define FA_BYTES 16
+#define FA_X86 0
+#define FA_VECTORS 3
+#define FA_ACCUMULATORS 12
+#include "cpu_level.h"
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define FA_LEVEL avx2
+#define FA_BYTES 32
+#define FA_X86 256
+#define FA_VECTORS 3
+#define FA_ACCUMULATORS 12
+#include "cpu_level.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#define FA_LEVEL avx512
+#define FA_BYTES 64
+#define FA_X86 512
+#define FA_VECTORS 4
+#define FA_ACCUMULATORS 16
+#include "cpu_level.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#define FA_NAME bf16_avx512_bf16
+#define FA_REAL float
+#define FA_INT int32_t
+#define FA_PAIRS 1
+#define FA_BYTES 64
+#define FA_X86 512
+#define FA_VECTORS 4
+#define FA_ACCUMULATORS 16
+#include "cpu_kernel.h"
+#pragma GCC pop_options
+#endif
+
+typedef struct level {
+    const char *name;
+    const char *kernels[5];          /* names, by dtype */
+    const fa_cpu_kernel *by_type[5]; /* float16, and mostly bfloat16, run the float32 kernel */
+} level;
+
+#define LEVEL(name, f64, f32, bf16)                                               \
+    {                                                                             \
+        #name,                                                                    \
+            {NULL, "cpu_" #name "_f64", "cpu_" #name "_f32", "cpu_" #name "_f16", \
+             "cpu_" #name "_bf16"},                                               \
+        {                                                                         \
+            NULL, &kernel_##f64, &kernel_##f32, &kernel_##f32, &kernel_##bf16     \
+        }                                                                         \
+    }
+
+static const level levels[] = {
+    LEVEL(portable, f64_portable, f32_portable, f32_portable),
+#if defined(__x86_64__)
+    LEVEL(avx2, f64_avx2, f32_avx2, f32_avx2),
+    LEVEL(avx512, f64_avx512, f32_avx512, f32_avx512),
+    LEVEL(avx512_bf16, f64_avx512, f32_avx512, bf16_avx512_bf16),
+#endif
+};
+
+static pthread_once_t level_once = PTHREAD_ONCE_INIT;
+static const level *chosen = &levels[0];
+
+/* The highest level that this machine has. FASTATTN_CPU_LEVEL names a lower one, for tests. */
+static void choose_level(void) {
+    int highest = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
+        highest = 1;
+    if (highest == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        highest = 2;
+    if (highest == 2 && __builtin_cpu_supports("avx512bf16")) highest = 3;
+#endif
+    const char *wanted = getenv("FASTATTN_CPU_LEVEL");
+    for (int i = 0; wanted && i < highest; i++)
+        if (strcmp(wanted, levels[i].name) == 0) highest = i;
+    chosen = &levels[highest];
+}
+
+static const level *the_level(void) {
+    pthread_once(&level_once, choose_level);
+    return chosen;
+}
+
+const char *fa_cpu_level(void) { return the_level()->name; }
+
+int32_t fa_cpu_threads(void) { return fa_pool_threads(); }
+
+/* ---- one call ---- */
+
+/* A call is cut into tasks of up to `rows` rows of one head; threads draw them one by one. */
+typedef struct call {
+    const fa_params *p;
+    const fa_cpu_kernel *kernel;
+    int rows;
+    int64_t blocks, tasks; /* row blocks of a head; tasks in all */
+    atomic_llong next;
+    atomic_int failed;
+} call;
+
+/* Rows past the sequence's length: 0 and -inf. */
+static void empty_rows(const fa_what *what, int64_t b, int64_t h, int first, int end) {
+    const int64_t size = fa_size(what->dtype);
+    char *out = (char *)what->out.data + (b * what->out.stride[0] + h * what->out.stride[1]) * size;
+    float *lse = what->lse.data;
+    for (int64_t row = first; row < end; row++) {
+        char *to = out + row * what->out.stride[2] * size;
+        for (int64_t i = 0; i < what->dv; i++)
+            memset(to + i * what->out.stride[3] * size, 0, (size_t)size);
+        if (lse)
+            lse[b * what->lse.stride[0] + h * what->lse.stride[1] + row * what->lse.stride[2]] =
+                -INFINITY;
+    }
+}
+
+static void work(void *argument) {
+    call *c = argument;
+    const fa_params *p = c->p;
+    char *memory = malloc(c->kernel->scratch(p, c->rows) + 63);
+    if (!memory) {
+        atomic_store(&c->failed, 1);
+        return;
+    }
+    char *aligned = memory + (-(uintptr_t)memory & 63);
+    for (;;) {
+        int64_t task = atomic_fetch_add_explicit(&c->next, 1, memory_order_relaxed);
+        if (task >= c->tasks) break;
+        /* Last rows first: under a causal mask they see most, and short tasks at the end even out.
+         */
+        int64_t head = task / c->blocks, first = (c->blocks - 1 - task % c->blocks) * c->rows;
+        int64_t b = head / p->what.hq, h = head % p->what.hq;
+        fa_lengths lengths = fa_sequence_lengths(&p->masks, b, p->what.sq, p->what.sk);
+        int end = (int)(first + c->rows < p->what.sq ? first + c->rows : p->what.sq);
+        int valid = end < lengths.sq ? end : lengths.sq;
+        if (valid < first) valid = (int)first;
+        if (first < valid)
+            c->kernel->run(p, b, h, lengths, (int)first, valid - (int)first, aligned);
+        if (valid < end) empty_rows(&p->what, b, h, valid, end);
+    }
+    free(memory);
+}
+
+static fa_status cpu_run(const fa_params *p, void *workspace, fa_error *error) {
+    const fa_what *what = &p->what;
+    (void)workspace;
+    if (what->b == 0 || what->hq == 0 || what->sq == 0) return FA_OK;
+    call c = {.p = p, .kernel = the_level()->by_type[what->dtype]};
+    const int64_t heads = (int64_t)what->b * what->hq;
+    /* Below some 40 us of work waking a thread costs more than it brings. */
+    double products = (double)heads * what->sq * what->sk * (what->d + what->dv);
+    int threads = products < 2e6 ? 1 : fa_pool_threads();
+    c.rows = c.kernel->rows;
+    if (c.rows > what->sq)
+        c.rows = (what->sq + c.kernel->lanes - 1) / c.kernel->lanes * c.kernel->lanes;
+    while (c.rows > c.kernel->lanes && heads * ((what->sq + c.rows - 1) / c.rows) < 4 * threads &&
+           threads > 1)
+        c.rows = (c.rows / 2 + c.kernel->lanes - 1) / c.kernel->lanes * c.kernel->lanes;
+    c.blocks = (what->sq + c.rows - 1) / c.rows;
+    c.tasks = heads * c.blocks;
+    fa_pool_run(c.tasks < threads ? (int)c.tasks : threads, work, &c);
+    if (atomic_load(&c.failed)) {
+        snprintf(error->text, sizeof error->text, "no memory for the CPU backend's scratch");
+        return FA_MEMORY;
+    }
+    return FA_OK;
 }
 
 static fa_status cpu_reject(const fa_params *p, fa_error *why) {
-    (void)p;
-    snprintf(why->text, sizeof why->text, "it is being written");
+    if (p->where.device_type == FA_CPU) return FA_OK;
+    snprintf(why->text, sizeof why->text, "the arrays are on a GPU");
     return FA_UNSUPPORTED;
 }
 
-static const char *cpu_kernel(const fa_params *p) {
-    (void)p;
-    return "cpu_portable";
-}
+static const char *cpu_kernel(const fa_params *p) { return the_level()->kernels[p->what.dtype]; }
 
 static int64_t cpu_workspace(const fa_params *p) {
     (void)p;
     return 0;
 }
 
-static fa_status cpu_run(const fa_params *p, void *workspace, fa_error *error) {
-    (void)workspace;
-    return cpu_reject(p, error);
+/* ---- merging ---- */
+
+/* Element (b, h, s, i) of a tensor, in elements. */
+static int64_t at(const fa_tensor *t, int64_t b, int64_t h, int64_t s) {
+    return b * t->stride[0] + h * t->stride[1] + s * t->stride[2];
 }
 
-const fa_backend fa_cpu = {"cpu", cpu_reject, cpu_kernel, cpu_workspace, cpu_run, NULL};
+/* One row: out = sum of w_i out_i / sum of w_i with w_i = exp(lse_i - the largest). Empty parts are
+ * not read. */
+static void merge_row(const fa_merge *m, int64_t b, int64_t h, int64_t s, double *sum,
+                      double *row) {
+    const int dv = (int)m->out.shape[3];
+    const int64_t size = fa_size(m->dtype);
+    double top = -INFINITY, total = 0;
+    for (int i = 0; i < m->n; i++) {
+        double lse = ((const float *)m->lses[i].data)[at(&m->lses[i], b, h, s)];
+        if (!(lse <= top)) top = lse; /* a NaN stays */
+    }
+    memset(sum, 0, (size_t)dv * sizeof *sum);
+    for (int i = 0; i < m->n; i++) {
+        double lse = ((const float *)m->lses[i].data)[at(&m->lses[i], b, h, s)];
+        if (lse == -INFINITY) continue;
+        double weight = exp2_f64_portable((vec_f64_portable){(lse - top) * FA_LOG2E})[0];
+        total += weight;
+        read_row_f64_portable(row, (const char *)m->outs[i].data + at(&m->outs[i], b, h, s) * size,
+                              m->dtype, m->outs[i].stride[3], dv);
+        for (int j = 0; j < dv; j++) sum[j] += weight * row[j];
+    }
+    float *single = (float *)row; /* write_row of the float kernel for all but float64 */
+    for (int j = 0; j < dv; j++) sum[j] = total == 0 ? 0 : sum[j] / total;
+    void *out = (char *)m->out.data + at(&m->out, b, h, s) * size;
+    if (m->dtype == FA_F64) {
+        write_row_f64_portable(out, m->dtype, m->out.stride[3], sum, dv);
+    } else {
+        for (int j = 0; j < dv; j++) single[j] = (float)sum[j];
+        write_row_f32_portable(out, m->dtype, m->out.stride[3], single, dv);
+    }
+    double lse =
+        total == 0 ? -INFINITY : top + log2_f64_portable((vec_f64_portable){total, 1})[0] * FA_LN2;
+    ((float *)m->lse.data)[at(&m->lse, b, h, s)] = (float)lse;
+}
+
+static fa_status cpu_merge(const fa_merge *m, fa_error *error) {
+    double *memory = malloc(2 * sizeof(double) * (size_t)(m->out.shape[3] + 1));
+    if (!memory) {
+        snprintf(error->text, sizeof error->text, "no memory for the CPU backend's scratch");
+        return FA_MEMORY;
+    }
+    for (int64_t b = 0; b < m->out.shape[0]; b++)
+        for (int64_t h = 0; h < m->out.shape[1]; h++)
+            for (int64_t s = 0; s < m->out.shape[2]; s++)
+                merge_row(m, b, h, s, memory, memory + m->out.shape[3]);
+    free(memory);
+    return FA_OK;
+}
+
+const fa_backend fa_cpu = {"cpu", cpu_reject, cpu_kernel, cpu_workspace, cpu_run, cpu_merge};

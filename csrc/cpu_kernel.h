@@ -1,0 +1,549 @@
+/* cpu_kernel.h - the algorithm of the CPU backend, once per instance (see cpu_simd.h). Included
+ * without a guard.
+ *
+ * Online softmax over blocks of keys. The lanes of every vector are query rows, so all that a row
+ * carries - its maximum, its sum, its interval - is one lane, and no step adds across lanes. A
+ * panel of up to NV * LANES rows holds
+ *
+ *     Q^T [d][row]      S^T [key][row]      O^T [dv][row]
+ *
+ * and both products are the same loop: vectors of rows times one broadcast number of K or V, which
+ * are therefore read as they lie, without packing, where they lie well.
+ *
+ *     S^T[key] = sum over d    Q^T[d]   * K[key][d]
+ *     O^T[dv]  = sum over keys P^T[key] * V[key][dv]
+ *
+ * With FA_PAIRS a step of either sum is a pair of bfloat16 (vdpbf16ps): Q and K pair up along d, P
+ * and V along keys.
+ */
+#include "cpu_simd.h"
+
+#define NV FA_VECTORS
+#define STEP (FA_PAIRS ? 2 : 1) /* elements in a unit */
+enum {
+    FN(KEYS) = 64,
+    FN(PANEL) = NV * (FA_BYTES / (int)sizeof(FA_REAL)),
+    FN(PANELS) = 128 / FN(PANEL)
+};
+#define KEYS FN(KEYS)
+#define PANEL FN(PANEL)
+#define PANELS FN(PANELS)
+
+/* Rows of the register tile: as many broadcast numbers as leave registers for `nv` vectors. */
+#define HEIGHT(nv) (FA_ACCUMULATORS / (nv) < 8 ? FA_ACCUMULATORS / (nv) : 8)
+
+#define panel FN(panel)
+typedef struct panel {
+    vec *q;           /* [units of d][nv] */
+    vec *o;           /* [dv][nv], not yet divided by l */
+    vec m[NV], l[NV]; /* maximum of the scores in units of ln 2, sum of 2^(s - m) */
+    ivec begin[NV], end[NV],
+        position[NV];     /* of each row; begin = end in the lanes past the last row */
+    fa_interval any, all; /* keys that some row, and that every row sees */
+    int first, count, nv; /* rows, vectors of rows */
+} panel;
+
+/* What all blocks of a run share. */
+#define context FN(context)
+typedef struct context {
+    const fa_params *p;
+    const char *q, *k, *v, *mask; /* of this batch and head */
+    int unit_k, unit_v;           /* K and V can be read in place */
+    int units;                    /* units of d */
+    int changed; /* softcap, float mask or ALiBi: scores are in nats until change() is through */
+    real factor, softcap, slope;
+    panel panels[PANELS];
+    vec *s, *bias; /* [KEYS][NV]: scores, then probabilities; the mask's block */
+    real *rows;    /* [LANES][longest row], to transpose from and to */
+    real *k_packed, *v_packed;
+} context;
+
+/* A block of keys, and where its K and V are. */
+#define block FN(block)
+typedef struct block {
+    int begin, end;
+    const unit *k, *v;
+    int64_t k_row, v_row; /* units from key to key, from step to step */
+} block;
+
+#define whole FN(whole)
+static int whole(int n) { /* up to a multiple of LANES */ return (n + LANES - 1) / LANES * LANES; }
+
+/* acc[i][j] += sum over steps a[step][j] * b[i * row + step * next] */
+#define multiply FN(multiply)
+FA_FAST void multiply(vec *acc, int height, int nv, const vec *a, const unit *b, int64_t row,
+                      int64_t next, int steps) {
+    for (int step = 0; step < steps; step++, a += nv, b += next) {
+        vec x[NV];
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) x[j] = a[j];
+#pragma GCC unroll 8
+        for (int i = 0; i < height; i++) {
+            vec y = (vec)(b[i * row] - (ivec){0});
+#pragma GCC unroll 8
+            for (int j = 0; j < nv; j++) acc[i * nv + j] = dot(x[j], y, acc[i * nv + j]);
+        }
+    }
+}
+
+/* S^T of `height` keys, scaled; raises `top`, the maxima. */
+#define score FN(score)
+FA_FAST void score(vec *s, vec *top, int height, int nv, const vec *q, const unit *k, int64_t k_row,
+                   int units, real factor) {
+    vec acc[8 * NV];
+#pragma GCC unroll 32
+    for (int i = 0; i < height * nv; i++) acc[i] = (vec){0};
+    multiply(acc, height, nv, q, k, k_row, 1, units);
+#pragma GCC unroll 8
+    for (int i = 0; i < height; i++) {
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) {
+            vec x = acc[i * nv + j] * factor;
+            s[i * nv + j] = x;
+            top[j] = max_(x, top[j]);
+        }
+    }
+}
+
+/* O^T of `height` columns of V: rescaled, then P V is added. */
+#define collect FN(collect)
+FA_FAST void collect(vec *o, const vec *alpha, int height, int nv, const vec *p, const unit *v,
+                     int64_t v_row, int steps) {
+    vec acc[8 * NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < height; i++) {
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) acc[i * nv + j] = o[i * nv + j] * alpha[j];
+    }
+    multiply(acc, height, nv, p, v, 1, v_row, steps);
+#pragma GCC unroll 32
+    for (int i = 0; i < height * nv; i++) o[i] = acc[i];
+}
+
+/* Everything that changes scores, in the order of the definition, and what hides keys; the maxima
+ * anew. */
+#define change FN(change)
+FA_FAST void change(const context *c, const panel *p, vec *s, vec *top, int begin, int n, int nv) {
+    const fa_scores *scores = &c->p->scores;
+    const int adds = scores->mask.data && scores->mask_dtype != FA_BOOL;
+    const int hides = scores->mask.data && scores->mask_dtype == FA_BOOL;
+    const int cuts = begin < p->all.begin || begin + n > p->all.end;
+    const vec hidden = splat(-(real)INFINITY);
+    for (int j = 0; j < nv; j++) top[j] = hidden;
+    for (int i = 0; i < n; i++) {
+        const FA_INT key = begin + i;
+        for (int j = 0; j < nv; j++) {
+            vec x = s[i * nv + j], bias = c->bias ? c->bias[i * nv + j] : hidden;
+            if (c->changed) {
+                if (scores->softcap > 0) x = tanh_(x * (1 / c->softcap)) * c->softcap;
+                if (adds) x += bias;
+                if (scores->alibi_slopes) {
+                    vec distance = __builtin_convertvector(p->position[j] - key, vec);
+                    x -= max_(distance, -distance) * c->slope;
+                }
+                x *= (real)FA_LOG2E;
+            }
+            if (hides) x = pick(bias != 0, x, hidden);
+            if (cuts) x = pick((p->begin[j] <= key) & (p->end[j] > key), x, hidden);
+            s[i * nv + j] = x;
+            top[j] = max_(x, top[j]);
+        }
+    }
+}
+
+/* The mask's block as S^T lies: [key][row]. */
+#define read_bias FN(read_bias)
+static void read_bias(const context *c, const panel *p, int begin, int n) {
+    const fa_scores *scores = &c->p->scores;
+    const fa_tensor *mask = &scores->mask;
+    const int64_t size = fa_size(scores->mask_dtype);
+    for (int j = 0; j < p->nv; j++) {
+        for (int i = 0; i < LANES; i++) {
+            int row = j * LANES + i < p->count ? j * LANES + i : p->count - 1;
+            int64_t at = (p->first + row) * mask->stride[2] + begin * mask->stride[3];
+            read_row(c->rows + i * KEYS, c->mask + at * size, scores->mask_dtype, mask->stride[3],
+                     n);
+        }
+        for (int i = 0; i < n; i += LANES)
+            transpose((real *)(c->bias + i * p->nv + j), p->nv * LANES, c->rows + i, KEYS);
+    }
+}
+
+/* One panel meets the keys [begin, end) of one block. */
+#define attend FN(attend)
+FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, int end, int nv) {
+    const int n = end - begin, height = HEIGHT(nv);
+    const unit *k = keys->k + (begin - keys->begin) * keys->k_row;
+    vec *s = c->s, top[NV], alpha[NV];
+    for (int j = 0; j < nv; j++) top[j] = splat(-(real)INFINITY);
+    for (int i = 0; i < n;) {
+        if (n - i >= height) {
+            score(s + i * nv, top, height, nv, p->q, k + i * keys->k_row, keys->k_row, c->units,
+                  c->factor);
+            i += height;
+        } else {
+            score(s + i * nv, top, 1, nv, p->q, k + i * keys->k_row, keys->k_row, c->units,
+                  c->factor);
+            i++;
+        }
+    }
+    if (c->changed || c->bias || begin < p->all.begin || end > p->all.end) {
+        if (c->bias) read_bias(c, p, begin, n);
+        change(c, p, s, top, begin, n, nv);
+    }
+
+    vec m[NV], l[NV];
+    for (int j = 0; j < nv; j++) {
+        top[j] = max_(top[j], p->m[j]);
+        m[j] = pick(top[j] == -(real)INFINITY, (vec){0},
+                    top[j]); /* nothing seen so far: 2^(-inf) is 0 */
+        alpha[j] = exp2_(p->m[j] - m[j]);
+        l[j] = p->l[j] * alpha[j];
+        p->m[j] = top[j];
+    }
+    for (int i = 0; i < n; i += STEP) {
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) {
+            vec x = exp2_(s[i * nv + j] - m[j]);
+            l[j] += x;
+#if FA_PAIRS
+            vec y = {0};
+            if (i + 1 < n) l[j] += y = exp2_(s[(i + 1) * nv + j] - m[j]);
+            s[i / 2 * nv + j] = pair(x, y);
+#else
+            s[i * nv + j] = x;
+#endif
+        }
+    }
+    for (int j = 0; j < nv; j++) p->l[j] = l[j];
+
+    const unit *v = keys->v + (begin - keys->begin) / STEP * keys->v_row;
+    const int steps = (n + STEP - 1) / STEP, dv = c->p->what.dv;
+    for (int i = 0; i < dv;) {
+        if (dv - i >= height) {
+            collect(p->o + i * nv, alpha, height, nv, s, v + i, keys->v_row, steps);
+            i += height;
+        } else {
+            collect(p->o + i * nv, alpha, 1, nv, s, v + i, keys->v_row, steps);
+            i++;
+        }
+    }
+}
+
+/* The same with the number of vectors known to the compiler. */
+#define attend_panel FN(attend_panel)
+static __attribute__((noinline)) void attend_panel(const context *c, panel *p, const block *keys,
+                                                   int begin, int end) {
+    switch (p->nv) {
+        case 1:
+            attend(c, p, keys, begin, end, 1);
+            break;
+        case 2:
+            attend(c, p, keys, begin, end, 2);
+            break;
+        case 3:
+            attend(c, p, keys, begin, end, 3);
+            break;
+#if FA_VECTORS == 4
+        case 4:
+            attend(c, p, keys, begin, end, 4);
+            break;
+#endif
+    }
+}
+
+/* Rows first .. first + count - 1 in lanes: Q transposed, O empty, the interval of each. */
+#define open_panel FN(open_panel)
+static void open_panel(const context *c, panel *p, fa_lengths lengths, int first, int count) {
+    const fa_what *what = &c->p->what;
+    const fa_masks *masks = &c->p->masks;
+    const int64_t size = fa_size(what->dtype);
+    const int width = whole(c->units);
+    p->first = first;
+    p->count = count;
+    p->nv = (count + LANES - 1) / LANES;
+    fa_interval top = fa_row_interval(masks, lengths, first);
+    fa_interval bottom = fa_row_interval(masks, lengths, first + count - 1);
+    p->any = (fa_interval){top.begin, bottom.end};
+    p->all = (fa_interval){bottom.begin, top.end};
+    memset(p->o, 0, (size_t)whole(what->dv) * p->nv * sizeof(vec));
+    for (int j = 0; j < p->nv; j++) {
+        p->m[j] = splat(-(real)INFINITY);
+        p->l[j] = (vec){0};
+        for (int i = 0; i < LANES; i++) {
+            const int row = j * LANES + i;
+            real *to = c->rows + i * width;
+            p->begin[j][i] = p->end[j][i] = p->position[j][i] = 0;
+            if (row >= count) {
+                memset(to, 0, (size_t)width * sizeof(real));
+                continue;
+            }
+            fa_interval keys = fa_row_interval(masks, lengths, first + row);
+            p->begin[j][i] = keys.begin;
+            p->end[j][i] = keys.end;
+            p->position[j][i] = fa_row_position(masks, lengths, first + row);
+            const char *from = c->q + (first + row) * what->q.stride[2] * size;
+#if FA_PAIRS
+            to[c->units - 1] = 0;
+            copy_half((uint16_t *)to, (const uint16_t *)from, what->q.stride[3], what->d);
+#else
+            read_row(to, from, what->dtype, what->q.stride[3], what->d);
+#endif
+        }
+        for (int i = 0; i < c->units; i += LANES)
+            transpose((real *)(p->q + i * p->nv + j), p->nv * LANES, c->rows + i, width);
+    }
+}
+
+/* Divides by the sums, the sink's term included, and writes out and lse. */
+#define close_panel FN(close_panel)
+static void close_panel(const context *c, panel *p, int64_t b, int64_t h) {
+    const fa_what *what = &c->p->what;
+    const fa_scores *scores = &c->p->scores;
+    const int width = whole(what->dv);
+    const float sink = scores->sink ? scores->sink[h * scores->sink_stride] : -INFINITY;
+    char *out = (char *)what->out.data +
+                (b * what->out.stride[0] + h * what->out.stride[1]) * fa_size(what->dtype);
+    float *lse = (float *)what->lse.data;
+    if (lse) lse += b * what->lse.stride[0] + h * what->lse.stride[1];
+    for (int j = 0; j < p->nv; j++) {
+        vec m = p->m[j], l = p->l[j], weight = splat(1);
+        const ivec empty = l == 0; /* the largest score gives 1, so 0 means that all are -inf */
+        if (scores->sink) {
+            const vec s = splat(sink * (real)FA_LOG2E);
+            vec top = max_(m, s), finite = pick(top == -(real)INFINITY, (vec){0}, top);
+            weight = exp2_(m - finite);
+            l = l * weight + exp2_(pick(s == finite, (vec){0}, s - finite));
+            m = top;
+        }
+        weight /= l;
+        for (int i = 0; i < what->dv; i++) {
+            vec *o = p->o + i * p->nv + j;
+            *o = pick(empty, (vec){0}, *o * weight);
+        }
+        for (int i = 0; i < what->dv; i += LANES)
+            transpose(c->rows + i, width, (real *)(p->o + i * p->nv + j), p->nv * LANES);
+        const vec value = (m + log2_(l)) * (real)FA_LN2;
+        for (int i = 0; i < LANES && j * LANES + i < p->count; i++) {
+            const int64_t row = p->first + j * LANES + i;
+            write_row(out + row * what->out.stride[2] * fa_size(what->dtype), what->dtype,
+                      what->out.stride[3], c->rows + i * width, what->dv);
+            if (lse) lse[row * what->lse.stride[2]] = empty[i] ? sink : (float)value[i];
+        }
+    }
+}
+
+/* Which keys of a block some row sees through the bool mask; returns how many. The rows' intervals
+ * count too, so that a key that only the mask or only the interval of every row hides is not read
+ * as a value. */
+#define see FN(see)
+static int see(const context *c, fa_lengths lengths, int first, int count, const block *keys,
+               uint8_t *seen) {
+    const fa_tensor *mask = &c->p->scores.mask;
+    memset(seen, 0, KEYS);
+    for (int row = first; row < first + count; row++) {
+        fa_interval of = fa_row_interval(&c->p->masks, lengths, row);
+        int begin = of.begin > keys->begin ? of.begin : keys->begin;
+        int end = of.end < keys->end ? of.end : keys->end;
+        const uint8_t *from =
+            (const uint8_t *)c->mask + row * mask->stride[2] + begin * mask->stride[3];
+        uint8_t *to = seen + (begin - keys->begin);
+        if (mask->stride[3] == 1)
+            for (int i = 0; i < end - begin; i++) to[i] |= from[i];
+        else
+            for (int i = 0; i < end - begin; i++) to[i] |= from[i * mask->stride[3]];
+    }
+    int n = 0;
+    for (int i = 0; i < keys->end - keys->begin; i++) n += seen[i] != 0;
+    return n;
+}
+
+/* Points a block at its K and V, packed where they cannot be read in place. Values that no row sees
+ * (keys below `visible`, or not `seen`) become 0: their probability is 0, and 0 * NaN is not. */
+#define load_block FN(load_block)
+static void load_block(const context *c, block *keys, int visible, const uint8_t *seen) {
+    const fa_what *what = &c->p->what;
+    const int64_t size = fa_size(what->dtype);
+    const int n = keys->end - keys->begin, dv = what->dv;
+    const char *k = c->k + keys->begin * what->k.stride[2] * size;
+    const char *v = c->v + keys->begin * what->v.stride[2] * size;
+    keys->k = (const unit *)k;
+    keys->k_row = what->k.stride[2] / STEP;
+    if (!c->unit_k) {
+        keys->k = (const unit *)c->k_packed;
+        keys->k_row = c->units;
+        for (int i = 0; i < n; i++) {
+            real *to = c->k_packed + i * c->units;
+            const char *from = k + i * what->k.stride[2] * size;
+#if FA_PAIRS
+            to[c->units - 1] = 0;
+            copy_half((uint16_t *)to, (const uint16_t *)from, what->k.stride[3], what->d);
+#else
+            read_row(to, from, what->dtype, what->k.stride[3], what->d);
+#endif
+        }
+    }
+    keys->v = (const unit *)v;
+    keys->v_row = what->v.stride[2];
+    if (!c->unit_v || seen) {
+        keys->v = (const unit *)c->v_packed;
+        keys->v_row = dv;
+        for (int i = 0; i < n; i += STEP) {
+            real *to = c->v_packed + i / STEP * dv;
+            const char *from = v + i * what->v.stride[2] * size;
+            int sees = keys->begin + i >= visible && (!seen || seen[i]);
+#if FA_PAIRS
+            int next = i + 1 < n && (!seen || seen[i + 1]);
+            zip_half((uint16_t *)to, sees ? (const uint16_t *)from : NULL,
+                     next ? (const uint16_t *)from + what->v.stride[2] : NULL, what->v.stride[3],
+                     dv);
+#else
+            if (sees)
+                read_row(to, from, what->dtype, what->v.stride[3], dv);
+            else
+                memset(to, 0, (size_t)dv * sizeof(real));
+#endif
+        }
+    }
+}
+
+/* The scratch of one thread, carved from `memory` (NULL: only counted). Returns its bytes. */
+#define lay_out FN(lay_out)
+static size_t lay_out(context *c, char *memory, const fa_what *what, int masked, int rows) {
+    const int units = (what->d + STEP - 1) / STEP, keys = what->sk < KEYS ? whole(what->sk) : KEYS;
+    int longest = whole(what->d > what->dv ? what->d : what->dv);
+    if (longest < KEYS) longest = KEYS;
+    size_t used = 0;
+#define CARVE(pointer, numbers)                                    \
+    do {                                                           \
+        if (memory) pointer = (void *)(memory + used);             \
+        used += ((size_t)(numbers) * sizeof(real) + 63) / 64 * 64; \
+    } while (0)
+    for (int i = 0, first = 0; first < rows; i++, first += PANEL) {
+        const int wide = rows - first < PANEL ? whole(rows - first) : PANEL;
+        CARVE(c->panels[i].q, whole(units) * wide);
+        CARVE(c->panels[i].o, whole(what->dv) * wide);
+    }
+    const int wide = rows < PANEL ? whole(rows) : PANEL;
+    CARVE(c->s, keys * wide);
+    if (masked) CARVE(c->bias, keys * wide);
+    CARVE(c->rows, LANES * longest);
+    CARVE(c->k_packed, keys * units);
+    CARVE(c->v_packed, keys * what->dv);
+#undef CARVE
+    return used;
+}
+
+#define scratch FN(scratch)
+static size_t scratch(const fa_params *p, int rows) {
+    return lay_out(NULL, NULL, &p->what, p->scores.mask.data != NULL, rows);
+}
+
+/* Rows first .. first + count - 1 (at most 128, all within the sequence's length) of one head. */
+#define run_rows FN(run_rows)
+static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_lengths lengths, int first,
+                     int count, void *memory) {
+    const fa_what *what = &p->what;
+    const fa_scores *scores = &p->scores;
+    const int64_t size = fa_size(what->dtype), hk = h / (what->hq / what->hk);
+    const int native = FA_PAIRS || (what->dtype == (DOUBLE ? FA_F64 : FA_F32));
+    const int hides = scores->mask.data && scores->mask_dtype == FA_BOOL;
+    context c;
+    c.bias = NULL;
+    c.p = p;
+    c.q = (const char *)what->q.data + (b * what->q.stride[0] + h * what->q.stride[1]) * size;
+    c.k = (const char *)what->k.data + (b * what->k.stride[0] + hk * what->k.stride[1]) * size;
+    c.v = (const char *)what->v.data + (b * what->v.stride[0] + hk * what->v.stride[1]) * size;
+    c.mask = scores->mask.data;
+    if (c.mask)
+        c.mask +=
+            (b * scores->mask.stride[0] + h * scores->mask.stride[1]) * fa_size(scores->mask_dtype);
+    c.unit_k = native && (what->k.stride[3] == 1 || what->d == 1) && what->d % STEP == 0 &&
+               what->k.stride[2] % STEP == 0;
+    c.unit_v = native && (what->v.stride[3] == 1 || what->dv == 1) && !FA_PAIRS;
+    c.units = (what->d + STEP - 1) / STEP;
+    c.changed = scores->softcap > 0 || scores->alibi_slopes || (c.mask && !hides);
+    c.factor = (real)(c.changed ? what->scale : what->scale * FA_LOG2E);
+    c.softcap = scores->softcap;
+    c.slope = scores->alibi_slopes
+                  ? scores->alibi_slopes[b * scores->alibi_stride[0] + h * scores->alibi_stride[1]]
+                  : 0;
+    lay_out(&c, memory, what, c.mask != NULL, count);
+
+    int panels = 0;
+    for (int i = 0; i < count; i += PANEL, panels++)
+        open_panel(&c, &c.panels[panels], lengths, first + i,
+                   count - i < PANEL ? count - i : PANEL);
+    const int begin = fa_row_interval(&p->masks, lengths, first).begin;
+    const int end = fa_row_interval(&p->masks, lengths, first + count - 1).end;
+    /* Blocks start at multiples of KEYS, wherever the rows' keys do: how rows are grouped changes
+     * no bit. */
+    for (int at = begin / KEYS * KEYS; at < end; at += KEYS) {
+        block keys = {
+            at > begin ? at : begin / STEP * STEP, at + KEYS < end ? at + KEYS : end, 0, 0, 0, 0};
+        uint8_t seen[KEYS];
+        int n = keys.end - keys.begin,
+            sees = hides ? see(&c, lengths, first, count, &keys, seen) : n;
+        if (sees == 0) continue;
+        load_block(&c, &keys, begin, sees < n ? seen : NULL);
+        for (int i = 0; i < panels; i++) {
+            panel *rows = &c.panels[i];
+            int from = rows->any.begin > keys.begin ? rows->any.begin / STEP * STEP : keys.begin;
+            int to = rows->any.end < keys.end ? rows->any.end : keys.end;
+            if (from < to) attend_panel(&c, rows, &keys, from, to);
+        }
+    }
+    for (int i = 0; i < panels; i++) close_panel(&c, &c.panels[i], b, h);
+}
+
+static const fa_cpu_kernel FN(kernel) = {LANES, PANELS * PANEL, scratch, run_rows};
+
+#undef DOUBLE
+#undef FA_INT
+#undef FA_NAME
+#undef FA_REAL
+#undef FN
+#undef HEIGHT
+#undef KEYS
+#undef LANES
+#undef NV
+#undef PANEL
+#undef PANELS
+#undef STEP
+#undef attend
+#undef attend_panel
+#undef block
+#undef change
+#undef close_panel
+#undef collect
+#undef context
+#undef copy_half
+#undef dot
+#undef exp2_
+#undef exp2_parts
+#undef fma_
+#undef ivec
+#undef lay_out
+#undef load_block
+#undef log2_
+#undef max_
+#undef multiply
+#undef open_panel
+#undef pair
+#undef panel
+#undef pick
+#undef read_bias
+#undef read_row
+#undef real
+#undef run_rows
+#undef score
+#undef scratch
+#undef see
+#undef splat
+#undef tanh_
+#undef transpose
+#undef unit
+#undef vec
+#undef whole
+#undef write_row
+#undef zip_half

@@ -1,0 +1,262 @@
+/* cpu_simd.h - the vector operations that cpu_kernel.h is written in, once per instance.
+ *
+ * An instance is a level and a number type; it defines FA_NAME (its suffix), FA_BYTES (of a
+ * vector), FA_REAL (float or double), FA_INT (the integer of that size), FA_X86 (0, 256 or 512:
+ * which intrinsics may be used) and FA_PAIRS (1: products of bfloat16 pairs). Included without a
+ * guard.
+ */
+#define FN(name) FA_JOIN(name, FA_NAME)
+#define LANES (FA_BYTES / (int)sizeof(FA_REAL))
+#define DOUBLE (sizeof(FA_REAL) == 8)
+
+#define real FA_REAL
+#define vec FN(vec)
+#define ivec FN(ivec)
+#define unit FN(unit)
+
+typedef real vec __attribute__((vector_size(FA_BYTES)));
+typedef FA_INT ivec __attribute__((vector_size(FA_BYTES)));
+/* One step of a dot product as it lies in memory: the bits of a number, or of a pair of bfloat16.
+ */
+typedef FA_INT unit __attribute__((may_alias, aligned(2)));
+
+#define splat FN(splat)
+FA_FAST vec splat(real x) { return x - (vec){0}; /* x - 0 keeps -0 */ }
+
+#define fma_ FN(fma)
+FA_FAST vec fma_(vec a, vec b, vec c) {
+#if FA_X86 == 512
+    return DOUBLE ? (vec)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c)
+                  : (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif FA_X86 == 256
+    return DOUBLE ? (vec)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c)
+                  : (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return DOUBLE ? (vec)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b)
+                  : (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+#define dot FN(dot)
+FA_FAST vec dot(vec a, vec b, vec c) {
+#if FA_PAIRS
+    return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else
+    return fma_(a, b, c);
+#endif
+}
+
+#define pick FN(pick)
+FA_FAST vec pick(ivec condition, vec yes, vec no) {
+    return (vec)((condition & (ivec)yes) | (~condition & (ivec)no));
+}
+
+/* The larger; `b` where either is NaN. */
+#define max_ FN(max)
+FA_FAST vec max_(vec a, vec b) {
+#if FA_X86 == 512
+    return DOUBLE ? (vec)_mm512_max_pd((__m512d)a, (__m512d)b)
+                  : (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif FA_X86 == 256
+    return DOUBLE ? (vec)_mm256_max_pd((__m256d)a, (__m256d)b)
+                  : (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return pick(a > b, a, b);
+#endif
+}
+
+/* 2^x = 2^n 2^f with n the integer nearest to x and |f| <= 1/2: *scale = 2^n (0 where x < -126.5,
+ * or -1022.5 in double), and the result is 2^f - 1, exact to the last bit or so also where f is
+ * small. x <= 0, or NaN, which stays NaN. */
+#define exp2_parts FN(exp2_parts)
+FA_FAST vec exp2_parts(vec x, vec *scale) {
+    const real round = DOUBLE ? 6755399441055744. : 12582912.; /* 1.5 * 2^mantissa bits */
+    const int mantissa = DOUBLE ? 52 : 23, bias = DOUBLE ? 1023 : 127;
+    x = max_(splat(-bias), x);
+    vec shifted = x + round;
+    vec f = x - (shifted - round);
+    *scale = (vec)(((ivec)shifted << mantissa) + ((FA_INT)bias << mantissa));
+    vec y; /* (2^f - 1) / f, interpolated at Chebyshev nodes: 5e-9, or 8e-18 in double */
+    if (DOUBLE) {
+        y = splat(4.4549605981865183938e-10);
+        y = fma_(y, f, splat(7.0725859492692236999e-9));
+        y = fma_(y, f, splat(1.0178062445845773521e-7));
+        y = fma_(y, f, splat(1.3215442587921689653e-6));
+        y = fma_(y, f, splat(1.5252733829836118394e-5));
+        y = fma_(y, f, splat(1.5403530441736050155e-4));
+        y = fma_(y, f, splat(1.333355814641693531e-3));
+        y = fma_(y, f, splat(9.6181291076068885273e-3));
+        y = fma_(y, f, splat(5.5504108664821594339e-2));
+        y = fma_(y, f, splat(0.2402265069591009822));
+        y = fma_(y, f, splat(0.69314718055994530942));
+    } else {
+        y = splat(1.5453162945120690e-4f);
+        y = fma_(y, f, splat(1.3390863364671234e-3f));
+        y = fma_(y, f, splat(9.6180825572778515e-3f));
+        y = fma_(y, f, splat(5.5503571142190778e-2f));
+        y = fma_(y, f, splat(0.24022650760568127f));
+        y = fma_(y, f, splat(0.69314718802622878f));
+    }
+    return y * f;
+}
+
+#define exp2_ FN(exp2)
+FA_FAST vec exp2_(vec x) {
+    vec scale, y = exp2_parts(x, &scale);
+    return fma_(scale, y, scale);
+}
+
+/* tanh|x| = -e / (2 + e) with e = exp(-2|x|) - 1, which loses no digits near 0. */
+#define tanh_ FN(tanh)
+FA_FAST vec tanh_(vec x) {
+    const ivec sign = (ivec)splat(-(real)0);
+    vec absolute = (vec)((ivec)x & ~sign);
+    vec scale, y = exp2_parts(absolute * (real)(-2 * FA_LOG2E), &scale);
+    vec e = fma_(scale, y, scale - 1);
+    return (vec)((ivec)(-e / (2 + e)) | ((ivec)x & sign));
+}
+
+/* log2 of a positive finite normal number: x = 2^n t, t near 1, z = (t - 1) / (t + 1). For lse, so
+ * float's digits are enough. */
+#define log2_ FN(log2)
+FA_FAST vec log2_(vec x) {
+    const int mantissa = DOUBLE ? 52 : 23;
+    const FA_INT half = (FA_INT)(DOUBLE ? 0x3fe6a09e667f3bcd : 0x3f3504f3); /* sqrt(1/2) */
+    ivec n = ((ivec)x - half) >> mantissa;
+    vec t = (vec)((ivec)x - (n << mantissa));
+    vec z = (t - 1) / (t + 1), w = z * z;
+    vec y = splat((real)(2 * FA_LOG2E / 11));
+    y = fma_(y, w, splat((real)(2 * FA_LOG2E / 9)));
+    y = fma_(y, w, splat((real)(2 * FA_LOG2E / 7)));
+    y = fma_(y, w, splat((real)(2 * FA_LOG2E / 5)));
+    y = fma_(y, w, splat((real)(2 * FA_LOG2E / 3)));
+    y = fma_(y, w, splat((real)(2 * FA_LOG2E)));
+    return fma_(y, z, __builtin_convertvector(n, vec));
+}
+
+/* Transposes a square of LANES x LANES numbers: log2(LANES) rounds that interleave row i with row
+ * i + LANES/2. Strides count numbers. */
+#define transpose FN(transpose)
+static void transpose(real *to, int64_t to_stride, const real *from, int64_t from_stride) {
+    vec a[LANES], b[LANES];
+    ivec low, high;
+    for (int i = 0; i < LANES; i++) {
+        low[i] = i / 2 + i % 2 * LANES;
+        high[i] = low[i] + LANES / 2;
+        memcpy(&a[i], from + i * from_stride, sizeof(vec));
+    }
+    for (int round = 1; round < LANES; round *= 2) {
+        for (int i = 0; i < LANES / 2; i++) {
+            b[2 * i] = __builtin_shuffle(a[i], a[i + LANES / 2], low);
+            b[2 * i + 1] = __builtin_shuffle(a[i], a[i + LANES / 2], high);
+        }
+        memcpy(a, b, sizeof a);
+    }
+    for (int i = 0; i < LANES; i++) memcpy(to + i * to_stride, &a[i], sizeof(vec));
+}
+
+#if FA_PAIRS
+/* x and y rounded to bfloat16 and paired: x0 y0 x1 y1 ... */
+#define pair FN(pair)
+FA_FAST vec pair(vec x, vec y) {
+    const __m512i order =
+        (__m512i)(__v32hi){0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (vec)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
+}
+
+#define copy_half FN(copy_half)
+static void copy_half(uint16_t *to, const uint16_t *from, int64_t stride, int n) {
+    if (stride == 1)
+        memcpy(to, from, (size_t)n * sizeof *to);
+    else
+        for (int i = 0; i < n; i++) to[i] = from[i * stride];
+}
+
+/* x0 y0 x1 y1 ...; a NULL row counts as zeros. */
+#define zip_half FN(zip_half)
+static void zip_half(uint16_t *to, const uint16_t *x, const uint16_t *y, int64_t stride, int n) {
+    if (x && y && stride == 1) {
+        for (int i = 0; i < n; i++) {
+            to[2 * i] = x[i];
+            to[2 * i + 1] = y[i];
+        }
+    } else {
+        for (int i = 0; i < n; i++) {
+            to[2 * i] = x ? x[i * stride] : 0;
+            to[2 * i + 1] = y ? y[i * stride] : 0;
+        }
+    }
+}
+#endif
+
+/* n strided elements of `type` -> contiguous reals; bool gives 0 and 1. */
+#define read_row FN(read_row)
+#define READ(type, expression)                                           \
+    do {                                                                 \
+        const type *x = from;                                            \
+        if (stride == 1) {                                               \
+            for (int i = 0; i < n; i++, x++) to[i] = expression;         \
+        } else {                                                         \
+            for (int i = 0; i < n; i++, x += stride) to[i] = expression; \
+        }                                                                \
+    } while (0)
+static void read_row(real *to, const void *from, fa_dtype type, int64_t stride, int n) {
+    switch (type) {
+        case FA_F64:
+            READ(double, (real)*x);
+            break;
+        case FA_F32:
+            READ(float, *x);
+            break;
+        case FA_BF16:
+            READ(uint16_t, fa_bf16_to_float(*x));
+            break;
+        case FA_BOOL:
+            READ(uint8_t, *x != 0);
+            break;
+        case FA_F16: {
+            const uint16_t *x = from;
+            int i = 0;
+#if FA_X86
+            if (!DOUBLE && stride == 1)
+                for (; i + 8 <= n; i += 8) {
+                    __m256 y = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + i)));
+                    memcpy(to + i, &y, sizeof y);
+                }
+#endif
+            for (; i < n; i++) to[i] = fa_f16_to_float(x[i * stride]);
+            break;
+        }
+    }
+}
+#undef READ
+
+/* n contiguous reals -> strided elements of `type`. */
+#define write_row FN(write_row)
+static void write_row(void *to, fa_dtype type, int64_t stride, const real *from, int n) {
+    if (type == FA_BF16) {
+        uint16_t *x = to;
+        for (int i = 0; i < n; i++) x[i * stride] = fa_float_to_bf16((float)from[i]);
+    } else if (type == FA_F16) {
+        uint16_t *x = to;
+        int i = 0;
+#if FA_X86
+        if (!DOUBLE && stride == 1)
+            for (; i + 8 <= n; i += 8) {
+                __m256 y;
+                memcpy(&y, from + i, sizeof y);
+                _mm_storeu_si128((__m128i *)(x + i), _mm256_cvtps_ph(y, 0));
+            }
+#endif
+        for (; i < n; i++) x[i * stride] = fa_float_to_f16((float)from[i]);
+    } else {
+        real *x = to; /* float for float32, double for float64 */
+        if (stride == 1)
+            memcpy(x, from, (size_t)n * sizeof(real));
+        else
+            for (int i = 0; i < n; i++) x[i * stride] = from[i];
+    }
+}
