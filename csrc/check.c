@@ -1,0 +1,513 @@
+/* check.c - from described arrays to one fa_params, or one sentence naming the argument.
+ *
+ * Stop 3 of 6. Knows no Python and reads no array: only shapes, strides, dtypes and devices. Every
+ * shape of the public interface (two layouts, any rank for scaled_dot_product_attention) becomes
+ * the rank-4 (b, h, s, d) of fastattn.h here; the backends know nothing else.
+ */
+#include "check.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+fa_status fa_fail(fa_error *error, fa_status status, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(error->text, sizeof error->text, format, arguments);
+    va_end(arguments);
+    return status;
+}
+
+static const struct {
+    uint8_t code, bits;
+    fa_dtype dtype;
+    const char *name;
+} known[] = {
+    {DL_FLOAT, 64, FA_F64, "float64"}, {DL_FLOAT, 32, FA_F32, "float32"},
+    {DL_FLOAT, 16, FA_F16, "float16"}, {DL_BFLOAT, 16, FA_BF16, "bfloat16"},
+    {DL_BOOL, 8, FA_BOOL, "bool"},     {10, 8, 0, "float8_e4m3fn"},
+    {12, 8, 0, "float8_e5m2"},
+};
+
+/* 0 where the contract has no such dtype. */
+static fa_dtype contract_dtype(DLDataType t) {
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (t.code == known[i].code && t.bits == known[i].bits && t.lanes == 1)
+            return known[i].dtype;
+    return 0;
+}
+
+const char *fa_dtype_name(DLDataType t, char buffer[32]) {
+    static const char *const kinds[] = {"int",    "uint",    "float", "opaque",
+                                        "bfloat", "complex", "bool"};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (t.code == known[i].code && t.bits == known[i].bits && t.lanes == 1)
+            return known[i].name;
+    if (t.code < sizeof kinds / sizeof *kinds && t.lanes == 1)
+        snprintf(buffer, 32, "%s%d", kinds[t.code], t.bits);
+    else
+        snprintf(buffer, 32, "dtype (%d, %d, %d)", t.code, t.bits, t.lanes);
+    return buffer;
+}
+
+static const char *device_name(DLDevice device, char buffer[32]) {
+    if (device.device_type == DL_CPU) return "cpu";
+    snprintf(buffer, 32, "cuda:%d", device.device_id);
+    return buffer;
+}
+
+static const char *shape_text(int32_t ndim, const int64_t *shape, char buffer[192]) {
+    int used = snprintf(buffer, 192, "(");
+    for (int32_t i = 0; i < ndim; i++)
+        used += snprintf(buffer + used, 192 - used, i ? ", %lld" : "%lld", (long long)shape[i]);
+    snprintf(buffer + used, 192 - used, ndim == 1 ? ",)" : ")");
+    return buffer;
+}
+
+static fa_status check_rank(const fa_array *a, int32_t ndim, const char *dimensions,
+                            fa_error *error) {
+    if (a->ndim == ndim) return FA_OK;
+    return fa_fail(error, FA_VALUE, "`%s` must have %d dimensions %s, got %d", a->name, ndim,
+                   dimensions, a->ndim);
+}
+
+static fa_status check_shape(const fa_array *a, int32_t ndim, const int64_t *shape,
+                             fa_error *error) {
+    if (a->ndim == ndim && !memcmp(a->shape, shape, ndim * sizeof *shape)) return FA_OK;
+    char want[192], got[192];
+    return fa_fail(error, FA_VALUE, "`%s` must have shape %s, got %s", a->name,
+                   shape_text(ndim, shape, want), shape_text(a->ndim, a->shape, got));
+}
+
+static fa_status check_dtype(const fa_array *a, DLDataType want, const char *like,
+                             fa_error *error) {
+    if (!memcmp(&a->dtype, &want, sizeof want)) return FA_OK;
+    char expected[32], got[32];
+    return fa_fail(error, FA_TYPE, "`%s` must be %s%s, got %s", a->name,
+                   fa_dtype_name(want, expected), like, fa_dtype_name(a->dtype, got));
+}
+
+/* Same device, and on a GPU the same stream: arrays of two streams would need an order between
+ * them, and the library synchronises nothing. */
+static fa_status check_place(const fa_array *a, const fa_array *q, fa_error *error) {
+    char want[32], got[32];
+    if (memcmp(&a->device, &q->device, sizeof q->device))
+        return fa_fail(error, FA_VALUE, "`%s` must be on %s like `%s`, got %s", a->name,
+                       device_name(q->device, want), q->name, device_name(a->device, got));
+    if (q->device.device_type == DL_CUDA && a->stream != q->stream)
+        return fa_fail(error, FA_VALUE,
+                       "`%s` must be on the same CUDA stream as `%s`: their frameworks are on "
+                       "different current streams",
+                       a->name, q->name);
+    return FA_OK;
+}
+
+/* Dimension `axis` of a must equal that of `like`. */
+static fa_status check_equal(const fa_array *a, int64_t got, const char *letter,
+                             const fa_array *like, int64_t want, fa_error *error) {
+    if (got == want) return FA_OK;
+    return fa_fail(error, FA_VALUE, "`%s` must have %s = %lld like `%s`, got %lld", a->name, letter,
+                   (long long)want, like->name, (long long)got);
+}
+
+static fa_status check_range(const fa_array *a, int64_t got, const char *letter, int64_t lo,
+                             int64_t hi, fa_error *error) {
+    if (lo <= got && got <= hi) return FA_OK;
+    return fa_fail(error, FA_VALUE, "`%s` must have %s from %lld to %lld, got %lld", a->name,
+                   letter, (long long)lo, (long long)hi, (long long)got);
+}
+
+/* An array as `lead` leading dimensions and the rank-4 tail of the contract. */
+typedef struct view {
+    fa_tensor tensor; /* shape[0] and stride[0] are set by fold_batch() */
+    int64_t lead_shape[FA_OUTER], lead_stride[FA_OUTER];
+} view;
+
+/* The last three dimensions (h, s, d), missing ones of size 1, and the leading ones, right-aligned
+ * to n of them; size-1 strides become 0, so that a later broadcast is a change of shape alone. */
+static void view_array(const fa_array *a, int32_t n, fa_layout layout, view *out) {
+    static const int axis_of[2][4] = {{0, 1, 2, 3}, {0, 2, 1, 3}};
+    out->tensor.data = a->data;
+    for (int32_t i = 0; i < n + 3; i++) {
+        int32_t from = i - (n + 3) + a->ndim;
+        if (layout == FA_BSHD) from = axis_of[1][i]; /* rank 4, n = 1 */
+        int64_t shape = from < 0 ? 1 : a->shape[from];
+        int64_t stride = shape == 1 ? 0 : a->stride[from];
+        if (i < n)
+            out->lead_shape[i] = shape, out->lead_stride[i] = stride;
+        else
+            out->tensor.shape[i - n + 1] = shape, out->tensor.stride[i - n + 1] = stride;
+    }
+}
+
+/* Common size of a broadcast dimension; -1 if two sizes other than 1 differ. */
+static int64_t broadcast(int64_t a, int64_t b) { return a == b || b == 1 ? a : a == 1 ? b : -1; }
+
+/* Stretches a size-1 dimension (whose stride is 0) to size; 0 if it has another size. */
+static int stretch(int64_t *shape, int64_t size) {
+    if (*shape == 1) *shape = size;
+    return *shape == size;
+}
+
+/* Turns the n leading dimensions into b and as few outer dimensions as the strides of all arrays
+ * allow. views: q, k, v, mask (or NULL), out. */
+static void fold_batch(view *views[5], int32_t n, fa_plan *plan) {
+    int64_t shape[FA_OUTER + 1], stride[FA_OUTER + 1][5] = {{0}};
+    int32_t kept = 0; /* groups of dimensions, innermost first */
+    for (int32_t i = n - 1; i >= 0; i--) {
+        int64_t size = views[0]->lead_shape[i];
+        if (size == 1) continue;
+        int joins = kept > 0;
+        for (int t = 0; t < 5 && joins; t++)
+            if (views[t] && views[t]->lead_stride[i] != stride[kept - 1][t] * shape[kept - 1])
+                joins = 0;
+        if (joins) {
+            shape[kept - 1] *= size;
+            continue;
+        }
+        for (int t = 0; t < 5; t++) stride[kept][t] = views[t] ? views[t]->lead_stride[i] : 0;
+        shape[kept++] = size;
+    }
+    if (!kept) shape[kept++] = 1;
+    for (int t = 0; t < 5; t++)
+        if (views[t])
+            views[t]->tensor.shape[0] = shape[0], views[t]->tensor.stride[0] = stride[0][t];
+    plan->outer_ndim = kept - 1;
+    for (int32_t i = 1; i < kept; i++) {
+        plan->outer_shape[i - 1] = shape[i];
+        memcpy(plan->outer_stride[i - 1], stride[i], sizeof stride[i]);
+    }
+}
+
+static fa_status check_mask(const fa_request *r, int32_t n, const int64_t *lead, fa_plan *plan,
+                            view *mask, fa_error *error) {
+    const fa_array *a = r->mask;
+    const fa_what *w = &plan->params.what;
+    fa_dtype dtype = contract_dtype(a->dtype);
+    int same = dtype == w->dtype;
+    char got[32], want_shape[192], got_shape[192];
+    if (r->sdpa && dtype != FA_BOOL && dtype != FA_F32 && !same)
+        return fa_fail(error, FA_TYPE, "`%s` must be bool, float32 or of `%s`'s dtype, got %s",
+                       a->name, r->q->name, fa_dtype_name(a->dtype, got));
+    if (!dtype || (dtype == FA_F64 && !same))
+        return fa_fail(error, FA_TYPE, "`%s` must be bool, float32, float16 or bfloat16, got %s",
+                       a->name, fa_dtype_name(a->dtype, got));
+    TRY(check_place(a, r->q, error));
+    int64_t want[FA_MAX_RANK];
+    memcpy(want, lead, n * sizeof *lead);
+    want[n] = w->hq, want[n + 1] = w->sq, want[n + 2] = w->sk;
+    int fits = a->ndim <= n + 3;
+    if (fits) view_array(a, n, FA_BHSD, mask);
+    for (int32_t i = 0; i < n && fits; i++) fits = stretch(&mask->lead_shape[i], lead[i]);
+    for (int i = 0; i < 3 && fits; i++) fits = stretch(&mask->tensor.shape[i + 1], want[n + i]);
+    if (!fits) {
+        int32_t skip = r->sdpa && n == 1 && plan->out_ndim < 4 ? 4 - plan->out_ndim : 0;
+        return fa_fail(error, FA_VALUE, "`%s` must broadcast to %s, got %s", a->name,
+                       shape_text(n + 3 - skip, want + skip, want_shape),
+                       shape_text(a->ndim, a->shape, got_shape));
+    }
+    plan->params.scores.mask_dtype = dtype;
+    return FA_OK;
+}
+
+/* An optional (b,) int32 or (hq,) float32 argument. */
+static fa_status check_vector(const fa_array *a, const fa_array *q, DLDataType dtype, int64_t size,
+                              const void **data, int64_t *stride, fa_error *error) {
+    if (!a) return FA_OK;
+    TRY(check_dtype(a, dtype, "", error));
+    TRY(check_shape(a, 1, &size, error));
+    TRY(check_place(a, q, error));
+    *data = a->data;
+    *stride = size == 1 ? 0 : a->stride[0];
+    return FA_OK;
+}
+
+static fa_status check_masks(const fa_request *r, fa_plan *plan, fa_error *error) {
+    static const DLDataType int32 = {DL_INT, 32, 1};
+    fa_masks *m = &plan->params.masks;
+    int64_t right = r->right, b = plan->params.what.b;
+    if (r->causal && (!r->has_right || right > 0)) right = 0;
+    m->flags = (r->has_left ? FA_HAS_LEFT : 0) | (r->has_right || r->causal ? FA_HAS_RIGHT : 0) |
+               (r->top_left ? FA_TOP_LEFT : 0);
+    m->left = r->left > FA_MAX_LENGTH ? FA_MAX_LENGTH : (int32_t)r->left;
+    m->right = right > FA_MAX_LENGTH ? FA_MAX_LENGTH : (int32_t)right;
+    TRY(check_vector(r->q_lengths, r->q, int32, b, (const void **)&m->q_lengths,
+                     &m->q_lengths_stride, error));
+    TRY(check_vector(r->k_lengths, r->q, int32, b, (const void **)&m->k_lengths,
+                     &m->k_lengths_stride, error));
+    return check_vector(r->k_start, r->q, int32, b, (const void **)&m->k_start, &m->k_start_stride,
+                        error);
+}
+
+static fa_status check_scores(const fa_request *r, fa_plan *plan, fa_error *error) {
+    static const DLDataType float32 = {DL_FLOAT, 32, 1};
+    fa_scores *s = &plan->params.scores;
+    const fa_what *w = &plan->params.what;
+    s->softcap = (float)r->softcap;
+    if (!(r->softcap >= 0) || !isfinite(s->softcap))
+        return fa_fail(error, FA_VALUE, "`softcap` must be finite and >= 0, got %g", r->softcap);
+    TRY(check_vector(r->sink, r->q, float32, w->hq, (const void **)&s->sink, &s->sink_stride,
+                     error));
+    const fa_array *slopes = r->alibi_slopes;
+    if (!slopes || slopes->ndim != 2)
+        return check_vector(slopes, r->q, float32, w->hq, (const void **)&s->alibi_slopes,
+                            &s->alibi_stride[1], error);
+    int64_t shape[2] = {w->b, w->hq};
+    TRY(check_dtype(slopes, float32, "", error));
+    TRY(check_shape(slopes, 2, shape, error));
+    TRY(check_place(slopes, r->q, error));
+    s->alibi_slopes = slopes->data;
+    for (int i = 0; i < 2; i++) s->alibi_stride[i] = shape[i] == 1 ? 0 : slopes->stride[i];
+    return FA_OK;
+}
+
+static fa_status check_what(const fa_request *r, const view *q, const view *k, const view *v,
+                            fa_plan *plan, fa_error *error) {
+    fa_what *w = &plan->params.what;
+    TRY(check_range(r->q, q->tensor.shape[3], "d", 1, FA_MAX_HEAD_SIZE, error));
+    TRY(check_range(r->v, v->tensor.shape[3], "dv", 1, FA_MAX_HEAD_SIZE, error));
+    TRY(check_equal(r->k, k->tensor.shape[3], "d", r->q, q->tensor.shape[3], error));
+    TRY(check_range(r->q, q->tensor.shape[2], "sq", 0, FA_MAX_LENGTH, error));
+    TRY(check_range(r->k, k->tensor.shape[2], "sk", 0, FA_MAX_LENGTH, error));
+    TRY(check_equal(r->v, v->tensor.shape[2], "sk", r->k, k->tensor.shape[2], error));
+    w->sq = (int32_t)q->tensor.shape[2], w->sk = (int32_t)k->tensor.shape[2];
+    w->d = (int32_t)q->tensor.shape[3], w->dv = (int32_t)v->tensor.shape[3];
+    w->scale = r->has_scale ? r->scale : 1 / sqrt(w->d);
+    w->batch_invariant = r->batch_invariant;
+    if (!isfinite(w->scale))
+        return fa_fail(error, FA_VALUE, "`scale` must be finite, got %g", r->scale);
+    return FA_OK;
+}
+
+/* hq and hk. Without grouped heads sdpa broadcasts them like any leading dimension. */
+static fa_status check_heads(const fa_request *r, view *q, view *k, view *v, fa_plan *plan,
+                             fa_error *error) {
+    int64_t hq = q->tensor.shape[1], hk = k->tensor.shape[1], hv = v->tensor.shape[1];
+    TRY(check_range(r->q, hq, "hq", 1, INT32_MAX, error));
+    TRY(check_range(r->k, hk, "hk", 1, INT32_MAX, error));
+    if (!r->sdpa || (hk != 1 && hv != 1)) TRY(check_equal(r->v, hv, "hk", r->k, hk, error));
+    if (hv > hk) hk = hv;
+    if (r->sdpa && !r->enable_gqa && hq == 1) hq = hk;
+    if (hq % hk)
+        return fa_fail(
+            error, FA_VALUE,
+            "`%s` must have a number of heads that is a multiple of `%s`'s %lld, got %lld",
+            r->q->name, r->k->name, (long long)hk, (long long)hq);
+    if (r->sdpa && !r->enable_gqa && hk != 1 && hk != hq)
+        return fa_fail(error, FA_VALUE,
+                       "`%s` must have hk = %lld like `%s` or 1 without enable_gqa, got %lld",
+                       r->k->name, (long long)hq, r->q->name, (long long)hk);
+    q->tensor.shape[1] = hq, k->tensor.shape[1] = hk, v->tensor.shape[1] = hk;
+    plan->params.what.hq = (int32_t)hq, plan->params.what.hk = (int32_t)hk;
+    return FA_OK;
+}
+
+fa_status fa_check_attention(const fa_request *r, fa_plan *plan, fa_error *error) {
+    const fa_array *arrays[3] = {r->q, r->k, r->v};
+    fa_what *w = &plan->params.what;
+    memset(plan, 0, sizeof *plan);
+    plan->layout = r->layout;
+
+    char got[32];
+    w->dtype = contract_dtype(r->q->dtype);
+    if (!w->dtype || w->dtype == FA_BOOL)
+        return fa_fail(error, FA_TYPE, "`%s` must be float64, float32, float16 or bfloat16, got %s",
+                       r->q->name, fa_dtype_name(r->q->dtype, got));
+    int32_t ndim = 0;
+    for (int i = 0; i < 3; i++) {
+        static const char *const dimensions[2][3] = {
+            {"(b, hq, sq, d)", "(b, hk, sk, d)", "(b, hk, sk, dv)"},
+            {"(b, sq, hq, d)", "(b, sk, hk, d)", "(b, sk, hk, dv)"}};
+        const fa_array *a = arrays[i];
+        if (!r->sdpa) TRY(check_rank(a, 4, dimensions[r->layout][i], error));
+        if (a->ndim < 2)
+            return fa_fail(error, FA_VALUE, "`%s` must have at least 2 dimensions, got %d", a->name,
+                           a->ndim);
+        char like[80];
+        snprintf(like, sizeof like, " like `%s`", r->q->name);
+        TRY(check_dtype(a, r->q->dtype, like, error));
+        TRY(check_place(a, r->q, error));
+        if (a->ndim > ndim) ndim = a->ndim;
+    }
+
+    view q, k, v, mask, out;
+    int32_t n = ndim > 4 ? ndim - 3 : 1;
+    view_array(r->q, n, r->layout, &q);
+    view_array(r->k, n, r->layout, &k);
+    view_array(r->v, n, r->layout, &v);
+    TRY(check_what(r, &q, &k, &v, plan, error));
+    TRY(check_heads(r, &q, &k, &v, plan, error));
+
+    /* The leading dimensions: equal for attention, broadcast for sdpa. */
+    int64_t lead[FA_OUTER], runs = 1;
+    for (int32_t i = 0; i < n; i++) {
+        lead[i] = broadcast(q.lead_shape[i], broadcast(k.lead_shape[i], v.lead_shape[i]));
+        if (!r->sdpa) {
+            TRY(check_equal(r->k, k.lead_shape[i], "b", r->q, q.lead_shape[i], error));
+            TRY(check_equal(r->v, v.lead_shape[i], "b", r->q, q.lead_shape[i], error));
+        } else if (broadcast(k.lead_shape[i], v.lead_shape[i]) < 0 || lead[i] < 0) {
+            return fa_fail(error, FA_VALUE,
+                           "`%s`, `%s` and `%s` must have leading dimensions that broadcast, got "
+                           "%lld, %lld and %lld",
+                           r->q->name, r->k->name, r->v->name, (long long)q.lead_shape[i],
+                           (long long)k.lead_shape[i], (long long)v.lead_shape[i]);
+        }
+        q.lead_shape[i] = k.lead_shape[i] = v.lead_shape[i] = lead[i];
+        if (__builtin_mul_overflow(runs, lead[i], &runs) || runs > INT32_MAX)
+            return fa_fail(error, FA_VALUE, "`%s` must have a batch of at most %d", r->q->name,
+                           INT32_MAX);
+    }
+
+    /* The shape of the output, in the caller's layout, and its own contiguous strides. */
+    int64_t tail[3] = {w->hq, w->sq, w->dv}, stride = 1, bytes = r->q->dtype.bits / 8;
+    plan->out_ndim = ndim;
+    plan->out_dtype = r->q->dtype;
+    for (int i = 2; i >= 0; i--) {
+        if (__builtin_mul_overflow(bytes, tail[i] ? tail[i] : 1, &bytes))
+            return fa_fail(error, FA_VALUE, "`%s` is too large for an output", r->q->name);
+        out.tensor.shape[i + 1] = tail[i], out.tensor.stride[i + 1] = stride;
+        stride *= tail[i];
+        if (ndim - 3 + i >= 0) plan->out_shape[ndim - 3 + i] = tail[i];
+    }
+    for (int32_t i = n - 1; i >= 0; i--) {
+        if (__builtin_mul_overflow(bytes, lead[i] ? lead[i] : 1, &bytes))
+            return fa_fail(error, FA_VALUE, "`%s` is too large for an output", r->q->name);
+        out.lead_stride[i] = lead[i] == 1 ? 0 : stride;
+        stride *= lead[i];
+        if (ndim - 3 - n + i >= 0) plan->out_shape[ndim - 3 - n + i] = lead[i];
+    }
+    if (r->layout == FA_BSHD) plan->out_shape[1] = w->sq, plan->out_shape[2] = w->hq;
+    plan->lse_ndim = 3;
+    plan->lse_shape[0] = lead[0], plan->lse_shape[1] = w->hq, plan->lse_shape[2] = w->sq;
+
+    if (r->mask) TRY(check_mask(r, n, lead, plan, &mask, error));
+    view *views[5] = {&q, &k, &v, r->mask ? &mask : NULL, &out};
+    fold_batch(views, n, plan);
+    w->q = q.tensor, w->k = k.tensor, w->v = v.tensor, w->out = out.tensor;
+    if (r->mask) plan->params.scores.mask = mask.tensor;
+    w->b = (int32_t)w->q.shape[0];
+    TRY(check_masks(r, plan, error));
+    TRY(check_scores(r, plan, error));
+    plan->params.where.device_type = r->q->device.device_type == DL_CPU ? FA_CPU : FA_CUDA;
+    plan->params.where.device_id = r->q->device.device_id;
+    plan->params.where.stream = r->q->stream;
+    return FA_OK;
+}
+
+/* The bytes [lo, hi) that an array touches; empty if it has no element. */
+static void extent(const fa_array *a, uintptr_t *lo, uintptr_t *hi) {
+    int64_t size = (a->dtype.bits + 7) / 8, below = 0, above = size;
+    for (int32_t i = 0; i < a->ndim; i++) {
+        int64_t reach = (a->shape[i] - 1) * a->stride[i] * size;
+        if (!a->shape[i]) above = below = 0, reach = 0;
+        if (!a->shape[i]) break;
+        *(reach < 0 ? &below : &above) += reach;
+    }
+    *lo = (uintptr_t)a->data + (uintptr_t)below, *hi = (uintptr_t)a->data + (uintptr_t)above;
+}
+
+/* Whether two indices of an array may be one element: dimensions in the order of their strides
+ * must each step over all smaller ones. */
+static int overlaps_itself(const fa_array *a) {
+    int64_t reach = 0, last = 0;
+    for (int32_t done = 0; done < a->ndim; done++) {
+        int32_t next = -1;
+        int64_t step = INT64_MAX;
+        for (int32_t i = 0; i < a->ndim; i++) {
+            int64_t s = a->stride[i] < 0 ? -a->stride[i] : a->stride[i];
+            if (a->shape[i] > 1 && s < step && (s > last || (s == last && !last)))
+                step = s, next = i;
+        }
+        if (next < 0) break;
+        if (step <= reach) return 1;
+        reach += step * (a->shape[next] - 1);
+        last = step;
+    }
+    return 0;
+}
+
+fa_status fa_check_out(const fa_request *r, const fa_plan *plan, const fa_array *out,
+                       fa_error *error) {
+    const fa_array *inputs[] = {r->q,         r->k,         r->v,       r->mask,
+                                r->q_lengths, r->k_lengths, r->k_start, r->alibi_slopes,
+                                r->sink};
+    TRY(check_shape(out, plan->out_ndim, plan->out_shape, error));
+    TRY(check_dtype(out, plan->out_dtype, " like `q`", error));
+    TRY(check_place(out, r->q, error));
+    uintptr_t lo, hi, from, to;
+    extent(out, &lo, &hi);
+    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++) {
+        if (!inputs[i]) continue;
+        extent(inputs[i], &from, &to);
+        if (lo < to && from < hi)
+            return fa_fail(error, FA_VALUE, "`%s` must not overlap `%s` in memory", out->name,
+                           inputs[i]->name);
+    }
+    if (lo < hi && overlaps_itself(out))
+        return fa_fail(error, FA_VALUE, "`%s` must have distinct elements, got overlapping strides",
+                       out->name);
+    return FA_OK;
+}
+
+/* A rank-4 output, or a lse (b, h, s) as (b, h, s, 1). */
+static void bind(fa_tensor *tensor, const fa_array *a, fa_layout layout) {
+    view v;
+    view_array(a, 1, layout, &v);
+    *tensor = v.tensor;
+    tensor->shape[0] = v.lead_shape[0], tensor->stride[0] = v.lead_stride[0];
+}
+
+static void bind_lse(fa_tensor *tensor, const fa_array *a) {
+    fa_array column = *a;
+    column.ndim = 4, column.shape[3] = 1, column.stride[3] = 0;
+    bind(tensor, &column, FA_BHSD);
+}
+
+void fa_bind_outputs(fa_plan *plan, const fa_array *out, const fa_array *lse) {
+    if (plan->out_ndim == 4 && !plan->outer_ndim)
+        bind(&plan->params.what.out, out, plan->layout);
+    else
+        plan->params.what.out.data = out->data; /* contiguous, as fa_check_attention assumed */
+    if (lse) bind_lse(&plan->params.what.lse, lse);
+}
+
+fa_status fa_check_merge(int32_t n, const fa_array *outs, const fa_array *lses, fa_layout layout,
+                         fa_tensor *tensors, fa_merge *merge, fa_plan *plan, fa_error *error) {
+    static const DLDataType float32 = {DL_FLOAT, 32, 1};
+    const fa_array *first = outs;
+    char got[32];
+    memset(merge, 0, sizeof *merge);
+    memset(plan, 0, sizeof *plan);
+    merge->dtype = contract_dtype(first->dtype);
+    if (!merge->dtype || merge->dtype == FA_BOOL)
+        return fa_fail(error, FA_TYPE, "`%s` must be float64, float32, float16 or bfloat16, got %s",
+                       first->name, fa_dtype_name(first->dtype, got));
+    TRY(check_rank(first, 4, layout == FA_BHSD ? "(b, h, s, dv)" : "(b, s, h, dv)", error));
+    int64_t lse_shape[3] = {first->shape[0], first->shape[layout == FA_BHSD ? 1 : 2],
+                            first->shape[layout == FA_BHSD ? 2 : 1]};
+    for (int32_t i = 0; i < n; i++) {
+        TRY(check_dtype(&outs[i], first->dtype, " like the first", error));
+        TRY(check_shape(&outs[i], 4, first->shape, error));
+        TRY(check_place(&outs[i], first, error));
+        TRY(check_dtype(&lses[i], float32, "", error));
+        TRY(check_shape(&lses[i], 3, lse_shape, error));
+        TRY(check_place(&lses[i], first, error));
+        bind(&tensors[i], &outs[i], layout);
+        bind_lse(&tensors[n + i], &lses[i]);
+    }
+    merge->n = n, merge->outs = tensors, merge->lses = tensors + n;
+    merge->where.device_type = first->device.device_type == DL_CPU ? FA_CPU : FA_CUDA;
+    merge->where.device_id = first->device.device_id;
+    merge->where.stream = first->stream;
+    plan->out_dtype = first->dtype;
+    plan->out_ndim = 4, plan->lse_ndim = 3;
+    memcpy(plan->out_shape, first->shape, 4 * sizeof *first->shape);
+    memcpy(plan->lse_shape, lse_shape, sizeof lse_shape);
+    return FA_OK;
+}
+
+void fa_bind_merge(fa_merge *merge, fa_layout layout, const fa_array *out, const fa_array *lse) {
+    bind(&merge->out, out, layout);
+    bind_lse(&merge->lse, lse);
+}

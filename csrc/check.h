@@ -1,0 +1,98 @@
+/* check.h - from described arrays to one fa_params, or one sentence. Knows no Python.
+ *
+ * Stop 3 of 6: module.c and tensor.c describe the caller's arrays and options in an fa_request,
+ * check.c turns it into an fa_plan, dispatch.c finds the backend and runs it.
+ */
+#ifndef FASTATTN_CHECK_H
+#define FASTATTN_CHECK_H
+
+#include "fastattn.h"
+#include "dlpack.h"
+
+enum { FA_MAX_RANK = 8 };
+
+/* One array as its framework describes it; strides count elements. */
+typedef struct fa_array {
+    const char *name; /* the argument, for sentences */
+    void *data;       /* NULL only if a dimension is 0 */
+    DLDevice device;  /* device_type DL_CPU or DL_CUDA */
+    DLDataType dtype;
+    int32_t ndim;
+    int64_t shape[FA_MAX_RANK], stride[FA_MAX_RANK];
+    void *stream; /* the producer's current CUDA stream; NULL is the legacy default stream */
+} fa_array;
+
+typedef enum fa_layout { FA_BHSD, FA_BSHD } fa_layout;
+
+/* Arguments of attention(); a NULL array is absent. */
+typedef struct fa_request {
+    const fa_array *q, *k, *v; /* never NULL */
+    const fa_array *mask, *q_lengths, *k_lengths, *k_start, *alibi_slopes, *sink;
+    int sdpa;       /* scaled_dot_product_attention's shapes: any rank >= 2, leading broadcasting */
+    int enable_gqa; /* of sdpa */
+    int causal, top_left;
+    int has_left, has_right;
+    int64_t left, right; /* >= 0 */
+    int has_scale;
+    double scale, softcap;
+    int batch_invariant;
+    fa_layout layout;
+} fa_request;
+
+enum { FA_OUTER = FA_MAX_RANK - 3 }; /* leading dimensions that one run cannot take */
+
+/* One fa_params, run once for every index of the outer dimensions (one run but for scaled dot
+ * product attention with more than one batch dimension that no single stride describes). */
+typedef struct fa_plan {
+    fa_params params; /* out and lse of params.what are set by fa_bind_* */
+    int32_t outer_ndim;
+    int64_t outer_shape[FA_OUTER];
+    int64_t outer_stride[FA_OUTER][5]; /* elements: q, k, v, mask, out */
+    DLDataType out_dtype;
+    int32_t out_ndim, lse_ndim;
+    int64_t out_shape[FA_MAX_RANK], lse_shape[3];
+    fa_layout layout;
+} fa_plan;
+
+/* Writes the sentence, returns the status: `return fa_fail(error, FA_VALUE, "...", ...);` */
+fa_status fa_fail(fa_error *error, fa_status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* Passes a failure on; the sentence is already written. */
+#define TRY(expression)                             \
+    do {                                            \
+        fa_status try_status = (expression);        \
+        if (try_status != FA_OK) return try_status; \
+    } while (0)
+
+/* The name that the frameworks give it; buffer is used for what has none. */
+const char *fa_dtype_name(DLDataType dtype, char buffer[32]);
+
+/* Shapes, dtypes, devices and options. Reads no array. */
+fa_status fa_check_attention(const fa_request *request, fa_plan *plan, fa_error *error);
+
+/* The caller's out=: shape, dtype, device, and that it overlaps no input and not itself. */
+fa_status fa_check_out(const fa_request *request, const fa_plan *plan, const fa_array *out,
+                       fa_error *error);
+
+/* Puts the outputs' memory into the plan; lse may be NULL. */
+void fa_bind_outputs(fa_plan *plan, const fa_array *out, const fa_array *lse);
+
+/* merge_states: outs and lses are n arrays each; tensors is room for 2 * n. The shape and dtype of
+ * out and lse are put into the plan (params unused), the request itself into merge. */
+fa_status fa_check_merge(int32_t n, const fa_array *outs, const fa_array *lses, fa_layout layout,
+                         fa_tensor *tensors, fa_merge *merge, fa_plan *plan, fa_error *error);
+void fa_bind_merge(fa_merge *merge, fa_layout layout, const fa_array *out, const fa_array *lse);
+
+/* dispatch.c: the ordered table of backends. */
+int32_t fa_backend_count(void);
+const fa_backend *fa_backend_at(int32_t i);
+/* The first backend that takes the request (of that name, if name is not NULL), or the sentence
+ * with every backend's reason. reasons, if not NULL, has one entry per backend; empty: it would
+ * run. */
+const fa_backend *fa_choose(const fa_plan *plan, const char *name, fa_error *reasons,
+                            fa_error *error);
+fa_status fa_run(const fa_backend *backend, const fa_plan *plan, void *workspace, fa_error *error);
+fa_status fa_run_merge(const fa_merge *merge, fa_error *error);
+
+#endif

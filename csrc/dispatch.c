@@ -1,0 +1,101 @@
+/* dispatch.c - the ordered table of backends; the first that does not reject runs.
+ *
+ * Stop 4 of 6. A backend is one entry here and nothing else: its own file says what it takes.
+ */
+#include "check.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static const struct {
+    const fa_backend *backend;
+    fa_device_type device;
+} table[] = {
+#ifdef FASTATTN_CUDA
+    {&fa_sm90, FA_CUDA},
+#endif
+    {&fa_cpu, FA_CPU},
+};
+
+enum { COUNT = sizeof table / sizeof *table };
+
+int32_t fa_backend_count(void) { return COUNT; }
+
+const fa_backend *fa_backend_at(int32_t i) { return table[i].backend; }
+
+const fa_backend *fa_choose(const fa_plan *plan, const char *name, fa_error *reasons,
+                            fa_error *error) {
+    const fa_backend *chosen = NULL;
+    size_t used = 0;
+    error->text[0] = 0;
+    for (int32_t i = 0; i < COUNT; i++) {
+        const fa_backend *backend = table[i].backend;
+        fa_error why = {""};
+        if (name && strcmp(name, backend->name))
+            snprintf(why.text, sizeof why.text, "backend=\"%s\" was asked for", name);
+        else if (backend->reject(&plan->params, &why) == FA_OK)
+            why.text[0] = 0;
+        if (reasons) reasons[i] = why;
+        if (!why.text[0]) {
+            if (!chosen) chosen = backend;
+            if (!reasons) return chosen;
+            continue;
+        }
+        int wrote = snprintf(error->text + used, sizeof error->text - used, "%s%s: %s",
+                             used ? "; " : "no backend takes this call: ", backend->name, why.text);
+        if (wrote > 0) used += (size_t)wrote;
+        if (used >= sizeof error->text) used = sizeof error->text - 1;
+    }
+#ifndef FASTATTN_CUDA
+    snprintf(error->text + used, sizeof error->text - used,
+             "; built without CUDA kernels (nvcc was not found)");
+#endif
+    return chosen;
+}
+
+static int64_t item_size(fa_dtype dtype) {
+    switch (dtype) {
+        case FA_F64:
+            return 8;
+        case FA_F32:
+            return 4;
+        case FA_F16:
+        case FA_BF16:
+            return 2;
+        case FA_BOOL:
+            return 1;
+    }
+    return 0;
+}
+
+fa_status fa_run(const fa_backend *backend, const fa_plan *plan, void *workspace, fa_error *error) {
+    fa_params p = plan->params;
+    void **data[5] = {&p.what.q.data, &p.what.k.data, &p.what.v.data, &p.scores.mask.data,
+                      &p.what.out.data};
+    int64_t index[FA_OUTER] = {0}, runs = 1;
+    int64_t size = item_size(p.what.dtype), mask_size = item_size(p.scores.mask_dtype);
+    for (int32_t i = 0; i < plan->outer_ndim; i++) runs *= plan->outer_shape[i];
+    for (int64_t run = 0; run < runs; run++) {
+        fa_status status = backend->run(&p, workspace, error);
+        if (status != FA_OK) return status;
+        /* The next index, counted like an odometer, and the arrays' data with it. */
+        for (int32_t i = 0; i < plan->outer_ndim; i++) {
+            int64_t step = 1;
+            if (++index[i] == plan->outer_shape[i]) step = 1 - plan->outer_shape[i], index[i] = 0;
+            for (int t = 0; t < 5; t++)
+                if (*data[t])
+                    *data[t] = (char *)*data[t] +
+                               step * plan->outer_stride[i][t] * (t == 3 ? mask_size : size);
+            if (index[i]) break;
+        }
+    }
+    return FA_OK;
+}
+
+fa_status fa_run_merge(const fa_merge *merge, fa_error *error) {
+    for (int32_t i = 0; i < COUNT; i++)
+        if (table[i].device == merge->where.device_type && table[i].backend->merge)
+            return table[i].backend->merge(merge, error);
+    snprintf(error->text, sizeof error->text, "no backend merges partial results on this device");
+    return FA_UNSUPPORTED;
+}

@@ -1,0 +1,544 @@
+/* module.c - PyInit__C: arguments in, one call through the house, a status out as an exception.
+ *
+ * Stop 2 of 6, with tensor.c. The functions here take every argument by position: the names, the
+ * defaults and the documentation are in python/fastattn/_attention.py, one thin layer above.
+ */
+#include "tensor.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* The one place where a status becomes an exception. */
+static PyObject *raise_status(fa_status status, const fa_error *error) {
+    PyObject *type = PyExc_RuntimeError;
+    switch ((int)status) {
+        case FA_RAISED:
+            return NULL;
+        case FA_VALUE:
+            type = PyExc_ValueError;
+            break;
+        case FA_TYPE:
+            type = PyExc_TypeError;
+            break;
+        case FA_UNSUPPORTED:
+            type = PyExc_NotImplementedError;
+            break;
+        case FA_MEMORY:
+            type = PyExc_MemoryError;
+            break;
+        default:
+            break;
+    }
+    PyErr_SetString(type, error->text);
+    return NULL;
+}
+
+/* ---- Options ------------------------------------------------------------------------------- */
+
+static const char *repr(PyObject *object, char buffer[64]) {
+    PyObject *text = PyObject_Repr(object);
+    PyObject *bytes = text ? PyUnicode_AsUTF8String(text) : NULL;
+    snprintf(buffer, 64, "%s", bytes ? PyBytes_AsString(bytes) : "an object");
+    if (!bytes) PyErr_Clear();
+    Py_XDECREF(text);
+    Py_XDECREF(bytes);
+    return buffer;
+}
+
+static fa_status get_bool(PyObject *object, const char *name, int *out, fa_error *error) {
+    char got[64];
+    *out = object == Py_True;
+    if (object == Py_True || object == Py_False) return FA_OK;
+    return fa_fail(error, FA_TYPE, "`%s` must be True or False, got %s", name, repr(object, got));
+}
+
+static fa_status get_double(PyObject *object, const char *name, double *out, fa_error *error) {
+    char got[64];
+    *out = PyFloat_AsDouble(object);
+    if (*out != -1 || !PyErr_Occurred()) return FA_OK;
+    PyErr_Clear();
+    return fa_fail(error, FA_TYPE, "`%s` must be a float, got %s", name, repr(object, got));
+}
+
+/* Whether a str object has this value; 0 for any other object. */
+static int is_text(PyObject *object, const char *text) {
+    return PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, text) == 0;
+}
+
+static fa_status get_layout(PyObject *object, fa_layout *out, fa_error *error) {
+    char got[64];
+    *out = is_text(object, "bshd") ? FA_BSHD : FA_BHSD;
+    if (*out == FA_BSHD || is_text(object, "bhsd")) return FA_OK;
+    return fa_fail(error, FA_VALUE, "`layout` must be 'bhsd' or 'bshd', got %s", repr(object, got));
+}
+
+static fa_status get_causal(PyObject *object, fa_request *r, fa_error *error) {
+    char got[64];
+    r->top_left = is_text(object, "top-left");
+    r->causal = r->top_left || object == Py_True;
+    if (r->causal || object == Py_False) return FA_OK;
+    return fa_fail(error, FA_VALUE, "`causal` must be False, True or 'top-left', got %s",
+                   repr(object, got));
+}
+
+static fa_status get_bound(PyObject *object, int *has, int64_t *out, fa_error *error) {
+    char got[64];
+    *has = object != Py_None;
+    if (!*has) return FA_OK;
+    int overflow = 0;
+    PyObject *index = PyNumber_Index(object);
+    *out = index ? PyLong_AsLongLongAndOverflow(index, &overflow) : 0;
+    Py_XDECREF(index);
+    if (!index) {
+        PyErr_Clear();
+        return fa_fail(error, FA_TYPE, "`window` must hold two ints or None, got %s",
+                       repr(object, got));
+    }
+    if (overflow > 0) *out = INT64_MAX;
+    if (overflow < 0 || *out < 0)
+        return fa_fail(error, FA_VALUE, "`window` must hold bounds >= 0 or None, got %s",
+                       repr(object, got));
+    return FA_OK;
+}
+
+static fa_status get_window(PyObject *object, fa_request *r, fa_error *error) {
+    char got[64];
+    if (object == Py_None) return FA_OK;
+    if (!(PyTuple_Check(object) || PyList_Check(object)) || PySequence_Size(object) != 2)
+        return fa_fail(error, FA_TYPE, "`window` must be None or (left, right), got %s",
+                       repr(object, got));
+    for (int i = 0; i < 2; i++) {
+        PyObject *bound = PySequence_GetItem(object, i);
+        if (!bound) return FA_RAISED;
+        fa_status status =
+            get_bound(bound, i ? &r->has_right : &r->has_left, i ? &r->right : &r->left, error);
+        Py_DECREF(bound);
+        TRY(status);
+    }
+    return FA_OK;
+}
+
+/* backend=: *out stays NULL for None. The names of a version to come are legal and not served. */
+static fa_status get_backend(PyObject *object, const char **out, fa_error *error) {
+    static const char *const names[] = {"sm90", "sm80", "cpu"};
+    char got[64];
+    if (object == Py_None) return FA_OK;
+    for (int32_t i = 0; i < fa_backend_count(); i++)
+        if (is_text(object, fa_backend_at(i)->name)) {
+            *out = fa_backend_at(i)->name;
+            return FA_OK;
+        }
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (is_text(object, names[i]))
+            return fa_fail(error, FA_UNSUPPORTED, "backend %s is not built into this module",
+                           names[i]);
+    return fa_fail(error, FA_VALUE, "`backend` must be None, 'sm90', 'sm80' or 'cpu', got %s",
+                   repr(object, got));
+}
+
+/* ---- One call ------------------------------------------------------------------------------ */
+
+typedef struct call {
+    module_state *state;
+    borrowed arrays[10]; /* the first is q */
+    int count;
+    borrowed out; /* out=, if given */
+    int has_out, return_lse;
+    const char *backend;
+    fa_request request;
+    fa_plan plan;
+    fa_error error;
+} call;
+
+static fa_status borrow(call *c, PyObject *object, const char *name, const fa_array **out) {
+    if (object == Py_None && c->count >= 3) return FA_OK;
+    borrowed *b = &c->arrays[c->count];
+    TRY(tensor_borrow(c->state, object, name, b, &c->error));
+    c->count++;
+    *out = &b->array;
+    return FA_OK;
+}
+
+static void release(call *c) {
+    for (int i = 0; i < c->count; i++) tensor_release(&c->arrays[i]);
+    if (c->has_out) tensor_release(&c->out);
+}
+
+/* dropout_p: in range, and 0 until dropout is built. */
+static fa_status check_dropout(PyObject *object, fa_error *error) {
+    double p;
+    TRY(get_double(object, "dropout_p", &p, error));
+    if (!(p >= 0 && p <= 1))
+        return fa_fail(error, FA_VALUE, "`dropout_p` must be from 0 to 1, got %g", p);
+    if (p > 0)
+        return fa_fail(error, FA_UNSUPPORTED,
+                       "`dropout_p` > 0 is not built yet: no backend serves dropout");
+    return FA_OK;
+}
+
+static fa_status check_out(call *c, PyObject *object) {
+    if (object == Py_None) return FA_OK;
+    TRY(tensor_borrow(c->state, object, "out", &c->out, &c->error));
+    c->has_out = 1;
+    if (!c->out.writeable)
+        return fa_fail(&c->error, FA_VALUE, "`out` must be writeable, got a read-only array");
+    if (c->out.kind == KIND_DLPACK) {
+        PyObject *immutable = PyObject_CallMethod(c->state->arrays, "is_jax", "O", object);
+        if (!immutable) return FA_RAISED;
+        Py_DECREF(immutable);
+        if (immutable == Py_True)
+            return fa_fail(&c->error, FA_TYPE,
+                           "`out` must not be a JAX array: JAX arrays are never written");
+    }
+    return fa_check_out(&c->request, &c->plan, &c->out.array, &c->error);
+}
+
+enum { ATTENTION_ARGS = 21, SDPA_ARGS = 8 };
+
+/* Arguments of attention, in the order of its signature. */
+static fa_status prepare_attention(call *c, PyObject *const *a) {
+    fa_request *r = &c->request;
+    fa_error *error = &c->error;
+    int deterministic;
+    TRY(borrow(c, a[0], "q", &r->q));
+    TRY(borrow(c, a[1], "k", &r->k));
+    TRY(borrow(c, a[2], "v", &r->v));
+    TRY(get_causal(a[3], r, error));
+    TRY(get_window(a[4], r, error));
+    TRY(borrow(c, a[5], "q_lengths", &r->q_lengths));
+    TRY(borrow(c, a[6], "k_lengths", &r->k_lengths));
+    TRY(borrow(c, a[7], "k_start", &r->k_start));
+    TRY(borrow(c, a[8], "mask", &r->mask));
+    TRY(get_double(a[9], "softcap", &r->softcap, error));
+    TRY(borrow(c, a[10], "alibi_slopes", &r->alibi_slopes));
+    TRY(borrow(c, a[11], "sink", &r->sink));
+    r->has_scale = a[12] != Py_None;
+    if (r->has_scale) TRY(get_double(a[12], "scale", &r->scale, error));
+    TRY(check_dropout(a[13], error)); /* a[14], the seed, has no meaning without dropout */
+    TRY(get_layout(a[15], &r->layout, error));
+    TRY(get_bool(a[16], "return_lse", &c->return_lse, error));
+    TRY(get_bool(a[18], "deterministic", &deterministic, error)); /* the forward pass always is */
+    TRY(get_bool(a[19], "batch_invariant", &r->batch_invariant, error));
+    TRY(get_backend(a[20], &c->backend, error));
+    TRY(fa_check_attention(r, &c->plan, error));
+    return check_out(c, a[17]);
+}
+
+/* Arguments of scaled_dot_product_attention, in the order of its signature. */
+static fa_status prepare_sdpa(call *c, PyObject *const *a) {
+    fa_request *r = &c->request;
+    fa_error *error = &c->error;
+    r->sdpa = 1;
+    TRY(borrow(c, a[0], "query", &r->q));
+    TRY(borrow(c, a[1], "key", &r->k));
+    TRY(borrow(c, a[2], "value", &r->v));
+    TRY(borrow(c, a[3], "attn_mask", &r->mask));
+    fa_status status = check_dropout(a[4], error);
+    PyTypeObject *type = Py_TYPE(a[0]);
+    if (status == FA_UNSUPPORTED && type != c->state->tensor && type != c->state->parameter)
+        return fa_fail(
+            error, FA_VALUE,
+            "`dropout_p` > 0 needs a torch generator here: use attention(seed=) for other arrays");
+    TRY(status);
+    TRY(get_bool(a[5], "is_causal", &r->causal, error));
+    r->top_left = r->causal;
+    if (r->causal && r->mask)
+        return fa_fail(error, FA_VALUE, "`attn_mask` must be None with is_causal=True, got both");
+    r->has_scale = a[6] != Py_None;
+    if (r->has_scale) TRY(get_double(a[6], "scale", &r->scale, error));
+    TRY(get_bool(a[7], "enable_gqa", &r->enable_gqa, error));
+    return fa_check_attention(r, &c->plan, error);
+}
+
+/* Outputs and workspace from the caller's allocator, then the backend without the GIL. */
+static fa_status run(call *c, output *out, output *lse) {
+    static const DLDataType float32 = {DL_FLOAT, 32, 1}, byte = {DL_UINT, 8, 1};
+    fa_plan *plan = &c->plan;
+    fa_error *error = &c->error;
+    const fa_backend *backend = fa_choose(plan, c->backend, NULL, error);
+    if (!backend) return FA_UNSUPPORTED;
+    if (!c->has_out)
+        TRY(tensor_new(c->state, &c->arrays[0], plan->out_ndim, plan->out_shape, plan->out_dtype,
+                       out, error));
+    if (c->return_lse)
+        TRY(tensor_new(c->state, &c->arrays[0], plan->lse_ndim, plan->lse_shape, float32, lse,
+                       error));
+    fa_bind_outputs(plan, c->has_out ? &c->out.array : &out->memory.array,
+                    c->return_lse ? &lse->memory.array : NULL);
+    int64_t bytes = backend->workspace(&plan->params);
+    output workspace = {0};
+    if (bytes) TRY(tensor_new(c->state, &c->arrays[0], 1, &bytes, byte, &workspace, error));
+    fa_status status;
+    Py_BEGIN_ALLOW_THREADS status = fa_run(backend, plan, workspace.memory.array.data, error);
+    Py_END_ALLOW_THREADS if (bytes)
+        tensor_drop(&workspace); /* a caching allocator orders its reuse after the launch */
+    if (status == FA_OK && c->has_out) status = tensor_mark_written(c->state, &c->out);
+    return status;
+}
+
+/* (out, lse) or out as the caller's kind of array. */
+static PyObject *hand_over(module_state *state, const borrowed *like, output *out, output *lse,
+                           PyObject *given, int return_lse) {
+    PyObject *first = given, *second = NULL;
+    if (given)
+        Py_INCREF(given);
+    else
+        first = tensor_hand_over(state, like, out);
+    if (!first || !return_lse) {
+        tensor_drop(lse);
+        return first;
+    }
+    second = tensor_hand_over(state, like, lse);
+    PyObject *pair = second ? PyTuple_Pack(2, first, second) : NULL;
+    Py_DECREF(first);
+    Py_XDECREF(second);
+    return pair;
+}
+
+typedef fa_status (*prepare_function)(call *c, PyObject *const *arguments);
+
+static void start(call *c, PyObject *module) {
+    c->state = PyModule_GetState(module);
+    c->count = c->has_out = c->return_lse = 0;
+    c->backend = NULL;
+    c->error.text[0] = 0;
+    memset(&c->request, 0, sizeof c->request);
+}
+
+static int check_count(const char *name, Py_ssize_t got, Py_ssize_t want) {
+    if (got == want) return 1;
+    PyErr_Format(PyExc_TypeError, "_C.%s() takes %zd positional arguments, got %zd", name, want,
+                 got);
+    return 0;
+}
+
+static PyObject *compute(PyObject *module, PyObject *const *arguments, prepare_function prepare) {
+    call c;
+    output out = {0}, lse = {0};
+    PyObject *result = NULL;
+    start(&c, module);
+    fa_status status = prepare(&c, arguments);
+    if (status == FA_OK) status = run(&c, &out, &lse);
+    if (status == FA_OK) {
+        result = hand_over(c.state, &c.arrays[0], &out, &lse, c.has_out ? c.out.object : NULL,
+                           c.return_lse);
+    } else {
+        tensor_drop(&out);
+        tensor_drop(&lse);
+    }
+    release(&c);
+    return status == FA_OK ? result : raise_status(status, &c.error);
+}
+
+static PyObject *attention(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+    if (!check_count("attention", count, ATTENTION_ARGS)) return NULL;
+    return compute(module, arguments, prepare_attention);
+}
+
+static PyObject *scaled_dot_product_attention(PyObject *module, PyObject *const *arguments,
+                                              Py_ssize_t count) {
+    if (!check_count("scaled_dot_product_attention", count, SDPA_ARGS)) return NULL;
+    return compute(module, arguments, prepare_sdpa);
+}
+
+/* explain(sdpa, *arguments) -> (backend or None, kernel or None, {backend: reason}). Runs nothing.
+ */
+static PyObject *explain(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+    int sdpa = count && arguments[0] == Py_True;
+    if (!check_count("explain", count, 1 + (sdpa ? SDPA_ARGS : ATTENTION_ARGS))) return NULL;
+    call c;
+    fa_error reasons[8];
+    start(&c, module);
+    fa_status status = (sdpa ? prepare_sdpa : prepare_attention)(&c, arguments + 1);
+    const fa_backend *chosen =
+        status == FA_OK ? fa_choose(&c.plan, c.backend, reasons, &c.error) : NULL;
+    release(&c);
+    if (status != FA_OK) return raise_status(status, &c.error);
+    PyObject *refused = PyDict_New();
+    for (int32_t i = 0; i < fa_backend_count() && refused; i++) {
+        PyObject *reason = reasons[i].text[0] ? PyUnicode_FromString(reasons[i].text) : NULL;
+        if (!reasons[i].text[0]) continue;
+        if (!reason || PyDict_SetItemString(refused, fa_backend_at(i)->name, reason) < 0)
+            Py_CLEAR(refused);
+        Py_XDECREF(reason);
+    }
+    if (!refused) return NULL;
+    return Py_BuildValue("(zzN)", chosen ? chosen->name : NULL,
+                         chosen ? chosen->kernel(&c.plan.params) : NULL, refused);
+}
+
+/* ---- merge_states -------------------------------------------------------------------------- */
+
+typedef struct merge_call {
+    module_state *state;
+    Py_ssize_t n;
+    borrowed *parts;  /* 2 * n: outs, then lses */
+    Py_ssize_t count; /* borrowed so far */
+    fa_array *arrays; /* 2 * n, the same order */
+    fa_tensor *tensors;
+    char (*names)[32];
+    fa_error error;
+} merge_call;
+
+static fa_status merge_parts(merge_call *c, PyObject *outs, PyObject *lses, fa_layout layout,
+                             output *out, output *lse) {
+    static const DLDataType float32 = {DL_FLOAT, 32, 1};
+    fa_merge merge;
+    fa_plan plan;
+    for (Py_ssize_t i = 0; i < 2 * c->n; i++) {
+        PyObject *sequence = i < c->n ? outs : lses;
+        Py_ssize_t at = i < c->n ? i : i - c->n;
+        snprintf(c->names[i], sizeof c->names[i], "%s[%zd]", i < c->n ? "outs" : "lses", at);
+        TRY(tensor_borrow(c->state, PyTuple_GetItem(sequence, at), c->names[i], &c->parts[i],
+                          &c->error));
+        c->count++;
+        c->arrays[i] = c->parts[i].array;
+    }
+    TRY(fa_check_merge((int32_t)c->n, c->arrays, c->arrays + c->n, layout, c->tensors, &merge,
+                       &plan, &c->error));
+    TRY(tensor_new(c->state, c->parts, plan.out_ndim, plan.out_shape, plan.out_dtype, out,
+                   &c->error));
+    TRY(tensor_new(c->state, c->parts, plan.lse_ndim, plan.lse_shape, float32, lse, &c->error));
+    fa_bind_merge(&merge, layout, &out->memory.array, &lse->memory.array);
+    fa_status status;
+    Py_BEGIN_ALLOW_THREADS status = fa_run_merge(&merge, &c->error);
+    Py_END_ALLOW_THREADS return status;
+}
+
+/* merge_states(outs, lses, layout): two tuples of the same length. */
+static PyObject *merge_states(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+    if (!check_count("merge_states", count, 3)) return NULL;
+    merge_call c = {.state = PyModule_GetState(module), .n = PyTuple_Size(arguments[0])};
+    output out = {0}, lse = {0};
+    fa_layout layout;
+    PyObject *result = NULL;
+    if (c.n < 0 || PyTuple_Size(arguments[1]) < 0) return NULL;
+    fa_status status = get_layout(arguments[2], &layout, &c.error);
+    if (status == FA_OK && (c.n < 1 || c.n > INT32_MAX / 2))
+        status = fa_fail(&c.error, FA_VALUE, "`outs` must hold at least one array, got %zd", c.n);
+    if (status == FA_OK && PyTuple_Size(arguments[1]) != c.n)
+        status = fa_fail(&c.error, FA_VALUE, "`lses` must hold %zd arrays like `outs`, got %zd",
+                         c.n, PyTuple_Size(arguments[1]));
+    if (status == FA_OK) {
+        size_t n = 2 * (size_t)c.n;
+        c.parts = calloc(n, sizeof *c.parts);
+        c.arrays = calloc(n, sizeof *c.arrays);
+        c.tensors = calloc(n, sizeof *c.tensors);
+        c.names = calloc(n, sizeof *c.names);
+        status = c.parts && c.arrays && c.tensors && c.names
+                     ? merge_parts(&c, arguments[0], arguments[1], layout, &out, &lse)
+                     : fa_fail(&c.error, FA_MEMORY, "no memory for %zd parts", c.n);
+    }
+    if (status == FA_OK) {
+        result = hand_over(c.state, c.parts, &out, &lse, NULL, 1);
+    } else {
+        tensor_drop(&out);
+        tensor_drop(&lse);
+    }
+    for (Py_ssize_t i = 0; i < c.count; i++) tensor_release(&c.parts[i]);
+    free(c.parts);
+    free(c.arrays);
+    free(c.tensors);
+    free(c.names);
+    return status == FA_OK ? result : raise_status(status, &c.error);
+}
+
+/* ---- info ---------------------------------------------------------------------------------- */
+
+#ifdef FASTATTN_CUDA
+static PyObject *cuda_info(void) {
+    fa_cuda_state cuda = {0};
+    fa_error error;
+    fa_cuda_probe(&cuda);
+    PyObject *devices = PyList_New(0), *kernels = PyList_New(0);
+    for (int32_t i = 0; i < cuda.devices && devices; i++) {
+        fa_gpu gpu;
+        if (fa_cuda_device(i, &gpu, &error) != FA_OK) continue;
+        PyObject *device =
+            Py_BuildValue("{s:s, s:(ii), s:i, s:L}", "name", gpu.name, "capability", gpu.major,
+                          gpu.minor, "sms", gpu.sms, "memory", (long long)gpu.memory);
+        if (!device || PyList_Append(devices, device) < 0) Py_CLEAR(devices);
+        Py_XDECREF(device);
+    }
+    for (const char *const *row = fa_cuda_rows(); *row && kernels; row++) {
+        PyObject *name = PyUnicode_FromString(*row);
+        if (!name || PyList_Append(kernels, name) < 0) Py_CLEAR(kernels);
+        Py_XDECREF(name);
+    }
+    if (!devices || !kernels) {
+        Py_XDECREF(devices);
+        Py_XDECREF(kernels);
+        return NULL;
+    }
+    return Py_BuildValue("{s:i, s:i, s:s, s:N, s:N}", "toolkit", cuda.toolkit, "driver",
+                         cuda.driver, "error", cuda.error, "devices", devices, "kernels", kernels);
+}
+#else
+static PyObject *cuda_info(void) {
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+#endif
+
+/* What only C knows; python/fastattn/_attention.py makes the public dict of it. */
+static PyObject *info(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    PyObject *cuda = cuda_info(), *backends = cuda ? PyList_New(0) : NULL;
+    for (int32_t i = 0; i < fa_backend_count() && backends; i++) {
+        PyObject *name = PyUnicode_FromString(fa_backend_at(i)->name);
+        if (!name || PyList_Append(backends, name) < 0) Py_CLEAR(backends);
+        Py_XDECREF(name);
+    }
+    if (!backends) {
+        Py_XDECREF(cuda);
+        return NULL;
+    }
+    return Py_BuildValue("{s:N, s:{s:s, s:i}, s:N}", "backends", backends, "cpu", "level",
+                         fa_cpu_level(), "threads", fa_cpu_threads(), "cuda", cuda);
+}
+
+/* ---- The module ---------------------------------------------------------------------------- */
+
+#define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
+
+static PyMethodDef methods[] = {
+    FAST(attention), FAST(scaled_dot_product_attention), FAST(merge_states),
+    FAST(explain),   {"info", info, METH_NOARGS, NULL},  {0},
+};
+
+/* NumPy's C API and torch's tensors belong to one interpreter. */
+static int module_exec(PyObject *module) {
+    if (PyInterpreterState_GetID(PyInterpreterState_Get()) != 0) {
+        PyErr_SetString(PyExc_ImportError, "fastattn cannot be imported in a subinterpreter");
+        return -1;
+    }
+    return tensor_init(PyModule_GetState(module));
+}
+
+static int module_traverse(PyObject *module, visitproc visit, void *arg) {
+    return tensor_traverse(PyModule_GetState(module), visit, arg);
+}
+
+static int module_clear(PyObject *module) {
+    tensor_clear(PyModule_GetState(module));
+    return 0;
+}
+
+static void module_free(void *module) { module_clear(module); }
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, module_exec},
+#ifdef Py_GIL_DISABLED
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,   .m_name = "fastattn._C", .m_size = sizeof(module_state),
+    .m_methods = methods,    .m_slots = slots,        .m_traverse = module_traverse,
+    .m_clear = module_clear, .m_free = module_free,
+};
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&definition); }

@@ -1,0 +1,32 @@
+"""Exact attention for NumPy, PyTorch, JAX and CuPy arrays, on the CPU and on Hopper GPUs.
+
+Importing it imports no framework; arrays go in and come out as whatever the caller uses.
+"""
+
+from ._attention import (
+    Explanation,
+    attention,
+    attention_backward,
+    attention_kvcache,
+    attention_varlen,
+    attention_varlen_backward,
+    explain,
+    info,
+    merge_states,
+    scaled_dot_product_attention,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explanation",
+    "attention",
+    "attention_backward",
+    "attention_kvcache",
+    "attention_varlen",
+    "attention_varlen_backward",
+    "explain",
+    "info",
+    "merge_states",
+    "scaled_dot_product_attention",
+]

@@ -1,0 +1,122 @@
+"""The frameworks without a C exchange table, recognised without importing any of them.
+
+Called by csrc/tensor.c, for arrays that are neither torch tensors nor NumPy arrays. Whatever an
+array's framework is, it is in sys.modules already; so each is looked up there.
+"""
+
+import sys
+from typing import Any
+
+_CPU, _CUDA, _CUDA_HOST, _CUDA_MANAGED = 1, 2, 3, 13  # DLPack's device types
+_DLPACK = (1, 3)  # the version that csrc/dlpack.h declares
+
+
+def _is(array: Any, module: str, name: str) -> bool:
+    """Whether array is an instance of module.name, where that module is loaded."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(array, kind)
+
+
+def is_jax(array: Any) -> bool:
+    return _is(array, "jax", "Array")
+
+
+def export(array: Any, name: str) -> tuple[Any, int]:
+    """(capsule, stream): the array as a DLPack capsule, and its framework's current CUDA stream.
+
+    Raises TypeError for what is no array, NotImplementedError for JAX on a GPU.
+    """
+    if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
+        what = "a traced JAX array" if is_jax(array) else type(array).__name__
+        raise TypeError(
+            f"`{name}` must be an array (torch, NumPy, JAX, CuPy, any with __dlpack__), got {what}"
+        )
+    device_type, device_id = (int(x) for x in array.__dlpack_device__())
+    on_gpu = device_type in (_CUDA, _CUDA_MANAGED)
+    if on_gpu and is_jax(array):
+        raise NotImplementedError(
+            f"`{name}` is a JAX array on CUDA: these go through XLA's FFI (fastattn.jax), "
+            "which owns its streams and buffers and is not built yet"
+        )
+    if is_jax(array):
+        array.block_until_ready()
+    # -1: no synchronisation, because the kernel runs on the producer's own stream. A producer
+    # whose stream we do not know is asked to order its work before the legacy default stream.
+    stream, ordered = 0, None
+    if on_gpu and _is(array, "cupy", "ndarray"):
+        stream, ordered = sys.modules["cupy"].cuda.get_current_stream(device_id).ptr, -1
+    elif on_gpu and _is(array, "torch", "Tensor"):
+        stream, ordered = sys.modules["torch"].cuda.current_stream(device_id).cuda_stream, -1
+    elif on_gpu:
+        ordered = 1
+    try:
+        capsule = array.__dlpack__(stream=ordered, max_version=_DLPACK)
+    except TypeError:  # a producer from before DLPack 1.0
+        capsule = array.__dlpack__(stream=ordered)
+    return capsule, stream
+
+
+def empty(like: Any, shape: tuple[int, ...], dtype: str, on_gpu: bool) -> Any:
+    """An uninitialised array of like's framework and device; None for a buffer of our own (JAX)."""
+    if is_jax(like):
+        return None
+    if _is(like, "torch", "Tensor"):
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+    if _is(like, "cupy", "ndarray"):
+        with sys.modules["cupy"].cuda.Device(like.device.id):
+            return sys.modules["cupy"].empty(shape, _numpy_dtype(dtype))
+    if hasattr(like, "__array_namespace__"):
+        xp = like.__array_namespace__()
+        return xp.empty(shape, dtype=getattr(xp, dtype), device=like.device)
+    if on_gpu:
+        raise TypeError(
+            f"cannot allocate an output like {type(like).__name__}: pass `out` "
+            "or a torch or CuPy array"
+        )
+    import numpy
+
+    return numpy.empty(shape, _numpy_dtype(dtype))
+
+
+def _numpy_dtype(name: str) -> Any:
+    if name != "bfloat16":
+        return name
+    import ml_dtypes  # NumPy has no bfloat16 of its own
+
+    return ml_dtypes.bfloat16
+
+
+class _Buffer:
+    """Our own CPU buffer as a DLPack producer, for frameworks whose arrays are never written."""
+
+    def __init__(self, capsule: Any) -> None:
+        self._capsule = capsule
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self._capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (_CPU, 0)
+
+
+def hand_over(like: Any, capsule: Any) -> Any:
+    """The finished buffer as an array of like's framework (JAX), without a copy."""
+    import jax.dlpack
+
+    return jax.dlpack.from_dlpack(_Buffer(capsule))
+
+
+def is_plain_ndarray(array: Any) -> bool:
+    """Whether a subclass of numpy.ndarray means the same as one (a masked array does not)."""
+    return _is(array, "numpy", "memmap")
+
+
+def has_tangent(tensor: Any) -> bool:
+    """Whether a torch tensor carries a forward-mode gradient."""
+    return sys.modules["torch"].autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def mark_written(tensor: Any) -> None:
+    """Bumps a torch tensor's version, so that autograd notices that a saved tensor was written."""
+    sys.modules["torch"].autograd.graph.increment_version(tensor)

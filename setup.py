@@ -1,0 +1,219 @@
+"""Builds fastattn._C: every C file of csrc/, and with nvcc every row of kernels/variants.def.
+
+One object per C file and per kernel row, compiled in parallel and kept in build/objects. An object
+is compiled again when its command line or a file that its depfile names has changed, so touching
+one kernel compiles that kernel alone.
+
+Environment:
+    FASTATTN_CUDA=0      no CUDA kernels, even where nvcc is found
+    FASTATTN_NVCC=PATH   the compiler to use (else CUDA_HOME/bin/nvcc, else nvcc on PATH)
+    FASTATTN_STRICT=1    fail on what slows a kernel down silently (CI sets it); else a warning
+    FASTATTN_SANITIZE=1  AddressSanitizer and UBSan in the C code (run with LD_PRELOAD=libasan.so)
+    FASTATTN_JOBS=N      compilers at once (default: the cores this process may use)
+"""
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OBJECTS = ROOT / "build" / "objects"
+BINDING = {"module", "tensor"}  # the only files that see Python.h
+
+# Free-threaded CPython has no stable ABI: there the module is built for one version.
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+ABI3 = "0x030A0000"  # CPython 3.10, as in [tool.distutils.bdist_wheel] of the wheel below
+
+C_FLAGS = "-std=c11 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-missing-field-initializers"
+SANITIZE_FLAGS = "-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined"
+# Without exceptions, RTTI and guarded statics the host pass of nvcc needs no C++ runtime.
+NVCC_FLAGS = (
+    "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,"
+    "-fno-threadsafe-statics,-fno-asynchronous-unwind-tables"
+)
+LINK_FLAGS = "-shared -Wl,--exclude-libs,ALL -Wl,--as-needed -Wl,-z,relro,-z,now"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation: `command` lacks the output and the depfile, which are named after it."""
+
+    name: str
+    command: tuple[str, ...]
+    ignore: frozenset[str] = frozenset()  # file names in the depfile that do not count
+
+    @property
+    def object(self) -> Path:
+        digest = hashlib.sha256("\0".join(self.command).encode()).hexdigest()[:12]
+        return OBJECTS / f"{self.name}-{digest}.o"
+
+    @property
+    def log(self) -> Path:
+        return self.object.with_suffix(".log")
+
+    def stale(self) -> bool:
+        try:
+            built = self.object.stat().st_mtime_ns
+            text = self.object.with_suffix(".d").read_text()
+            sources = shlex.split(text.replace("\\\n", " ").partition(":")[2])
+            return any(
+                Path(s).stat().st_mtime_ns > built
+                for s in sources
+                if Path(s).name not in self.ignore
+            )
+        except OSError:
+            return True
+
+    def run(self) -> None:
+        partial = self.object.with_suffix(".tmp.o")
+        depfile = self.object.with_suffix(".d")
+        command = [*self.command, "-MD", "-MF", str(depfile), "-o", str(partial)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+        self.log.write_text(done.stdout + done.stderr)
+        partial.replace(self.object)
+
+
+def find_nvcc() -> Path | None:
+    if os.environ.get("FASTATTN_CUDA") == "0":
+        return None
+    if chosen := os.environ.get("FASTATTN_NVCC"):
+        return Path(chosen)
+    home = os.environ.get("CUDA_HOME")
+    if home and (Path(home) / "bin" / "nvcc").is_file():
+        return Path(home) / "bin" / "nvcc"
+    found = shutil.which("nvcc")
+    return Path(found).resolve() if found else None
+
+
+def kernel_rows() -> list[dict[str, str]]:
+    """The rows of kernels/variants.def, each a dict from column name to value."""
+    path = ROOT / "kernels" / "variants.def"
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    columns = re.search(r"^// columns: (.*)$", text, re.M)[1].split()
+    rows = re.findall(r"^FA_ROW\((.*)\)", text, re.M)
+    return [dict(zip(columns, (v.strip() for v in r.split(",")), strict=True)) for r in rows]
+
+
+def c_jobs(cuda: bool) -> list[Job]:
+    import numpy
+
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    flags = shlex.split(C_FLAGS) + ["-DFASTATTN_CUDA"] * cuda
+    if os.environ.get("FASTATTN_SANITIZE") == "1":
+        flags += shlex.split(SANITIZE_FLAGS)
+    python = ["-isystem", sysconfig.get_path("include"), "-isystem", numpy.get_include()]
+    if not FREE_THREADED:
+        python.append(f"-DPy_LIMITED_API={ABI3}")
+    return [
+        Job(
+            path.stem,
+            (
+                *compiler,
+                *flags,
+                *(python if path.stem in BINDING else []),
+                "-c",
+                f"csrc/{path.name}",
+            ),
+        )
+        for path in sorted((ROOT / "csrc").glob("*.c"))
+    ]
+
+
+def cuda_jobs(nvcc: Path, rows: list[dict[str, str]]) -> list[Job]:
+    jobs = []
+    for row in rows:
+        arch = row["arch"].removeprefix("sm_")
+        gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        values = [f"-DROW_{column.upper()}={value}" for column, value in row.items()]
+        command = (str(nvcc), *shlex.split(NVCC_FLAGS), gencode, *values)
+        source = f"kernels/{row['source']}.cu"
+        # A row's own line is in its command; the other rows of the table do not concern it.
+        jobs.append(Job(row["name"], (*command, "-c", source), frozenset({"variants.def"})))
+    host = (str(nvcc), *shlex.split(NVCC_FLAGS), "-gencode=arch=compute_90a,code=sm_90a")
+    jobs += [Job("sm90", (*host, "-c", "kernels/sm90.cu"))]
+    return jobs
+
+
+def run_jobs(jobs: list[Job]) -> None:
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    stale = [job for job in jobs if job.stale()]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(f"fastattn: compiling {len(stale)} of {len(jobs)} objects", file=sys.stderr)
+    with ThreadPoolExecutor(int(os.environ.get("FASTATTN_JOBS") or cores or 1)) as pool:
+        for job, _ in zip(stale, pool.map(Job.run, stale), strict=True):
+            print(f"fastattn: compiled {job.name}", file=sys.stderr)
+            if text := job.log.read_text().strip():
+                print(text, file=sys.stderr)
+
+
+def check_kernels(jobs: list[Job]) -> None:
+    """The rules of kernels/sass.py: a warning for a user, an error under FASTATTN_STRICT=1."""
+    sys.path.insert(0, str(ROOT / "kernels"))
+    import sass
+
+    problems = [
+        f"{job.name}: {problem}"
+        for job in jobs
+        for problem in sass.check(job.object.read_bytes(), job.log.read_text())
+    ]
+    for problem in problems:
+        print(f"fastattn: {problem}", file=sys.stderr)
+    if problems and os.environ.get("FASTATTN_STRICT") == "1":
+        raise SystemExit(f"fastattn: {len(problems)} problems in the kernels, FASTATTN_STRICT=1")
+
+
+class BuildExtension(build_ext):
+    def build_extension(self, extension: Extension) -> None:
+        nvcc, rows = find_nvcc(), kernel_rows()
+        if not nvcc:
+            print("fastattn: nvcc not found, building for the CPU only", file=sys.stderr)
+        elif not rows:
+            print("fastattn: no kernel rows, building for the CPU only", file=sys.stderr)
+        kernels = cuda_jobs(nvcc, rows) if nvcc and rows else []
+        jobs = kernels + c_jobs(cuda=bool(kernels))
+        run_jobs(jobs)
+        check_kernels(kernels)
+
+        command = shlex.split(os.environ.get("CC", "cc")) + shlex.split(LINK_FLAGS)
+        if os.environ.get("FASTATTN_SANITIZE") == "1":
+            command += shlex.split(SANITIZE_FLAGS)
+        command += [str(job.object) for job in jobs]
+        if kernels:
+            home = nvcc.resolve().parent.parent
+            command += [f"-L{home / lib}" for lib in ("lib64", "lib") if (home / lib).is_dir()]
+            command += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        command += ["-static-libgcc", "-lm"]
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([*command, "-o", str(target)], check=True, cwd=ROOT)
+
+
+class Wheel(bdist_wheel):
+    """One wheel for CPython 3.10 and newer, where there is a stable ABI."""
+
+    def finalize_options(self) -> None:
+        if not FREE_THREADED:
+            self.py_limited_api = "cp310"
+        super().finalize_options()
+
+
+setup(
+    ext_modules=[Extension("fastattn._C", [], py_limited_api=not FREE_THREADED)],
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
+)
