@@ -154,7 +154,7 @@ def commands(part, options, out, name):
 
 
 def run_all(part, options, out, name, seconds, environment):
-    """The commands of one part at once. Prints the end of each log; returns whether all was well."""
+    """The commands of one part at once. Prints each log's end; returns whether all was well."""
     listed = [
         (out / f"{name}-{label}.log", command)
         for label, command in commands(part, options, out, name)

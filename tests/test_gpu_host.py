@@ -120,6 +120,56 @@ def test_table_as_the_build_and_the_dispatch_read_it(host):
         assert (KERNELS / f"{row['source']}.cu").exists(), row
 
 
+# ---------------------------------------------------------------------------------------- budgets
+
+SMEM_LIMIT, REGISTERS = 232448, 65536  # of a block and of an SM, compute capability 9.0
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
+def test_shared_memory_fits(row):
+    """Tiles in panels of 64 columns, 128 bytes a row: Q (then O) and the stages of K and V."""
+    d, dv, warpgroups, block_n, stages = (
+        int(row[column]) for column in ("d", "dv", "warpgroups", "block_n", "stages")
+    )
+    q_buffers, ones, blocks = (
+        int(row[column]) for column in ("q_buffers", "ones", "blocks_per_sm")
+    )
+    of_d, of_dv = -(-d // 64), -(-dv // 64)
+    q = 64 * 128 * max(of_d, of_dv) * warpgroups * q_buffers
+    kv = 128 * block_n * ((of_d + of_dv) * stages + ones)
+    room = 1024 + 512  # to align the base; barriers and what the warps tell each other
+    assert (q + kv + room) * blocks <= SMEM_LIMIT
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
+def test_registers_fit(row):
+    """All threads start with the same share of the file; what the producer gives back is the pool
+    from which the MMA warpgroups take more. Asking for more than the pool holds hangs for ever."""
+    text = (KERNELS / f"{row['source']}.cu").read_text()
+    warpgroups, blocks = int(row["warpgroups"]), int(row["blocks_per_sm"])
+    if warpgroups == 1:
+        return  # no exchange
+    scope = {"WARPGROUPS": warpgroups}
+    mma, producer = (
+        c_expression(re.search(rf"\b{name}_REGISTERS =\s*(.*?);", text, re.DOTALL)[1], scope)
+        for name in ("MMA", "PRODUCER")
+    )
+    threads = 128 * (warpgroups + 1)
+    at_launch = REGISTERS // blocks // threads // 8 * 8
+    assert 128 * (warpgroups * mma + producer) <= threads * at_launch
+    assert all(24 <= n <= 256 and n % 8 == 0 for n in (mma, producer))
+
+
+def c_expression(text, scope):
+    """The value of a chain of `a == b ? x : y`."""
+    condition, question, rest = text.partition("?")
+    if not question:
+        return int(text)
+    name, _, value = condition.split()
+    yes, _, no = rest.partition(":")
+    return c_expression(yes if scope[name] == int(value) else no, scope)
+
+
 # ----------------------------------------------------------------------------------- row selection
 
 
