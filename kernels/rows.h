@@ -55,13 +55,14 @@ static inline int32_t fa_choose_row(const fa_what *w, int32_t sms) {
     return best;
 }
 
-/* Whether the tensor memory accelerator can address it: base and strides in units of 16 bytes,
- * no stride negative or too long. */
+/* Whether the tensor memory accelerator can address it: base and strides in units of 16 bytes, no
+ * stride negative or too long; batches and heads may be repeated by a stride of 0, rows may not. */
 static inline int32_t fa_tma_takes(const fa_tensor *t, int32_t element_bytes) {
     if ((uintptr_t)t->data % 16 || (t->shape[3] > 1 && t->stride[3] != 1)) return 0;
     for (int i = 0; i < 3; ++i) {
         int64_t bytes = t->stride[i] * element_bytes;
-        if (t->shape[i] > 1 && (bytes < 0 || bytes % 16 || bytes >> 40)) return 0;
+        if (t->shape[i] > 1 && (bytes < 0 || bytes % 16 || bytes >> 40 || (i == 2 && !bytes)))
+            return 0;
     }
     return 1;
 }

@@ -220,6 +220,7 @@ def test_tma_limits(host):
     shape = (2, 3, 100, 64)
     assert takes(1024, shape, (19200, 6400, 64, 1))
     assert takes(1024, shape, (0, 0, 64, 1))  # expanded
+    assert not takes(1024, shape, (19200, 6400, 0, 1))  # one row, over and over
     assert takes(1024, (1, 3, 100, 64), (7, 6400, 64, 1))  # the stride of one element means nothing
     assert not takes(1026, shape, (19200, 6400, 64, 1))
     assert not takes(1024, shape, (19200, 6400, 65, 1))
