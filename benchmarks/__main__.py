@@ -1,0 +1,16 @@
+"""`python benchmarks ...` is `python -m fastattn bench --known benchmarks/peers.csv ...`.
+
+benchmarks/
+    peers.csv              every known peer's time on one H100, for the column "x known"
+    results/               one JSON file per campaign: header (machine, versions, command), all rows
+    table.py               writes README's tables from those files
+    sdpa_comparison.ipynb  the comparison with PyTorch's SDPA as a notebook
+    gpu_run.py             GPU tests and benchmarks in one call, on a machine without a network
+"""
+
+import pathlib
+import sys
+
+from fastattn import _bench
+
+sys.exit(_bench.main(["--known", str(pathlib.Path(__file__).parent / "peers.csv"), *sys.argv[1:]]))

@@ -1,0 +1,86 @@
+"""`python -m fastattn`: what was found, and a first attention. With `bench`: the measurements.
+
+Needs nothing but the package and NumPy; PyTorch is compared with where it is installed.
+"""
+
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+
+import fastattn
+
+from . import _bench
+
+FRAMEWORKS = ("numpy", "torch", "jax", "cupy")
+
+
+def version(name):
+    """The installed version, without importing the package."""
+    names = importlib.metadata.packages_distributions().get(name, ())
+    return f"{name} {importlib.metadata.version(names[0])}" if names else f"{name} -"
+
+
+def found(info):
+    """(what, text) lines of what this build and this machine have."""
+    cpu, cuda = info["cpu"], info["cuda"]
+    yield "fastattn", f"{info['version']}, python {platform.python_version()}"
+    yield "frameworks", ", ".join(version(name) for name in FRAMEWORKS)
+    yield "cpu", f"{_bench.cpu_name()}: {cpu['level']} kernels, {cpu['threads']} threads"
+    if not cuda:
+        yield "gpu", "no kernels in this build: nvcc was not found when it was made"
+        return
+    yield "kernels", f"{len(cuda['kernels'])} GPU kernels, built with CUDA {cuda['toolkit']}"
+    needs = f"needs one for CUDA {cuda['driver_needed']} or newer"
+    driver = f"for CUDA {cuda['driver']}" if cuda["driver"] else "none found"
+    yield "gpu driver", f"{driver} ({needs})"
+    for device in cuda["devices"]:
+        memory = f"{device['memory'] / 2**30:.0f} GiB"
+        size = f"compute capability {device['capability']}, {device['sms']} SMs, {memory}"
+        yield "gpu", f"{device['name']}: {size}"
+    if not cuda["devices"]:
+        yield "gpu", f"none ({cuda['error'] or 'no device'})"
+
+
+def first_cell():
+    """A shape that the best backend finishes in milliseconds."""
+    if _bench.gpu_usable():
+        return _bench.Cell("first", "cuda", 2, 16, 4096, 128, "bf16", "causal")
+    return _bench.Cell("first", "cpu", 1, 8, 1024, 64, "fp32", "causal")
+
+
+def main():
+    info = fastattn.info()
+    for what, text in found(info):
+        print(f"{what:12}{text}")
+
+    cell = first_cell()
+    arrays = _bench.arrays_for(cell.device)
+    explained = fastattn.explain(
+        fastattn.attention, *_bench.make_inputs(arrays, cell)[:3], causal=True
+    )
+    print(f"\nA first attention: {cell.label}, {arrays.name} arrays")
+    print(f"backend {explained.backend}, kernel {explained.kernel}\n")
+    rows = _bench.measure(arrays, cell, _bench.peers(), _bench.Options(peers=("torch", "cudnn")))
+    unit, scale = _bench.UNITS[cell.device]
+    lines = [["", "ms", unit, "error", "allowed"]]
+    for row in rows:
+        if "ms" not in row:
+            print(f"{row['implementation']}: {row['refused']}")
+            continue
+        speed = cell.flops / row["ms"] * 1e3 * scale
+        errors = (f"{row[key]:.1e}" for key in ("error", "bound"))
+        lines.append([row["implementation"], f"{row['ms']:.3f}", f"{speed:.0f}", *errors])
+    print("\n".join(_bench.aligned(lines)))
+    print("\nerror: largest difference from float64 on the same inputs.")
+    if _bench.wrong(rows):
+        return "fastattn's result is wrong on this machine: please report this output"
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["bench"]:
+        sys.exit(_bench.main(sys.argv[2:]))
+    if sys.argv[1:]:
+        sys.exit("usage: python -m fastattn [bench ...]; `python -m fastattn bench --help`")
+    sys.exit(main())

@@ -1,0 +1,965 @@
+"""The measurements: `python -m fastattn bench`, the same code that `python benchmarks` calls.
+
+One *cell* is a shape, a dtype and a mask. Every implementation installed here computes it: first it
+is checked against float64, then all are timed side by side, interleaved round by round, because
+clocks and power move more between two runs than most optimisations gain. What is printed is the
+median, with the 10th and 90th percentile, beside the two limits of the machine as measured in the
+same run: its matrix product rate and its copy bandwidth. Losing cells are printed like the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import math
+import operator
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+import fastattn
+
+# ---------------------------------------------------------------------------------------- cells
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    suite: str
+    device: str  # "cpu" or "cuda"
+    b: int
+    hq: int
+    s: int  # sq = sk
+    d: int
+    dtype: str = "bf16"
+    mask: str = "full"  # "full", "causal" or "bool" (a random (sq, sk) mask, half of it True)
+    hk: int = 0  # 0: hq
+    dv: int = 0  # 0: d
+    inputs: str = "normal"  # or "qx16", "qx40", "qx100", "spike": one huge key late in the row
+    clock: str = "call"  # or "host": Python to launch; "sustained": one second without a pause
+
+    @property
+    def kv(self):
+        """Key heads and value size."""
+        return self.hk or self.hq, self.dv or self.d
+
+    @property
+    def label(self):
+        (hk, dv), hq, d = self.kv, self.hq, self.d
+        extra = [x for x in (self.inputs, self.clock) if x not in ("normal", "call")]
+        heads, size = f"{hq}:{hk}" if hk != hq else hq, f"{d}/{dv}" if dv != d else d
+        words = (self.dtype, f"b{self.b}", f"h{heads}", f"s{self.s}", f"d{size}", self.mask, *extra)
+        return " ".join(words)
+
+    @property
+    def flops(self):
+        per_score = 2 * (self.d + self.kv[1])
+        return per_score * self.b * self.hq * self.s**2 / (2 if self.mask == "causal" else 1)
+
+    @property
+    def bytes(self):
+        """Each input read once, the output written once."""
+        hk, dv = self.kv
+        elements = self.b * self.s * (self.hq * (self.d + dv) + hk * (self.d + dv))
+        return elements * SIZE[self.dtype] + (self.s**2 if self.mask == "bool" else 0)
+
+
+UNITS = {"cuda": ("TFLOP/s", 1e-12), "cpu": ("GFLOP/s", 1e-9)}
+SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+MASKS = ("full", "causal")
+GRIDS = ("cpu", "gpu-bf16", "gpu-fp16")  # the suites that are plotted over s
+
+
+def _suites():
+    """Name -> cells. The sizes are those that the project's targets are stated for."""
+    product = itertools.product
+
+    def grid(dtype):  # 16,384 tokens, hq * d = 2048: the grid of the FlashAttention papers
+        return [
+            Cell(f"gpu-{dtype}", "cuda", 16384 // s, 2048 // d, s, d, dtype, m)
+            for d, m, s in product((64, 128, 256), MASKS, (512, 1024, 2048, 4096, 8192, 16384))
+        ]
+
+    def origin(clock="call"):  # the two shapes of the report that this project began with
+        return [
+            Cell("gpu-origin", "cuda", 16, 96, s, d, dtype, m, clock=clock)
+            for (s, d), dtype, m in product(((4096, 128), (512, 64)), ("bf16", "fp16"), MASKS)
+        ]
+
+    return {
+        "cpu": [
+            Cell("cpu", "cpu", 1, 8, s, d, dtype, m)
+            for dtype, d, m, s in product(SIZE, (64, 128), MASKS, (512, 2048, 4096))
+        ],
+        "cpu-mask": [Cell("cpu-mask", "cpu", 1, 8, 2048, d, "fp32", "bool") for d in (64, 128)],
+        "cpu-threads": [Cell("cpu-threads", "cpu", 1, 1, 4096, d, "fp32") for d in (64, 128)],
+        "cpu-host": [Cell("cpu-host", "cpu", 1, 1, 8, 16, "fp32", clock="host")],
+        "gpu-bf16": grid("bf16"),
+        "gpu-fp16": grid("fp16"),
+        "gpu-origin": origin(),
+        "gpu-sustained": [c for c in origin("sustained") if c.s == 4096 and c.dtype == "bf16"],
+        "gpu-gqa": [
+            Cell("gpu-gqa", "cuda", 16384 // s, 32, s, 128, mask=m, hk=8)
+            for s, m in product((4096, 16384), MASKS)
+        ],
+        "gpu-heads": [
+            Cell("gpu-heads", "cuda", 4, 16, 4096, d, mask=m, dv=dv)
+            for (d, dv), m in product(((96, 96), (192, 192), (192, 128)), MASKS)
+        ],
+        "gpu-short": [
+            Cell("gpu-short", "cuda", bh // 8, 8, s, d)
+            for d, bh, s in product((64, 128), (8, 64, 512, 4096), (16, 64, 128, 256))
+        ],
+        "gpu-hostile": [
+            Cell("gpu-hostile", "cuda", 4, 16, 4096, 128, dtype, m, inputs=x)
+            for dtype, m, x in product(("bf16", "fp16"), MASKS, ("qx16", "qx40", "qx100", "spike"))
+        ],
+        "gpu-flex": [
+            Cell("gpu-flex", "cuda", 16384 // s, 16, s, 128, mask=m)
+            for m, s in product(MASKS, (1024, 4096, 16384))
+        ],
+        "gpu-host": [Cell("gpu-host", "cuda", 1, 8, 128, 64, clock="host")],
+    }
+
+
+# ---------------------------------------------------------------------------- arrays and clocks
+
+
+class NumpyArrays:
+    """Inputs as NumPy arrays, timed with the host's clock."""
+
+    name, device = "numpy", "cpu"
+
+    def __init__(self):
+        self.dtypes = {"fp32": np.float32, "fp16": np.float16}
+        with contextlib.suppress(ImportError):
+            self.dtypes["bf16"] = importlib.import_module("ml_dtypes").bfloat16
+
+    def copies(self, cell):
+        return 1
+
+    def normal(self, rng, shape, dtype):
+        return rng.standard_normal(shape, np.float32).astype(self.dtypes[dtype])
+
+    def bool(self, array):
+        return array
+
+    def nan(self, shape, dtype):
+        return np.full(shape, np.nan, self.dtypes[dtype])
+
+    def take(self, array):
+        """An output of any framework as an array of this one."""
+        return np.asarray(array)
+
+    def float64(self, array):
+        return array.astype(np.float64)
+
+    def finite(self, array):
+        return bool(np.isfinite(array.astype(np.float32)).all())
+
+    def equal(self, a, b):
+        return bool((a == b).all())
+
+    def synchronize(self):
+        pass
+
+    def seconds(self, calls, n, inner):
+        """Times of n turns of `inner` calls each, per call. Runs untimed for 2 ms first: idle
+        threads of the implementation before this one may still be spinning."""
+        start = time.perf_counter()
+        while time.perf_counter() - start < 2e-3:
+            calls[0]()
+        times = []
+        for _ in range(n):
+            start = time.perf_counter()
+            for _ in range(inner):
+                calls[0]()
+            times.append((time.perf_counter() - start) / inner)
+        return times
+
+    host_seconds = seconds
+
+
+class TorchArrays(NumpyArrays):
+    """Inputs as torch tensors of the CPU: ours and torch's own attention take the same ones."""
+
+    name = "torch"
+
+    def __init__(self):
+        import torch
+
+        self.torch = torch
+        self.dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+    def normal(self, rng, shape, dtype):
+        array = rng.standard_normal(shape, np.float32)
+        return self.torch.from_numpy(array).to(self.device, self.dtypes[dtype])
+
+    def bool(self, array):
+        return self.torch.from_numpy(array).to(self.device)
+
+    def nan(self, shape, dtype):
+        return self.torch.full(shape, math.nan, dtype=self.dtypes[dtype], device=self.device)
+
+    def take(self, array):
+        return array if isinstance(array, self.torch.Tensor) else self.torch.from_dlpack(array)
+
+    def float64(self, array):
+        return array.double().cpu().numpy()
+
+    def finite(self, array):
+        return bool(self.torch.isfinite(array).all())
+
+    def equal(self, a, b):
+        return self.torch.equal(a, b)
+
+
+class CudaArrays(TorchArrays):
+    """Inputs as torch tensors of the GPU, timed with CUDA events."""
+
+    device = "cuda"
+
+    def __init__(self):
+        super().__init__()
+        properties = self.torch.cuda.get_device_properties(0)
+        self.l2 = getattr(properties, "L2_cache_size", 50 << 20)
+        self.hertz, self.ahead = 1.9e9, {}
+
+    def copies(self, cell):
+        """Inputs that fit the L2 are rotated, so that every call reads them from memory."""
+        return min(64, math.ceil(2 * self.l2 / cell.bytes))
+
+    def normal(self, rng, shape, dtype):
+        seed = self.torch.Generator("cuda").manual_seed(int(rng.integers(1 << 62)))
+        dtype = self.dtypes[dtype]
+        return self.torch.randn(shape, generator=seed, device="cuda", dtype=dtype)
+
+    def synchronize(self):
+        self.torch.cuda.synchronize()
+
+    def seconds(self, calls, n, inner):
+        """As above, by events; the GPU sleeps first, longer than the host needs for the whole
+        burst (as the one before it took), so that no launch latency is counted."""
+        cuda, turn = self.torch.cuda, itertools.cycle(calls)
+        events = [cuda.Event(enable_timing=True) for _ in range(n + 1)]
+        cuda._sleep(int(max(2e-3, 1.5 * self.ahead.get(id(calls), 0)) * self.hertz))
+        start = time.perf_counter()
+        next(turn)()  # brings the clocks back up
+        events[0].record()
+        for event in events[1:]:
+            for _ in range(inner):
+                next(turn)()
+            event.record()
+        self.ahead[id(calls)] = time.perf_counter() - start
+        cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 / inner for a, b in itertools.pairwise(events)]
+
+    def host_seconds(self, calls, n, inner):
+        """Python to launch: the host's clock while the GPU sleeps, so that it never waits."""
+        times = []
+        for _ in range(n):
+            self.torch.cuda._sleep(int(15e-3 * self.hertz))
+            start = time.perf_counter()
+            for _ in range(inner):
+                calls[0]()
+            times.append((time.perf_counter() - start) / inner)
+            self.torch.cuda.synchronize()
+        return times
+
+
+def gpu_usable():
+    """Whether a GPU backend takes torch's CUDA tensors here."""
+    if not importlib.util.find_spec("torch"):
+        return False
+    torch = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        return False
+    x = torch.empty(1, 1, 64, 64, dtype=torch.bfloat16, device="cuda")
+    return fastattn.explain(fastattn.attention, x, x, x).backend is not None
+
+
+def arrays_for(device):
+    """The arrays to measure with: torch's where it is installed, since that is what peers take."""
+    if device == "cuda":
+        return CudaArrays()
+    return TorchArrays() if importlib.util.find_spec("torch") else NumpyArrays()
+
+
+# -------------------------------------------------------------------------------------- peers
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """`build(cell, q, k, v, mask)` gives a function without arguments, or raises: not installed,
+    or not for this cell. Arrays are (b, h, s, d)."""
+
+    name: str
+    device: str
+    build: object
+    suites: tuple = ()  # prefixes; (): all of the device
+    of: object = None  # Cell -> the cell that it computes, where that is another one
+    context: object = contextlib.nullcontext  # entered around its turns
+
+
+def _ours(backend=None):
+    def build(cell, q, k, v, mask):
+        causal = cell.mask == "causal"
+        if cell.clock == "host":  # the drop-in against what it replaces
+            sdpa = fastattn.scaled_dot_product_attention
+            return lambda: sdpa(q, k, v, is_causal=causal)
+        return lambda out=None: fastattn.attention(
+            q, k, v, causal=causal, mask=mask, backend=backend, out=out
+        )
+
+    return build
+
+
+def _sdpa(cell, q, k, v, mask):
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    keywords = {"is_causal": cell.mask == "causal", "attn_mask": mask}
+    if cell.kv[0] != cell.hq:
+        keywords["enable_gqa"] = True
+    return lambda: sdpa(q, k, v, **keywords)
+
+
+def _only(backend):
+    """SDPA held to one of its backends."""
+
+    def context():
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        return sdpa_kernel(getattr(SDPBackend, backend))
+
+    return context
+
+
+def _flash_attn(module):
+    """The packages that speak flash-attn's interface: (b, s, h, d), causal=."""
+
+    def build(cell, q, k, v, mask):
+        call = importlib.import_module(module).flash_attn_func
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+        if mask is not None:
+            raise NotImplementedError("no mask")
+
+        def run():
+            out = call(q, k, v, causal=cell.mask == "causal")
+            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+        return run
+
+    return build
+
+
+def _flex(cell, q, k, v, mask):
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    block = None
+    if cell.mask == "causal":
+        block = create_block_mask(lambda b, h, i, j: i >= j, None, None, cell.s, cell.s)
+    call = torch.compile(flex_attention)
+    return lambda: call(q, k, v, block_mask=block)
+
+
+def _jax(cell, q, k, v, mask):
+    import jax
+
+    def take(x):
+        return jax.numpy.asarray(x) if isinstance(x, np.ndarray) else jax.dlpack.from_dlpack(x)
+
+    @jax.jit
+    def call(q, k, v, mask):
+        causal = cell.mask == "causal"
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+        return out.swapaxes(1, 2)
+
+    q, k, v = (take(x).swapaxes(1, 2) for x in (q, k, v))
+    mask = None if mask is None else take(mask)[None, None]
+    return lambda: call(q, k, v, mask).block_until_ready()
+
+
+def _one_thread(cell, q, k, v, mask):
+    """Ours with one thread: in another process, since the number is fixed at the first call."""
+    child = """if True:
+        import sys, numpy, fastattn
+        q, k, v = (numpy.load(f"{sys.argv[1]}/{name}.npy") for name in "qkv")
+        numpy.save(f"{sys.argv[1]}/out.npy", fastattn.attention(q, k, v))
+        while print(flush=True) or sys.stdin.readline():
+            fastattn.attention(q, k, v)
+    """
+    folder = tempfile.TemporaryDirectory()
+    for name, array in zip("qkv", (q, k, v), strict=True):
+        np.save(f"{folder.name}/{name}.npy", np.asarray(array))
+    process = subprocess.Popen(
+        [sys.executable, "-c", child, folder.name],
+        env={**os.environ, "FASTATTN_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    process.stdout.readline()
+    out = np.load(f"{folder.name}/out.npy")
+
+    def run():
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        if not process.stdout.readline():
+            raise RuntimeError("the process with one thread ended")
+        return out
+
+    run.close = lambda: (process.communicate(), folder.cleanup())
+    return run
+
+
+def _unmasked(cell):
+    return dataclasses.replace(cell, mask="full")
+
+
+def _ordinary(cell):
+    return dataclasses.replace(cell, inputs="normal")
+
+
+def _mha(cell):
+    return dataclasses.replace(cell, hk=0)
+
+
+def peers(backend=None):
+    """Everyone who may be asked, ours first; the variants of ours run beside it like peers."""
+    ours = _ours(backend)
+    return [
+        Peer("fastattn", "cpu", ours),
+        Peer("unmasked", "cpu", ours, ("cpu-mask",), _unmasked),
+        Peer("1 thread", "cpu", _one_thread, ("cpu-threads",)),
+        Peer("torch", "cpu", _sdpa),
+        Peer("jax", "cpu", _jax),
+        Peer("fastattn", "cuda", ours),
+        Peer("ordinary", "cuda", ours, ("gpu-hostile",), _ordinary),
+        Peer("32 kv heads", "cuda", ours, ("gpu-gqa",), _mha),
+        Peer("cudnn", "cuda", _sdpa, context=_only("CUDNN_ATTENTION")),
+        Peer("fa3", "cuda", _flash_attn("fa3_fwd_interface")),
+        Peer("fa4", "cuda", _flash_attn("flash_attn.cute")),
+        Peer("fa2", "cuda", _sdpa, context=_only("FLASH_ATTENTION")),
+        Peer("efficient", "cuda", _sdpa, context=_only("EFFICIENT_ATTENTION")),
+        Peer("sdpa", "cuda", _sdpa, ("gpu-host",)),
+        Peer("flex", "cuda", _flex, ("gpu-flex",)),
+    ]
+
+
+VARIANTS = ("fastattn", "unmasked", "1 thread", "ordinary", "32 kv heads")
+
+# -------------------------------------------------------------------------- inputs and reference
+
+
+def make_inputs(arrays, cell, seed=0):
+    """q, k, v, mask of a cell; normal numbers, never zeros: those are faster than real ones."""
+    rng, (hk, dv), s = np.random.default_rng(seed), cell.kv, cell.s
+    q = arrays.normal(rng, (cell.b, cell.hq, s, cell.d), cell.dtype)
+    k = arrays.normal(rng, (cell.b, hk, s, cell.d), cell.dtype)
+    v = arrays.normal(rng, (cell.b, hk, s, dv), cell.dtype)
+    if cell.inputs.startswith("qx"):
+        q *= int(cell.inputs[2:])
+    elif cell.inputs == "spike":
+        k[:, :, s * 7 // 8] *= 100
+    mask = arrays.bool(rng.random((s, s)) < 0.5) if cell.mask == "bool" else None
+    return q, k, v, mask
+
+
+def rounded(x, dtype):
+    """x in `dtype`, as float64 (bfloat16 by hand, for NumPy has none)."""
+    if dtype != "bf16":
+        return x.astype(np.float32 if dtype == "fp32" else np.float16).astype(np.float64)
+    bits = x.astype(np.float32).view(np.uint32)
+    bits = bits + 0x7FFF + ((bits >> 16) & 1) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32).astype(np.float64)
+
+
+def reference(q, k, v, seen, dtype):
+    """Rows of one head, q (rows, d), k (sk, d), v (sk, dv), seen (rows, sk): the float64 result and
+    what a careful unfused path in `dtype` gives."""
+
+    def probabilities(kind):
+        s = np.where(seen, q.astype(kind) @ k.T.astype(kind) * kind(q.shape[1] ** -0.5), -np.inf)
+        p = np.exp(s - np.maximum(s.max(-1, keepdims=True), np.finfo(kind).min))
+        return p / np.maximum(p.sum(-1, keepdims=True), np.finfo(kind).tiny)
+
+    p = rounded(probabilities(np.float32), dtype).astype(np.float32)
+    return probabilities(np.float64) @ v, rounded(p @ v.astype(np.float32), dtype)
+
+
+def check(arrays, cell, inputs, out):
+    """(error, bound) of `out` on rows of four heads, the first and last of both among them. The
+    bound is the project's rule: twice the error of the careful unfused path, and the rounding of
+    the output. Every other element has to be finite: the buffers held NaN before."""
+    q, k, v, mask = inputs
+    rng = np.random.default_rng(1)
+    heads = {(0, 0), (cell.b - 1, cell.hq - 1)}
+    heads |= {(int(rng.integers(cell.b)), int(rng.integers(cell.hq))) for _ in range(2)}
+    rows = np.unique(np.r_[0, cell.s - 1, rng.integers(0, cell.s, 62)])
+    seen = np.ones((len(rows), cell.s), bool)
+    if cell.mask == "causal":
+        seen = rows[:, None] >= np.arange(cell.s)
+    elif mask is not None:
+        seen = arrays.float64(mask)[rows] > 0
+    group, worst = cell.hq // cell.kv[0], np.zeros(3)
+    for b, h in sorted(heads):
+        kj, vj = (arrays.float64(x[b, h // group]) for x in (k, v))
+        exact, low = reference(arrays.float64(q[b, h])[rows], kj, vj, seen, cell.dtype)
+        got = arrays.float64(out[b, h])[rows]
+        rounding = rounded(rounded(exact + 0.3, cell.dtype) - 0.3, cell.dtype) - exact
+        if cell.dtype == "fp32":
+            rounding = np.abs(rounding) + 4 * np.spacing(np.float32(np.abs(exact).max()))
+        worst = np.maximum(worst, [np.abs(x).max() for x in (got - exact, low - exact, rounding)])
+    if not arrays.finite(out):
+        worst[0] = math.inf
+    return float(worst[0]), float(2 * worst[1] + 2 * worst[2])
+
+
+# ----------------------------------------------------------------------------------- measuring
+
+
+@dataclasses.dataclass
+class Options:
+    timings: int = 25
+    warmup: float = 0.3
+    peers: tuple = ()  # names; (): all
+
+
+def measure(arrays, cell, everyone, options):
+    """One cell: the rows of all implementations, ours first, as plain dictionaries."""
+    copies = [make_inputs(arrays, cell, seed) for seed in range(arrays.copies(cell))]
+    running, rows, closers = [], [], []
+    for peer in everyone:
+        if peer.device != cell.device or not cell.suite.startswith(peer.suites or ""):
+            continue
+        if options.peers and peer.name not in (*VARIANTS, *options.peers):
+            continue
+        own = peer.of(cell) if peer.of else cell
+        row = {"implementation": peer.name, "label": cell.label, **dataclasses.asdict(cell)}
+        try:
+            mine = copies if own == cell else [make_inputs(arrays, own)]
+            with peer.context():
+                calls = [peer.build(own, *inputs) for inputs in mine]
+                # The block that the allocator hands out next holds NaN, as `out` does for ours.
+                shape = (*mine[0][0].shape[:-1], own.kv[1])
+                poison = arrays.nan(shape, own.dtype)
+                if peer.name == "fastattn" and cell.clock == "call":
+                    out = calls[0](out=poison)
+                else:
+                    del poison
+                    out = arrays.take(calls[0]())
+            row["error"], row["bound"] = check(arrays, own, mine[0], out)
+        except Exception as error:  # a peer's refusal is a result; ours is one too, and is shown
+            words = " ".join(str(error).split()) or type(error).__name__
+            row["refused"] = words[:200]
+            rows.append(row)
+            continue
+        rows.append(row)
+        running.append((peer, calls, row, out))
+        closers += [call.close for call in calls if hasattr(call, "close")]
+    try:
+        _time(arrays, cell, running, options)
+        for peer, calls, row, out in running:
+            if peer.name in VARIANTS:  # what was timed is what was checked
+                row["repeats"] = arrays.equal(arrays.take(calls[0]()), out)
+    finally:
+        for close in closers:
+            close()
+    return rows
+
+
+def _time(arrays, cell, running, options):
+    clock = arrays.host_seconds if cell.clock == "host" else arrays.seconds
+    burst = 5 if arrays.device == "cuda" and cell.clock == "call" else 1
+    target = {"host": 1e-3, "sustained": 1.0}.get(cell.clock, 5e-5)
+    inner = {}
+    for peer, calls, _, _ in running:
+        with peer.context():
+            estimate = min(clock(calls, 2, 1))
+        most = 200 if cell.clock == "host" else 1 << 30  # the launch queue holds about a thousand
+        inner[peer.name] = max(1, min(most, math.ceil(target / estimate)))
+    start = time.perf_counter()
+    times = {peer.name: [] for peer, *_ in running}
+    sustained = cell.clock == "sustained"
+    rounds = 3 if sustained else math.ceil(max(options.timings, 20) / burst)
+    turn = 0
+    while turn < rounds:
+        warm = sustained or time.perf_counter() - start >= options.warmup
+        for i in range(len(running)):
+            peer, calls, _, _ = running[(i + turn) % len(running)]
+            with peer.context():
+                got = clock(calls, burst, inner[peer.name])
+            if warm:
+                times[peer.name] += got
+        turn += warm
+    for peer, _, row, _ in running:
+        p10, median, p90 = np.percentile(times[peer.name], (10, 50, 90)) * 1e3
+        row |= {"ms": median, "p10": p10, "p90": p90, "timings": len(times[peer.name])}
+
+
+def machine(arrays):
+    """The run's own limits: matrix product rate per dtype (FLOP/s) and copy bandwidth (B/s, bytes
+    read plus bytes written)."""
+    rng, cuda = np.random.default_rng(0), arrays.device == "cuda"
+
+    def median(call):
+        arrays.seconds([call], 10, 1)
+        return float(np.median(arrays.seconds([call], 10, 1)))
+
+    def product(arrays, dtype, n):
+        a, b = (arrays.normal(rng, (n, n), dtype) for _ in range(2))
+        return 2 * n**3 / median(functools.partial(operator.matmul, a, b))
+
+    if cuda:
+        limits = {dtype: product(arrays, dtype, 8192) for dtype in ("bf16", "fp16")}
+    else:
+        limits = {"fp32": product(NumpyArrays(), "fp32", 2048)}
+        if arrays.name == "torch":  # the better library of the two, on whichever CPU this is
+            limits["fp32"] = max(limits["fp32"], product(arrays, "fp32", 2048))
+            limits["bf16"] = product(arrays, "bf16", 2048)
+        limits["fp16"] = limits["fp32"]  # these kernels multiply fp16 in fp32
+    source = arrays.normal(rng, (1 << (30 if cuda else 26),), "bf16" if cuda else "fp32")
+    target = source + 0
+    copy = functools.partial(operator.setitem, target, slice(None), source)
+    limits["copy"] = 2 * source.nbytes / median(copy)
+    return limits
+
+
+def _shell(*command):
+    """One line of a command's output, or None where it cannot be asked."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return output.stdout.strip().partition("\n")[0]
+
+
+def header(arrays, argv, commit=None):
+    """Everything that a reader needs to repeat the run."""
+    info = fastattn.info()
+    packages = ("numpy", "torch", "jax", "triton", "fa3-fwd", "flash-attn-4")
+    versions = {"python": platform.python_version(), "fastattn": info["version"]}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    here = os.path.dirname(os.path.abspath(__file__))
+    head = {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": "python -m fastattn bench " + " ".join(argv),
+        "commit": commit or _shell("git", "-C", here, "describe", "--always", "--dirty"),
+        "device": arrays.device,
+        "cpu": cpu_name(),
+        "cpu_level": info["cpu"]["level"],
+        "cpu_threads": info["cpu"]["threads"],
+        "versions": versions,
+        "limits": machine(arrays),
+    }
+    if arrays.device == "cuda":
+        torch = arrays.torch
+        query = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+        head["gpu"] = torch.cuda.get_device_name()
+        head["driver"] = _shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        values = _shell("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+        head["clocks"] = dict(zip(query.split(","), (values or "").split(", "), strict=False))
+        versions["cuda"], versions["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
+    return head
+
+
+def cpu_name():
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def known_peers(path):
+    """peers.csv -> {(b, h, s, d, mask): cuDNN's time / the best known peer's}, forward."""
+    import csv
+
+    with open(path) as lines:
+        rows = csv.DictReader(line for line in lines if not line.startswith("#"))
+        keys = ("batch", "heads", "seq", "head_dim")
+        return {
+            (*(int(row[key]) for key in keys), row["mask"]): float(row["x_cudnn"])
+            for row in rows
+            if row["pass"] == "fwd" and row["x_cudnn"]
+        }
+
+
+def derive(rows, limits, known):
+    """What follows from the times of one cell: speed, shares of the limits, ratios to ours."""
+    by_name = {row["implementation"]: row for row in rows}
+    ours = by_name["fastattn"].get("ms")
+    for row in rows:
+        if "ms" not in row:
+            continue
+        cell = Cell(**{f.name: row[f.name] for f in dataclasses.fields(Cell)})
+        if cell.clock != "host":
+            rate = limits.get(cell.dtype, math.nan)
+            floor = max(cell.flops / rate, cell.bytes / limits["copy"]) * 1e3
+            row |= {"flops": cell.flops / row["ms"] * 1e3, "over_floor": row["ms"] / floor}
+            row["of_matmul"] = row["flops"] / rate
+        if ours:
+            row["ratio"] = row["ms"] / ours
+    peers_ms = [r["ms"] for r in rows if "ms" in r and r["implementation"] not in VARIANTS]
+    if ours and peers_ms:
+        by_name["fastattn"]["best_live"] = min(peers_ms) / ours
+    key = tuple(by_name["fastattn"][x] for x in ("b", "hq", "s", "d", "mask"))
+    if ours and key in known and "ms" in by_name.get("cudnn", ()):
+        by_name["fastattn"]["best_known"] = by_name["cudnn"]["ms"] / known[key] / ours
+    return rows
+
+
+# ------------------------------------------------------------------------------------- reports
+
+
+def aligned(lines):
+    """Columns of text, the first left-aligned, the others right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))
+        yield "  ".join([line[0].ljust(widths[0]), *cells]).rstrip()
+
+
+def _number(row, key, text="{:.3g}", times=1):
+    return text.format(row[key] * times) if row.get(key) is not None else "-"
+
+
+def geometric_mean(values):
+    values = [x for x in values if x]
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+
+
+def table(rows, device):
+    """The text table of one suite: a line per cell, ours, then each peer's time over ours."""
+    names = list(dict.fromkeys(row["implementation"] for row in rows if "ms" in row))
+    names = [name for name in names if name != "fastattn"]
+    unit, scale = UNITS[device]
+    head = [rows[0]["suite"], "ms", "p10", "p90", "us/head", unit, "% mm", "x floor", "error"]
+    head += [f"x {name}" for name in names] + ["x best", "x known"]
+    lines, cells = [head], {}
+    for row in rows:
+        cells.setdefault(row["label"], {})[row["implementation"]] = row
+    for label, cell in cells.items():
+        ours = cell["fastattn"]
+        times = [_number(ours, key, "{:.4g}") for key in ("ms", "p10", "p90")]
+        per_head = _number(ours, "ms", "{:.4g}", 1e3 / ours["hq"])
+        share = _number(ours, "of_matmul", "{:.0f}", 100)
+        line = [label, *times, per_head, _number(ours, "flops", times=scale), share]
+        line += [_number(ours, "over_floor", "{:.2f}"), _number(ours, "error", "{:.1e}")]
+        for name in names:
+            peer = cell.get(name, {})
+            bad = "!" if peer.get("error", 0) > peer.get("bound", 0) else ""
+            line.append(_number(peer, "ratio", "{:.2f}") + bad)
+        lines.append(line + [_number(ours, key, "{:.2f}") for key in ("best_live", "best_known")])
+    if len(cells) > 1:
+        line = ["geometric mean"] + [""] * 8
+        for name in names:
+            line.append(_mean(cell.get(name, {}).get("ratio") for cell in cells.values()))
+        for key in ("best_live", "best_known"):
+            line.append(_mean(cell["fastattn"].get(key) for cell in cells.values()))
+        lines.append(line)
+    # A column that says nothing anywhere is left out.
+    kept = [c for c in zip(*lines, strict=True) if set(c[1:]) - {"-", ""}]
+    yield from aligned([list(line) for line in zip(*kept, strict=True)])
+    for row in rows:
+        name = f"{row['label']}: {row['implementation']}"
+        if row.get("error", 0) > row.get("bound", 0):
+            yield f"! {name} is off by {row['error']:.2e}, the bound is {row['bound']:.2e}"
+        elif row["implementation"] == "fastattn" and "refused" in row:
+            yield f"! {name} refused: {row['refused']}"
+        elif row["implementation"] == "fastattn" and not row["repeats"]:
+            yield f"! {name} gave other bits in its last call"
+
+
+def _mean(values):
+    mean = geometric_mean(values)
+    return f"{mean:.3f}" if mean else "-"
+
+
+def wrong(rows):
+    """Our rows that are not right: they make the command fail."""
+    ours = (row for row in rows if row["implementation"] in VARIANTS)
+    return [r for r in ours if "ms" not in r or r["error"] > r["bound"] or not r["repeats"]]
+
+
+def plot(result, folder):
+    """PNGs: speed over length per head size, and us per head of the origin's shapes."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    device, limits = result["header"]["device"], result["header"]["limits"]
+    unit, scale = UNITS[device]
+    timed = [row for row in result["rows"] if "ms" in row]
+    done = []
+
+    def save(figure, name):
+        figure.tight_layout()
+        figure.savefig(folder / name, dpi=120)
+        pyplot.close(figure)
+        done.append(folder / name)
+
+    grids = [row for row in timed if row["suite"] in GRIDS]
+    for dtype in dict.fromkeys(row["dtype"] for row in grids):
+        rows = [row for row in grids if row["dtype"] == dtype]
+        sizes, names = (list(dict.fromkeys(r[k] for r in rows)) for k in ("d", "implementation"))
+        figure, axes = pyplot.subplots(
+            2, len(sizes), figsize=(4.2 * len(sizes), 6.5), sharey=True, squeeze=False
+        )
+        for (i, mask), (j, d) in itertools.product(enumerate(MASKS), enumerate(sizes)):
+            axis = axes[i][j]
+            for name in names:
+                points = [
+                    (row["s"], row["flops"] * scale)
+                    for row in rows
+                    if (row["mask"], row["d"], row["implementation"]) == (mask, d, name)
+                ]
+                style = {"linewidth": 2.4, "zorder": 3} if name == "fastattn" else {}
+                axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name, **style)
+            if dtype in limits:
+                axis.axhline(limits[dtype] * scale, color="grey", ls=":", label="matmul")
+            axis.set(title=f"{dtype} d {d} {mask}", xscale="log", ylim=(0, None))
+            ticks = sorted({row["s"] for row in rows})
+            axis.set_xticks(ticks, [str(s) for s in ticks], fontsize=8)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        axes[0][0].set_ylabel(unit)
+        axes[1][0].set_ylabel(unit)
+        axes[0][-1].legend(fontsize=8)
+        save(figure, f"{device}-{dtype}.png")
+    origin = [row for row in timed if row["suite"] == "gpu-origin"]
+    if origin:
+        labels = list(dict.fromkeys(row["label"] for row in origin))
+        figure, axes = pyplot.subplots(1, len(labels), figsize=(2.6 * len(labels), 4))
+        for axis, label in zip(np.atleast_1d(axes), labels, strict=True):
+            rows = [row for row in origin if row["label"] == label]
+            cell = Cell(**{f.name: rows[0][f.name] for f in dataclasses.fields(Cell)})
+            axis.bar(
+                [row["implementation"] for row in rows],
+                [row["ms"] * 1e3 / row["hq"] for row in rows],
+                color=["tab:red" if r["implementation"] == "fastattn" else "grey" for r in rows],
+            )
+            arithmetic, memory = cell.flops / H100_PEAK, cell.bytes / limits["copy"]
+            axis.axhline(arithmetic * 1e6 / cell.hq, ls="--", color="black", label="arithmetic")
+            axis.axhline(memory * 1e6 / cell.hq, ls=":", color="black", label="memory")
+            axis.set_title(label.replace(" d", "\nd"), fontsize=9)
+            axis.tick_params(axis="x", rotation=60)
+        np.atleast_1d(axes)[0].set_ylabel("us per head")
+        np.atleast_1d(axes)[0].legend(fontsize=8)
+        save(figure, "cuda-origin.png")
+    return done
+
+
+H100_PEAK = 989e12  # dense bf16 and fp16, datasheet; the H200's is the same
+
+
+def _progress(items):
+    """A progress bar on stderr: tqdm's, or a plain count where it is not installed."""
+    with contextlib.suppress(ImportError):
+        from tqdm import tqdm
+
+        yield from tqdm(items, unit="cell", leave=False, file=sys.stderr, dynamic_ncols=True)
+        return
+    for i, item in enumerate(items):
+        print(f"\r{i + 1}/{len(items)} ", end="", file=sys.stderr, flush=True)
+        yield item
+    print("\r", end="", file=sys.stderr)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    suites = _suites()
+    parser = argparse.ArgumentParser(prog="python -m fastattn bench", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"suites: {', '.join(suites)}; 'cpu*' and 'gpu*' take all of a kind."
+    add = parser.add_argument
+    add("--suite", action="append", help="name, or a prefix with *; default: by the device")
+    add("--filter", action="append", default=[], help="words of a cell's label, e.g. 'fp32 d64'")
+    add("--peers", help="names, comma-separated; default: all that are installed")
+    add("--backend", help="hold fastattn to this backend")
+    add("--timings", type=int, default=25, help="of each implementation, at least 20")
+    add("--warmup", type=float, default=0.3, help="seconds, each cell")
+    add("--known", help="a CSV of known peers (benchmarks/peers.csv), for the column 'x known'")
+    add("--commit", help="recorded where the tree has no .git")
+    add("--json", metavar="FILE", help="write header and rows")
+    add("--plot", metavar="DIR", help="write PNGs (needs matplotlib)")
+    add("--from", dest="source", metavar="FILE", help="print and plot a result file again")
+    args = parser.parse_args(argv)
+
+    if args.source:
+        result = json.loads(pathlib.Path(args.source).read_text())
+        report(result)
+    else:
+        result = run(args, suites, argv)
+    if args.json:
+        pathlib.Path(args.json).write_text(dump(result))
+    if args.plot:
+        for path in plot(result, args.plot):
+            print(f"wrote {path}")
+    bad = wrong(result["rows"])
+    if bad:
+        print(f"{len(bad)} of our rows are wrong or refused", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def dump(result):
+    """JSON with one row a line, so that a result file can be read and compared."""
+    rows = ",\n".join("  " + json.dumps(row, default=float) for row in result["rows"])
+    return f'{{"header": {json.dumps(result["header"], indent=1)},\n"rows": [\n{rows}\n]}}\n'
+
+
+def report(result):
+    for key, value in result["header"].items():
+        print(f"{key:12} {value}")
+    for suite in dict.fromkeys(row["suite"] for row in result["rows"]):
+        print()
+        rows = [row for row in result["rows"] if row["suite"] == suite]
+        print("\n".join(table(rows, result["header"]["device"])))
+
+
+def run(args, suites, argv):
+    wanted = args.suite or ["gpu*" if gpu_usable() else "cpu*"]
+    chosen = [
+        cell
+        for name, cells in suites.items()
+        if any(name == w or (w[-1:] == "*" and name.startswith(w[:-1])) for w in wanted)
+        for cell in cells
+        if all(set(words.split()) <= set(cell.label.split()) for words in args.filter)
+    ]
+    devices = {cell.device for cell in chosen}
+    if len(devices) != 1:
+        raise SystemExit(f"{wanted} {args.filter}: {len(chosen)} cells of devices {devices}")
+    arrays = arrays_for(devices.pop())
+    chosen = [cell for cell in chosen if cell.dtype in arrays.dtypes]
+    everyone = peers(args.backend)
+    named = tuple(args.peers.split(",")) if args.peers else ()
+    options = Options(args.timings, args.warmup, named)
+    known = known_peers(args.known) if args.known else {}
+    result = {"header": header(arrays, argv, args.commit), "rows": []}
+    for cell in _progress(chosen):
+        rows = measure(arrays, cell, everyone, options)
+        result["rows"] += derive(rows, result["header"]["limits"], known)
+        if args.json:  # what was measured survives an interruption
+            pathlib.Path(args.json).write_text(dump(result))
+    report(result)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
