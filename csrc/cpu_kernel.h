@@ -22,9 +22,11 @@
 #define STEP (FA_PAIRS ? 2 : 1) /* elements in a unit */
 enum {
     FN(KEYS) = 64,
+    FN(CHAIN) = 32,
     FN(PANEL) = NV * (FA_BYTES / (int)sizeof(FA_REAL)),
     FN(PANELS) = 128 / FN(PANEL)
 };
+#define CHAIN FN(CHAIN)
 #define KEYS FN(KEYS)
 #define PANEL FN(PANEL)
 #define PANELS FN(PANELS)
@@ -36,7 +38,7 @@ enum {
 typedef struct panel {
     vec *q;           /* [units of d][nv] */
     vec *o;           /* [dv][nv], not yet divided by l */
-    vec m[NV], l[NV]; /* maximum of the scores in units of ln 2, sum of 2^(s - m) */
+    vec m[NV], l[NV]; /* maximum m of the scores, sum of exp(s - m) */
     ivec begin[NV], end[NV],
         position[NV];     /* of each row; begin = end in the lanes past the last row */
     fa_interval any, all; /* keys that some row, and that every row sees */
@@ -51,7 +53,10 @@ typedef struct context {
     int unit_k, unit_v;           /* K and V can be read in place */
     int units;                    /* units of d */
     int changed; /* softcap, float mask or ALiBi: scores are in nats until change() is through */
-    real factor, softcap, slope;
+    real scale;  /* |scale|, if changed */
+    real sign;   /* of the scale, -1, 0 or 1: Q is multiplied by it */
+    real nats, bits; /* what a score counts, in units of 1 and of ln 2; positive */
+    real softcap, slope;
     panel panels[PANELS];
     vec *s, *bias; /* [KEYS][NV]: scores, then probabilities; the mask's block */
     real *rows;    /* [LANES][longest row], to transpose from and to */
@@ -86,38 +91,49 @@ FA_FAST void multiply(vec *acc, int height, int nv, const vec *a, const unit *b,
     }
 }
 
-/* S^T of `height` keys, scaled; raises `top`, the maxima. */
+/* S^T of `height` keys; raises `top`, the maxima. Long sums in float32 are sums of shorter ones:
+ * one chain of d additions would lose more digits than the products of a BLAS do. */
 #define score FN(score)
 FA_FAST void score(vec *s, vec *top, int height, int nv, const vec *q, const unit *k, int64_t k_row,
-                   int units, real factor) {
+                   int units) {
     vec acc[8 * NV];
 #pragma GCC unroll 32
     for (int i = 0; i < height * nv; i++) acc[i] = (vec){0};
-    multiply(acc, height, nv, q, k, k_row, 1, units);
+    int done = 0;
+    for (; units - done > CHAIN; done += CHAIN) {
+        multiply(acc, height, nv, q + done * nv, k + done, k_row, 1, CHAIN);
+#pragma GCC unroll 32
+        for (int i = 0; i < height * nv; i++) {
+            s[i] = done ? s[i] + acc[i] : acc[i];
+            acc[i] = (vec){0};
+        }
+    }
+    multiply(acc, height, nv, q + done * nv, k + done, k_row, 1, units - done);
 #pragma GCC unroll 8
     for (int i = 0; i < height; i++) {
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++) {
-            vec x = acc[i * nv + j] * factor;
+            vec x = acc[i * nv + j];
+            if (done) x += s[i * nv + j];
             s[i * nv + j] = x;
             top[j] = max_(x, top[j]);
         }
     }
 }
 
-/* O^T of `height` columns of V: rescaled, then P V is added. */
+/* O^T of `height` columns of V: rescaled, and P V added. */
 #define collect FN(collect)
 FA_FAST void collect(vec *o, const vec *alpha, int height, int nv, const vec *p, const unit *v,
                      int64_t v_row, int steps) {
     vec acc[8 * NV];
+#pragma GCC unroll 32
+    for (int i = 0; i < height * nv; i++) acc[i] = (vec){0};
+    multiply(acc, height, nv, p, v, 1, v_row, steps);
 #pragma GCC unroll 8
     for (int i = 0; i < height; i++) {
 #pragma GCC unroll 8
-        for (int j = 0; j < nv; j++) acc[i * nv + j] = o[i * nv + j] * alpha[j];
+        for (int j = 0; j < nv; j++) o[i * nv + j] = fma_(o[i * nv + j], alpha[j], acc[i * nv + j]);
     }
-    multiply(acc, height, nv, p, v, 1, v_row, steps);
-#pragma GCC unroll 32
-    for (int i = 0; i < height * nv; i++) o[i] = acc[i];
 }
 
 /* Everything that changes scores, in the order of the definition, and what hides keys; the maxima
@@ -135,13 +151,13 @@ FA_FAST void change(const context *c, const panel *p, vec *s, vec *top, int begi
         for (int j = 0; j < nv; j++) {
             vec x = s[i * nv + j], bias = c->bias ? c->bias[i * nv + j] : hidden;
             if (c->changed) {
+                x *= c->scale;
                 if (scores->softcap > 0) x = tanh_(x * (1 / c->softcap)) * c->softcap;
                 if (adds) x += bias;
                 if (scores->alibi_slopes) {
                     vec distance = __builtin_convertvector(p->position[j] - key, vec);
                     x -= max_(distance, -distance) * c->slope;
                 }
-                x *= (real)FA_LOG2E;
             }
             if (hides) x = pick(bias != 0, x, hidden);
             if (cuts) x = pick((p->begin[j] <= key) & (p->end[j] > key), x, hidden);
@@ -178,12 +194,10 @@ FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, in
     for (int j = 0; j < nv; j++) top[j] = splat(-(real)INFINITY);
     for (int i = 0; i < n;) {
         if (n - i >= height) {
-            score(s + i * nv, top, height, nv, p->q, k + i * keys->k_row, keys->k_row, c->units,
-                  c->factor);
+            score(s + i * nv, top, height, nv, p->q, k + i * keys->k_row, keys->k_row, c->units);
             i += height;
         } else {
-            score(s + i * nv, top, 1, nv, p->q, k + i * keys->k_row, keys->k_row, c->units,
-                  c->factor);
+            score(s + i * nv, top, 1, nv, p->q, k + i * keys->k_row, keys->k_row, c->units);
             i++;
         }
     }
@@ -197,25 +211,25 @@ FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, in
         top[j] = max_(top[j], p->m[j]);
         m[j] = pick(top[j] == -(real)INFINITY, (vec){0},
                     top[j]); /* nothing seen so far: 2^(-inf) is 0 */
-        alpha[j] = exp2_(p->m[j] - m[j]);
-        l[j] = p->l[j] * alpha[j];
+        alpha[j] = exp2_((p->m[j] - m[j]) * c->bits);
+        l[j] = (vec){0};
         p->m[j] = top[j];
     }
     for (int i = 0; i < n; i += STEP) {
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++) {
-            vec x = exp2_(s[i * nv + j] - m[j]);
+            vec x = exp2_((s[i * nv + j] - m[j]) * c->bits);
             l[j] += x;
 #if FA_PAIRS
             vec y = {0};
-            if (i + 1 < n) l[j] += y = exp2_(s[(i + 1) * nv + j] - m[j]);
+            if (i + 1 < n) l[j] += y = exp2_((s[(i + 1) * nv + j] - m[j]) * c->bits);
             s[i / 2 * nv + j] = pair(x, y);
 #else
             s[i * nv + j] = x;
 #endif
         }
     }
-    for (int j = 0; j < nv; j++) p->l[j] = l[j];
+    for (int j = 0; j < nv; j++) p->l[j] = fma_(p->l[j], alpha[j], l[j]);
 
     const unit *v = keys->v + (begin - keys->begin) / STEP * keys->v_row;
     const int steps = (n + STEP - 1) / STEP, dv = c->p->what.dv;
@@ -289,6 +303,7 @@ static void open_panel(const context *c, panel *p, fa_lengths lengths, int first
 #else
             read_row(to, from, what->dtype, what->q.stride[3], what->d);
 #endif
+            if (c->sign != 1) multiply_row(to, c->sign, what->d);
         }
         for (int i = 0; i < c->units; i += LANES)
             transpose((real *)(p->q + i * p->nv + j), p->nv * LANES, c->rows + i, width);
@@ -307,13 +322,13 @@ static void close_panel(const context *c, panel *p, int64_t b, int64_t h) {
     float *lse = (float *)what->lse.data;
     if (lse) lse += b * what->lse.stride[0] + h * what->lse.stride[1];
     for (int j = 0; j < p->nv; j++) {
-        vec m = p->m[j], l = p->l[j], weight = splat(1);
+        vec m = p->m[j] * c->nats, l = p->l[j], weight = splat(1);
         const ivec empty = l == 0; /* the largest score gives 1, so 0 means that all are -inf */
         if (scores->sink) {
-            const vec s = splat(sink * (real)FA_LOG2E);
+            const vec s = splat(sink);
             vec top = max_(m, s), finite = pick(top == -(real)INFINITY, (vec){0}, top);
-            weight = exp2_(m - finite);
-            l = l * weight + exp2_(pick(s == finite, (vec){0}, s - finite));
+            weight = exp2_((m - finite) * (real)FA_LOG2E);
+            l = l * weight + exp2_(pick(s == finite, (vec){0}, s - finite) * (real)FA_LOG2E);
             m = top;
         }
         weight /= l;
@@ -323,7 +338,7 @@ static void close_panel(const context *c, panel *p, int64_t b, int64_t h) {
         }
         for (int i = 0; i < what->dv; i += LANES)
             transpose(c->rows + i, width, (real *)(p->o + i * p->nv + j), p->nv * LANES);
-        const vec value = (m + log2_(l)) * (real)FA_LN2;
+        const vec value = m + log2_(l) * (real)FA_LN2;
         for (int i = 0; i < LANES && j * LANES + i < p->count; i++) {
             const int64_t row = p->first + j * LANES + i;
             write_row(out + row * what->out.stride[2] * fa_size(what->dtype), what->dtype,
@@ -463,7 +478,11 @@ static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_lengths length
     c.unit_v = native && (what->v.stride[3] == 1 || what->dv == 1) && !FA_PAIRS;
     c.units = (what->d + STEP - 1) / STEP;
     c.changed = scores->softcap > 0 || scores->alibi_slopes || (c.mask && !hides);
-    c.factor = (real)(c.changed ? what->scale : what->scale * FA_LOG2E);
+    c.scale = (real)fabs(what->scale);
+    c.bits = c.changed ? (real)FA_LOG2E : (real)(fabs(what->scale) * FA_LOG2E);
+    c.nats = c.changed ? 1 : c.scale;
+    c.sign = what->scale < 0 ? -1 : 1;
+    if (c.scale == 0) c.sign = 0, c.nats = 1, c.bits = (real)FA_LOG2E;
     c.softcap = scores->softcap;
     c.slope = scores->alibi_slopes
                   ? scores->alibi_slopes[b * scores->alibi_stride[0] + h * scores->alibi_stride[1]]
@@ -506,6 +525,7 @@ static const fa_cpu_kernel FN(kernel) = {LANES, PANELS * PANEL, scratch, run_row
 #undef HEIGHT
 #undef KEYS
 #undef LANES
+#undef CHAIN
 #undef NV
 #undef PANEL
 #undef PANELS
@@ -527,6 +547,7 @@ static const fa_cpu_kernel FN(kernel) = {LANES, PANELS * PANEL, scratch, run_row
 #undef load_block
 #undef log2_
 #undef max_
+#undef multiply_row
 #undef multiply
 #undef open_panel
 #undef pair

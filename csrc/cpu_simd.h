@@ -234,6 +234,16 @@ static void read_row(real *to, const void *from, fa_dtype type, int64_t stride, 
 }
 #undef READ
 
+#define multiply_row FN(multiply_row)
+static void multiply_row(real *row, real factor, int n) {
+#if FA_PAIRS
+    uint16_t *x = (uint16_t *)row;
+    for (int i = 0; i < n; i++) x[i] = fa_float_to_bf16(fa_bf16_to_float(x[i]) * factor);
+#else
+    for (int i = 0; i < n; i++) row[i] *= factor;
+#endif
+}
+
 /* n contiguous reals -> strided elements of `type`. */
 #define write_row FN(write_row)
 static void write_row(void *to, fa_dtype type, int64_t stride, const real *from, int n) {
