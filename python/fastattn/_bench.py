@@ -872,9 +872,8 @@ H100_PEAK = 989e12  # dense bf16 and fp16, datasheet; the H200's is the same
 def _progress(items):
     """A progress bar on stderr: tqdm's, or a plain count where it is not installed."""
     with contextlib.suppress(ImportError):
-        from tqdm import tqdm
-
-        yield from tqdm(items, unit="cell", leave=False, file=sys.stderr, dynamic_ncols=True)
+        bar = importlib.import_module("tqdm").tqdm
+        yield from bar(items, unit="cell", leave=False, file=sys.stderr, dynamic_ncols=True)
         return
     for i, item in enumerate(items):
         print(f"\r{i + 1}/{len(items)} ", end="", file=sys.stderr, flush=True)
