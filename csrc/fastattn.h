@@ -17,8 +17,8 @@ extern "C" {
 #endif
 
 enum {
-    FA_MAX_HEAD_SIZE = 256,          /* d and dv: 1 .. 256 */
-    FA_MAX_LENGTH = (1 << 30) - 1,   /* sq and sk: any sum of two row numbers fits an int32 */
+    FA_MAX_HEAD_SIZE = 256,        /* d and dv: 1 .. 256 */
+    FA_MAX_LENGTH = (1 << 30) - 1, /* sq and sk: any sum of two row numbers fits an int32 */
 };
 
 typedef enum fa_status {
@@ -42,21 +42,21 @@ typedef enum fa_device_type { FA_CPU = 1, FA_CUDA = 2 } fa_device_type; /* DLPac
 /* A strided array of rank 4. Strides count elements, may be 0 or negative; 64 bits throughout.
  * stride[i] has no meaning where shape[i] is 1 (check.c sets it to 0 there). */
 typedef struct fa_tensor {
-    void *data; /* element (0, 0, 0, 0); may be NULL if any shape is 0, or if the tensor is optional */
+    void *data; /* element (0, 0, 0, 0); may be NULL if a shape is 0 or the tensor optional */
     int64_t shape[4];
     int64_t stride[4];
 } fa_tensor;
 
 /* What is computed: softmax(scale * q k^T) v. Always valid. */
 typedef struct fa_what {
-    fa_tensor q;      /* (b, hq, sq, d)  dtype */
-    fa_tensor k;      /* (b, hk, sk, d)  dtype */
-    fa_tensor v;      /* (b, hk, sk, dv) dtype */
-    fa_tensor out;    /* (b, hq, sq, dv) dtype, written whole; never overlaps an input */
-    fa_tensor lse;    /* (b, hq, sq, 1) float32, natural logarithm; data NULL: not wanted */
-    fa_dtype dtype;   /* of q, k, v and out: FA_F64, FA_F32, FA_F16 or FA_BF16 */
+    fa_tensor q;    /* (b, hq, sq, d)  dtype */
+    fa_tensor k;    /* (b, hk, sk, d)  dtype */
+    fa_tensor v;    /* (b, hk, sk, dv) dtype */
+    fa_tensor out;  /* (b, hq, sq, dv) dtype, written whole; never overlaps an input */
+    fa_tensor lse;  /* (b, hq, sq, 1) float32, natural logarithm; data NULL: not wanted */
+    fa_dtype dtype; /* of q, k, v and out: FA_F64, FA_F32, FA_F16 or FA_BF16 */
     int32_t b, hq, hk, sq, sk, d, dv; /* b, sq, sk may be 0; hq is a multiple of hk */
-    double scale;     /* multiplies q.k; any finite value, 0 and negative included */
+    double scale;            /* multiplies q.k; any finite value, 0 and negative included */
     int32_t batch_invariant; /* 1: the bits of a sequence do not depend on the others */
 } fa_what;
 
@@ -68,11 +68,11 @@ enum {
 };
 
 typedef struct fa_masks {
-    uint32_t flags;            /* FA_HAS_LEFT | FA_HAS_RIGHT | FA_TOP_LEFT */
-    int32_t left, right;       /* keys i' - left .. i' + right, inclusive; 0 .. FA_MAX_LENGTH */
-    const int32_t *q_lengths;  /* (b,) on the device, true query lengths, or NULL: sq */
-    const int32_t *k_lengths;  /* (b,) on the device, true key lengths, or NULL: sk */
-    const int32_t *k_start;    /* (b,) on the device, first key that counts, or NULL: 0 */
+    uint32_t flags;           /* FA_HAS_LEFT | FA_HAS_RIGHT | FA_TOP_LEFT */
+    int32_t left, right;      /* keys i' - left .. i' + right, inclusive; 0 .. FA_MAX_LENGTH */
+    const int32_t *q_lengths; /* (b,) on the device, true query lengths, or NULL: sq */
+    const int32_t *k_lengths; /* (b,) on the device, true key lengths, or NULL: sk */
+    const int32_t *k_start;   /* (b,) on the device, first key that counts, or NULL: 0 */
     int64_t q_lengths_stride, k_lengths_stride, k_start_stride; /* elements */
 } fa_masks;
 
@@ -91,7 +91,7 @@ typedef struct fa_scores {
 typedef struct fa_where {
     fa_device_type device_type;
     int32_t device_id; /* CUDA ordinal; 0 on the CPU */
-    void *stream;      /* cudaStream_t of the caller, NULL is the legacy default stream; unused on the CPU */
+    void *stream;      /* the caller's cudaStream_t, NULL is the legacy default; not on the CPU */
 } fa_where;
 
 typedef struct fa_params {
@@ -101,13 +101,14 @@ typedef struct fa_params {
     fa_where where;
 } fa_params;
 
-/* Partial results over disjoint keys, merged: lse = logaddexp(lses), out = sum exp(lse_i - lse) out_i. */
+/* Partial results over disjoint keys, merged:
+ * lse = logaddexp(lses), out = sum of exp(lse_i - lse) out_i. */
 typedef struct fa_merge {
-    int32_t n;              /* number of parts, >= 1 */
-    const fa_tensor *outs;  /* n of (b, h, s, dv) dtype */
-    const fa_tensor *lses;  /* n of (b, h, s, 1) float32 */
-    fa_tensor out;          /* (b, h, s, dv) dtype */
-    fa_tensor lse;          /* (b, h, s, 1) float32 */
+    int32_t n;             /* number of parts, >= 1 */
+    const fa_tensor *outs; /* n of (b, h, s, dv) dtype */
+    const fa_tensor *lses; /* n of (b, h, s, 1) float32 */
+    fa_tensor out;         /* (b, h, s, dv) dtype */
+    fa_tensor lse;         /* (b, h, s, 1) float32 */
     fa_dtype dtype;
     fa_where where;
 } fa_merge;
@@ -116,7 +117,7 @@ typedef struct fa_merge {
  * and launch nothing. A backend never allocates device memory and never synchronises. */
 typedef struct fa_backend {
     const char *name; /* "cpu", "sm90": the value of backend= */
-    /* FA_OK: takes it. FA_UNSUPPORTED: why->text says why not, as a clause ("it takes d <= 256"). */
+    /* FA_OK: takes it. FA_UNSUPPORTED: why->text says why not, in a clause ("it takes d <= 256") */
     fa_status (*reject)(const fa_params *p, fa_error *why);
     /* The kernel row that would run, e.g. "sm90_fwd_bf16_d128_128x128"; static storage. */
     const char *(*kernel)(const fa_params *p);
@@ -131,7 +132,7 @@ extern const fa_backend fa_cpu; /* csrc/cpu.c */
 const char *fa_cpu_level(void);
 int32_t fa_cpu_threads(void);
 
-#ifdef FASTATTN_CUDA /* built with nvcc; kernels/ */
+#ifdef FASTATTN_CUDA             /* built with nvcc; kernels/ */
 extern const fa_backend fa_sm90; /* kernels/sm90.cu */
 
 typedef struct fa_gpu {
@@ -142,10 +143,10 @@ typedef struct fa_gpu {
 } fa_gpu;
 
 typedef struct fa_cuda_state {
-    int32_t toolkit;  /* CUDART_VERSION built with, e.g. 13000 */
-    int32_t driver;   /* cudaDriverGetVersion(), 0: no driver */
-    int32_t devices;  /* usable devices */
-    char error[128];  /* CUDA's sentence where devices cannot be listed, else empty */
+    int32_t toolkit; /* CUDART_VERSION built with, e.g. 13000 */
+    int32_t driver;  /* cudaDriverGetVersion(), 0: no driver */
+    int32_t devices; /* usable devices */
+    char error[128]; /* CUDA's sentence where devices cannot be listed, else empty */
 } fa_cuda_state;
 
 void fa_cuda_probe(fa_cuda_state *state);                                  /* kernels/sm90.cu */
