@@ -63,16 +63,22 @@ class Job:
     def log(self) -> Path:
         return self.object.with_suffix(".log")
 
+    def fingerprint(self) -> str:
+        """Of all that the object was made from: contents here, times of the system's headers."""
+        text = self.object.with_suffix(".d").read_text()
+        digest = hashlib.sha256()
+        for name in shlex.split(text.replace("\\\n", " ").partition(":")[2]):
+            path = ROOT / name
+            if path.name in self.ignore:
+                continue
+            ours = path.resolve().is_relative_to(ROOT)
+            digest.update(path.read_bytes() if ours else str(path.stat().st_mtime_ns).encode())
+        return digest.hexdigest()
+
     def stale(self) -> bool:
         try:
-            built = self.object.stat().st_mtime_ns
-            text = self.object.with_suffix(".d").read_text()
-            sources = shlex.split(text.replace("\\\n", " ").partition(":")[2])
-            return any(
-                Path(s).stat().st_mtime_ns > built
-                for s in sources
-                if Path(s).name not in self.ignore
-            )
+            key = self.object.with_suffix(".key").read_text()
+            return not self.object.exists() or key != self.fingerprint()
         except OSError:
             return True
 
@@ -85,6 +91,7 @@ class Job:
             raise SystemExit(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
         self.log.write_text(done.stdout + done.stderr)
         partial.replace(self.object)
+        self.object.with_suffix(".key").write_text(self.fingerprint())
 
 
 def find_nvcc() -> Path | None:
@@ -97,6 +104,13 @@ def find_nvcc() -> Path | None:
         return Path(home) / "bin" / "nvcc"
     found = shutil.which("nvcc")
     return Path(found).resolve() if found else None
+
+
+def cudart_flags(nvcc: Path) -> list[str]:
+    """The static runtime, from where nvcc itself would take it."""
+    plan = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    libraries = re.search(r"^#\$ LIBRARIES=(.*)$", plan, re.M)
+    return [*shlex.split(libraries[1] if libraries else ""), "-lcudart_static", "-ldl", "-lrt"]
 
 
 def kernel_rows() -> list[dict[str, str]]:
@@ -195,9 +209,7 @@ class BuildExtension(build_ext):
             command += shlex.split(SANITIZE_FLAGS)
         command += [str(job.object) for job in jobs]
         if kernels:
-            home = nvcc.resolve().parent.parent
-            command += [f"-L{home / lib}" for lib in ("lib64", "lib") if (home / lib).is_dir()]
-            command += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+            command += cudart_flags(nvcc)
         command += ["-static-libgcc", "-lm"]
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)

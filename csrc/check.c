@@ -80,12 +80,17 @@ static fa_status check_shape(const fa_array *a, int32_t ndim, const int64_t *sha
                    shape_text(ndim, shape, want), shape_text(a->ndim, a->shape, got));
 }
 
-static fa_status check_dtype(const fa_array *a, DLDataType want, const char *like,
+/* like: the argument whose dtype this is, or NULL. */
+static fa_status check_dtype(const fa_array *a, DLDataType want, const fa_array *like,
                              fa_error *error) {
     if (!memcmp(&a->dtype, &want, sizeof want)) return FA_OK;
     char expected[32], got[32];
-    return fa_fail(error, FA_TYPE, "`%s` must be %s%s, got %s", a->name,
-                   fa_dtype_name(want, expected), like, fa_dtype_name(a->dtype, got));
+    const char *name = fa_dtype_name(want, expected);
+    if (like)
+        return fa_fail(error, FA_TYPE, "`%s` must be %s like `%s`, got %s", a->name, name,
+                       like->name, fa_dtype_name(a->dtype, got));
+    return fa_fail(error, FA_TYPE, "`%s` must be %s, got %s", a->name, name,
+                   fa_dtype_name(a->dtype, got));
 }
 
 /* Same device, and on a GPU the same stream: arrays of two streams would need an order between
@@ -215,7 +220,7 @@ static fa_status check_mask(const fa_request *r, int32_t n, const int64_t *lead,
 static fa_status check_vector(const fa_array *a, const fa_array *q, DLDataType dtype, int64_t size,
                               const void **data, int64_t *stride, fa_error *error) {
     if (!a) return FA_OK;
-    TRY(check_dtype(a, dtype, "", error));
+    TRY(check_dtype(a, dtype, NULL, error));
     TRY(check_shape(a, 1, &size, error));
     TRY(check_place(a, q, error));
     *data = a->data;
@@ -254,7 +259,7 @@ static fa_status check_scores(const fa_request *r, fa_plan *plan, fa_error *erro
         return check_vector(slopes, r->q, float32, w->hq, (const void **)&s->alibi_slopes,
                             &s->alibi_stride[1], error);
     int64_t shape[2] = {w->b, w->hq};
-    TRY(check_dtype(slopes, float32, "", error));
+    TRY(check_dtype(slopes, float32, NULL, error));
     TRY(check_shape(slopes, 2, shape, error));
     TRY(check_place(slopes, r->q, error));
     s->alibi_slopes = slopes->data;
@@ -324,9 +329,7 @@ fa_status fa_check_attention(const fa_request *r, fa_plan *plan, fa_error *error
         if (a->ndim < 2)
             return fa_fail(error, FA_VALUE, "`%s` must have at least 2 dimensions, got %d", a->name,
                            a->ndim);
-        char like[80];
-        snprintf(like, sizeof like, " like `%s`", r->q->name);
-        TRY(check_dtype(a, r->q->dtype, like, error));
+        TRY(check_dtype(a, r->q->dtype, r->q, error));
         TRY(check_place(a, r->q, error));
         if (a->ndim > ndim) ndim = a->ndim;
     }
@@ -433,7 +436,7 @@ fa_status fa_check_out(const fa_request *r, const fa_plan *plan, const fa_array 
                                 r->q_lengths, r->k_lengths, r->k_start, r->alibi_slopes,
                                 r->sink};
     TRY(check_shape(out, plan->out_ndim, plan->out_shape, error));
-    TRY(check_dtype(out, plan->out_dtype, " like `q`", error));
+    TRY(check_dtype(out, r->q->dtype, r->q, error));
     TRY(check_place(out, r->q, error));
     uintptr_t lo, hi, from, to;
     extent(out, &lo, &hi);
@@ -487,10 +490,10 @@ fa_status fa_check_merge(int32_t n, const fa_array *outs, const fa_array *lses, 
     int64_t lse_shape[3] = {first->shape[0], first->shape[layout == FA_BHSD ? 1 : 2],
                             first->shape[layout == FA_BHSD ? 2 : 1]};
     for (int32_t i = 0; i < n; i++) {
-        TRY(check_dtype(&outs[i], first->dtype, " like the first", error));
+        TRY(check_dtype(&outs[i], first->dtype, first, error));
         TRY(check_shape(&outs[i], 4, first->shape, error));
         TRY(check_place(&outs[i], first, error));
-        TRY(check_dtype(&lses[i], float32, "", error));
+        TRY(check_dtype(&lses[i], float32, NULL, error));
         TRY(check_shape(&lses[i], 3, lse_shape, error));
         TRY(check_place(&lses[i], first, error));
         bind(&tensors[i], &outs[i], layout);

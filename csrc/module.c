@@ -251,6 +251,13 @@ static fa_status prepare_sdpa(call *c, PyObject *const *a) {
     return fa_check_attention(r, &c->plan, error);
 }
 
+/* Some microseconds of work: letting another thread in would cost as much. */
+static int is_tiny(const fa_params *p) {
+    const fa_what *w = &p->what;
+    double products = (double)w->b * w->hq * w->sq * w->sk * (w->d + w->dv);
+    return p->where.device_type == FA_CPU && products < 3e4;
+}
+
 /* Outputs and workspace from the caller's allocator, then the backend without the GIL. */
 static fa_status run(call *c, output *out, output *lse) {
     static const DLDataType float32 = {DL_FLOAT, 32, 1}, byte = {DL_UINT, 8, 1};
@@ -269,10 +276,10 @@ static fa_status run(call *c, output *out, output *lse) {
     int64_t bytes = backend->workspace(&plan->params);
     output workspace = {0};
     if (bytes) TRY(tensor_new(c->state, &c->arrays[0], 1, &bytes, byte, &workspace, error));
-    fa_status status;
-    Py_BEGIN_ALLOW_THREADS status = fa_run(backend, plan, workspace.memory.array.data, error);
-    Py_END_ALLOW_THREADS if (bytes)
-        tensor_drop(&workspace); /* a caching allocator orders its reuse after the launch */
+    PyThreadState *thread = is_tiny(&plan->params) ? NULL : PyEval_SaveThread();
+    fa_status status = fa_run(backend, plan, workspace.memory.array.data, error);
+    if (thread) PyEval_RestoreThread(thread);
+    if (bytes) tensor_drop(&workspace); /* a caching allocator orders its reuse after the launch */
     if (status == FA_OK && c->has_out) status = tensor_mark_written(c->state, &c->out);
     return status;
 }
@@ -401,9 +408,10 @@ static fa_status merge_parts(merge_call *c, PyObject *outs, PyObject *lses, fa_l
                    &c->error));
     TRY(tensor_new(c->state, c->parts, plan.lse_ndim, plan.lse_shape, float32, lse, &c->error));
     fa_bind_merge(&merge, layout, &out->memory.array, &lse->memory.array);
-    fa_status status;
-    Py_BEGIN_ALLOW_THREADS status = fa_run_merge(&merge, &c->error);
-    Py_END_ALLOW_THREADS return status;
+    PyThreadState *thread = PyEval_SaveThread();
+    fa_status status = fa_run_merge(&merge, &c->error);
+    PyEval_RestoreThread(thread);
+    return status;
 }
 
 /* merge_states(outs, lses, layout): two tuples of the same length. */

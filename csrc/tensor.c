@@ -59,15 +59,24 @@ static const DLExchangeAPI *exchange_table(PyObject *type) {
     return api->borrow_from_object ? api : NULL;
 }
 
+static PyObject *call_is_neg(PyObject *tensor, PyObject *unused) {
+    (void)unused;
+    return PyObject_CallMethod(tensor, "is_neg", NULL);
+}
+
 /* Learns about the frameworks that have been imported since the last look. `tensor` and `ndarray`
  * are set last and are what says that the rest is there. */
 static int learn(module_state *state) {
     if (!state->tensor) {
         PyObject *tensor = find("torch", "Tensor", NULL);
+        PyObject *instance = tensor ? PyObject_CallObject(tensor, NULL) : NULL;
+        PyObject *is_neg = instance ? PyObject_GetAttrString(instance, "is_neg") : NULL;
         PyObject *parameter = find("torch", "nn", "Parameter");
         PyObject *enabled = find("torch", "is_grad_enabled", NULL);
-        PyObject *forward_ad = find("torch.autograd.forward_ad", NULL, NULL);
-        if (tensor && parameter && enabled && forward_ad) {
+        PyObject *forward_ad = find("torch.autograd.forward_ad", "__dict__", NULL);
+        if (is_neg && parameter && enabled && forward_ad) {
+            int is_c = PyCFunction_Check(is_neg) && PyCFunction_GetFlags(is_neg) == METH_NOARGS;
+            state->is_neg = is_c ? PyCFunction_GetFunction(is_neg) : call_is_neg;
             state->torch = exchange_table(tensor);
             state->parameter = (PyTypeObject *)parameter;
             state->is_grad_enabled = enabled;
@@ -79,6 +88,9 @@ static int learn(module_state *state) {
             Py_XDECREF(enabled);
             Py_XDECREF(forward_ad);
         }
+        PyErr_Clear();
+        Py_XDECREF(is_neg);
+        Py_XDECREF(instance);
     }
     if (!state->ndarray) {
         PyObject *ndarray = find("numpy", "ndarray", NULL);
@@ -93,9 +105,8 @@ static int learn(module_state *state) {
 
 int tensor_init(module_state *state) {
     state->requires_grad = PyUnicode_InternFromString("requires_grad");
-    state->is_neg = PyUnicode_InternFromString("is_neg");
     state->current_level = PyUnicode_InternFromString("_current_level");
-    return state->requires_grad && state->is_neg && state->current_level ? 0 : -1;
+    return state->requires_grad && state->current_level ? 0 : -1;
 }
 
 int tensor_traverse(module_state *state, visitproc visit, void *arg) {
@@ -116,7 +127,6 @@ void tensor_clear(module_state *state) {
     Py_CLEAR(state->ndarray);
     Py_CLEAR(state->arrays);
     Py_CLEAR(state->requires_grad);
-    Py_CLEAR(state->is_neg);
     Py_CLEAR(state->current_level);
 }
 
@@ -199,7 +209,7 @@ static fa_status check_torch(module_state *state, PyObject *object, const char *
                            "torch.no_grad() or pass `%s`.detach()",
                            name, name);
     }
-    PyObject *neg = PyObject_CallMethodObjArgs(object, state->is_neg, NULL);
+    PyObject *neg = state->is_neg(object, NULL);
     if (!neg) return FA_RAISED;
     Py_DECREF(neg);
     if (neg == Py_True)
@@ -208,11 +218,8 @@ static fa_status check_torch(module_state *state, PyObject *object, const char *
             "`%s` must not be a lazily negated view (the imaginary part of a conjugate): "
             "pass `%s`.resolve_neg()",
             name, name);
-    PyObject *level = PyObject_GetAttr(state->forward_ad, state->current_level);
-    if (!level) return FA_RAISED;
-    long depth = PyLong_AsLong(level);
-    Py_DECREF(level);
-    if (depth < 0) return FA_OK;
+    PyObject *level = PyDict_GetItemWithError(state->forward_ad, state->current_level);
+    if (!level || PyLong_AsLong(level) < 0) return PyErr_Occurred() ? FA_RAISED : FA_OK;
     PyObject *dual = call_arrays(state, "has_tangent", "(O)", object);
     if (!dual) return FA_RAISED;
     Py_DECREF(dual);

@@ -17,10 +17,12 @@ typedef struct module_state {
     PyTypeObject *tensor,
         *parameter;             /* torch.Tensor and torch.nn.Parameter; NULL until torch is there */
     const DLExchangeAPI *torch; /* their exchange table; NULL before torch 2.10 */
-    PyObject *is_grad_enabled, *forward_ad; /* torch.is_grad_enabled, torch.autograd.forward_ad */
-    PyTypeObject *ndarray;                  /* numpy.ndarray; NULL until NumPy is there */
-    PyObject *arrays;                       /* fastattn._arrays: the frameworks without a C table */
-    PyObject *requires_grad, *is_neg, *current_level; /* interned names */
+    PyObject *is_grad_enabled;  /* torch.is_grad_enabled */
+    PyObject *forward_ad;       /* the dict of torch.autograd.forward_ad */
+    PyCFunction is_neg; /* the C function of torch.Tensor.is_neg: half the time of a method call */
+    PyTypeObject *ndarray; /* numpy.ndarray; NULL until NumPy is there */
+    PyObject *arrays;      /* fastattn._arrays: the frameworks without a C table */
+    PyObject *requires_grad, *current_level; /* interned names */
 } module_state;
 
 int tensor_init(module_state *state);
