@@ -206,17 +206,17 @@ static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *
     return fa_cuda(cudaGetLastError(), "the launch", error);
 }
 
-/* Makes the tensors' device current for the launch and restores the caller's. */
+/* Makes the tensors' device current for the launch and restores the caller's. Set it is in any
+ * case: a thread new to CUDA has no context yet, and without one tensor maps cannot be encoded. */
 static fa_status run(const fa_params *p, void *workspace, fa_error *error) {
     const fa_sm90_device *device;
     int before;
     fa_status status = find_device(p->where.device_id, &device, error);
     if (status == FA_OK) status = fa_cuda(cudaGetDevice(&before), "cudaGetDevice", error);
+    if (status == FA_OK) status = fa_cuda(cudaSetDevice(device->id), "cudaSetDevice", error);
     if (status != FA_OK) return status;
-    if (before == device->id) return launch(p, device, workspace, error);
-
-    status = fa_cuda(cudaSetDevice(device->id), "cudaSetDevice", error);
-    if (status == FA_OK) status = launch(p, device, workspace, error);
+    status = launch(p, device, workspace, error);
+    if (before == device->id) return status;
     cudaError_t restored = cudaSetDevice(before);
     return status == FA_OK ? fa_cuda(restored, "cudaSetDevice", error) : status;
 }

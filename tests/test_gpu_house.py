@@ -7,7 +7,7 @@ import fastattn
 import gpu
 import pytest
 from conftest import needs, python
-from gpu import inputs, torch
+from gpu import inputs, normal, torch
 
 pytestmark = gpu.marks
 
@@ -143,7 +143,7 @@ def test_thread_without_a_context():
 
 def test_arrays_of_two_devices():
     q, k, v = arrays()
-    with pytest.raises(ValueError, match="device"):
+    with pytest.raises(ValueError, match="`k` must be on cuda:0"):
         fastattn.attention(q, k.cpu(), v)
 
 
@@ -163,7 +163,8 @@ def test_allocates_outputs_and_at_most_one_workspace(return_lse):
     result = fastattn.attention(q, k, v, return_lse=return_lse)
     torch.cuda.synchronize()
     assert calls() - before <= 2 + return_lse
-    assert torch.cuda.mem_get_info()[0] == free  # nothing from the driver
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # else the others allocate too
+        assert torch.cuda.mem_get_info()[0] == free  # nothing from the driver
     out = result[0] if return_lse else result
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
@@ -173,8 +174,8 @@ def test_allocates_outputs_and_at_most_one_workspace(return_lse):
 
 def test_out_of_memory_is_the_frameworks_error():
     q, k, v = inputs(1, 1, 1, 1, 8, 64)
-    q = q.expand(1, 1, 2**30 - 1, 64).expand(4, 8, -1, -1)  # an output of 4 TB
-    k, v = (x.expand(4, 8, 8, 64) for x in (k, v))
+    q = normal(2**20, 64)[None, None].expand(64, 4096, -1, -1)  # an output of 35 TB
+    k, v = (x.expand(64, 4096, 8, 64) for x in (k, v))
     with pytest.raises((MemoryError, RuntimeError), match=r"(?i)memory"):
         fastattn.attention(q, k, v)
     fastattn.attention(*arrays())
