@@ -1,0 +1,97 @@
+/* softmax.cuh - the online softmax of a warpgroup's 64 rows, on wgmma's register fragments.
+ *
+ * Included by kernels/sm90_fwd.cu. A thread holds two rows of S and O: registers 4j, 4j+1 are two
+ * neighbouring columns of the first, 4j+2, 4j+3 of the second; a row lies in a quad of lanes.
+ *
+ * All in units of log2: P = 2^(s * scale - offset), one FFMA and one ex2 an element. The offset
+ * need not be the row's maximum, only near it: a row's offset is raised, and O and l rescaled, when
+ * a score passes offset + SLACK. A warp decides that with one integer maximum of three an
+ * instruction (floats order as integers where the limit is not negative), and nearly never takes
+ * the branch.
+ */
+#ifndef FASTATTN_SOFTMAX_CUH
+#define FASTATTN_SOFTMAX_CUH
+
+#include "ptx_sm90.cuh"
+
+/* bf16's P has float's range: offsets lie MARGIN above the maximum, so that a kept one (see
+ * sm90_fwd.cu) may be exceeded by 2^(120 + MARGIN). fp16's P reaches from 2^-24 to 2^15. */
+template <bool IS_BF16>
+struct softmax_range {
+    static constexpr float MARGIN = IS_BF16 ? 24.f : 0.f, SLACK = IS_BF16 ? 0.f : 14.f;
+};
+
+struct softmax_rows {
+    float offset[2];  /* -inf until the row has seen a finite score */
+    float minus[2];   /* what the FFMA adds: -offset, or 0 where that is not finite */
+    int32_t limit[2]; /* bits of the raw score that raises the offset; negative limits: INT_MIN */
+    float l[2];       /* this thread's part of the row sum of P */
+};
+
+PTX void softmax_start(softmax_rows &rows) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        rows.offset[r] = -INFINITY;
+        rows.minus[r] = 0.f;
+        rows.limit[r] = INT32_MIN;
+        rows.l[r] = 0.f;
+    }
+}
+
+/* Whether a score of these two rows passes its limit. */
+template <int N>
+PTX bool softmax_exceeds(const softmax_rows &rows, const float (&s)[N]) {
+    int32_t top[2] = {__float_as_int(s[0]), __float_as_int(s[2])};
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        top[0] = __vimax3_s32(top[0], __float_as_int(s[i]), __float_as_int(s[i + 1]));
+        top[1] = __vimax3_s32(top[1], __float_as_int(s[i + 2]), __float_as_int(s[i + 3]));
+    }
+    return top[0] > rows.limit[0] || top[1] > rows.limit[1];
+}
+
+/* Raises the offsets of the rows that need it; their O and l shrink by the same factor. */
+template <class RANGE, int N, int M>
+PTX void softmax_raise(softmax_rows &rows, const float (&s)[N], float (&o)[M], float scale) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float top = s[2 * r];
+#pragma unroll
+        for (int i = 2 * r; i < N; i += 4) top = fmaxf(top, fmaxf(s[i], s[i + 1]));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        top *= scale;
+        float before = rows.offset[r];
+        bool raise = top > before + RANGE::SLACK;
+        float offset = raise ? top + RANGE::MARGIN : before;
+        float shrink = raise ? ex2_approx(before - offset) : 1.f;
+        float limit = (offset + RANGE::SLACK) / scale;
+        rows.offset[r] = offset;
+        rows.minus[r] = fabsf(offset) == INFINITY && offset < 0 ? 0.f : -offset;
+        rows.limit[r] = limit >= 0.f ? __float_as_int(limit) : INT32_MIN;
+        rows.l[r] *= shrink;
+#pragma unroll
+        for (int i = 2 * r; i < M; i += 4) o[i] *= shrink, o[i + 1] *= shrink;
+    }
+}
+
+/* Sixteen columns of P: exponentials, row sums, packed as wgmma's A fragment. */
+template <bool SUM>
+PTX void softmax_exp(softmax_rows &rows, float *s, float scale, uint32_t (&p)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        int r = i & 1;
+        float low = ex2_approx(fmaf(s[2 * i], scale, rows.minus[r]));
+        float high = ex2_approx(fmaf(s[2 * i + 1], scale, rows.minus[r]));
+        if (SUM) rows.l[r] += low + high;
+        p[i] = cvt_pack(low, high);
+    }
+}
+
+/* The whole row's sum, in all four lanes of its quad. */
+PTX float softmax_row_sum(float l) {
+    l += __shfl_xor_sync(~0u, l, 1);
+    return l + __shfl_xor_sync(~0u, l, 2);
+}
+
+#endif
