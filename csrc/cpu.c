@@ -172,7 +172,9 @@ static void empty_rows(const fa_what *what, int64_t b, int64_t h, int first, int
 static void work(void *argument) {
     call *c = argument;
     const fa_params *p = c->p;
-    char *memory = malloc(c->kernel->scratch(p, c->rows) + 63);
+    char small[16384]; /* a tiny call does without malloc */
+    size_t bytes = c->kernel->scratch(p, c->rows) + 63;
+    char *memory = bytes <= sizeof small ? small : malloc(bytes);
     if (!memory) {
         atomic_store(&c->failed, 1);
         return;
@@ -193,7 +195,7 @@ static void work(void *argument) {
             c->kernel->run(p, b, h, lengths, (int)first, valid - (int)first, aligned);
         if (valid < end) empty_rows(&p->what, b, h, valid, end);
     }
-    free(memory);
+    if (memory != small) free(memory);
 }
 
 static fa_status cpu_run(const fa_params *p, void *workspace, fa_error *error) {
@@ -256,7 +258,8 @@ static void merge_row(const fa_merge *m, int64_t b, int64_t h, int64_t s, double
     for (int i = 0; i < m->n; i++) {
         double lse = ((const float *)m->lses[i].data)[at(&m->lses[i], b, h, s)];
         if (lse == -INFINITY) continue;
-        double weight = exp2_f64_portable((vec_f64_portable){(lse - top) * FA_LOG2E})[0];
+        double weight =
+            power_f64_portable(base_of_f64_portable(FA_LOG2E), (vec_f64_portable){lse - top})[0];
         total += weight;
         read_row_f64_portable(row, (const char *)m->outs[i].data + at(&m->outs[i], b, h, s) * size,
                               m->dtype, m->outs[i].stride[3], dv);

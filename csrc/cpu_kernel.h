@@ -22,7 +22,7 @@
 #define STEP (FA_PAIRS ? 2 : 1) /* elements in a unit */
 enum {
     FN(KEYS) = 64,
-    FN(CHAIN) = 32,
+    FN(CHAIN) = 16,
     FN(PANEL) = NV * (FA_BYTES / (int)sizeof(FA_REAL)),
     FN(PANELS) = 128 / FN(PANEL)
 };
@@ -39,8 +39,8 @@ typedef struct panel {
     vec *q;           /* [units of d][nv] */
     vec *o;           /* [dv][nv], not yet divided by l */
     vec m[NV], l[NV]; /* maximum m of the scores, sum of exp(s - m) */
-    ivec begin[NV], end[NV],
-        position[NV];     /* of each row; begin = end in the lanes past the last row */
+    /* Of each row; begin = end in the lanes past the last row. */
+    ivec begin[NV], end[NV], position[NV];
     fa_interval any, all; /* keys that some row, and that every row sees */
     int first, count, nv; /* rows, vectors of rows */
 } panel;
@@ -52,10 +52,11 @@ typedef struct context {
     const char *q, *k, *v, *mask; /* of this batch and head */
     int unit_k, unit_v;           /* K and V can be read in place */
     int units;                    /* units of d */
-    int changed; /* softcap, float mask or ALiBi: scores are in nats until change() is through */
-    real scale;  /* |scale|, if changed */
-    real sign;   /* of the scale, -1, 0 or 1: Q is multiplied by it */
-    real nats, bits; /* what a score counts, in units of 1 and of ln 2; positive */
+    /* As they come from Q K a score counts |scale|, with the scale's sign multiplied into Q. Where
+     * softcap, a float mask or ALiBi changes them, change() brings them to 1. */
+    int changed;
+    real scale, sign, nats; /* nats: what a score counts in the end */
+    base unit, square;      /* e^nats and e^2 */
     real softcap, slope;
     panel panels[PANELS];
     vec *s, *bias; /* [KEYS][NV]: scores, then probabilities; the mask's block */
@@ -72,7 +73,8 @@ typedef struct block {
 } block;
 
 #define whole FN(whole)
-static int whole(int n) { /* up to a multiple of LANES */ return (n + LANES - 1) / LANES * LANES; }
+/* Rounds up to a multiple of LANES. */
+static int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
 
 /* acc[i][j] += sum over steps a[step][j] * b[i * row + step * next] */
 #define multiply FN(multiply)
@@ -152,7 +154,7 @@ FA_FAST void change(const context *c, const panel *p, vec *s, vec *top, int begi
             vec x = s[i * nv + j], bias = c->bias ? c->bias[i * nv + j] : hidden;
             if (c->changed) {
                 x *= c->scale;
-                if (scores->softcap > 0) x = tanh_(x * (1 / c->softcap)) * c->softcap;
+                if (scores->softcap > 0) x = tanh_(c->square, x * (1 / c->softcap)) * c->softcap;
                 if (adds) x += bias;
                 if (scores->alibi_slopes) {
                     vec distance = __builtin_convertvector(p->position[j] - key, vec);
@@ -206,30 +208,30 @@ FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, in
         change(c, p, s, top, begin, n, nv);
     }
 
-    vec m[NV], l[NV];
     for (int j = 0; j < nv; j++) {
-        top[j] = max_(top[j], p->m[j]);
-        m[j] = pick(top[j] == -(real)INFINITY, (vec){0},
-                    top[j]); /* nothing seen so far: 2^(-inf) is 0 */
-        alpha[j] = exp2_((p->m[j] - m[j]) * c->bits);
-        l[j] = (vec){0};
-        p->m[j] = top[j];
-    }
-    for (int i = 0; i < n; i += STEP) {
-#pragma GCC unroll 8
-        for (int j = 0; j < nv; j++) {
-            vec x = exp2_((s[i * nv + j] - m[j]) * c->bits);
-            l[j] += x;
+        const vec top_j = max_(top[j], p->m[j]);
+        const vec m = pick(top_j == -(real)INFINITY, (vec){0}, top_j); /* 2^(-inf - 0) is 0 */
+        vec l = {0};
+        alpha[j] = power(c->unit, p->m[j] - m);
+        for (int chain = 0; chain < n; chain += CHAIN) {
+            const int stop = chain + CHAIN < n ? chain + CHAIN : n;
+            vec sum = {0};
+            for (int i = chain; i < stop; i += STEP) {
+                vec x = power(c->unit, s[i * nv + j] - m);
+                sum += x;
 #if FA_PAIRS
-            vec y = {0};
-            if (i + 1 < n) l[j] += y = exp2_((s[(i + 1) * nv + j] - m[j]) * c->bits);
-            s[i / 2 * nv + j] = pair(x, y);
+                vec y = {0};
+                if (i + 1 < n) sum += y = power(c->unit, s[(i + 1) * nv + j] - m);
+                s[i / 2 * nv + j] = pair(x, y);
 #else
-            s[i * nv + j] = x;
+                s[i * nv + j] = x;
 #endif
+            }
+            l += sum;
         }
+        p->l[j] = fma_(p->l[j], alpha[j], l);
+        p->m[j] = top_j;
     }
-    for (int j = 0; j < nv; j++) p->l[j] = fma_(p->l[j], alpha[j], l[j]);
 
     const unit *v = keys->v + (begin - keys->begin) / STEP * keys->v_row;
     const int steps = (n + STEP - 1) / STEP, dv = c->p->what.dv;
@@ -327,8 +329,8 @@ static void close_panel(const context *c, panel *p, int64_t b, int64_t h) {
         if (scores->sink) {
             const vec s = splat(sink);
             vec top = max_(m, s), finite = pick(top == -(real)INFINITY, (vec){0}, top);
-            weight = exp2_((m - finite) * (real)FA_LOG2E);
-            l = l * weight + exp2_(pick(s == finite, (vec){0}, s - finite) * (real)FA_LOG2E);
+            weight = power(base_of(FA_LOG2E), m - finite);
+            l = l * weight + power(base_of(FA_LOG2E), pick(s == finite, (vec){0}, s - finite));
             m = top;
         }
         weight /= l;
@@ -477,12 +479,15 @@ static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_lengths length
                what->k.stride[2] % STEP == 0;
     c.unit_v = native && (what->v.stride[3] == 1 || what->dv == 1) && !FA_PAIRS;
     c.units = (what->d + STEP - 1) / STEP;
-    c.changed = scores->softcap > 0 || scores->alibi_slopes || (c.mask && !hides);
-    c.scale = (real)fabs(what->scale);
-    c.bits = c.changed ? (real)FA_LOG2E : (real)(fabs(what->scale) * FA_LOG2E);
-    c.nats = c.changed ? 1 : c.scale;
-    c.sign = what->scale < 0 ? -1 : 1;
-    if (c.scale == 0) c.sign = 0, c.nats = 1, c.bits = (real)FA_LOG2E;
+    /* A scale beyond float's range is left to change(), too. */
+    const double size_of_scale = fabs(what->scale);
+    c.changed = scores->softcap > 0 || scores->alibi_slopes || (c.mask && !hides) ||
+                !(size_of_scale > 1e-30 && size_of_scale < 1e30);
+    c.scale = (real)what->scale;
+    c.sign = !c.changed && what->scale < 0 ? -1 : 1;
+    c.nats = c.changed ? 1 : c.scale * c.sign;
+    c.unit = base_of(c.changed ? FA_LOG2E : size_of_scale * FA_LOG2E);
+    c.square = base_of(2 * FA_LOG2E);
     c.softcap = scores->softcap;
     c.slope = scores->alibi_slopes
                   ? scores->alibi_slopes[b * scores->alibi_stride[0] + h * scores->alibi_stride[1]]
@@ -539,8 +544,10 @@ static const fa_cpu_kernel FN(kernel) = {LANES, PANELS * PANEL, scratch, run_row
 #undef context
 #undef copy_half
 #undef dot
-#undef exp2_
-#undef exp2_parts
+#undef base
+#undef base_of
+#undef power
+#undef power_parts
 #undef fma_
 #undef ivec
 #undef lay_out

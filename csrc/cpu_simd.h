@@ -67,16 +67,29 @@ FA_FAST vec max_(vec a, vec b) {
 #endif
 }
 
-/* 2^x = 2^n 2^f with n the integer nearest to x and |f| <= 1/2: *scale = 2^n (0 where x < -126.5,
- * or -1022.5 in double), and the result is 2^f - 1, exact to the last bit or so also where f is
- * small. x <= 0, or NaN, which stays NaN. */
-#define exp2_parts FN(exp2_parts)
-FA_FAST vec exp2_parts(vec x, vec *scale) {
+/* log2 of the base of a power, in two parts so that x * log2 loses nothing, and the x where the
+ * power becomes 0. */
+#define base FN(base)
+typedef struct base {
+    real high, low, floor;
+} base;
+
+#define base_of FN(base_of)
+static base base_of(double log2) {
+    const real high = (real)log2;
+    return (base){high, (real)(log2 - high), (DOUBLE ? -1023 : -127) / high};
+}
+
+/* base^x = 2^n 2^f for x <= 0 (or NaN, which stays NaN), with n an integer and |f| <= 1/2: *scale =
+ * 2^n (0 below 2^-126, or 2^-1022), and the result is 2^f - 1, which is exact to the last bit or so
+ * also near 0. */
+#define power_parts FN(power_parts)
+FA_FAST vec power_parts(base e, vec x, vec *scale) {
     const real round = DOUBLE ? 6755399441055744. : 12582912.; /* 1.5 * 2^mantissa bits */
     const int mantissa = DOUBLE ? 52 : 23, bias = DOUBLE ? 1023 : 127;
-    x = max_(splat(-bias), x);
-    vec shifted = x + round;
-    vec f = x - (shifted - round);
+    x = max_(splat(e.floor), x);
+    vec shifted = fma_(x, splat(e.high), splat(round));
+    vec f = fma_(x, splat(e.low), fma_(x, splat(e.high), round - shifted));
     *scale = (vec)(((ivec)shifted << mantissa) + ((FA_INT)bias << mantissa));
     vec y; /* (2^f - 1) / f, interpolated at Chebyshev nodes: 5e-9, or 8e-18 in double */
     if (DOUBLE) {
@@ -102,18 +115,17 @@ FA_FAST vec exp2_parts(vec x, vec *scale) {
     return y * f;
 }
 
-#define exp2_ FN(exp2)
-FA_FAST vec exp2_(vec x) {
-    vec scale, y = exp2_parts(x, &scale);
+#define power FN(power)
+FA_FAST vec power(base e, vec x) {
+    vec scale, y = power_parts(e, x, &scale);
     return fma_(scale, y, scale);
 }
 
 /* tanh|x| = -e / (2 + e) with e = exp(-2|x|) - 1, which loses no digits near 0. */
 #define tanh_ FN(tanh)
-FA_FAST vec tanh_(vec x) {
+FA_FAST vec tanh_(base two_e, vec x) {
     const ivec sign = (ivec)splat(-(real)0);
-    vec absolute = (vec)((ivec)x & ~sign);
-    vec scale, y = exp2_parts(absolute * (real)(-2 * FA_LOG2E), &scale);
+    vec scale, y = power_parts(two_e, (vec)((ivec)x | sign), &scale);
     vec e = fma_(scale, y, scale - 1);
     return (vec)((ivec)(-e / (2 + e)) | ((ivec)x & sign));
 }
