@@ -1,4 +1,4 @@
-"""`python benchmarks ...` is `python -m fastattn bench --known benchmarks/peers.csv ...`.
+"""`python benchmarks` is `python -m fastattn bench --known benchmarks/peers.csv`.
 
 benchmarks/
     peers.csv              every known peer's time on one H100, for the column "x known"
@@ -13,4 +13,5 @@ import sys
 
 from fastattn import _bench
 
-sys.exit(_bench.main(["--known", str(pathlib.Path(__file__).parent / "peers.csv"), *sys.argv[1:]]))
+known = pathlib.Path(__file__).parent / "peers.csv"
+sys.exit(_bench.main(sys.argv[1:], "python benchmarks", known))

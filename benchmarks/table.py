@@ -87,9 +87,8 @@ def table(name, suites):
             if row["suite"] == suite:
                 cells.setdefault(row["label"], {})[row["implementation"]] = row
         cells = list(cells.values())
-        square = suite in _bench.GRIDS
-        rows = grid(cells, result["header"]["device"]) if square else listing(cells)
-        lines += [*markdown(list(rows)), ""]
+        rows = grid(cells, result["header"]["device"]) if suite in _bench.GRIDS else listing(cells)
+        lines += [*markdown(list(rows)), ""] if cells else []
     return "\n".join(lines)
 
 

@@ -24,6 +24,7 @@ import operator
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -645,7 +646,7 @@ def _shell(*command):
         return output.stdout.strip().partition("\n")[0]
 
 
-def header(arrays, argv, commit=None):
+def header(arrays, command, commit=None):
     """Everything that a reader needs to repeat the run."""
     info = fastattn.info()
     packages = ("numpy", "torch", "jax", "triton", "fa3-fwd", "flash-attn-4")
@@ -656,7 +657,7 @@ def header(arrays, argv, commit=None):
     here = os.path.dirname(os.path.abspath(__file__))
     head = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": "python -m fastattn bench " + " ".join(argv),
+        "command": command,
         "commit": commit or _shell("git", "-C", here, "describe", "--always", "--dirty"),
         "device": arrays.device,
         "cpu": cpu_name(),
@@ -881,10 +882,10 @@ def _progress(items):
     print("\r", end="", file=sys.stderr)
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
+def main(argv, program="python -m fastattn bench", known=None):
+    """The command line; `known` is the default of --known. Returns the exit status."""
     suites = _suites()
-    parser = argparse.ArgumentParser(prog="python -m fastattn bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"suites: {', '.join(suites)}; 'cpu*' and 'gpu*' take all of a kind."
     add = parser.add_argument
@@ -894,7 +895,11 @@ def main(argv=None):
     add("--backend", help="hold fastattn to this backend")
     add("--timings", type=int, default=25, help="of each implementation, at least 20")
     add("--warmup", type=float, default=0.3, help="seconds, each cell")
-    add("--known", help="a CSV of known peers (benchmarks/peers.csv), for the column 'x known'")
+    add(
+        "--known",
+        default=known,
+        help="a CSV of known peers (benchmarks/peers.csv), for the column 'x known'",
+    )
     add("--commit", help="recorded where the tree has no .git")
     add("--json", metavar="FILE", help="write header and rows")
     add("--plot", metavar="DIR", help="write PNGs (needs matplotlib)")
@@ -905,9 +910,7 @@ def main(argv=None):
         result = json.loads(pathlib.Path(args.source).read_text())
         report(result)
     else:
-        result = run(args, suites, argv)
-    if args.json:
-        pathlib.Path(args.json).write_text(dump(result))
+        result = run(args, suites, shlex.join([*program.split(), *argv]))
     if args.plot:
         for path in plot(result, args.plot):
             print(f"wrote {path}")
@@ -932,7 +935,8 @@ def report(result):
         print("\n".join(table(rows, result["header"]["device"])))
 
 
-def run(args, suites, argv):
+def run(args, suites, command):
+    """Measures the cells that the arguments choose, and prints them."""
     wanted = args.suite or ["gpu*" if gpu_usable() else "cpu*"]
     chosen = [
         cell
@@ -950,15 +954,13 @@ def run(args, suites, argv):
     named = tuple(args.peers.split(",")) if args.peers else ()
     options = Options(args.timings, args.warmup, named)
     known = known_peers(args.known) if args.known else {}
-    result = {"header": header(arrays, argv, args.commit), "rows": []}
+    result = {"header": header(arrays, command, args.commit), "rows": []}
+    if args.json:
+        pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     for cell in _progress(chosen):
         rows = measure(arrays, cell, everyone, options)
         result["rows"] += derive(rows, result["header"]["limits"], known)
-        if args.json:  # what was measured survives an interruption
+        if args.json:  # after each cell: what was measured survives an interruption
             pathlib.Path(args.json).write_text(dump(result))
     report(result)
     return result
-
-
-if __name__ == "__main__":
-    sys.exit(main())
