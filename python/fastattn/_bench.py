@@ -835,12 +835,13 @@ def plot(result, folder):
                 axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name, **style)
             if dtype in limits:
                 axis.axhline(limits[dtype] * scale, color="grey", ls=":", label="matmul")
-            axis.set(title=f"{dtype} d {d} {mask}", xscale="log", ylim=(0, None))
+            axis.set(title=f"{dtype} d {d} {mask}", xscale="log")
             ticks = sorted({row["s"] for row in rows})
             axis.set_xticks(ticks, [str(s) for s in ticks], fontsize=8)
             axis.minorticks_off()
             axis.grid(alpha=0.3)
-        axes[0][0].set_ylabel(unit)
+        highest = max([row["flops"] for row in rows] + [limits.get(dtype, 0)])
+        axes[0][0].set(ylabel=unit, ylim=(0, 1.05 * highest * scale))  # shared by all
         axes[1][0].set_ylabel(unit)
         axes[0][-1].legend(fontsize=8)
         save(figure, f"{device}-{dtype}.png")
