@@ -1,7 +1,7 @@
 /* module.c - PyInit__C: arguments in, one call through the house, a status out as an exception.
  *
- * Stop 2 of 6, with tensor.c. The functions here take every argument by position: the names, the
- * defaults and the documentation are in python/fastattn/_attention.py, one thin layer above.
+ * Stop 2 of 6, with tensor.c. Names, defaults and documentation of the public functions are
+ * written once, in python/fastattn/_attention.py; function() below makes builtins of them.
  */
 #include "tensor.h"
 
@@ -303,28 +303,22 @@ static PyObject *hand_over(module_state *state, const borrowed *like, output *ou
     return pair;
 }
 
-typedef fa_status (*prepare_function)(call *c, PyObject *const *arguments);
-
-static void start(call *c, PyObject *module) {
-    c->state = PyModule_GetState(module);
+static void start(call *c, module_state *state) {
+    c->state = state;
     c->count = c->has_out = c->return_lse = 0;
     c->backend = NULL;
     c->error.text[0] = 0;
     memset(&c->request, 0, sizeof c->request);
 }
 
-static int check_count(const char *name, Py_ssize_t got, Py_ssize_t want) {
-    if (got == want) return 1;
-    PyErr_Format(PyExc_TypeError, "_C.%s() takes %zd positional arguments, got %zd", name, want,
-                 got);
-    return 0;
-}
+typedef fa_status prepare_function(call *c, PyObject *const *arguments);
 
-static PyObject *compute(PyObject *module, PyObject *const *arguments, prepare_function prepare) {
+static PyObject *compute(module_state *state, PyObject *const *arguments,
+                         prepare_function *prepare) {
     call c;
     output out = {0}, lse = {0};
     PyObject *result = NULL;
-    start(&c, module);
+    start(&c, state);
     fa_status status = prepare(&c, arguments);
     if (status == FA_OK) status = run(&c, &out, &lse);
     if (status == FA_OK) {
@@ -338,15 +332,113 @@ static PyObject *compute(PyObject *module, PyObject *const *arguments, prepare_f
     return status == FA_OK ? result : raise_status(status, &c.error);
 }
 
-static PyObject *attention(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
-    if (!check_count("attention", count, ATTENTION_ARGS)) return NULL;
-    return compute(module, arguments, prepare_attention);
+/* ---- Public functions ---------------------------------------------------------------------- */
+
+static const struct {
+    const char *name;
+    prepare_function *prepare;
+    Py_ssize_t count;
+} functions[] = {
+    {"attention", prepare_attention, ATTENTION_ARGS},
+    {"scaled_dot_product_attention", prepare_sdpa, SDPA_ARGS},
+};
+
+/* Puts the arguments of a call in the order of the signature, with Python's own complaints. */
+static int parse(const signature *s, PyObject *const *arguments, Py_ssize_t count,
+                 PyObject *keywords, PyObject **slots) {
+    const char *name = s->method.ml_name;
+    if (count > s->positional) {
+        PyErr_Format(PyExc_TypeError, "%s() takes %zd positional arguments but %zd were given",
+                     name, s->positional, count);
+        return -1;
+    }
+    memcpy(slots, arguments, (size_t)count * sizeof *slots);
+    memcpy(slots + count, s->value + count, (size_t)(s->count - count) * sizeof *slots);
+    Py_ssize_t extra = keywords ? PyTuple_Size(keywords) : 0;
+    for (Py_ssize_t i = 0; i < extra; i++) {
+        PyObject *keyword = PyTuple_GetItem(keywords, i);
+        Py_ssize_t at = 0;
+        while (at < s->count && s->name[at] != keyword) at++;
+        if (at == s->count) /* a keyword that was made at run time is not interned */
+            for (at = 0; at < s->count && PyUnicode_Compare(s->name[at], keyword); at++) continue;
+        if (at == s->count) {
+            PyErr_Format(PyExc_TypeError, "%s() got an unexpected keyword argument '%U'", name,
+                         keyword);
+            return -1;
+        }
+        if (at < count) {
+            PyErr_Format(PyExc_TypeError, "%s() got multiple values for argument '%U'", name,
+                         keyword);
+            return -1;
+        }
+        slots[at] = arguments[count + i];
+    }
+    for (Py_ssize_t i = count; i < s->count; i++)
+        if (!slots[i]) {
+            PyErr_Format(PyExc_TypeError, "%s() missing required argument '%U'", name, s->name[i]);
+            return -1;
+        }
+    return 0;
+}
+
+static PyObject *call_public(PyObject *module, int which, PyObject *const *arguments,
+                             Py_ssize_t count, PyObject *keywords) {
+    module_state *state = PyModule_GetState(module);
+    PyObject *slots[MAX_ARGS];
+    if (parse(&state->signatures[which], arguments, count, keywords, slots) < 0) return NULL;
+    return compute(state, slots, functions[which].prepare);
+}
+
+static PyObject *attention(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
+                           PyObject *keywords) {
+    return call_public(module, 0, arguments, count, keywords);
 }
 
 static PyObject *scaled_dot_product_attention(PyObject *module, PyObject *const *arguments,
-                                              Py_ssize_t count) {
-    if (!check_count("scaled_dot_product_attention", count, SDPA_ARGS)) return NULL;
-    return compute(module, arguments, prepare_sdpa);
+                                              Py_ssize_t count, PyObject *keywords) {
+    return call_public(module, 1, arguments, count, keywords);
+}
+
+/* function(text, names, defaults, positional) -> the builtin. text is the bytes "name\0doc", where
+ * doc starts with the text signature; defaults are those of the last parameters. */
+static PyObject *function(PyObject *module, PyObject *arguments) {
+    static PyObject *(*const entries[])(PyObject *, PyObject *const *, Py_ssize_t, PyObject *) = {
+        attention, scaled_dot_product_attention};
+    PyObject *text, *names, *defaults;
+    Py_ssize_t positional;
+    if (!PyArg_ParseTuple(arguments, "SO!O!n", &text, &PyTuple_Type, &names, &PyTuple_Type,
+                          &defaults, &positional))
+        return NULL;
+    const char *name = PyBytes_AsString(text);
+    Py_ssize_t count = PyTuple_Size(names), required = count - PyTuple_Size(defaults);
+    int which = strcmp(name, functions[0].name) ? 1 : 0;
+    if (strcmp(name, functions[which].name) || count != functions[which].count || required < 0)
+        return PyErr_Format(PyExc_TypeError, "_C has no function %s of %zd arguments", name, count);
+    signature *s = &((module_state *)PyModule_GetState(module))->signatures[which];
+    if (!s->text) { /* a package that is imported again keeps the first one's */
+        for (Py_ssize_t i = 0; i < count; i++) {
+            s->name[i] = PyTuple_GetItem(names, i);
+            s->value[i] = i < required ? NULL : PyTuple_GetItem(defaults, i - required);
+        }
+        s->count = count, s->positional = positional;
+        s->text = text, s->names = names, s->defaults = defaults;
+        Py_INCREF(text);
+        Py_INCREF(names);
+        Py_INCREF(defaults);
+        s->method = (PyMethodDef){name, (PyCFunction)(void (*)(void))entries[which],
+                                  METH_FASTCALL | METH_KEYWORDS, name + strlen(name) + 1};
+    }
+    PyObject *package = PyUnicode_FromString("fastattn");
+    PyObject *result = package ? PyCFunction_NewEx(&s->method, module, package) : NULL;
+    Py_XDECREF(package);
+    return result;
+}
+
+/* For the functions that only our own Python calls. */
+static int check_count(const char *name, Py_ssize_t got, Py_ssize_t want) {
+    if (got == want) return 1;
+    PyErr_Format(PyExc_TypeError, "_C.%s() takes %zd arguments, got %zd", name, want, got);
+    return 0;
 }
 
 /* explain(sdpa, *arguments) -> (backend or None, kernel or None, {backend: reason}). Runs nothing.
@@ -356,7 +448,7 @@ static PyObject *explain(PyObject *module, PyObject *const *arguments, Py_ssize_
     if (!check_count("explain", count, 1 + (sdpa ? SDPA_ARGS : ATTENTION_ARGS))) return NULL;
     call c;
     fa_error reasons[8];
-    start(&c, module);
+    start(&c, PyModule_GetState(module));
     fa_status status = (sdpa ? prepare_sdpa : prepare_attention)(&c, arguments + 1);
     const fa_backend *chosen =
         status == FA_OK ? fa_choose(&c.plan, c.backend, reasons, &c.error) : NULL;
@@ -511,8 +603,11 @@ static PyObject *info(PyObject *module, PyObject *unused) {
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 
 static PyMethodDef methods[] = {
-    FAST(attention), FAST(scaled_dot_product_attention), FAST(merge_states),
-    FAST(explain),   {"info", info, METH_NOARGS, NULL},  {0},
+    FAST(merge_states),
+    FAST(explain),
+    {"function", function, METH_VARARGS, NULL},
+    {"info", info, METH_NOARGS, NULL},
+    {0},
 };
 
 /* NumPy's C API and torch's tensors belong to one interpreter. */

@@ -128,6 +128,11 @@ void tensor_clear(module_state *state) {
     Py_CLEAR(state->arrays);
     Py_CLEAR(state->requires_grad);
     Py_CLEAR(state->current_level);
+    for (int i = 0; i < 2; i++) {
+        Py_CLEAR(state->signatures[i].text);
+        Py_CLEAR(state->signatures[i].names);
+        Py_CLEAR(state->signatures[i].defaults);
+    }
 }
 
 /* Calls a function of fastattn._arrays, which is imported by the first array that needs it. */

@@ -12,6 +12,17 @@
 /* A Python exception is already set; the only status that is not in the contract. */
 #define FA_RAISED ((fa_status) - 1)
 
+enum { MAX_ARGS = 24 };
+
+/* A public function as Python's `def` has it; see function() in module.c. */
+typedef struct signature {
+    PyMethodDef method;
+    PyObject *text, *names, *defaults; /* owned; text holds name and doc of `method` */
+    PyObject *name[MAX_ARGS];          /* borrowed from names, interned */
+    PyObject *value[MAX_ARGS];         /* borrowed from defaults; NULL: required */
+    Py_ssize_t positional, count;
+} signature;
+
 /* What the module has learnt about the process so far; one per module object. */
 typedef struct module_state {
     PyTypeObject *tensor,
@@ -20,8 +31,9 @@ typedef struct module_state {
     PyObject *is_grad_enabled;  /* torch.is_grad_enabled */
     PyObject *forward_ad;       /* the dict of torch.autograd.forward_ad */
     PyCFunction is_neg; /* the C function of torch.Tensor.is_neg: half the time of a method call */
-    PyTypeObject *ndarray; /* numpy.ndarray; NULL until NumPy is there */
-    PyObject *arrays;      /* fastattn._arrays: the frameworks without a C table */
+    PyTypeObject *ndarray;   /* numpy.ndarray; NULL until NumPy is there */
+    PyObject *arrays;        /* fastattn._arrays: the frameworks without a C table */
+    signature signatures[2]; /* attention, scaled_dot_product_attention */
     PyObject *requires_grad, *current_level; /* interned names */
 } module_state;
 
