@@ -1,0 +1,105 @@
+"""Random cases by the thousand: `python tests/campaign.py --cases 100000 --seed 0`.
+
+Case number n of a campaign is the same on every machine: it depends on `seed + n` alone. A wrong
+one is printed as the line that runs it again, and once more with as many fields at their defaults
+as it takes to still fail.
+"""
+
+import argparse
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import cases
+
+CHUNK = 250
+
+
+def check(case, framework, backend):
+    """'' if right, else what is wrong; None if refused."""
+    try:
+        return "; ".join(cases.run(case, framework, backend))
+    except cases.Refused:
+        return None
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def framework_of(name):
+    return cases.NumPy() if name == "numpy" else cases.Torch(name.partition(":")[2] or "cpu")
+
+
+def check_range(start, stop, framework, backend):
+    framework = framework_of(framework)
+    results = (
+        (seed, check(cases.random_case(seed), framework, backend)) for seed in range(start, stop)
+    )
+    return [(seed, result) for seed, result in results if result != ""]
+
+
+def report(case, result, framework, backend):
+    small = cases.shrink(case, lambda c: check(c, framework, backend))
+    print(f"WRONG {case!r}\n  {result}", flush=True)
+    if small != case:
+        print(f"  smaller: {small!r}\n  {check(small, framework, backend)}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--framework", default="numpy", help="numpy, torch or torch:cuda")
+    parser.add_argument("--backend", help="cpu or sm90; default: the best that takes the arrays")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--case", help="run this one: Case(...)")
+    parser.add_argument("--max-wrong", type=int, default=20, help="stop after this many")
+    options = parser.parse_args()
+
+    if options.case:
+        case = eval(options.case, {"Case": cases.Case})
+        result = check(case, framework_of(options.framework), options.backend)
+        print({"": "right", None: "refused"}.get(result, result))
+        return int(bool(result))
+
+    if options.jobs > 1:  # the processes share the cores; one thread each
+        os.environ.setdefault("FASTATTN_NUM_THREADS", "1")
+    print(
+        f"campaign: {options.cases} cases, seed {options.seed}, {options.framework}, "
+        f"{options.jobs} jobs",
+        flush=True,
+    )
+    began, done, wrong, refused = time.monotonic(), 0, 0, 0
+    stop = options.seed + options.cases
+    with ProcessPoolExecutor(options.jobs) as pool:
+        chunks = [(s, min(s + CHUNK, stop)) for s in range(options.seed, stop, CHUNK)]
+        jobs = [
+            pool.submit(check_range, *chunk, options.framework, options.backend) for chunk in chunks
+        ]
+        for chunk, job in zip(chunks, jobs, strict=True):
+            for seed, result in job.result():
+                if result is None:
+                    refused += 1
+                    continue
+                wrong += 1
+                report(
+                    cases.random_case(seed),
+                    result,
+                    framework_of(options.framework),
+                    options.backend,
+                )
+            before, done = done, done + chunk[1] - chunk[0]
+            if done == options.cases or before // 10000 != done // 10000:
+                print(
+                    f"{done} cases, {wrong} wrong, {refused} refused, "
+                    f"{time.monotonic() - began:.0f} s",
+                    flush=True,
+                )
+            if wrong >= options.max_wrong:
+                pool.shutdown(cancel_futures=True)
+                break
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,472 @@
+"""Cases: one call of `fastattn.attention`, described by a few plain fields, from inputs to verdict.
+
+A `Case` is a dataclass whose repr is the line that reproduces it:
+`python tests/campaign.py --case "Case(...)"`. Everything random in it comes from its seed. Every
+array is stored inside a larger buffer with strides of the case's choice; what no row sees, the
+bytes between the strides, the bytes around, and the outputs before the call hold NaN. `run` makes
+the call on a backend through a framework and judges the result.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import ml_dtypes
+import numpy as np
+import reference
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+FAMILIES = ("normal", "spike", "shift", "single", "equal")
+STORAGES = ("plain", "padded", "swapped", "strided", "flipped", "expanded")
+
+
+class Refused(Exception):  # noqa: N818 - not an error
+    """The backend says NotImplementedError for this legal request."""
+
+
+def dtype_of(name):
+    return np.dtype(getattr(ml_dtypes, name, None) or name)
+
+
+@dataclass(frozen=True)
+class Case:
+    b: int = 1
+    hq: int = 1
+    hk: int = 1
+    sq: int = 1
+    sk: int = 1
+    d: int = 16
+    dv: int = 16
+    dtype: str = "float32"
+    layout: str = "bhsd"
+    causal: bool | str = False
+    window: tuple | None = None
+    q_lengths: tuple | None = None
+    k_lengths: tuple | None = None
+    k_start: tuple | None = None
+    mask: str | None = None  # its dtype
+    mask_shape: tuple = (
+        False,
+        False,
+        True,
+        True,
+    )  # which of b, hq, sq, sk it really has; the rest broadcasts
+    mask_rank: int = 4  # leading broadcast dimensions may be left out
+    softcap: float = 0.0
+    alibi: int = 0  # rank of the slopes: 1 (hq,), 2 (b, hq), 0 none
+    sink: bool = False
+    scale: float | None = None
+    storage: str = "plain"
+    family: str = "normal"
+    out: str | None = None  # storage of the caller's `out`
+    seed: int = 0
+
+    def __repr__(self):
+        mine = (
+            (f.name, getattr(self, f.name))
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        )
+        return f"Case({', '.join(f'{name}={value!r}' for name, value in mine)})"
+
+    @property
+    def limits(self):
+        names = ("causal", "window", "q_lengths", "k_lengths", "k_start")
+        return {
+            name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)
+        }
+
+    @property
+    def used_scale(self):
+        return self.d**-0.5 if self.scale is None else self.scale
+
+
+# ------------------------------------------------------------------------------------------ storage
+
+
+@dataclass
+class Stored:
+    """A strided array inside a buffer: element (0, ...) is base[offset], strides count elements."""
+
+    base: np.ndarray
+    shape: tuple
+    strides: tuple
+    offset: int
+
+    def __post_init__(self):
+        self.before = self.base.tobytes()
+
+    @property
+    def view(self):
+        buffer, size = self.base.view(np.uint8), self.base.itemsize
+        return np.ndarray(
+            self.shape,
+            self.base.dtype,
+            buffer,
+            self.offset * size,
+            [s * size for s in self.strides],
+        )
+
+    def untouched(self, around=None):
+        """Whether the buffer holds its old bytes; with `around`, those outside the view."""
+        if around is None:
+            return self.base.tobytes() == self.before
+        inside = np.zeros(self.base.shape, bool)
+        replace_base = Stored(inside, self.shape, self.strides, self.offset)
+        replace_base.view[...] = True
+        size = self.base.itemsize
+        old = np.frombuffer(self.before, np.uint8).reshape(-1, size)
+        new = np.frombuffer(self.base.tobytes(), np.uint8).reshape(-1, size)
+        return bool((old[~inside] == new[~inside]).all())
+
+
+def poison_of(dtype):
+    if dtype.kind == "b":
+        return True
+    return np.iinfo(dtype).max if dtype.kind in "iu" else dtype.type(np.nan)
+
+
+def store(values, storage, rng, constant=()):
+    """Puts `values` into a poisoned buffer.
+
+    `constant`: the axes along which they are equal; "expanded" storage gives them stride 0.
+    """
+    rank, dtype = values.ndim, values.dtype
+    order, pad, step, flips = list(range(rank)), [0] * rank, 1, ()
+    zero = tuple(constant) if storage == "expanded" else ()
+    if storage == "swapped":  # e.g. (b, h, s, d) kept as (b, s, h, d)
+        order[:-1] = rng.permutation(rank - 1).tolist()
+    elif storage == "strided":  # the last dimension is not contiguous
+        order, step = rng.permutation(rank).tolist(), int(rng.integers(1, 3))
+    elif storage == "flipped":
+        flips = [axis for axis in range(rank) if rng.random() < 0.5]
+    if storage not in ("plain", "expanded"):
+        pad = rng.integers(0, 4, rank).tolist()
+
+    strides, size = [0] * rank, step
+    for axis in reversed(order):
+        if axis not in zero:
+            strides[axis] = size
+            size *= max(values.shape[axis], 1) + pad[axis]
+    guard = 0 if storage == "plain" else int(rng.integers(0, 9))
+    offset = guard
+    for axis in flips:
+        offset += strides[axis] * (max(values.shape[axis], 1) - 1)
+        strides[axis] = -strides[axis]
+    base = np.full(size + 2 * guard, poison_of(dtype), dtype)
+    stored = Stored(base, values.shape, tuple(strides), offset)
+    stored.view[...] = values
+    return Stored(base, values.shape, tuple(strides), offset)
+
+
+# ------------------------------------------------------------------------------------------- inputs
+
+
+@dataclass
+class Inputs:
+    """The arrays of a case: logical ones for the reference, stored ones for the call."""
+
+    logical: dict  # name -> array: the arguments of reference.attention
+    stored: dict  # name -> Stored, in the layout of the case
+    out: Stored | None
+
+
+def make_inputs(case, strides_at_least_0=False):
+    rng = np.random.default_rng(case.seed)
+    dtype = dtype_of(case.dtype)
+    storage = "padded" if case.storage == "flipped" and strides_at_least_0 else case.storage
+    q, k, v = _values(case, rng)
+    arrays = {}
+    if case.mask:
+        arrays["mask"] = _mask(case, rng)
+    if case.alibi:
+        shape = (case.b, case.hq)[2 - case.alibi :]
+        arrays["alibi_slopes"] = (0.5 ** rng.uniform(0, 8, shape)).astype(np.float32)
+    if case.sink:
+        arrays["sink"] = rng.normal(0, 3, case.hq).astype(np.float32)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+
+    expanded = {}
+    if case.storage == "expanded":  # equal along some axes, so that stride 0 says the same
+        for name in "qkv":
+            expanded[name] = [axis for axis in range(3) if rng.random() < 0.4]
+        q, k, v = (_constant(x, expanded[name]) for name, x in zip("qkv", (q, k, v), strict=True))
+    _poison(case, q, k, v, arrays.get("mask"), expanded)
+
+    def in_layout(x, axes=()):
+        if case.layout == "bhsd":
+            return x, axes
+        return x.swapaxes(1, 2), [{1: 2, 2: 1}.get(axis, axis) for axis in axes]
+
+    stored = {}
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        x, axes = in_layout(x, expanded.get(name, ()))
+        stored[name] = store(x, storage, rng, axes)
+    if "mask" in arrays:
+        mask, full = arrays["mask"], (case.b, case.hq, case.sq, case.sk)
+        if storage == "expanded":
+            broadcast = [axis for axis in range(4) if mask.shape[axis] != full[axis]]
+            stored["mask"] = store(np.broadcast_to(mask, full), storage, rng, broadcast)
+        else:
+            lead = next((axis for axis in range(4) if mask.shape[axis] != 1), 3)
+            stored["mask"] = store(
+                mask.reshape(mask.shape[min(lead, 4 - case.mask_rank) :]), storage, rng
+            )
+    for name in ("alibi_slopes", "sink"):
+        if name in arrays:
+            stored[name] = store(arrays[name], storage, rng)
+    for name in ("q_lengths", "k_lengths", "k_start"):
+        if getattr(case, name) is not None:
+            stored[name] = store(np.array(getattr(case, name), np.int32), storage, rng)
+
+    out = None
+    if case.out:
+        shape, _ = in_layout(np.empty((case.b, case.hq, case.sq, case.dv), dtype))
+        how = "padded" if case.out == "flipped" and strides_at_least_0 else case.out
+        out = store(np.full(shape.shape, np.nan).astype(dtype), how, rng)
+    return Inputs({"q": q, "k": k, "v": v, **arrays}, stored, out)
+
+
+def _values(case, rng):
+    """q, k, v in float64, by family."""
+    q = rng.standard_normal((case.b, case.hq, case.sq, case.d))
+    k = rng.standard_normal((case.b, case.hk, case.sk, case.d))
+    v = rng.standard_normal((case.b, case.hk, case.sk, case.dv))
+    scale = case.used_scale
+    if case.family == "spike" and case.sk:  # one key in a thousand, and at least one, times 100
+        k[:, :, np.append(np.flatnonzero(rng.random(case.sk) < 1e-3), rng.integers(case.sk))] *= 100
+    elif case.family == "shift" and scale:  # every score of a row moved by +120 or -120
+        q[..., 0] = 8 * rng.choice([-1, 1], q.shape[:3])
+        k[..., 0] = np.clip(120 / (8 * scale), -3e4, 3e4)
+    elif case.family == "single" and scale:
+        # scores of -5e5, for a window of (0, 0), which shows one key at most
+        size = min((5e5 / abs(scale)) ** 0.5, 3e4)
+        q[..., 0], k[..., 0] = size, -size * np.sign(scale)
+    elif case.family == "equal":  # equal logits all along the row
+        k[:] = k[:, :, :1]
+    return q, k, v
+
+
+def _mask(case, rng):
+    shape = [
+        n if has else 1
+        for n, has in zip((case.b, case.hq, case.sq, case.sk), case.mask_shape, strict=True)
+    ]
+    hidden = rng.random(shape) < rng.choice([0.1, 0.5, 0.95])
+    hidden |= (rng.random(shape[:3]) < 0.1)[..., None]  # whole rows
+    hidden |= (
+        (rng.random((*shape[:2], 1, shape[3])) < 0.1) if shape[3] > 1 else False
+    )  # whole columns
+    if case.mask == "bool":
+        return ~hidden
+    values = rng.normal(0, 2, shape)
+    return np.where(hidden & (rng.random() < 0.5), -np.inf, values).astype(dtype_of(case.mask))
+
+
+def _constant(x, axes):
+    for axis in axes:
+        x = np.broadcast_to(x.take([0], axis) if x.shape[axis] else x, x.shape)
+    return x.copy()
+
+
+def _poison(case, q, k, v, mask, expanded):
+    """Writes NaN or inf where no row looks: rows of q, k and v, and a float mask's elements."""
+    seen = reference.visible(case.b, case.hq, case.sq, case.sk, mask, **case.limits)
+    group = seen.reshape(case.b, case.hk, case.hq // case.hk, case.sq, case.sk)
+    blind = {
+        "q": ~seen.any(axis=3),
+        "k": ~group.any(axis=(2, 3)),
+        "v": np.broadcast_to(~seen.any(axis=(1, 2))[:, None], (case.b, case.hk, case.sk)),
+    }
+    poison = np.inf if case.seed % 4 == 1 else np.nan
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        axes = tuple(axis for axis in expanded.get(name, ()) if x.shape[axis])
+        x[np.broadcast_to(blind[name].all(axis=axes, keepdims=True), x.shape[:3])] = poison
+    if mask is not None and mask.dtype != bool:
+        once = tuple(axis for axis in range(4) if mask.shape[axis] == 1)
+        mask[~seen.any(axis=once, keepdims=True)] = np.nan
+
+
+# -------------------------------------------------------------------------------------------- calls
+
+
+class NumPy:
+    """How a framework holds a stored array, and how a result comes back. Others: torch, below."""
+
+    name, flips = "numpy", True
+
+    def array(self, stored):
+        return stored.view
+
+    def numpy(self, array):
+        return np.asarray(array)
+
+    def fetch(self, stored, array):
+        """Brings the buffer behind `array` back into `stored` after a call."""
+
+
+class Torch:
+    flips = False
+
+    def __init__(self, device="cpu"):
+        self.name, self.device = f"torch-{device}", device
+
+    def array(self, stored):
+        import torch
+
+        base = stored.base
+        if base.dtype.name == "bfloat16":
+            whole = torch.from_numpy(base.view(np.int16)).view(torch.bfloat16)
+        else:
+            whole = torch.from_numpy(base)
+        return whole.to(self.device).as_strided(stored.shape, stored.strides, stored.offset)
+
+    def numpy(self, tensor):
+        import torch
+
+        tensor = tensor.cpu()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+    def fetch(self, stored, tensor):
+        if self.device != "cpu":
+            whole = tensor.as_strided((stored.base.size,), (1,), 0)
+            stored.base[...] = self.numpy(whole)
+
+
+def arguments(case, inputs, framework):
+    """The keywords of fastattn.attention, arrays included."""
+    keywords = {name: framework.array(stored) for name, stored in inputs.stored.items()}
+    keywords |= {"causal": case.causal, "window": case.window, "softcap": case.softcap}
+    return keywords | {"scale": case.scale, "layout": case.layout, "return_lse": True}
+
+
+def run(case, framework=None, backend=None, attention=None):
+    """Makes the call and returns the complaints, none if all is right.
+
+    Raises Refused where the backend has no kernel for it.
+    """
+    if attention is None:
+        import fastattn
+
+        attention = fastattn.attention
+    framework = framework or NumPy()
+    inputs = make_inputs(case, strides_at_least_0=not framework.flips)
+    keywords = arguments(case, inputs, framework)
+    if inputs.out:
+        keywords["out"] = framework.array(inputs.out)
+    try:
+        out, lse = attention(**keywords, backend=backend)
+    except NotImplementedError as error:
+        raise Refused(str(error)) from None
+
+    complaints = []
+    if inputs.out:
+        if out is not keywords["out"]:
+            complaints.append("the result is not the caller's out")
+        framework.fetch(inputs.out, keywords["out"])
+        if not inputs.out.untouched(around=True):
+            complaints.append("wrote outside of out")
+    for name, stored in inputs.stored.items():
+        framework.fetch(stored, keywords[name])
+        if not stored.untouched():
+            complaints.append(f"wrote to {name}")
+    out, lse = framework.numpy(out), framework.numpy(lse)
+    if case.layout == "bshd" and out.ndim == 4:
+        out = out.swapaxes(1, 2)
+    return complaints + verdict(case, inputs.logical, out, lse)
+
+
+def verdict(case, logical, out, lse):
+    if out.dtype != dtype_of(case.dtype) or lse.dtype != np.float32:
+        return [f"out is {out.dtype}, lse is {lse.dtype}"]
+    keywords = {**logical, "softcap": case.softcap, "scale": case.scale, **case.limits}
+    keywords["v"] = reference.widen(logical["v"], case.b * case.hq * case.sq)
+    exact = reference.attention(**keywords)
+    low = None if case.dtype == "float64" else reference.attention(**keywords, low=True)
+    return reference.judge(out, lse, exact, low, logical["v"])
+
+
+# ------------------------------------------------------------------------------------- random cases
+
+
+def choose_case(choose, seed):
+    """A case out of everything there is.
+
+    `choose(options)` picks one of a sequence: hypothesis and the campaign's generator both can.
+    """
+
+    def maybe(chance, options, other=None):
+        return choose(options) if choose(range(100)) < chance else other
+
+    longest = choose((3, 20, 70, 150, 300))
+    sizes = choose(
+        (range(1, 20), range(1, 70), (8, 16, 32, 64), (64, 96, 128), (65, 127, 192, 255, 256))
+    )
+    b, hk, group = maybe(3, (0,), choose((1, 1, 2, 3))), choose((1, 1, 2, 3)), choose((1, 1, 2, 4))
+    sq, sk = (maybe(3, (0,), choose(range(1, longest + 1))) for _ in range(2))
+    if longest == 20:  # few queries, many keys
+        sk = maybe(30, range(300, 1200), sk)
+    if choose(range(3)) == 0:
+        sk = sq
+    d = choose(sizes)
+    dv = maybe(30, sizes, d)
+    family = maybe(50, FAMILIES, "normal")
+    causal = choose((False, False, True, "top-left"))
+
+    def lengths(limit):
+        return tuple(choose(range(-1, limit + 3)) for _ in range(b))
+
+    window = None
+    if choose(range(100)) < 30:
+        side = (None, 0, 1, *range(0, max(sk, 1), 1 + sk // 16))
+        window = (choose(side), choose(side))
+    if family == "single":
+        window = (0, 0)
+    mask = maybe(35, ("bool", "bool", *DTYPES[:3]))
+    shape = tuple(choose((True, True, False)) for _ in range(4))
+    return Case(
+        b=b,
+        hq=hk * group,
+        hk=hk,
+        sq=sq,
+        sk=sk,
+        d=d,
+        dv=dv,
+        dtype=choose((*DTYPES[:3], *DTYPES)),
+        layout=choose(("bhsd", "bshd")),
+        causal=causal,
+        window=window,
+        q_lengths=lengths(sq) if choose(range(100)) < 15 else None,
+        k_lengths=lengths(sk) if choose(range(100)) < 20 else None,
+        k_start=lengths(sk) if choose(range(100)) < 15 else None,
+        mask=mask,
+        mask_shape=shape if mask else Case.mask_shape,
+        mask_rank=choose((1, 2, 3, 4)) if mask else 4,
+        softcap=maybe(20, (0.5, 5.0, 30.0, 50.0), 0.0),
+        alibi=maybe(20, (1, 2), 0),
+        sink=maybe(20, (True,), False),
+        scale=maybe(25, (1.0, -0.3, 0.0, 0.02)),
+        storage=choose(STORAGES),
+        family=family,
+        out=maybe(30, STORAGES[:-1]),
+        seed=seed,
+    )
+
+
+def random_case(seed):
+    rng = np.random.default_rng([seed, 0x5EED])
+    return choose_case(lambda options: options[int(rng.integers(len(options)))], seed)
+
+
+def shrink(case, fails):
+    """The same failure with as many fields at their defaults as possible."""
+    for field in fields(case):
+        if getattr(case, field.name) == field.default or field.name == "seed":
+            continue
+        simpler = replace(case, **{field.name: field.default})
+        try:
+            if fails(simpler):
+                case = simpler
+        except Exception:  # not a legal case
+            continue
+    return case

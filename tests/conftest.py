@@ -1,0 +1,108 @@
+"""What all tests share: the backends present, the frameworks, and skips that say why."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = int(os.environ.get("FASTATTN_TEST_EXAMPLES", "2000"))
+
+
+def has(module):
+    return importlib.util.find_spec(module) is not None
+
+
+def needs(module):
+    """A mark: skips, and says so, where the framework is not installed."""
+    return pytest.mark.skipif(not has(module), reason=f"{module} is not installed")
+
+
+def python(*arguments, timeout=300, **environment):
+    """Runs python with our import path, checks that it ends well, returns the output."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        **environment,
+    }
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, (
+        f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    )
+    return done.stdout
+
+
+def gpu_present():
+    """Whether a backend of ours can serve a CUDA tensor of torch here."""
+    if not has("torch"):
+        return False
+    import fastattn
+    import torch
+
+    return torch.cuda.is_available() and "sm90" in fastattn.info()["backends"]
+
+
+PLACES = {
+    "cpu-numpy": lambda: (cases.NumPy(), "cpu"),
+    "cpu-torch": lambda: (cases.Torch("cpu"), "cpu"),
+    "sm90-torch": lambda: (cases.Torch("cuda"), "sm90"),
+}
+
+
+@pytest.fixture(
+    params=[
+        "cpu-numpy",
+        pytest.param("cpu-torch", marks=needs("torch")),
+        pytest.param("sm90-torch", marks=[pytest.mark.gpu, needs("torch")]),
+    ]
+)
+def place(request):
+    """(framework, backend): where a case runs."""
+    if request.param == "sm90-torch" and not gpu_present():
+        pytest.skip("no GPU that the sm90 backend serves")
+    return PLACES[request.param]()
+
+
+@pytest.fixture(scope="session")
+def cpu_levels():
+    """The levels of instructions that this CPU can run, the plainest first."""
+    ask = "import fastattn; print(fastattn.info()['cpu']['level'])"
+    names = ("portable", "avx2", "avx512", "avx512_bf16")
+    return names[: names.index(python("-c", ask, FASTATTN_CPU_LEVEL="").strip()) + 1]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU that a backend of ours serves")
+    if has("hypothesis"):
+        from hypothesis import HealthCheck, settings
+
+        slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large]
+        settings.register_profile(
+            "fastattn",
+            max_examples=EXAMPLES,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=slow_is_fine,
+        )
+        settings.load_profile("fastattn")
+
+
+def pytest_report_header():
+    import fastattn
+
+    found = fastattn.info()
+    return [
+        f"fastattn {found['version']}, {', '.join(found['backends'])}, CPU level "
+        f"{found['cpu']['level']}, {found['cpu']['threads']} threads: {fastattn.__file__}",
+        f"property-based: {EXAMPLES} examples, the same ones each time (derandomized)",
+    ]

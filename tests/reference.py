@@ -1,0 +1,244 @@
+"""What attention means, in NumPy, and how right is right.
+
+`attention` is the definition: one line per feature, in the order in which they act. It is computed
+in float64 (`exact`; in extended precision for float64 inputs) or in the careful unfused form `low`:
+scores and softmax in float32, P rounded to the inputs' dtype, P V accumulated in float32, one
+rounding at the end. `judge` compares a result with both. Arrays are (b, h, s, d); nothing here is
+fast, all of it is plain.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class Result:
+    out: np.ndarray  # (b, hq, sq, dv)
+    lse: np.ndarray  # (b, hq, sq)
+    biggest: float  # max |scale * q.k| over what is seen
+    empty: np.ndarray  # (b, hq, sq) bool: every final s of the row is -inf
+    seen: np.ndarray  # (b, hq, sq, sk) bool: inside the row's interval and, with a bool mask, True
+
+
+def interval(b, sq, sk, *, causal=False, window=None, q_lengths=None, k_lengths=None, k_start=None):
+    """(b, sq, sk) bool: the keys inside each row's interval; and (b, sq, 1): the row's position i'.
+
+    Lengths outside 0 .. s count as the nearest end, as the kernels clamp them.
+    """
+
+    def of_sequence(lengths, default, limit):
+        lengths = np.full(b, default) if lengths is None else np.asarray(lengths, np.int64)
+        return np.clip(lengths, 0, limit)[:, None, None]
+
+    i, j = np.arange(sq)[None, :, None], np.arange(sk)[None, None, :]
+    q_length, k_length = of_sequence(q_lengths, sq, sq), of_sequence(k_lengths, sk, sk)
+    left, right = window or (None, None)
+
+    position = i + (0 if causal == "top-left" else k_length - q_length)
+    inside = (i < q_length) & (j < k_length) & (j >= of_sequence(k_start, 0, sk))
+    if causal:
+        inside &= j <= position
+    if left is not None:
+        inside &= j >= position - left
+    if right is not None:
+        inside &= j <= position + right
+    return inside, np.broadcast_to(position, (b, sq, 1))
+
+
+def is_bool(mask):
+    return mask is not None and mask.dtype == bool
+
+
+def visible(b, hq, sq, sk, mask=None, **limits):
+    """(b, hq, sq, sk) bool: row (b, h, i) sees key j."""
+    inside, _ = interval(b, sq, sk, **limits)
+    inside = np.broadcast_to(inside[:, None], (b, hq, sq, sk))
+    return inside & mask if is_bool(mask) else inside
+
+
+@np.errstate(all="ignore")
+def attention(
+    q,
+    k,
+    v,
+    *,
+    mask=None,
+    softcap=0.0,
+    alibi_slopes=None,
+    sink=None,
+    scale=None,
+    low=False,
+    **limits,
+):
+    """softmax(scores) v with every feature; `limits` are the keywords of `interval`."""
+    dtype = q.dtype
+    real = np.float32 if low else np.longdouble if dtype == np.float64 else np.float64
+    (b, hq, sq, d), (hk, sk) = q.shape, k.shape[1:3]
+    k, v = (np.repeat(x.astype(real), hq // hk, axis=1) for x in (k, v))
+    _, position = interval(b, sq, sk, **limits)
+    seen = visible(b, hq, sq, sk, mask, **limits)
+
+    product = fused_product if low and dtype == np.float32 else np.matmul
+    s = real(d**-0.5 if scale is None else scale) * product(q.astype(real), k.swapaxes(2, 3))
+    biggest = np.max(np.abs(s), where=seen, initial=0)
+    if softcap:
+        s = real(softcap) * np.tanh(s / real(softcap))
+    if mask is not None and not is_bool(mask):
+        s = s + mask.astype(real)
+    if alibi_slopes is not None:
+        slopes = np.broadcast_to(alibi_slopes.astype(real), (b, hq))[:, :, None, None]
+        s = s - slopes * np.abs(position - np.arange(sk)).astype(real)[:, None]
+    s = np.where(seen, s, -np.inf)
+
+    first = -np.inf if sink is None else sink.astype(real)[None, :, None, None]
+    peak = np.maximum(np.max(s, axis=3, keepdims=True, initial=-np.inf), first)
+    shift = np.where(peak == -np.inf, 0, peak)
+    p = np.exp(s - shift)
+    total = p.sum(axis=3, keepdims=True, dtype=real) + np.exp(real(1) * first - shift)
+    lse = np.log(total) + shift
+    p = np.divide(p, total, where=total != 0, out=np.zeros_like(p))
+    if low:
+        p = p.astype(dtype).astype(real)
+    v = np.where(
+        seen.any(axis=(1, 2))[:, None, :, None], v, 0
+    )  # what no row of a sequence sees reaches nothing
+    out = product(p, v)
+
+    empty = (s == -np.inf).all(axis=3)
+    padding = np.broadcast_to((np.arange(sq) >= _q_lengths(b, sq, **limits))[:, None], empty.shape)
+    out = np.where(empty[..., None], 0, out)
+    lse = np.where(padding, -np.inf, lse[..., 0])
+    return Result(out.astype(dtype) if low else out, lse, float(biggest), empty, seen)
+
+
+def fused_product(a, b):
+    """a @ b in float32, one fused multiply-add after another, as the loop of any kernel runs.
+
+    For float32 inputs the rounding of these sums is all there is, and NumPy's own product may sum
+    in blocks, by the BLAS and the shape: more exactly than a kernel can be asked to.
+    """
+    sums = np.zeros(a.shape[:-1] + b.shape[-1:], np.float32)
+    a, b, exact = a.astype(np.float64), b.astype(np.float64), np.empty(sums.shape)
+    for i in range(a.shape[-1]):
+        np.multiply(a[..., i : i + 1], b[..., i : i + 1, :], out=exact)
+        np.add(exact, sums, out=exact)
+        sums[...] = exact
+    return sums
+
+
+def _q_lengths(b, sq, q_lengths=None, **_):
+    return np.full((b, 1), sq) if q_lengths is None else np.asarray(q_lengths)[:, None]
+
+
+def merge_states(outs, lses):
+    """lse = logaddexp over the parts, out = sum_i exp(lse_i - lse) out_i; all empty: 0 and -inf."""
+    outs, lses = np.stack(outs).astype(np.float64), np.stack(lses).astype(np.float64)
+    lse = np.logaddexp.reduce(lses, axis=0)
+    weight = np.exp(lses - np.where(lse == -np.inf, 0, lse))[..., None]
+    return np.where(weight == 0, 0, weight * outs).sum(axis=0), lse
+
+
+def widen(v, rows):
+    """v with more columns, for outputs of few elements.
+
+    The rule compares maxima, and the maximum of a handful of errors is luck: `low` may hit a
+    representable number where a better kernel misses it. So few elements are judged by the errors
+    of 512 and more: the same P, with columns of v whose signs are drawn anew.
+    """
+    dv, rng = v.shape[3], np.random.default_rng(0)
+    copies = -(-512 // max(rows * dv, 1)) if rows * dv < 512 else 1
+    signs = rng.choice([-1, 1], (v.shape[2], dv * copies)).astype(v.dtype)
+    signs[:, :dv] = 1
+    return np.tile(v, copies) * signs
+
+
+def ulp(x, dtype):
+    """The distance between neighbours of `dtype` at x."""
+    info = finfo(dtype)
+    return float(info.eps) * 2.0 ** np.floor(np.log2(max(float(x), float(info.tiny))))
+
+
+def finfo(dtype):
+    if np.dtype(dtype).name == "bfloat16":
+        import ml_dtypes
+
+        return ml_dtypes.finfo(dtype)
+    return np.finfo(dtype)
+
+
+def judge(out, lse, exact, low, v=None):
+    """Complaints about a result, none if it is right.
+
+    `lse` may be None, and `low` for float64, which needs `v` instead. exact.out and low.out may
+    have more columns than `out`, see `widen`.
+    """
+    return [
+        *judge_out(out, exact, low, v),
+        *([] if lse is None else judge_lse(lse, exact, out.dtype)),
+    ]
+
+
+@np.errstate(all="ignore")
+def judge_out(out, exact, low, v=None):
+    dtype, dv = out.dtype, out.shape[-1]
+    ref = exact.out[..., :dv]
+    got = out.astype(ref.dtype)
+    if out.shape != ref.shape:
+        return [f"out has shape {out.shape}, not {ref.shape}"]
+    if (got[exact.empty] != 0).any():
+        return [f"{np.count_nonzero(got[exact.empty] != 0)} elements of empty rows are not 0"]
+    finite = np.isfinite(ref)
+    strange = ~finite & ~((got == ref) | (np.isnan(got) & np.isnan(ref))) | finite & ~np.isfinite(
+        got
+    )
+    if strange.any():
+        return [
+            f"{np.count_nonzero(strange)} elements are inf or NaN where they should not be, or not"
+        ]
+    if not finite.any():
+        return []
+
+    error = np.abs(got - ref)[finite]
+    if dtype == np.float64:
+        largest = np.max(np.abs(v), where=np.isfinite(v), initial=0)
+        return _above("max", error.max(), 1e-12 * largest)
+
+    def largest(x):
+        return np.max(np.abs(x), where=np.isfinite(exact.out), initial=0)
+
+    low_error = low.out.astype(np.float64) - exact.out
+    rounding = (exact.out.astype(dtype) + dtype.type(0.3) - dtype.type(0.3)).astype(
+        np.float64
+    ) - exact.out
+    unit = ulp(largest(exact.out), dtype)
+    most = 2 * largest(low_error) + 2 * largest(rounding) + (8 * unit if dtype == np.float32 else 0)
+    complaints = _above("max", error.max(), most)
+    if error.size >= 1024:
+        mean_low = np.abs(low_error[..., :dv][finite]).mean()
+        complaints += _above("mean", error.mean(), 1.5 * mean_low + 0.02 * unit)
+    return complaints
+
+
+@np.errstate(all="ignore")
+def judge_lse(lse, exact, dtype):
+    ref, got = exact.lse.astype(np.float64), np.asarray(lse, np.float64)
+    if got.shape != ref.shape:
+        return [f"lse has shape {got.shape}, not {ref.shape}"]
+    if (got[exact.empty] != ref[exact.empty]).any():
+        return ["lse of empty rows is not -inf, or the sink's value"]
+    if not (
+        (got == ref) | (np.isnan(got) == np.isnan(ref)) & (np.isinf(got) == np.isinf(ref))
+    ).all():
+        return ["lse is finite where it should not be, or not"]
+    error = np.max(np.abs(got - ref), where=np.isfinite(ref), initial=0)
+    floor = 1e-4 if finfo(dtype).bits == 16 else 1e-5
+    return _above("lse", error, floor + 4e-6 * exact.biggest)
+
+
+def _above(what, error, limit):
+    return (
+        []
+        if error <= limit
+        else [f"{what} error {error:.3g} is above {limit:.3g} ({error / limit:.2f}x)"]
+    )

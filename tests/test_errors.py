@@ -1,0 +1,604 @@
+"""Every refusal by its sentence: the argument, the rule, what came.
+
+And a refusal leaves no trace: `out` keeps its bytes, arrays their reference counts, capsules are
+given back exactly once.
+"""
+
+import gc
+import sys
+
+import fastattn
+import handmade
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import has, needs
+from handmade import Answers, Tensor, ones
+
+F32, I32 = np.float32, np.int32
+
+
+def a(*shape, dtype=F32):
+    return np.ones(shape, dtype)
+
+
+def call(q=(2, 4, 5, 8), k=(2, 2, 7, 8), v=(2, 2, 7, 8), **keywords):
+    """attention on arrays of ones; shapes may be given in place of arrays."""
+    q, k, v = (a(*x) if isinstance(x, tuple) else x for x in (q, k, v))
+    return fastattn.attention(q, k, v, **keywords)
+
+
+# what is wrong: (exception, sentence as a regular expression, arguments of call)
+WRONG = {
+    # rank and shape
+    "rank of q": (
+        ValueError,
+        r"`q` must have 4 dimensions \(b, hq, sq, d\), got 3",
+        {"q": (4, 5, 8)},
+    ),
+    "rank of k": (
+        ValueError,
+        r"`k` must have 4 dimensions \(b, hk, sk, d\), got 5",
+        {"k": (1, 2, 2, 7, 8)},
+    ),
+    "rank of v, bshd": (
+        ValueError,
+        r"`v` must have 4 dimensions \(b, sk, hk, dv\), got 2",
+        {"v": (7, 8), "layout": "bshd"},
+    ),
+    "rank 0": (ValueError, r"`q` must have 4 dimensions .* got 0", {"q": ()}),
+    "9 dimensions": (ValueError, "`q` must have at most 8 dimensions, got 9", {"q": (1,) * 9}),
+    "head size of k": (ValueError, "`k` must have d = 8 like `q`, got 16", {"k": (2, 2, 7, 16)}),
+    "batch of k": (ValueError, "`k` must have b = 2 like `q`, got 1", {"k": (1, 2, 7, 8)}),
+    "batch of v": (ValueError, "`v` must have b = 2 like `q`, got 3", {"v": (3, 2, 7, 8)}),
+    "length of v": (ValueError, "`v` must have sk = 7 like `k`, got 6", {"v": (2, 2, 6, 8)}),
+    "heads of v": (ValueError, "`v` must have hk = 2 like `k`, got 4", {"v": (2, 4, 7, 8)}),
+    "head ratio": (
+        ValueError,
+        "`q` must have a number of heads that is a multiple of `k`'s 2, got 3",
+        {"q": (2, 3, 5, 8)},
+    ),
+    "no heads": (ValueError, "`q` must have hq from 1 to .*, got 0", {"q": (2, 0, 5, 8)}),
+    "no key heads": (
+        ValueError,
+        "`k` must have hk from 1 to .*, got 0",
+        {"k": (2, 0, 7, 8), "v": (2, 0, 7, 8)},
+    ),
+    "d above 256": (
+        ValueError,
+        "`q` must have d from 1 to 256, got 257",
+        {"q": (2, 4, 5, 257), "k": (2, 2, 7, 257)},
+    ),
+    "dv above 256": (ValueError, "`v` must have dv from 1 to 256, got 300", {"v": (2, 2, 7, 300)}),
+    "d of 0": (
+        ValueError,
+        "`q` must have d from 1 to 256, got 0",
+        {"q": (2, 4, 5, 0), "k": (2, 2, 7, 0)},
+    ),
+    "dv of 0": (ValueError, "`v` must have dv from 1 to 256, got 0", {"v": (2, 2, 7, 0)}),
+    # dtype
+    "int q": (
+        TypeError,
+        "`q` must be float64, float32, float16 or bfloat16, got int32",
+        {"q": a(2, 4, 5, 8, dtype=I32)},
+    ),
+    "complex q": (
+        TypeError,
+        "`q` must be float64, float32, float16 or bfloat16, got complex64",
+        {"q": a(2, 4, 5, 8, dtype=np.complex64)},
+    ),
+    "bool q": (TypeError, "`q` must be float64, .* got bool", {"q": a(2, 4, 5, 8, dtype=bool)}),
+    "fp8 q": (
+        TypeError,
+        "`q` must be float64, .* got float8_e4m3fn",
+        {"q": a(2, 4, 5, 8, dtype=ml_dtypes.float8_e4m3fn)},
+    ),
+    "string q": (TypeError, "`q` must be float64, .* got <U1", {"q": np.full((2, 4, 5, 8), "x")}),
+    "longdouble q": (
+        TypeError,
+        "`q` must be float64, .* got",
+        {"q": a(2, 4, 5, 8, dtype=np.longdouble)},
+    ),
+    "structured q": (TypeError, "`q` must be float64, .* got", {"q": a(2, 4, 5, 8, dtype="f4,f4")}),
+    "big-endian q": (
+        TypeError,
+        "`q` must be .* in native byte order, got >f4",
+        {"q": a(2, 4, 5, 8, dtype=">f4")},
+    ),
+    "dtype of k": (
+        TypeError,
+        "`k` must be float32 like `q`, got float16",
+        {"k": a(2, 2, 7, 8, dtype=np.float16)},
+    ),
+    "dtype of v": (
+        TypeError,
+        "`v` must be float32 like `q`, got float64",
+        {"v": a(2, 2, 7, 8, dtype=np.float64)},
+    ),
+    "not an array": (TypeError, "`k` must .*got .*NoneType", {"k": None}),
+    "a number": (TypeError, "`v` must .*got .*float", {"v": 1.0}),
+    # options
+    "negative softcap": (
+        ValueError,
+        "`softcap` must be finite and >= 0, got -1",
+        {"softcap": -1.0},
+    ),
+    "NaN softcap": (ValueError, "`softcap` must be finite and >= 0, got nan", {"softcap": np.nan}),
+    "inf softcap": (ValueError, "`softcap` must be finite and >= 0, got inf", {"softcap": np.inf}),
+    "softcap text": (TypeError, "`softcap` must be a float, got '1'", {"softcap": "1"}),
+    "NaN scale": (ValueError, "`scale` must be finite, got nan", {"scale": np.nan}),
+    "scale text": (TypeError, "`scale` must be a float, got 'x'", {"scale": "x"}),
+    "negative window": (
+        ValueError,
+        r"`window` must hold bounds >= 0 or None, got -1",
+        {"window": (-1, 0)},
+    ),
+    "window of one": (TypeError, r"`window` must be None or \(left, right\), got 3", {"window": 3}),
+    "window of three": (
+        TypeError,
+        r"`window` must be None or \(left, right\)",
+        {"window": (1, 2, 3)},
+    ),
+    "window of floats": (
+        TypeError,
+        r"`window` must hold two ints or None, got 1.5",
+        {"window": (1.5, 0)},
+    ),
+    "causal text": (
+        ValueError,
+        "`causal` must be False, True or 'top-left', got 'bottom'",
+        {"causal": "bottom"},
+    ),
+    "layout": (ValueError, "`layout` must be 'bhsd' or 'bshd', got 'sbhd'", {"layout": "sbhd"}),
+    "return_lse": (TypeError, "`return_lse` must be True or False, got 1", {"return_lse": 1}),
+    "backend": (
+        ValueError,
+        "`backend` must be None, 'sm90', 'sm80' or 'cpu', got 'tpu'",
+        {"backend": "tpu"},
+    ),
+    "dropout above 1": (ValueError, "`dropout_p` must be from 0 to 1, got 1.5", {"dropout_p": 1.5}),
+    "NaN dropout": (ValueError, "`dropout_p` must be from 0 to 1, got nan", {"dropout_p": np.nan}),
+    "dropout": (
+        NotImplementedError,
+        "`dropout_p` > 0 is not built yet",
+        {"dropout_p": 0.5, "seed": 1},
+    ),
+    # masks and vectors
+    "mask dtype": (
+        TypeError,
+        "`mask` must be bool, float32, float16 or bfloat16, got int32",
+        {"mask": a(5, 7, dtype=I32)},
+    ),
+    "mask uint8": (
+        TypeError,
+        "`mask` must be bool, float32, float16 or bfloat16, got uint8",
+        {"mask": a(5, 7, dtype=np.uint8)},
+    ),
+    "mask shape": (
+        ValueError,
+        r"`mask` must broadcast to \(2, 4, 5, 7\), got \(5, 6\)",
+        {"mask": a(5, 6)},
+    ),
+    "mask heads": (
+        ValueError,
+        r"`mask` must broadcast to \(2, 4, 5, 7\), got \(1, 2, 5, 7\)",
+        {"mask": a(1, 2, 5, 7)},
+    ),
+    "mask rank": (
+        ValueError,
+        r"`mask` must broadcast to \(2, 4, 5, 7\), got \(1, 1, 1, 5, 7\)",
+        {"mask": a(1, 1, 1, 5, 7)},
+    ),
+    "mask size 0": (
+        ValueError,
+        r"`mask` must broadcast to \(2, 4, 5, 7\), got \(5, 0\)",
+        {"mask": a(5, 0)},
+    ),
+    "lengths dtype": (
+        TypeError,
+        "`k_lengths` must be int32, got int64",
+        {"k_lengths": a(2, dtype=np.int64)},
+    ),
+    "lengths shape": (
+        ValueError,
+        r"`q_lengths` must have shape \(2,\), got \(3,\)",
+        {"q_lengths": a(3, dtype=I32)},
+    ),
+    "start rank": (
+        ValueError,
+        r"`k_start` must have shape \(2,\), got \(2, 1\)",
+        {"k_start": a(2, 1, dtype=I32)},
+    ),
+    "slopes shape": (
+        ValueError,
+        r"`alibi_slopes` must have shape \(4,\), got \(2,\)",
+        {"alibi_slopes": a(2)},
+    ),
+    "slopes of sequences": (
+        ValueError,
+        r"`alibi_slopes` must have shape \(2, 4\), got \(4, 2\)",
+        {"alibi_slopes": a(4, 2)},
+    ),
+    "slopes dtype": (
+        TypeError,
+        "`alibi_slopes` must be float32, got float64",
+        {"alibi_slopes": a(4, dtype=np.float64)},
+    ),
+    "sink shape": (ValueError, r"`sink` must have shape \(4,\), got \(\)", {"sink": a()}),
+    "sink dtype": (
+        TypeError,
+        "`sink` must be float32, got float16",
+        {"sink": a(4, dtype=np.float16)},
+    ),
+    # strides
+    "stride of half an item": (
+        ValueError,
+        "`q` must have strides that are multiples of its item size of 4 bytes, got",
+        {"q": np.zeros((2, 4, 5, 8), "f4,i1")["f0"]},
+    ),
+    "unaligned": (
+        ValueError,
+        "`q` must be aligned to its item size of 4 bytes",
+        {"q": np.zeros(4 * 320 + 1, np.uint8)[1:].view(F32).reshape(2, 4, 5, 8)},
+    ),
+    # out
+    "out shape": (
+        ValueError,
+        r"`out` must have shape \(2, 4, 5, 8\), got \(2, 4, 5, 9\)",
+        {"out": a(2, 4, 5, 9)},
+    ),
+    "out layout": (
+        ValueError,
+        r"`out` must have shape \(2, 4, 5, 8\), got \(2, 5, 4, 8\)",
+        {"out": a(2, 5, 4, 8)},
+    ),
+    "out dtype": (
+        TypeError,
+        "`out` must be float32 like `q`, got float64",
+        {"out": a(2, 4, 5, 8, dtype=np.float64)},
+    ),
+    "out broadcast": (
+        ValueError,
+        "`out` must have distinct elements, got overlapping strides",
+        {"out": np.lib.stride_tricks.as_strided(a(64), (2, 4, 5, 8), (0, 0, 32, 4))},
+    ),
+    "out overlaps itself": (
+        ValueError,
+        "`out` must have distinct elements, got overlapping strides",
+        {"out": np.lib.stride_tricks.as_strided(a(640), (2, 4, 5, 8), (640, 128, 32, 32))},
+    ),
+    "not out": (TypeError, "`out` must ", {"out": "here"}),
+    # devices
+    "CUDA out": (
+        ValueError,
+        "`out` must be on cpu like `q`, got cuda:0",
+        {"out": ones(2, 4, 5, 8, device=(2, 0))},
+    ),
+    "mixed devices": (
+        ValueError,
+        "`k` must be on cpu like `q`, got cuda:1",
+        {"k": ones(2, 2, 7, 8, device=(2, 1))},
+    ),
+    "mask elsewhere": (
+        ValueError,
+        "`mask` must be on cpu like `q`, got cuda:0",
+        {"mask": ones(5, 7, device=(2, 0))},
+    ),
+    "another kind of device": (
+        NotImplementedError,
+        "`q` must be on the CPU or a CUDA GPU, got DLPack device type 10",
+        {"q": ones(2, 4, 5, 8, device=(10, 0))},
+    ),
+    # capsules
+    "consumed capsule": (
+        TypeError,
+        "`q` must export an unused DLPack capsule, got a consumed one",
+        {"q": ones(2, 4, 5, 8, name=b"used_dltensor_versioned")},
+    ),
+    "consumed old capsule": (
+        TypeError,
+        "`q` must export an unused DLPack capsule, got a consumed one",
+        {"q": ones(2, 4, 5, 8, versioned=False, name=b"used_dltensor")},
+    ),
+    "foreign capsule": (
+        TypeError,
+        "`q` must export an unused DLPack capsule, got a PyCapsule",
+        {"q": ones(2, 4, 5, 8, name=b"something")},
+    ),
+    "no capsule": (
+        TypeError,
+        "`q` must export an unused DLPack capsule, got a int",
+        {"q": Answers(3)},
+    ),
+    "capsule of version 2": (
+        TypeError,
+        "`q` must speak DLPack 1, got a capsule of version 2.0",
+        {"q": ones(2, 4, 5, 8, version=(2, 0))},
+    ),
+    "__dlpack__ raises": (
+        BufferError,
+        "my own reason",
+        {"q": Answers(lambda: BufferError("my own reason"))},
+    ),
+    "no shape": (
+        ValueError,
+        "`q` must have a shape, got a DLPack tensor without one",
+        {"q": ones(2, 4, 5, 8, change=lambda t: setattr(t, "shape", None))},
+    ),
+    "no data": (
+        TypeError,
+        "`q` must have memory, got a tensor without data",
+        {"q": ones(2, 4, 5, 8, change=lambda t: setattr(t, "data", None))},
+    ),
+    "negative size": (
+        ValueError,
+        "`q` must have sizes >= 0, got -5",
+        {"q": ones(2, 4, 5, 8, change=lambda t: t.shape.__setitem__(2, -5))},
+    ),
+    "negative rank": (
+        ValueError,
+        "`q` must have .*dimensions, got -1",
+        {"q": ones(2, 4, 5, 8, change=lambda t: setattr(t, "ndim", -1))},
+    ),
+    "9 dimensions by DLPack": (
+        ValueError,
+        "`q` must have at most 8 dimensions, got 9",
+        {"q": ones(*(1,) * 9)},
+    ),
+    "more than 2^63 elements": (
+        ValueError,
+        r"`q` must have fewer than 2\^63 elements",
+        {
+            "q": ones(
+                2,
+                4,
+                5,
+                8,
+                change=lambda t: [t.shape.__setitem__(i, 2**31) for i in range(3)],
+            )
+        },
+    ),
+    "2 lanes": (
+        TypeError,
+        r"`q` must be float64, .* got dtype \(2, 32, 2\)",
+        {"q": ones(2, 4, 5, 8, change=lambda t: setattr(t.dtype, "lanes", 2))},
+    ),
+    "read-only out": (
+        ValueError,
+        "`out` must be writeable, got a read-only array",
+        {"out": ones(2, 4, 5, 8, read_only=True)},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_sentence(what):
+    exception, sentence, arguments = WRONG[what]
+    names = ("q", "k", "v")
+    shapes = {"q": (2, 4, 5, 8), "k": (2, 2, 7, 8), "v": (2, 2, 7, 8)}
+    arguments = {**shapes, **arguments}
+    arguments = {
+        name: a(*x) if name in names and isinstance(x, tuple) else x
+        for name, x in arguments.items()
+    }
+    out = np.full((2, 4, 5, 8), 7, F32)
+    if what.startswith(("rank", "d of", "dv", "out", "CUDA", "not out", "read-only", "9", "batch")):
+        out = arguments.get("out")
+    arguments["out"] = out
+    made_by_hand = [x for x in arguments.values() if isinstance(x, Tensor)]
+    for x in made_by_hand:
+        x.forget()
+    bytes_before = out.tobytes() if isinstance(out, np.ndarray) else None
+
+    def refused(times):
+        for _ in range(times):
+            with pytest.raises(exception, match=sentence) as caught:
+                fastattn.attention(**arguments)
+            assert type(caught.value) is exception
+            del caught
+        given = [x.exported for x in made_by_hand if x.name is None]
+        assert given == [x.deleted for x in made_by_hand if x.name is None]  # back, and once
+        assert not any(x.deleted for x in made_by_hand if x.name)  # what is not ours is left alone
+        for x in made_by_hand:
+            x.forget()
+        gc.collect()
+        return {name: sys.getrefcount(x) for name, x in arguments.items() if not _immortal(x)}
+
+    before = refused(2)  # the first call may import and cache
+    assert refused(5) == before
+    if bytes_before is not None:
+        assert out.tobytes() == bytes_before
+
+
+def _immortal(x):
+    return x is None or isinstance(x, (bool, int, str))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask", "sink"])
+def test_out_that_overlaps_an_input(name):
+    arrays = {
+        "q": a(2, 4, 5, 8),
+        "k": a(2, 4, 5, 8),
+        "v": a(2, 4, 5, 8),
+        "mask": a(2, 4, 5, 5),
+        "sink": a(4),
+    }
+    memory = np.ones(2000, F32)
+    size = arrays[name].size
+    arrays[name] = memory[100 : 100 + size].reshape(arrays[name].shape)
+    for first in (100, 100 + size - 1):
+        out = memory[first : first + 320].reshape(2, 4, 5, 8)
+        with pytest.raises(ValueError, match=f"`out` must not overlap `{name}` in memory"):
+            fastattn.attention(**arrays, out=out)
+        assert (memory == 1).all()
+    out = memory[100 + size : 100 + size + 320].reshape(2, 4, 5, 8)  # just behind it is fine
+    fastattn.attention(**arrays, out=out)
+
+
+def test_numpy_out_that_is_read_only():
+    out = np.zeros((2, 4, 5, 8), F32)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="`out` must be writeable, got a read-only array"):
+        call(out=out)
+
+
+def test_promise_3_a_gpu_that_no_kernel_serves():
+    """Arrays that say they are on a GPU where there is none: refused before any launch."""
+    if has("torch"):
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+    arrays = [ones(1, 2, 5, 64, dtype=np.float16, device=(handmade.CUDA, 0)) for _ in range(3)]
+    with pytest.raises(NotImplementedError, match=r"no backend takes this call: .*cpu: "):
+        fastattn.attention(*arrays)
+    for x in arrays:
+        assert x.exported == x.deleted == 1
+        assert x.asked[0]["stream"] == 1  # an unknown producer orders its work before this stream
+
+
+def test_cpu_arrays_for_a_gpu_backend():
+    for backend in ("sm90", "sm80"):
+        with pytest.raises(NotImplementedError, match=backend):
+            call(backend=backend)
+
+
+def test_arguments_must_be_named():
+    with pytest.raises(TypeError):
+        fastattn.attention(a(1, 1, 2, 8), a(1, 1, 2, 8), a(1, 1, 2, 8), True)
+    with pytest.raises(TypeError):
+        call(casual=True)
+
+
+# --------------------------------------------------------------------- scaled_dot_product_attention
+
+SDPA_WRONG = {
+    "rank": (
+        ValueError,
+        "`query` must have at least 2 dimensions, got 1",
+        ((8,), (7, 8), (7, 8)),
+        {},
+    ),
+    "mask and causal": (
+        ValueError,
+        "`attn_mask` must be None with is_causal=True, got both",
+        None,
+        {"attn_mask": a(5, 7), "is_causal": True},
+    ),
+    "mask dtype": (
+        TypeError,
+        "`attn_mask` must be bool, float32 or of `query`'s dtype, got float16",
+        None,
+        {"attn_mask": a(5, 7, dtype=np.float16)},
+    ),
+    "mask shape": (
+        ValueError,
+        r"`attn_mask` must broadcast to \(2, 4, 5, 7\), got \(7, 5\)",
+        None,
+        {"attn_mask": a(7, 5)},
+    ),
+    "head size": (
+        ValueError,
+        "`key` must have d = 8 like `query`, got 9",
+        ((5, 8), (7, 9), (7, 8)),
+        {},
+    ),
+    "lengths": (
+        ValueError,
+        "`value` must have sk = 7 like `key`, got 6",
+        ((5, 8), (7, 8), (6, 8)),
+        {},
+    ),
+    "heads without enable_gqa": (
+        ValueError,
+        "`key` must have hk = 4 like `query` or 1 without enable_gqa, got 2",
+        ((1, 4, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8)),
+        {},
+    ),
+    "head ratio": (
+        ValueError,
+        "`query` must have a number of heads that is a multiple of `key`'s 3, got 4",
+        ((1, 4, 5, 8), (1, 3, 7, 8), (1, 3, 7, 8)),
+        {"enable_gqa": True},
+    ),
+    "leading dimensions": (
+        ValueError,
+        "`query`, `key` and `value` must have leading dimensions that broadcast, got 2, 3 and 3",
+        ((2, 4, 5, 8), (3, 4, 7, 8), (3, 4, 7, 8)),
+        {},
+    ),
+    "dtype": (
+        TypeError,
+        "`key` must be float32 like `query`, got float16",
+        (a(5, 8), a(7, 8, dtype=np.float16), a(7, 8)),
+        {},
+    ),
+    "dropout of NumPy arrays": (ValueError, r"attention\(seed=\)", None, {"dropout_p": 0.1}),
+    "dropout range": (
+        ValueError,
+        "`dropout_p` must be from 0 to 1, got -0.1",
+        None,
+        {"dropout_p": -0.1},
+    ),
+    "9 dimensions": (
+        ValueError,
+        "`query` must have at most 8 dimensions, got 9",
+        ((1,) * 7 + (5, 8), (7, 8), (7, 8)),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SDPA_WRONG)
+def test_sdpa_sentence(what):
+    exception, sentence, arrays, keywords = SDPA_WRONG[what]
+    arrays = arrays or ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 8))
+    arrays = [a(*x) if isinstance(x, tuple) else x for x in arrays]
+    with pytest.raises(exception, match=sentence):
+        fastattn.scaled_dot_product_attention(*arrays, **keywords)
+
+
+@needs("torch")
+def test_sdpa_refuses_what_torch_refuses():
+    """Wherever torch raises for a shape, so do we; where it computes, so do we."""
+    import torch
+
+    theirs = torch.nn.functional.scaled_dot_product_attention
+    rng = np.random.default_rng(0)
+    agreed = 0
+    for _ in range(1500):
+        rank = rng.integers(2, 6)
+        shapes = []
+        for tail in ((3, 4), (2, 4), (2, 4)):
+            lead = rng.choice([1, 2, 3], max(rank - 2 - rng.integers(0, 2), 0), p=[0.4, 0.5, 0.1])
+            tail = [n + (rng.random() < 0.03) for n in tail]
+            shapes.append((*(int(n) for n in lead), *(int(n) for n in tail)))
+        tensors = [torch.ones(shape, dtype=torch.float64) for shape in shapes]
+        try:
+            want = tuple(theirs(*tensors).shape)
+        except RuntimeError:
+            want = None
+        try:
+            got = tuple(fastattn.scaled_dot_product_attention(*tensors).shape)
+        except ValueError:
+            got = None
+        assert got == want, shapes
+        agreed += want is not None
+    assert agreed > 200
+
+
+# ---------------------------------------------------------------------------- what is not built yet
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("attention_backward", 6),
+        ("attention_varlen", 7),
+        ("attention_varlen_backward", 10),
+        ("attention_kvcache", 4),
+    ],
+)
+def test_later_functions_say_so(name, arguments):
+    with pytest.raises(NotImplementedError, match=f"{name}.*not built yet"):
+        getattr(fastattn, name)(*[None] * arguments)

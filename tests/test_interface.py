@@ -1,0 +1,187 @@
+"""The public interface: names, signatures, docstrings, stub, info() and explain()."""
+
+import inspect
+import re
+
+import fastattn
+import numpy as np
+import pytest
+from conftest import ROOT, needs, python
+from fastattn import _C
+
+FUNCTIONS = [
+    "attention",
+    "attention_backward",
+    "attention_kvcache",
+    "attention_varlen",
+    "attention_varlen_backward",
+    "explain",
+    "info",
+    "merge_states",
+    "scaled_dot_product_attention",
+]
+BUILT = ["attention", "scaled_dot_product_attention", "merge_states"]
+DEFAULTS = (
+    "q, k, v, *, causal=False, window=None, q_lengths=None, k_lengths=None, k_start=None, "
+    "mask=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None, dropout_p=0.0, seed=None, "
+    "layout='bhsd', return_lse=False, out=None, deterministic=False, batch_invariant=False, "
+    "backend=None"
+)
+SDPA = (
+    "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, "
+    "enable_gqa=False"
+)
+
+
+def names_and_defaults(function):
+    """The signature without annotations."""
+    signature = inspect.signature(function)
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=plain, return_annotation=signature.empty))[1:-1]
+
+
+def arrays(*shape, dtype=np.float32):
+    return [np.ones(shape, dtype) for _ in range(3)]
+
+
+def test_public_names():
+    assert sorted(name for name in fastattn.__all__ if name[0].islower()) == FUNCTIONS
+    for name in fastattn.__all__:
+        assert getattr(fastattn, name)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", fastattn.__version__)
+
+
+def test_signatures():
+    assert names_and_defaults(fastattn.attention) == DEFAULTS
+    assert names_and_defaults(fastattn.scaled_dot_product_attention) == SDPA
+    assert names_and_defaults(fastattn.merge_states) == "outs, lses, *, layout='bhsd'"
+    kvcache = inspect.signature(fastattn.attention_kvcache).parameters
+    assert kvcache["causal"].default is True and kvcache["layout"].default == "bshd"
+    attention = inspect.signature(fastattn.attention).parameters
+    keywords = {name for name, p in attention.items() if p.kind is p.KEYWORD_ONLY}
+    backward = set(inspect.signature(fastattn.attention_backward).parameters)
+    assert keywords - {"out", "return_lse", "backend"} <= backward
+    varlen = set(inspect.signature(fastattn.attention_varlen).parameters)
+    assert keywords - {"layout"} <= varlen
+
+
+@needs("torch")
+def test_the_drop_in_has_torchs_signature():
+    import torch
+
+    theirs = torch.ops.aten.scaled_dot_product_attention.default._schema.arguments
+    ours = inspect.signature(fastattn.scaled_dot_product_attention).parameters.values()
+    assert [a.name for a in theirs] == [p.name for p in ours]
+    assert [a.kwarg_only for a in theirs] == [p.kind is p.KEYWORD_ONLY for p in ours]
+    defaults = [
+        a.default_value if a.has_default_value() else inspect.Parameter.empty for a in theirs
+    ]
+    assert defaults == [p.default for p in ours]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstrings_describe_every_argument(name):
+    function = getattr(fastattn, name)
+    text = inspect.getdoc(function)
+    assert text and len(text.splitlines()[0]) <= 100
+    if name in BUILT:
+        for argument in inspect.signature(function).parameters:
+            assert re.search(rf"\b{argument}:", text), f"{name}: {argument} is not described"
+        for section in ("Args:", "Returns:", "Raises:", "Source:"):
+            assert section in text
+        for exception in ("ValueError", "TypeError", "NotImplementedError"):
+            assert exception in text
+
+
+@needs("mypy")
+def test_stub_agrees_with_the_module():
+    said = python("-m", "mypy.stubtest", "fastattn._C", "--ignore-disjoint-bases", timeout=600)
+    assert "Success" in said
+
+
+@needs("mypy")
+def test_types_are_strict(tmp_path):
+    """The package itself, and what a user writes, under mypy --strict."""
+    program = tmp_path / "user.py"
+    program.write_text(
+        "import numpy as np\n"
+        "import fastattn\n"
+        "x = np.ones((1, 1, 4, 8), np.float32)\n"
+        "out: np.ndarray = fastattn.scaled_dot_product_attention(x, x, x, is_causal=True)\n"
+        "merged, lse = fastattn.merge_states([x], [x[..., 0]])\n"
+        "why: dict[str, str] = fastattn.explain(fastattn.attention, x, x, x).reasons\n"
+    )
+    python("-m", "mypy", "--strict", "--cache-dir", tmp_path / "cache", program, timeout=600)
+
+
+def test_info():
+    found = fastattn.info()
+    assert set(found) == {"version", "backends", "cpu", "glibc_needed", "cuda"}
+    assert found["version"] == fastattn.__version__
+    assert found["backends"][-1] == "cpu"
+    assert found["cpu"]["level"] in ("portable", "avx2", "avx512", "avx512_bf16")
+    assert found["cpu"]["threads"] >= 1
+    if cuda := found["cuda"]:
+        assert {"toolkit", "driver", "driver_needed", "devices", "kernels", "error"} <= set(cuda)
+        table = (ROOT / "kernels" / "variants.def").read_text()
+        assert cuda["kernels"] == re.findall(r"^FA_ROW\((\w+),", table, re.M)
+    else:
+        assert found["backends"] == ["cpu"]
+
+
+def test_promise_5_explain():
+    q, k, v = arrays(1, 2, 5, 64)
+    said = fastattn.explain(fastattn.attention, q, k, v, causal=True)
+    assert said.backend == "cpu"
+    assert said.kernel.startswith("cpu_") and fastattn.info()["cpu"]["level"] in said.kernel
+    assert "cpu" not in said.reasons
+    for name in fastattn.info()["backends"][:-1]:
+        assert said.reasons[name]
+    assert str(said).splitlines()[0] == f"cpu: {said.kernel}"
+    assert fastattn.explain(fastattn.scaled_dot_product_attention, q, k, v).backend == "cpu"
+
+
+def test_explain_computes_and_writes_nothing():
+    q, k, v = arrays(1, 2, 5, 64)
+    out = np.full_like(q, 7)
+    fastattn.explain(fastattn.attention, q, k, v, out=out)
+    assert (out == 7).all()
+
+
+def test_explain_raises_what_the_call_raises():
+    q, k, v = arrays(1, 2, 5, 64)
+    with pytest.raises(ValueError, match="`softcap`"):
+        fastattn.explain(fastattn.attention, q, k, v, softcap=-1.0)
+    with pytest.raises(TypeError, match="`function` must be"):
+        fastattn.explain(len, q)
+    with pytest.raises(TypeError):
+        fastattn.explain(fastattn.attention, q, k)
+    with pytest.raises(NotImplementedError, match="attention_kvcache is not built yet"):
+        fastattn.explain(fastattn.attention_kvcache, q, k, v, None)
+
+
+def test_explain_says_why_all_refuse():
+    from handmade import ones
+
+    on_gpu = [ones(1, 2, 5, 64, dtype=np.float16, device=(2, 99)) for _ in range(3)]
+    said = fastattn.explain(fastattn.attention, *on_gpu)
+    assert said.backend is None and said.kernel is None
+    assert set(said.reasons) == set(fastattn.info()["backends"])
+    assert "no backend" in str(said)
+
+
+def test_options_that_change_nothing_here_are_taken():
+    q, k, v = arrays(1, 2, 5, 8)
+    plain = fastattn.attention(q, k, v)
+    for keywords in ({"deterministic": True}, {"batch_invariant": True}, {"backend": "cpu"}):
+        assert np.array_equal(fastattn.attention(q, k, v, **keywords), plain)
+    assert np.array_equal(fastattn.attention(q, k, v, dropout_p=0.0, seed=3), plain)
+    big = 10**30  # any bound that is past the ends is no bound
+    assert np.array_equal(fastattn.attention(q, k, v, window=(big, big)), plain)
+    assert np.array_equal(fastattn.attention(q, k, v, window=[np.int64(9), None]), plain)
+
+
+def test_the_module_has_what_the_stub_has():
+    stub = (ROOT / "python" / "fastattn" / "_C.pyi").read_text()
+    declared = set(re.findall(r"^def (\w+)", stub, re.M))
+    assert declared == {name for name in dir(_C) if not name.startswith("__")}

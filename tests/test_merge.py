@@ -1,0 +1,136 @@
+"""merge_states: attention over parts of the keys, merged, is attention over all of them."""
+
+import itertools
+
+import cases
+import fastattn
+import numpy as np
+import pytest
+import reference
+from cases import DTYPES
+from conftest import needs
+
+
+def parts(framework, dtype, cuts, layout="bhsd", sk=60, **keywords):
+    """outs and lses over the key ranges between cuts, and the result over all keys at once."""
+    rng = np.random.default_rng(0)
+    shape = {"bhsd": (2, 3, sk, 16), "bshd": (2, sk, 3, 16)}[layout]
+    q, k, v = (rng.standard_normal(shape).astype(cases.dtype_of(dtype)) for _ in range(3))
+    axis = 2 if layout == "bhsd" else 1
+
+    def given(x):
+        return framework.array(cases.store(np.ascontiguousarray(x), "plain", rng))
+
+    outs, lses = [], []
+    for begin, end in itertools.pairwise(cuts):
+        part = [given(x.take(range(begin, end), axis)) for x in (k, v)]
+        out, lse = fastattn.attention(given(q), *part, layout=layout, return_lse=True, **keywords)
+        outs.append(out)
+        lses.append(lse)
+    whole = fastattn.attention(
+        given(q), given(k), given(v), layout=layout, return_lse=True, **keywords
+    )
+    return outs, lses, whole
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cuts", [(0, 60), (0, 7, 60), (0, 1, 2, 30, 59, 60), (0, 0, 60, 60)])
+def test_parts_of_the_keys(cuts, dtype, layout, place):
+    framework, backend = place
+    try:
+        outs, lses, (out, lse) = parts(framework, dtype, cuts, layout)
+        merged, merged_lse = fastattn.merge_states(outs, lses, layout=layout)
+    except NotImplementedError as error:
+        pytest.skip(f"{backend} refuses: {error}")
+    assert type(merged) is type(out) and merged.shape == out.shape
+    merged, merged_lse, out, lse = (framework.numpy(x) for x in (merged, merged_lse, out, lse))
+    assert merged.dtype == out.dtype and merged_lse.dtype == np.float32
+    exact = out.astype(np.float64)
+    size = np.abs(exact).max()
+    # The weights are exp(lse_i - lse), and a float32 lse is rounded: |lse| * 2^-24 each.
+    bound = 2 * float(reference.finfo(out.dtype).eps) + 2.0**-22 * np.abs(lse).max()
+    assert np.abs(merged.astype(np.float64) - exact).max() <= bound * size
+    assert np.abs(merged_lse - lse).max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_formula_on_any_states(dtype, place):
+    """Random states, whole rows and single parts empty, logits far apart, against float64."""
+    framework, backend = place
+    rng = np.random.default_rng(1)
+    for n in (1, 2, 3, 17):
+        outs = [rng.standard_normal((2, 3, 9, 5)).astype(cases.dtype_of(dtype)) for _ in range(n)]
+        lses = [(rng.normal(0, 40, (2, 3, 9))).astype(np.float32) for _ in range(n)]
+        for out, lse in zip(outs, lses, strict=True):
+            empty = rng.random(lse.shape) < 0.3
+            empty[0, 0, 4] = True
+            out[empty], lse[empty] = 0, -np.inf
+        want, want_lse = reference.merge_states(outs, lses)
+        for storage in cases.STORAGES[: None if framework.flips else 4]:
+            try:
+                got, lse = fastattn.merge_states(
+                    [framework.array(cases.store(x, storage, rng)) for x in outs],
+                    [framework.array(cases.store(x, storage, rng)) for x in lses],
+                )
+            except NotImplementedError as error:
+                pytest.skip(f"{backend} refuses: {error}")
+            got, lse = framework.numpy(got).astype(np.float64), framework.numpy(lse)
+            assert (got[0, 0, 4] == 0).all() and lse[0, 0, 4] == -np.inf
+            assert (np.isinf(lse) == np.isinf(want_lse)).all()
+            finite = np.isfinite(want_lse)
+            assert np.abs(lse[finite] - want_lse[finite]).max() <= 1e-4
+            bound = 2 * float(reference.finfo(outs[0].dtype).eps) + 1e-6
+            assert np.abs(got - want).max() <= bound * np.abs(want).max()
+
+
+def test_a_sink_belongs_to_one_part(place):
+    framework, backend = place
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.standard_normal((1, 2, 8, 16)).astype(np.float32) for _ in range(3))
+    sink = np.array([1.5, -2], np.float32)
+
+    def given(x):
+        return framework.array(cases.store(np.ascontiguousarray(x), "plain", rng))
+
+    def attention(k, v, **keywords):
+        return fastattn.attention(given(q), given(k), given(v), return_lse=True, **keywords)
+
+    try:
+        first = attention(k[:, :, :3], v[:, :, :3], sink=given(sink))
+        second = attention(k[:, :, 3:], v[:, :, 3:])
+        out, lse = fastattn.merge_states(*zip(first, second, strict=True))
+    except NotImplementedError as error:
+        pytest.skip(f"{backend} refuses: {error}")
+    exact = reference.attention(q, k, v, sink=sink)
+    low = reference.attention(q, k, v, sink=sink, low=True)
+    complaints = reference.judge(framework.numpy(out), framework.numpy(lse), exact, low)
+    assert not complaints
+
+
+def test_sentences():
+    out, lse = np.ones((1, 2, 3, 4), np.float32), np.zeros((1, 2, 3), np.float32)
+    wrong = [
+        ([], [], ValueError, "`outs` must hold at least one array, got 0"),
+        ([out, out], [lse], ValueError, "`lses` must hold 2 arrays like `outs`, got 1"),
+        ([out[0]], [lse], ValueError, r"`outs\[0\]` must have 4 dimensions"),
+        ([out], [lse[0]], ValueError, r"`lses\[0\]` must have shape \(1, 2, 3\), got \(2, 3\)"),
+        ([out, out[:, :1]], [lse, lse], ValueError, r"`outs\[1\]` must have shape"),
+        ([out, out.astype("f2")], [lse, lse], TypeError, r"`outs\[1\]` must be float32 like"),
+        ([out], [lse.astype("f8")], TypeError, r"`lses\[0\]` must be float32, got float64"),
+        ([out.astype("i4")], [lse], TypeError, r"`outs\[0\]` must be float64, float32"),
+    ]
+    for outs, lses, exception, sentence in wrong:
+        with pytest.raises(exception, match=sentence):
+            fastattn.merge_states(outs, lses)
+    with pytest.raises(ValueError, match="`layout` must be"):
+        fastattn.merge_states([out], [lse], layout="hsd")
+
+
+@needs("torch")
+def test_gradients_are_not_lost():
+    import torch
+
+    out, lse = torch.ones(1, 2, 3, 4, requires_grad=True), torch.zeros(1, 2, 3)
+    with pytest.raises(NotImplementedError, match="requires grad"):
+        fastattn.merge_states([out], [lse])

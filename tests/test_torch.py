@@ -1,0 +1,182 @@
+"""What a torch tensor carries besides numbers: gradients, lazy bits, types. Nothing gets lost."""
+
+import fastattn
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+NAMES = ("q", "k", "v")
+
+
+def qkv(**keywords):
+    return [torch.randn(1, 2, 6, 8, **keywords) for _ in NAMES]
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_promise_15_no_gradient_is_dropped(which):
+    tensors = qkv()
+    tensors[which].requires_grad_()
+    sentence = f"`{NAMES[which]}` requires grad and the backward pass is not built yet"
+    with pytest.raises(NotImplementedError, match=sentence):
+        fastattn.attention(*tensors)
+    tensors[which] = torch.nn.Parameter(tensors[which].detach())
+    with pytest.raises(NotImplementedError, match=sentence):
+        fastattn.attention(*tensors)
+    tensors[which] = tensors[which] * 2  # not a leaf
+    with pytest.raises(NotImplementedError, match=sentence):
+        fastattn.attention(*tensors)
+
+
+def test_other_arguments_that_require_grad():
+    q, k, v = qkv()
+    bias = torch.zeros(6, 6, requires_grad=True)
+    for name, argument in (("mask", bias), ("sink", bias[0, :2]), ("alibi_slopes", bias[0, :2])):
+        with pytest.raises(NotImplementedError, match=f"`{name}` requires grad"):
+            fastattn.attention(q, k, v, **{name: argument})
+    with pytest.raises(NotImplementedError, match="`attn_mask` requires grad"):
+        fastattn.scaled_dot_product_attention(q, k, v, bias)
+    with pytest.raises(NotImplementedError, match="`out` requires grad"):
+        fastattn.attention(q, k, v, out=torch.empty(1, 2, 6, 8, requires_grad=True))
+
+
+def test_no_grad_is_enough():
+    tensors = qkv(requires_grad=True)
+    plain = fastattn.attention(*(x.detach() for x in tensors))
+    with torch.no_grad():
+        out = fastattn.attention(*tensors)
+    assert torch.equal(out, plain) and not out.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(fastattn.attention(*tensors), plain)
+        inside = qkv()  # inference tensors
+        fastattn.attention(*inside)
+    fastattn.attention(*inside)
+
+
+def test_forward_mode_gradients():
+    from torch.autograd import forward_ad
+
+    q, k, v = qkv()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="`q` is a dual tensor"):
+            fastattn.attention(dual, k, v)
+        fastattn.attention(q, k, v)
+
+
+def test_function_transforms():
+    """Under vmap, grad and functionalize a tensor is not the memory behind it."""
+    q, k, v = (x[0] for x in qkv())
+
+    def f(q, k, v):
+        return fastattn.scaled_dot_product_attention(q, k, v)
+
+    stack = [torch.stack([x, 2 * x]) for x in (q, k, v)]
+    with pytest.raises((TypeError, NotImplementedError, RuntimeError)):
+        torch.func.vmap(f)(*stack)
+    with pytest.raises((TypeError, NotImplementedError, RuntimeError)):
+        torch.func.grad(lambda q: f(q, k, v).sum())(q)
+
+
+def test_conjugate_and_negative_views():
+    """z.conj().imag is a view with the negative bit: its memory holds the opposite sign."""
+    q, k, v = qkv()
+    z = torch.complex(q, q)
+    lazy = z.conj().imag
+    assert lazy.is_neg()
+    with pytest.raises(TypeError, match="`q` must not be a lazily negated view"):
+        fastattn.attention(lazy, k, v)
+    resolved = fastattn.attention(lazy.resolve_neg(), k, v)
+    assert torch.equal(resolved, fastattn.attention(-q, k, v))
+    assert torch.equal(fastattn.attention(z.imag, k, v), fastattn.attention(q, k, v))
+    for complex_ in (z, z.conj()):
+        with pytest.raises(TypeError, match=r"`q` must be float64, .* got complex64"):
+            fastattn.attention(complex_, k, v)
+
+
+def test_fake_and_meta_tensors_have_no_memory():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    q, k, v = qkv()
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(q)
+        with pytest.raises(TypeError, match=r"`q` must be a plain torch\.Tensor .* FakeTensor"):
+            fastattn.attention(fake, fake, fake)
+    with pytest.raises(TypeError, match=r"`q` must be .*memory|`q` must have memory"):
+        fastattn.attention(*(x.to("meta") for x in (q, k, v)))
+    gone = torch.randn(1, 2, 6, 8)
+    gone.untyped_storage().resize_(0)
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        fastattn.attention(gone, k, v)
+
+
+def test_subclasses_are_not_taken_for_plain_tensors():
+    class Mine(torch.Tensor):
+        pass
+
+    q, k, v = qkv()
+    with pytest.raises(TypeError, match=r"`k` must be a plain torch\.Tensor .* subclass .*Mine"):
+        fastattn.attention(q, k.as_subclass(Mine), v)
+
+
+def test_sparse_and_quantized_tensors():
+    q, k, v = qkv()
+    for strange in (q[0, 0].to_sparse(), q[0, 0].to_mkldnn()):
+        with pytest.raises((TypeError, ValueError, RuntimeError)):
+            fastattn.scaled_dot_product_attention(strange, k, v)
+    with pytest.raises(TypeError):
+        fastattn.scaled_dot_product_attention(
+            torch.quantize_per_tensor(q, 0.1, 0, torch.qint8), k, v
+        )
+
+
+def test_writing_out_is_seen_by_autograd():
+    """A tensor saved for backward and then overwritten through out= must raise there."""
+    q, k, v = qkv()
+    target = torch.ones(1, 2, 6, 8)
+    x = torch.ones(1, 2, 6, 8, requires_grad=True)
+    y = x * target  # saves target
+    fastattn.attention(q, k, v, out=target)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_refused_out_keeps_its_version():
+    q, k, v = qkv()
+    out = torch.ones(1, 2, 6, 8)
+    version = out._version
+    with pytest.raises(ValueError):
+        fastattn.attention(q, k, v, softcap=-1.0, out=out)
+    assert out._version == version and (out == 1).all()
+
+
+def test_under_autocast_and_default_dtype():
+    """Modes that change what torch's own operators do change nothing here: dtypes in, dtype out."""
+    q, k, v = qkv()
+    plain = fastattn.attention(q, k, v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = fastattn.attention(q, k, v)
+    assert out.dtype == torch.float32 and torch.equal(out, plain)
+    torch.set_default_dtype(torch.float64)
+    try:
+        out, lse = fastattn.attention(q, k, v, return_lse=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert out.dtype == lse.dtype == torch.float32 and torch.equal(out, plain)
+
+
+def test_under_a_default_device():
+    q, k, v = qkv()
+    with torch.device("meta"):
+        out = fastattn.attention(q, k, v)
+    assert out.device.type == "cpu" and torch.isfinite(out).all()
+
+
+def test_pinned_shared_and_numpy_memory():
+    q, k, v = qkv()
+    want = fastattn.attention(q, k, v)
+    shared = [x.clone().share_memory_() for x in (q, k, v)]
+    assert torch.equal(fastattn.attention(*shared), want)
+    mine = np.zeros((1, 2, 6, 8), np.float32)
+    fastattn.attention(q, k, v, out=torch.from_numpy(mine))
+    assert np.array_equal(mine, want.numpy())
