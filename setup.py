@@ -36,7 +36,10 @@ BINDING = {"module", "tensor"}  # the only files that see Python.h
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 ABI3 = "0x030A0000"  # CPython 3.10, as in [tool.distutils.bdist_wheel] of the wheel below
 
-C_FLAGS = "-std=c11 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-missing-field-initializers -Werror=implicit-function-declaration"
+C_FLAGS = (
+    "-std=c11 -O3 -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra "
+    "-Wno-missing-field-initializers -Werror=implicit-function-declaration"
+)
 SANITIZE_FLAGS = "-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined"
 # Without exceptions, RTTI and guarded statics the host pass of nvcc needs no C++ runtime.
 NVCC_FLAGS = (
