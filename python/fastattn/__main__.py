@@ -3,8 +3,8 @@
 Needs nothing but the package and NumPy; PyTorch is compared with where it is installed.
 """
 
+import contextlib
 import importlib.metadata
-import importlib.util
 import platform
 import sys
 
@@ -17,8 +17,10 @@ FRAMEWORKS = ("numpy", "torch", "jax", "cupy")
 
 def version(name):
     """The installed version, without importing the package."""
-    names = importlib.metadata.packages_distributions().get(name, ())
-    return f"{name} {importlib.metadata.version(names[0])}" if names else f"{name} -"
+    for package in (name, *importlib.metadata.packages_distributions().get(name, ())):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{name} {importlib.metadata.version(package)}"
+    return f"{name} -"
 
 
 def found(info):
