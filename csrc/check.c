@@ -334,7 +334,7 @@ fa_status fa_check_attention(const fa_request *r, fa_plan *plan, fa_error *error
         if (a->ndim > ndim) ndim = a->ndim;
     }
 
-    view q, k, v, mask, out;
+    view q, k, v, mask, out = {0}; /* no memory yet */
     int32_t n = ndim > 4 ? ndim - 3 : 1;
     view_array(r->q, n, r->layout, &q);
     view_array(r->k, n, r->layout, &k);

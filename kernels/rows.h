@@ -15,16 +15,35 @@ typedef struct fa_row {
     fa_dtype dtype;
     int32_t d, dv;            /* the largest head sizes it takes; smaller ones are zero-padded */
     int32_t block_m, block_n; /* query rows and keys of a tile */
+    int32_t strided;          /* it takes arrays of any strides */
 } fa_row;
 
 static const fa_row fa_rows[] = {
-#define FA_ROW(name, source, arch, dtype, d, dv, warpgroups, block_n, ...) \
-    {#name, dtype, d, dv, 64 * (warpgroups), block_n},
+#define FA_ROW(name, source, arch, dtype, d, dv, warpgroups, block_n, stages, q_buffers, kept, \
+               ones, blocks_per_sm, strided, ...)                                              \
+    {#name, dtype, d, dv, 64 * (warpgroups), block_n, strided},
 #include "variants.def"
 #undef FA_ROW
 };
 
 enum { FA_ROWS = sizeof fa_rows / sizeof fa_rows[0] };
+
+/* Whether the tensor memory accelerator can address it: base and strides in units of 16 bytes, no
+ * stride negative or too long; batches and heads may be repeated by a stride of 0, rows may not. */
+static inline int32_t fa_tma_takes(const fa_tensor *t, int32_t element_bytes) {
+    if ((uintptr_t)t->data % 16 || (t->shape[3] > 1 && t->stride[3] != 1)) return 0;
+    for (int i = 0; i < 3; ++i) {
+        int64_t bytes = t->stride[i] * element_bytes;
+        if (t->shape[i] > 1 && (bytes < 0 || bytes % 16 || bytes >> 40 || (i == 2 && !bytes)))
+            return 0;
+    }
+    return 1;
+}
+
+static inline int32_t fa_needs_strided(const fa_what *w) {
+    return !(fa_tma_takes(&w->q, 2) && fa_tma_takes(&w->k, 2) && fa_tma_takes(&w->v, 2) &&
+             fa_tma_takes(&w->out, 2));
+}
 
 static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -40,31 +59,20 @@ static inline int64_t fa_row_cost(const fa_row *row, const fa_what *w, int32_t s
     return fa_ceil_div(tiles * w->b * w->hq, sms) * tile;
 }
 
-/* The row's index in fa_rows, or -1: no row takes this dtype and these head sizes. Least padding
- * first, then least time, then the order of the table. */
+/* The row's index in fa_rows, or -1: no row takes this dtype, these head sizes and strides. Least
+ * padding first, then least time, then the order of the table. */
 static inline int32_t fa_choose_row(const fa_what *w, int32_t sms) {
-    int32_t best = -1;
+    int32_t best = -1, strided = fa_needs_strided(w);
     for (int32_t i = 0; i < FA_ROWS; ++i) {
         const fa_row *row = &fa_rows[i], *so_far = &fa_rows[best < 0 ? i : best];
         if (row->dtype != w->dtype || row->d < w->d || row->dv < w->dv) continue;
+        if (row->strided != strided) continue;
         int32_t padding = (row->d + row->dv) - (so_far->d + so_far->dv);
         if (best < 0 || padding < 0 ||
             (padding == 0 && fa_row_cost(row, w, sms) < fa_row_cost(so_far, w, sms)))
             best = i;
     }
     return best;
-}
-
-/* Whether the tensor memory accelerator can address it: base and strides in units of 16 bytes, no
- * stride negative or too long; batches and heads may be repeated by a stride of 0, rows may not. */
-static inline int32_t fa_tma_takes(const fa_tensor *t, int32_t element_bytes) {
-    if ((uintptr_t)t->data % 16 || (t->shape[3] > 1 && t->stride[3] != 1)) return 0;
-    for (int i = 0; i < 3; ++i) {
-        int64_t bytes = t->stride[i] * element_bytes;
-        if (t->shape[i] > 1 && (bytes < 0 || bytes % 16 || bytes >> 40 || (i == 2 && !bytes)))
-            return 0;
-    }
-    return 1;
 }
 
 #endif

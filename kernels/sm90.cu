@@ -158,14 +158,6 @@ static fa_status reject(const fa_params *p, fa_error *why) {
     if (fa_choose_row(w, device->sms) < 0)
         return fa_fail(why, FA_UNSUPPORTED, "it has no kernel for %s with d = %d and dv = %d",
                        dtype_name(w->dtype), w->d, w->dv);
-    const fa_tensor *tensors[] = {&w->q, &w->k, &w->v, &w->out};
-    static const char *const names[] = {"q", "k", "v", "out"};
-    for (int i = 0; i < 4 && !is_empty(w); ++i)
-        if (!fa_tma_takes(tensors[i], 2))
-            return fa_fail(why, FA_UNSUPPORTED,
-                           "it takes `%s` only with a contiguous last dimension and its rows on "
-                           "addresses that 16 divides",
-                           names[i]);
     return FA_OK;
 }
 

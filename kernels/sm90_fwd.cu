@@ -11,6 +11,9 @@
  * look at it again: the main loop has no maximum at all. At the end of a tile each warpgroup votes
  * whether everything stayed finite and in range; if not, it stores nothing, and the producer brings
  * the tile again for the warpgroups that need it, with the loop that watches every score.
+ *
+ * STRIDED rows take arrays that the copy engine cannot address: three warps load in its place,
+ * element by element, and O is stored likewise. Everything between is the same.
  */
 #include "launch.cuh"
 #include "rows.h"
@@ -25,7 +28,8 @@
 
 /* ---- the row ----------------------------------------------------------------------------------*/
 
-static constexpr bool IS_BF16 = ROW_DTYPE == FA_BF16, KEPT = ROW_KEPT, ONES = ROW_ONES;
+static constexpr bool IS_BF16 = ROW_DTYPE == FA_BF16, KEPT = ROW_KEPT, ONES = ROW_ONES,
+                      STRIDED = ROW_STRIDED;
 static constexpr int D = ROW_D, DV = ROW_DV, WARPGROUPS = ROW_WARPGROUPS, BLOCK_N = ROW_BLOCK_N,
                      STAGES = ROW_STAGES, Q_BUFFERS = ROW_Q_BUFFERS,
                      BLOCKS_PER_SM = ROW_BLOCKS_PER_SM;
@@ -40,8 +44,13 @@ static_assert(!ONES || DV == 64, "the block of ones is the second panel of V");
  * warpgroup needs no exchange, and then the producer is a warp instead of a warpgroup. */
 static constexpr bool EXCHANGE = WARPGROUPS > 1;
 static constexpr int THREADS = 128 * WARPGROUPS + (EXCHANGE ? 128 : 64);
-static constexpr int MMA_REGISTERS = WARPGROUPS == 2 ? 240 : WARPGROUPS == 3 ? 160 : 112;
-static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 24 : 32;
+static constexpr int POOL = 65536 / BLOCKS_PER_SM / THREADS / 8 * 8 * (WARPGROUPS + 1);
+static constexpr int MMA_REGISTERS = ROW_MMA_REGISTERS;
+static constexpr int PRODUCER_REGISTERS = EXCHANGE ? (POOL - WARPGROUPS * MMA_REGISTERS) : 0;
+static_assert(!EXCHANGE || PRODUCER_REGISTERS >= 24, "the pool is too small");
+
+static constexpr int LOADERS = STRIDED ? 96 : 1; /* threads: all but the scheduler's warp */
+static_assert(!STRIDED || EXCHANGE, "strided rows load with a warpgroup");
 
 /* P in registers, in pieces of 16 keys: all of a block, or a ring where registers are short. */
 #ifndef RING
@@ -52,11 +61,11 @@ static constexpr int P_RING = RING;
 /* ---- shared memory: panels of 64 columns, 128 bytes a row, swizzled, each on 1024 bytes
  * --------*/
 
-static constexpr int panels(int columns) { return (columns + 63) / 64; }
+template <int COLUMNS>
+static constexpr int panels = (COLUMNS + 63) / 64;
 static constexpr int PANEL_Q = 64 * 128, PANEL_N = BLOCK_N * 128;
-static constexpr int Q_BYTES = PANEL_Q * panels(D > DV ? D : DV); /* of one warpgroup; O's too */
-static constexpr int Q_LOAD_BYTES = PANEL_Q * panels(D);
-static constexpr int K_BYTES = PANEL_N * panels(D), V_BYTES = PANEL_N * panels(DV);
+static constexpr int Q_BYTES = PANEL_Q * panels<(D > DV ? D : DV)>; /* of one warpgroup; O's too */
+static constexpr int K_BYTES = PANEL_N * panels<D>, V_BYTES = PANEL_N * panels<DV>;
 
 /* What the scheduler tells the others about a tile. */
 struct item {
@@ -83,8 +92,14 @@ struct smem_layout {
 };
 static constexpr int SMEM_BYTES = sizeof(smem_layout) + 1024; /* room to align the base */
 
+#if ROW_STRIDED
+typedef fa_tensor array;
+#else
+typedef CUtensorMap array; /* {columns, rows, heads, batches} */
+#endif
+
 struct kernel_args {
-    CUtensorMap q, k, v, out; /* {columns, rows, heads, batches} */
+    array q, k, v, out;
     fa_schedule schedule;
     fa_masks masks;
     int32_t sq, sk, hq, group; /* group: query heads per key head */
@@ -140,11 +155,60 @@ PTX void describe(const kernel_args &a, item &t) {
     t.left = seen_begin - t.begin;
 }
 
-PTX void load(uint32_t smem, int columns, int rows, const CUtensorMap *map, int32_t row, int32_t h,
-              int32_t b, uint32_t barrier, uint64_t policy) {
-    for (int c = 0; c < columns; c += 64)
-        cp_async_bulk_tensor_load(smem + c * 2 * rows, map, c, row, h, b, barrier, policy);
+#if ROW_STRIDED
+/* The i-th chunk of 16 bytes of ROWS rows in panels: its row, its first column, its place. */
+template <int ROWS>
+PTX uint32_t chunk(int i, int32_t &row, int32_t &column) {
+    row = i / 8 % ROWS;
+    column = i / 8 / ROWS * 64 + i % 8 * 8;
+    return i / 8 * 128 + ((i % 8 ^ row % 8) << 4);
 }
+
+PTX uint16_t *element(const fa_tensor &t, int32_t b, int32_t h, int32_t row, int32_t column) {
+    return (uint16_t *)t.data + b * t.stride[0] + h * t.stride[1] + row * t.stride[2] +
+           column * t.stride[3];
+}
+
+/* As the copy engine does it: what lies past the ends becomes zeros. */
+template <int ROWS, int COLUMNS>
+PTX void load(uint32_t smem, const fa_tensor &from, int32_t first, int32_t h, int32_t b,
+              const int32_t (&)[2], uint32_t barrier, uint64_t) {
+    int thread = threadIdx.x - 128 * WARPGROUPS;
+#pragma unroll 2
+    for (int i = thread < 32 ? thread : thread - 32; i < ROWS * panels<COLUMNS> * 8; i += LOADERS) {
+        int32_t row, column;
+        uint32_t place = chunk<ROWS>(i, row, column), x[8];
+        const uint16_t *source = element(from, b, h, first + row, column);
+        int32_t there = first + row < from.shape[2] ? (int32_t)from.shape[3] - column : 0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) x[j] = j < there ? source[j * from.stride[3]] : 0;
+        st_shared_v4(smem + place, x[0] | x[1] << 16, x[2] | x[3] << 16, x[4] | x[5] << 16,
+                     x[6] | x[7] << 16);
+    }
+    fence_proxy_async();
+    mbarrier_arrive(barrier);
+}
+
+/* The way back, by the 128 threads of a warpgroup. */
+PTX void store(const fa_tensor &to, const uint8_t *smem, int32_t first, int32_t h, int32_t b) {
+    for (int i = threadIdx.x % 128; i < 64 * panels<DV> * 8; i += 128) {
+        int32_t row, column;
+        const uint16_t *x = (const uint16_t *)(smem + chunk<64>(i, row, column));
+        if (first + row >= to.shape[2]) continue;
+        uint16_t *target = element(to, b, h, first + row, column);
+        for (int j = 0; j < 8 && column + j < to.shape[3]; ++j) target[j * to.stride[3]] = x[j];
+    }
+}
+#else
+template <int ROWS, int COLUMNS>
+PTX void load(uint32_t smem, const CUtensorMap &from, int32_t first, int32_t h, int32_t b,
+              const int32_t (&moves)[2], uint32_t barrier, uint64_t policy) {
+    mbarrier_arrive_expect_tx(barrier, ROWS * 128 * panels<COLUMNS>);
+    for (int c = 0; c < COLUMNS; c += 64)
+        cp_async_bulk_tensor_load(smem + c * 2 * ROWS, &from, c, first, h * moves[0], b * moves[1],
+                                  barrier, policy);
+}
+#endif
 
 /* One thread decides what comes next; it runs ahead of the others, divisions and all. */
 PTX void schedule(const kernel_args &a, smem_layout &smem) {
@@ -179,7 +243,7 @@ PTX void schedule(const kernel_args &a, smem_layout &smem) {
     }
 }
 
-/* One thread brings what the items name. */
+/* Brings what the items name: one thread, or all LOADERS. */
 PTX void produce(const kernel_args &a, smem_layout &smem) {
     cursor kv = {0, 0};
     for (int32_t n = 0;; ++n) {
@@ -192,9 +256,8 @@ PTX void produce(const kernel_args &a, smem_layout &smem) {
             uint32_t full = smem_address(&smem.k_full[kv.stage]);
             if (i < blocks) {
                 mbarrier_wait(smem_address(&smem.k_empty[kv.stage]), kv.parity ^ 1);
-                mbarrier_arrive_expect_tx(full, K_BYTES);
-                load(smem_address(smem.k[kv.stage]), D, BLOCK_N, &a.k, key, hk * a.moves[1][0],
-                     t.b * a.moves[1][1], full, EVICT_LAST);
+                load<BLOCK_N, D>(smem_address(smem.k[kv.stage]), a.k, key, hk, t.b, a.moves[1],
+                                 full, EVICT_LAST);
             }
             if (i == 0) { /* Q after the first K, which does not wait for the last tile's O */
                 mbarrier_wait(smem_address(&smem.q_empty[slot]), n / Q_BUFFERS & 1 ^ 1);
@@ -204,17 +267,15 @@ PTX void produce(const kernel_args &a, smem_layout &smem) {
                         mbarrier_arrive(q_full);
                         continue;
                     }
-                    mbarrier_arrive_expect_tx(q_full, Q_LOAD_BYTES);
-                    load(smem_address(smem.q[slot][w]), D, 64, &a.q, t.row + 64 * w,
-                         t.h * a.moves[0][0], t.b * a.moves[0][1], q_full, EVICT_FIRST);
+                    load<64, D>(smem_address(smem.q[slot][w]), a.q, t.row + 64 * w, t.h, t.b,
+                                a.moves[0], q_full, EVICT_FIRST);
                 }
             }
             if (i < blocks) {
                 full = smem_address(&smem.v_full[kv.stage]);
                 mbarrier_wait(smem_address(&smem.v_empty[kv.stage]), kv.parity ^ 1);
-                mbarrier_arrive_expect_tx(full, V_BYTES);
-                load(smem_address(smem.v[kv.stage]), DV, BLOCK_N, &a.v, key, hk * a.moves[2][0],
-                     t.b * a.moves[2][1], full, EVICT_LAST);
+                load<BLOCK_N, DV>(smem_address(smem.v[kv.stage]), a.v, key, hk, t.b, a.moves[2],
+                                  full, EVICT_LAST);
                 advance(kv);
             }
         }
@@ -439,6 +500,11 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
                 cvt_pack(o[0], o[1]), cvt_pack(o[2], o[3]), cvt_pack(o[4], o[5]),
                 cvt_pack(o[6], o[7]));
         }
+#if ROW_STRIDED
+        bar_sync(1 + warpgroup, 128);
+        store(a.out, smem.q[slot][warpgroup], first, t.h, t.b);
+        bar_sync(1 + warpgroup, 128);
+#else
         fence_proxy_async();
         bar_sync(1 + warpgroup, 128);
         if (leader) {
@@ -446,8 +512,9 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
                 cp_async_bulk_tensor_store(&a.out, buffer + c / 64 * PANEL_Q, c, first, t.h, t.b);
             cp_async_bulk_commit_group();
             cp_async_bulk_wait_group_read();
-            leave(smem, n);
         }
+#endif
+        if (leader) leave(smem, n);
     }
 }
 
@@ -458,12 +525,15 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     extern __shared__ uint8_t raw[];
     smem_layout &smem = *(smem_layout *)(raw + (-smem_address(raw) & 1023));
     if (threadIdx.x == 0) {
+#if !ROW_STRIDED
         prefetch_tensormap(&a.q);
         prefetch_tensormap(&a.k);
         prefetch_tensormap(&a.v);
         prefetch_tensormap(&a.out);
+#endif
         for (int i = 0; i < Q_BUFFERS; ++i) {
-            for (int w = 0; w < WARPGROUPS; ++w) mbarrier_init(smem_address(&smem.q_full[i][w]), 1);
+            for (int w = 0; w < WARPGROUPS; ++w)
+                mbarrier_init(smem_address(&smem.q_full[i][w]), LOADERS);
             mbarrier_init(smem_address(&smem.q_empty[i]), WARPGROUPS);
         }
         for (int i = 0; i < ITEMS; ++i) {
@@ -472,8 +542,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
             smem.again[i] = 0;
         }
         for (int i = 0; i < STAGES; ++i) {
-            mbarrier_init(smem_address(&smem.k_full[i]), 1);
-            mbarrier_init(smem_address(&smem.v_full[i]), 1);
+            mbarrier_init(smem_address(&smem.k_full[i]), LOADERS);
+            mbarrier_init(smem_address(&smem.v_full[i]), LOADERS);
             mbarrier_init(smem_address(&smem.k_empty[i]), WARPGROUPS);
             mbarrier_init(smem_address(&smem.v_empty[i]), WARPGROUPS);
         }
@@ -489,8 +559,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (warpgroup == WARPGROUPS) {
         if (EXCHANGE) setmaxnreg_dec<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 128 * WARPGROUPS) produce(a, smem);
-        if (threadIdx.x == 128 * WARPGROUPS + 32) schedule(a, smem);
+        int thread = threadIdx.x - 128 * WARPGROUPS;
+        if (thread == 32) schedule(a, smem);
+        if (STRIDED ? thread / 32 != 1 : thread == 0) produce(a, smem);
     } else {
         if (EXCHANGE) setmaxnreg_inc<MMA_REGISTERS>();
         consume(a, smem, warpgroup);
@@ -499,6 +570,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 
 /* ---- the launcher -----------------------------------------------------------------------------*/
 
+#if ROW_STRIDED
+static bool encode(fa_tensor *array, const fa_sm90_device *, const fa_tensor *t, int, int32_t[2]) {
+    *array = *t;
+    return true;
+}
+#else
 /* Panels of 64 columns by `rows` rows; dimensions of stride 0 are one long, and not moved along. */
 static bool encode(CUtensorMap *map, const fa_sm90_device *device, const fa_tensor *t, int rows,
                    int32_t moves[2]) {
@@ -523,6 +600,7 @@ static bool encode(CUtensorMap *map, const fa_sm90_device *device, const fa_tens
                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
+#endif
 
 extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm90_device *device,
                                                  void *, fa_error *error) {
