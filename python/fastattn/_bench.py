@@ -94,10 +94,10 @@ def _suites():
             for d, m, s in product((64, 128, 256), MASKS, (512, 1024, 2048, 4096, 8192, 16384))
         ]
 
-    def origin(clock="call"):  # the two shapes of the report that this project began with
+    def origin(suite, dtypes, shapes, **keywords):
         return [
-            Cell("gpu-origin", "cuda", 16, 96, s, d, dtype, m, clock=clock)
-            for (s, d), dtype, m in product(((4096, 128), (512, 64)), ("bf16", "fp16"), MASKS)
+            Cell(suite, "cuda", 16, 96, s, d, dtype, m, **keywords)
+            for (s, d), dtype, m in product(shapes, dtypes, MASKS)
         ]
 
     return {
@@ -110,8 +110,9 @@ def _suites():
         "cpu-host": [Cell("cpu-host", "cpu", 1, 1, 8, 16, "fp32", clock="host")],
         "gpu-bf16": grid("bf16"),
         "gpu-fp16": grid("fp16"),
-        "gpu-origin": origin(),
-        "gpu-sustained": [c for c in origin("sustained") if c.s == 4096 and c.dtype == "bf16"],
+        # the two shapes of the report that this project began with
+        "gpu-origin": origin("gpu-origin", ("bf16", "fp16"), ((4096, 128), (512, 64))),
+        "gpu-sustained": origin("gpu-sustained", ("bf16",), ((4096, 128),), clock="sustained"),
         "gpu-gqa": [
             Cell("gpu-gqa", "cuda", 16384 // s, 32, s, 128, mask=m, hk=8)
             for s, m in product((4096, 16384), MASKS)
@@ -310,7 +311,7 @@ class Peer:
     name: str
     device: str
     build: object
-    suites: tuple = ()  # prefixes; (): all of the device
+    suites: tuple = ()  # (): all of the device
     of: object = None  # Cell -> the cell that it computes, where that is another one
     context: object = contextlib.nullcontext  # entered around its turns
 
@@ -553,7 +554,7 @@ def measure(arrays, cell, everyone, options):
     samples = sampled(arrays, cell, copies[0])
     running, rows, closers = [], [], []
     for peer in everyone:
-        if peer.device != cell.device or not cell.suite.startswith(peer.suites or ""):
+        if peer.device != cell.device or (peer.suites and cell.suite not in peer.suites):
             continue
         if options.peers and peer.name not in (*VARIANTS, *options.peers):
             continue
@@ -905,7 +906,7 @@ def main(argv, program="python -m fastattn bench", known=None):
     parser.epilog = f"suites: {', '.join(suites)}; 'cpu*' and 'gpu*' take all of a kind."
     add = parser.add_argument
     add("--suite", action="append", help="name, or a prefix with *; default: by the device")
-    add("--filter", action="append", default=[], help="words of a cell's label, e.g. 'fp32 d64'")
+    add("--filter", action="append", default=[], help="words of a cell's label; repeats")
     add("--peers", help="names, comma-separated; default: all that are installed")
     add("--backend", help="hold fastattn to this backend")
     add("--timings", type=int, default=25, help="of each implementation, at least 20")
@@ -958,7 +959,7 @@ def run(args, suites, command):
         for name, cells in suites.items()
         if any(name == w or (w[-1:] == "*" and name.startswith(w[:-1])) for w in wanted)
         for cell in cells
-        if all(set(words.split()) <= set(cell.label.split()) for words in args.filter)
+        if any(set(words.split()) <= set(cell.label.split()) for words in args.filter or [""])
     ]
     devices = {cell.device for cell in chosen}
     if len(devices) != 1:
