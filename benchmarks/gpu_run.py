@@ -11,7 +11,7 @@ the others nothing:
     smoke     one call of each head size against the formula; the others are skipped if it fails
     tests     pytest -m gpu
     sanitize  compute-sanitizer's four tools at once, over one small case per row and feature
-    bench     python -m fastattn bench
+    bench     python benchmarks
 
 `run --module a=build/gpu/a.so --module b=build/gpu/b.so` repeats the parts for each module.
 Archives named by --peers (.tar.xz, .whl) are unpacked once and put on the path, after our own.
@@ -19,6 +19,7 @@ Archives named by --peers (.tar.xz, .whl) are unpacked once and put on the path,
 
 import argparse
 import concurrent.futures
+import importlib.util
 import os
 import shlex
 import shutil
@@ -111,46 +112,20 @@ def sanitizer():
 
 def commands(part, options, out, name):
     """(label, command) of a part; the labels name the logs."""
-    python = [sys.executable, "-X", "faulthandler"]
+    python, cases = [sys.executable, "-X", "faulthandler"], ROOT / "tests" / "gpu_cases.py"
     if part == "smoke":
-        yield "smoke", [*python, ROOT / "tests" / "gpu_cases.py", "--smoke"]
+        yield "smoke", [*python, cases, "--smoke"]
     elif part == "tests":
-        extra = shlex.split(options.pytest)
-        yield (
-            "tests",
-            [
-                *python,
-                "-m",
-                "pytest",
-                "-m",
-                "gpu",
-                "-q",
-                "-rsx",
-                "--durations=8",
-                ROOT / "tests",
-                *extra,
-            ],
-        )
+        flags = shlex.split("-m pytest -m gpu -q -rsx --durations=8")
+        workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+        yield "tests", [*python, *flags, *workers, ROOT / "tests", *shlex.split(options.pytest)]
     elif part == "sanitize":
-        if not sanitizer():
-            print("compute-sanitizer is not installed")
-            return
-        for tool in options.tools.split(","):
-            flags = [
-                "--tool",
-                tool,
-                "--error-exitcode",
-                "99",
-                "--kernel-name",
-                "kernel_substring=sm90",
-            ]
-            yield tool, [sanitizer(), *flags, *python, ROOT / "tests" / "gpu_cases.py"]
+        flags = shlex.split("--error-exitcode 99 --kernel-name kernel_substring=sm90 --tool")
+        for tool in options.tools.split(",") if sanitizer() else []:
+            yield tool, [sanitizer(), *flags, tool, *python, cases]
     elif part == "bench":
-        extra = shlex.split(options.bench)
-        yield (
-            "bench",
-            [*python, "-m", "fastattn", "bench", "--json", out / f"{name}-bench.json", *extra],
-        )
+        file = out / f"{name}-bench.json"
+        yield "bench", [*python, ROOT / "benchmarks", "--json", file, *shlex.split(options.bench)]
 
 
 def run_all(part, options, out, name, seconds, environment):
@@ -163,7 +138,7 @@ def run_all(part, options, out, name, seconds, environment):
     def one(item):
         return run_part(item[1], item[0], seconds, environment)
 
-    fine = True
+    fine = bool(listed)  # the sanitizer may be missing
     with concurrent.futures.ThreadPoolExecutor(max(len(listed), 1)) as pool:
         for (log, _), (code, took) in zip(listed, pool.map(one, listed), strict=True):
             lines = log.read_text(errors="replace").splitlines()
