@@ -40,7 +40,9 @@ C_FLAGS = (
     "-std=c11 -O3 -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra "
     "-Wno-missing-field-initializers -Werror=implicit-function-declaration"
 )
-SANITIZE_FLAGS = "-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined"
+SANITIZE_FLAGS = (
+    "-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+)
 # Without exceptions, RTTI and guarded statics the host pass of nvcc needs no C++ runtime.
 NVCC_FLAGS = (
     "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,"

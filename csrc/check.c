@@ -207,7 +207,7 @@ static fa_status check_mask(const fa_request *r, int32_t n, const int64_t *lead,
     for (int32_t i = 0; i < n && fits; i++) fits = stretch(&mask->lead_shape[i], lead[i]);
     for (int i = 0; i < 3 && fits; i++) fits = stretch(&mask->tensor.shape[i + 1], want[n + i]);
     if (!fits) {
-        int32_t skip = r->sdpa && n == 1 && plan->out_ndim < 4 ? 4 - plan->out_ndim : 0;
+        int32_t skip = n + 3 - plan->out_ndim; /* ranks 2 and 3 have no leading dimension */
         return fa_fail(error, FA_VALUE, "`%s` must broadcast to %s, got %s", a->name,
                        shape_text(n + 3 - skip, want + skip, want_shape),
                        shape_text(a->ndim, a->shape, got_shape));
@@ -401,33 +401,30 @@ fa_status fa_check_attention(const fa_request *r, fa_plan *plan, fa_error *error
 /* The bytes [lo, hi) that an array touches; empty if it has no element. */
 static void extent(const fa_array *a, uintptr_t *lo, uintptr_t *hi) {
     int64_t size = (a->dtype.bits + 7) / 8, below = 0, above = size;
+    *lo = *hi = (uintptr_t)a->data;
     for (int32_t i = 0; i < a->ndim; i++) {
+        if (!a->shape[i]) return;
         int64_t reach = (a->shape[i] - 1) * a->stride[i] * size;
-        if (!a->shape[i]) above = below = 0, reach = 0;
-        if (!a->shape[i]) break;
         *(reach < 0 ? &below : &above) += reach;
     }
-    *lo = (uintptr_t)a->data + (uintptr_t)below, *hi = (uintptr_t)a->data + (uintptr_t)above;
+    *lo += (uintptr_t)below, *hi += (uintptr_t)above;
 }
 
-/* Whether two indices of an array may be one element: dimensions in the order of their strides
- * must each step over all smaller ones. */
+/* Whether two indices may be one element: false if each dimension, in the order of their strides,
+ * steps over all smaller ones. */
 static int overlaps_itself(const fa_array *a) {
-    int64_t reach = 0, last = 0;
-    for (int32_t done = 0; done < a->ndim; done++) {
-        int32_t next = -1;
+    int64_t reach = 0; /* of the dimensions so far, in elements */
+    for (int32_t used = 0, next;; used |= 1 << next) {
         int64_t step = INT64_MAX;
+        next = -1;
         for (int32_t i = 0; i < a->ndim; i++) {
-            int64_t s = a->stride[i] < 0 ? -a->stride[i] : a->stride[i];
-            if (a->shape[i] > 1 && s < step && (s > last || (s == last && !last)))
-                step = s, next = i;
+            int64_t stride = a->stride[i] < 0 ? -a->stride[i] : a->stride[i];
+            if (a->shape[i] > 1 && !(used >> i & 1) && stride < step) step = stride, next = i;
         }
-        if (next < 0) break;
+        if (next < 0) return 0;
         if (step <= reach) return 1;
         reach += step * (a->shape[next] - 1);
-        last = step;
     }
-    return 0;
 }
 
 fa_status fa_check_out(const fa_request *r, const fa_plan *plan, const fa_array *out,

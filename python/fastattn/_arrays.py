@@ -33,6 +33,8 @@ def export(array: Any, name: str) -> tuple[Any, int]:
         )
     device_type, device_id = (int(x) for x in array.__dlpack_device__())
     on_gpu = device_type in (_CUDA, _CUDA_MANAGED)
+    if _is(array, "torch", "Tensor"):
+        array = array.detach()  # a leaf under no_grad; csrc/tensor.c has refused all other grads
     if on_gpu and is_jax(array):
         raise NotImplementedError(
             f"`{name}` is a JAX array on CUDA: these go through XLA's FFI (fastattn.jax), "
