@@ -1,8 +1,8 @@
 """Writes the tables of README.md from the result files; with --check only says whether they agree.
 
-A table stands between two comments; the first names the file under results/ and the suites:
+A table stands between two comments; the first names files under results/ and suites:
 
-    <!-- table: FILE.json SUITE ... -->
+    <!-- table: FILE.json,FILE.json SUITE ... -->
     <!-- end -->
 """
 
@@ -23,7 +23,9 @@ def markdown(lines):
     return [head, "|---" * len(lines[0]) + "|", *rest]
 
 
-def caption(header):
+def caption(results):
+    """What was measured on, and the commands that print it."""
+    header = results[0]["header"]
     machine = header.get("gpu") or f"{header['cpu']}, {header['cpu_threads']} threads"
     clocks = header.get("clocks")
     driver = f", driver {header['driver']}, {clocks['clocks.sm']}" if clocks else ""
@@ -31,7 +33,8 @@ def caption(header):
     versions = header["versions"]
     found = "".join(f", {name} {versions[name]}" for name in names if versions.get(name))
     where = f"{header['date'][:10]}, commit {header['commit']}"
-    return [f"{machine}{driver}{found}; {where}:", "", f"    {header['command']}", ""]
+    commands = [f"    {result['header']['command']}" for result in results]
+    return [f"{machine}{driver}{found}; {where}:", "", *commands, ""]
 
 
 def best_peer(cell):
@@ -78,16 +81,16 @@ def listing(cells):
         yield [ours["label"], time, f"{ours['ms'] * 1e3 / ours['hq']:.4g}", compared]
 
 
-def table(name, suites):
-    result = json.loads((HERE / "results" / name).read_text())
-    lines = caption(result["header"])
+def table(names, suites):
+    results = [json.loads((HERE / "results" / name).read_text()) for name in names.split(",")]
+    lines, device = caption(results), results[0]["header"]["device"]
     for suite in suites.split():
         cells = {}
-        for row in result["rows"]:
+        for row in (row for result in results for row in result["rows"]):
             if row["suite"] == suite:
                 cells.setdefault(row["label"], {})[row["implementation"]] = row
         cells = list(cells.values())
-        rows = grid(cells, result["header"]["device"]) if suite in _bench.GRIDS else listing(cells)
+        rows = grid(cells, device) if suite in _bench.GRIDS else listing(cells)
         lines += [*markdown(list(rows)), ""] if cells else []
     return "\n".join(lines)
 

@@ -560,6 +560,7 @@ def measure(arrays, cell, everyone, options):
             continue
         own = peer.of(cell) if peer.of else cell
         row = {"implementation": peer.name, "label": cell.label, **dataclasses.asdict(cell)}
+        row |= {"work": cell.flops, "traffic": cell.bytes}
         try:
             mine, expected = copies, samples
             if own != cell:
@@ -721,11 +722,10 @@ def derive(rows, limits, known):
     for row in rows:
         if "ms" not in row:
             continue
-        cell = Cell(**{f.name: row[f.name] for f in dataclasses.fields(Cell)})
-        if cell.clock != "host":
-            rate = limits.get(cell.dtype, math.nan)
-            floor = max(cell.flops / rate, cell.bytes / limits["copy"]) * 1e3
-            row |= {"flops": cell.flops / row["ms"] * 1e3, "over_floor": row["ms"] / floor}
+        if row["clock"] != "host":
+            rate = limits.get(row["dtype"], math.nan)
+            floor = max(row["work"] / rate, row["traffic"] / limits["copy"]) * 1e3
+            row |= {"flops": row["work"] / row["ms"] * 1e3, "over_floor": row["ms"] / floor}
             row["of_matmul"] = row["flops"] / rate
         if ours:
             row["ratio"] = row["ms"] / ours
@@ -866,15 +866,15 @@ def plot(result, folder):
         figure, axes = pyplot.subplots(1, len(labels), figsize=(2.6 * len(labels), 4))
         for axis, label in zip(np.atleast_1d(axes), labels, strict=True):
             rows = [row for row in origin if row["label"] == label]
-            cell = Cell(**{f.name: rows[0][f.name] for f in dataclasses.fields(Cell)})
+            heads, arithmetic = rows[0]["hq"], rows[0]["work"] / H100_PEAK
+            memory = rows[0]["traffic"] / limits["copy"]
             axis.bar(
                 [row["implementation"] for row in rows],
-                [row["ms"] * 1e3 / row["hq"] for row in rows],
+                [row["ms"] * 1e3 / heads for row in rows],
                 color=["tab:red" if r["implementation"] == "fastattn" else "grey" for r in rows],
             )
-            arithmetic, memory = cell.flops / H100_PEAK, cell.bytes / limits["copy"]
-            axis.axhline(arithmetic * 1e6 / cell.hq, ls="--", color="black", label="arithmetic")
-            axis.axhline(memory * 1e6 / cell.hq, ls=":", color="black", label="memory")
+            axis.axhline(arithmetic * 1e6 / heads, ls="--", color="black", label="arithmetic")
+            axis.axhline(memory * 1e6 / heads, ls=":", color="black", label="memory")
             axis.set_title(label.replace(" d", "\nd"), fontsize=9)
             axis.tick_params(axis="x", rotation=60)
         np.atleast_1d(axes)[0].set_ylabel("us per head")
