@@ -39,7 +39,14 @@ def check_range(start, stop, framework, backend):
 
 
 def report(case, result, framework, backend):
-    small = cases.shrink(case, lambda c: check(c, framework, backend))
+    def crashed(said):
+        return "Error: " in said
+
+    def fails(simpler):
+        said = check(simpler, framework, backend)
+        return said and crashed(said) == crashed(result)
+
+    small = cases.shrink(case, fails)
     print(f"WRONG {case!r}\n  {result}", flush=True)
     if small != case:
         print(f"  smaller: {small!r}\n  {check(small, framework, backend)}", flush=True)

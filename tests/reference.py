@@ -75,12 +75,14 @@ def attention(
     dtype = q.dtype
     real = np.float32 if low else np.longdouble if dtype == np.float64 else np.float64
     (b, hq, sq, d), (hk, sk) = q.shape, k.shape[1:3]
-    k, v = (np.repeat(x.astype(real), hq // hk, axis=1) for x in (k, v))
+    group = (b, hk, hq // hk)  # query heads by the key head they share
     _, position = interval(b, sq, sk, **limits)
     seen = visible(b, hq, sq, sk, mask, **limits)
 
     product = fused_product if low and dtype == np.float32 else np.matmul
-    s = real(d**-0.5 if scale is None else scale) * product(q.astype(real), k.swapaxes(2, 3))
+    q, k, v = q.astype(real).reshape(*group, sq, d), k.astype(real), v.astype(real)
+    s = product(q, k.swapaxes(2, 3)[:, :, None]).reshape(b, hq, sq, sk)
+    s = real(d**-0.5 if scale is None else scale) * s
     biggest = np.max(np.abs(s), where=seen, initial=0)
     if softcap:
         s = real(softcap) * np.tanh(s / real(softcap))
@@ -100,10 +102,9 @@ def attention(
     p = np.divide(p, total, where=total != 0, out=np.zeros_like(p))
     if low:
         p = p.astype(dtype).astype(real)
-    v = np.where(
-        seen.any(axis=(1, 2))[:, None, :, None], v, 0
-    )  # what no row of a sequence sees reaches nothing
-    out = product(p, v)
+    reached = seen.any(axis=(1, 2))[:, None, :, None]  # what no row sees reaches nothing
+    v = np.where(reached, v, 0)[:, :, None]
+    out = product(p.reshape(*group, sq, sk), v).reshape(b, hq, sq, v.shape[4])
 
     empty = (s == -np.inf).all(axis=3)
     padding = np.broadcast_to((np.arange(sq) >= _q_lengths(b, sq, **limits))[:, None], empty.shape)
@@ -148,9 +149,9 @@ def widen(v, rows):
     """
     dv, rng = v.shape[3], np.random.default_rng(0)
     copies = -(-512 // max(rows * dv, 1)) if rows * dv < 512 else 1
-    signs = rng.choice([-1, 1], (v.shape[2], dv * copies)).astype(v.dtype)
+    signs = 2 * rng.integers(0, 2, (v.shape[2], dv * copies), np.int8) - 1
     signs[:, :dv] = 1
-    return np.tile(v, copies) * signs
+    return np.tile(v, copies) * signs.astype(v.dtype)
 
 
 def ulp(x, dtype):

@@ -289,60 +289,6 @@ def test_rows_fit_the_chip():
         assert per_thread <= 255 and 128 * n["warpgroups"] * per_thread <= 65536, row["name"]
 
 
-SCHEDULE = r"""
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include "schedule.h"
-/* Each tile of each of the shapes exactly once; prints how many shapes, or the first wrong one. */
-int main(void) {
-    int shapes = 0;
-    srand(1);
-    for (int n = 0; n < 20000; n++, shapes++) {
-        fa_what w;
-        fa_masks m;
-        memset(&w, 0, sizeof w);
-        memset(&m, 0, sizeof m);
-        w.b = 1 + rand() % 5, w.hk = 1 + rand() % 4, w.hq = w.hk * (1 + rand() % 4);
-        w.sq = 1 + rand() % 3000, w.sk = rand() % 9 ? rand() % 60000 : rand() % 2000000;
-        w.d = 1 + rand() % 256, w.dv = 1 + rand() % 256;
-        m.flags = (uint32_t)(rand() % 8);
-        int block_m = 64 * (1 + rand() % 4), blocks = 1 + rand() % 140;
-        fa_schedule s = fa_schedule_make(&w, &m, block_m, blocks);
-        int m_blocks = (w.sq + block_m - 1) / block_m, tiles = m_blocks * w.b * w.hq;
-        char *seen = calloc((size_t)tiles, 1);
-        for (int block = 0; block < blocks; block++) {
-            int32_t round = 0, tile;
-            while ((tile = fa_schedule_next(&s, blocks, block, &round)) < s.tiles) {
-                fa_tile t = fa_schedule_tile(&s, tile);
-                int at = t.head * m_blocks + t.m_block;
-                int bad = t.head < 0 || t.head >= w.b * w.hq || t.m_block < 0;
-                if (bad || t.m_block >= m_blocks || seen[at]++)
-                    return printf("wrong: shape %d: %d %d\n", n, t.head, t.m_block), 1;
-            }
-        }
-        for (int i = 0; i < tiles; i++)
-            if (!seen[i]) return printf("missing: shape %d tile %d\n", n, i), 1;
-        free(seen);
-    }
-    printf("%d shapes\n", shapes);
-    return 0;
-}
-"""
-
-
-@needs_tool("gcc")
-def test_the_schedule_covers_every_tile_once(tmp_path):
-    if not (ROOT / "kernels" / "schedule.h").exists():
-        pytest.skip("no kernels/schedule.h")
-    (tmp_path / "schedule.c").write_text(SCHEDULE)
-    strict = "-std=c11 -O2 -Wall -Wextra -Werror -fsanitize=undefined"
-    strict += " -fsanitize-undefined-trap-on-error"
-    program = tmp_path / "schedule"
-    run("gcc", *strict.split(), f"-I{ROOT}/kernels", tmp_path / "schedule.c", "-o", program)
-    assert run(program) == "20000 shapes\n"
-
-
 # ----------------------------------------------------------------------------------- the repository
 
 
