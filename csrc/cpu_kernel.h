@@ -151,17 +151,20 @@ FA_FAST void change(const context *c, const panel *p, vec *s, vec *top, int begi
     for (int i = 0; i < n; i++) {
         const FA_INT key = begin + i;
         for (int j = 0; j < nv; j++) {
-            vec x = s[i * nv + j], bias = c->bias ? c->bias[i * nv + j] : hidden;
+            vec x = s[i * nv + j];
             if (c->changed) {
                 x *= c->scale;
                 if (scores->softcap > 0) x = tanh_(c->square, x * (1 / c->softcap)) * c->softcap;
-                if (adds) x += bias;
+                if (adds) x += c->bias[i * nv + j];
                 if (scores->alibi_slopes) {
                     vec distance = __builtin_convertvector(p->position[j] - key, vec);
                     x -= max_(distance, -distance) * c->slope;
                 }
             }
-            if (hides) x = pick(bias != 0, x, hidden);
+            if (hides) {
+                ivec packed = (ivec)c->bias[i / (int)sizeof(real) * nv + j];
+                x = pick((packed & (FA_INT)(0xffull << 8 * (i % sizeof(real)))) != 0, x, hidden);
+            }
             if (cuts) x = pick((p->begin[j] <= key) & (p->end[j] > key), x, hidden);
             s[i * nv + j] = x;
             top[j] = max_(x, top[j]);
@@ -169,21 +172,30 @@ FA_FAST void change(const context *c, const panel *p, vec *s, vec *top, int begi
     }
 }
 
-/* The mask's block as S^T lies: [key][row]. */
+/* The mask's block as S^T lies, [key][row]. Of a bool mask as many keys as a lane has bytes lie in
+ * one vector. */
 #define read_bias FN(read_bias)
 static void read_bias(const context *c, const panel *p, int begin, int n) {
     const fa_scores *scores = &c->p->scores;
     const fa_tensor *mask = &scores->mask;
-    const int64_t size = fa_size(scores->mask_dtype);
+    const int packed = scores->mask_dtype == FA_BOOL ? (int)sizeof(real) : 1;
+    const int64_t size = fa_size(scores->mask_dtype), stride = mask->stride[3];
     for (int j = 0; j < p->nv; j++) {
         for (int i = 0; i < LANES; i++) {
             int row = j * LANES + i < p->count ? j * LANES + i : p->count - 1;
-            int64_t at = (p->first + row) * mask->stride[2] + begin * mask->stride[3];
-            read_row(c->rows + i * KEYS, c->mask + at * size, scores->mask_dtype, mask->stride[3],
-                     n);
+            real *to = c->rows + i * (KEYS / packed);
+            const char *from =
+                c->mask + ((p->first + row) * mask->stride[2] + begin * stride) * size;
+            if (packed == 1)
+                read_row(to, from, scores->mask_dtype, stride, n);
+            else if (stride == 1)
+                memcpy(to, from, (size_t)n);
+            else
+                for (int k = 0; k < n; k++) ((char *)to)[k] = from[k * stride];
         }
-        for (int i = 0; i < n; i += LANES)
-            transpose((real *)(c->bias + i * p->nv + j), p->nv * LANES, c->rows + i, KEYS);
+        for (int i = 0; i < n; i += LANES * packed)
+            transpose((real *)(c->bias + i / packed * p->nv + j), p->nv * LANES,
+                      c->rows + i / packed, KEYS / packed);
     }
 }
 
