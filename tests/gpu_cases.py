@@ -6,11 +6,14 @@ Inputs are made on the host and judged there, so that ours are the only kernels 
 """
 
 import itertools
+import os
 import sys
 
-import fastattn
-import gpu
-from gpu import DTYPES, torch
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each array on its own, so that overruns show
+
+import fastattn  # noqa: E402
+import gpu  # noqa: E402
+from gpu import DTYPES, torch  # noqa: E402
 
 SIZES = ((64, 64), (128, 128), (256, 256), (96, 96), (192, 192), (192, 128))
 SHAPES = ((1, 2, 200, 300), (2, 4, 40, 70), (1, 1, 1000, 1000), (40, 8, 64, 64), (40, 8, 300, 300))
@@ -47,20 +50,12 @@ def lengths(b, s):
 
 def features(b, hq, sq, sk):
     """(name, changes of the inputs, keywords)."""
+    limits = {"q_lengths": lengths(b, sq), "k_lengths": lengths(b, sk), "k_start": [1] * b}
     yield "full", {}, {}
-    yield "causal", {}, {"causal": True}
-    yield "top-left", {}, {"causal": "top-left"}
-    yield "window", {}, {"window": (50, 20)}
-    yield (
-        "lengths",
-        {},
-        {"q_lengths": lengths(b, sq), "k_lengths": lengths(b, sk), "k_start": [1] * b},
-    )
-    yield "one key head", {"hk": 1}, {"causal": True}
-    yield "odd strides", {"odd": True}, {"causal": True}
-    yield "peaked", {"factor": 100}, {}
-    yield "peaked causal", {"factor": 40}, {"causal": True}
-    yield "batch invariant", {}, {"batch_invariant": True}
+    yield "causal, one key head", {"hk": 1}, {"causal": True}
+    yield "window and lengths", {}, {"window": (50, 20), **limits}
+    yield "odd strides", {"odd": True}, {"causal": "top-left"}
+    yield "peaked", {"factor": 100}, {"causal": True}  # tiles that are done again
 
 
 def run(name, feature, sizes, dtype, shape, change, keywords):
@@ -68,17 +63,16 @@ def run(name, feature, sizes, dtype, shape, change, keywords):
     q, k, v = arrays(b, h, change.get("hk", h), sq, sk, d, dv, dtype)
     q = q * change.get("factor", 1)
     move = odd if change.get("odd") else torch.Tensor.cuda
-    limits = {n: x for n, x in keywords.items() if n != "batch_invariant"}
     sent = {
         n: torch.tensor(x, dtype=torch.int32).cuda() if isinstance(x, list) else x
         for n, x in keywords.items()
     }
-    try:
-        out, lse = fastattn.attention(*map(move, (q, k, v)), **sent, return_lse=True)
-    except NotImplementedError as refusal:
-        print(f"refused  {name} {feature}: {refusal}")
-        return True
-    wrong = gpu.complaints(out.cpu(), lse.cpu(), q, k, v, most=8, **limits)
+    # The output holds something already: initcheck does not see what the copy engine writes.
+    out = move(torch.full((b, h, sq, dv), torch.nan, dtype=dtype))
+    _, lse = fastattn.attention(*map(move, (q, k, v)), **sent, out=out, return_lse=True)
+    whole = out if out._base is None else out._base
+    got = whole.cpu()[..., :dv]
+    wrong = gpu.complaints(got, lse.cpu(), q, k, v, most=8, **keywords)
     print(f"{'WRONG' if wrong else 'ok   '}    {name} {feature} {'; '.join(wrong)}", flush=True)
     return not wrong
 
@@ -89,7 +83,7 @@ def main():
     right = []
     for name, (sizes, dtype, shape) in rows().items():
         for feature, change, keywords in features(shape[0], *shape[1:]):
-            if not smoke or feature in ("full", "causal", "peaked"):
+            if not smoke or feature in ("full", "peaked"):
                 right.append(run(name, feature, sizes, dtype, shape, change, keywords))
     print(f"{sum(right)} of {len(right)} right")
     sys.exit(not right or not all(right))
