@@ -198,15 +198,20 @@ static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *
     return fa_cuda(cudaGetLastError(), "the launch", error);
 }
 
-/* Makes the tensors' device current for the launch and restores the caller's. Set it is in any
- * case: a thread new to CUDA has no context yet, and without one tensor maps cannot be encoded. */
+/* Makes the tensors' device current for the launch and restores the caller's. A thread new to CUDA
+ * has no context yet, without which tensor maps cannot be encoded: its first call sets the device
+ * in any case. */
 static fa_status run(const fa_params *p, void *workspace, fa_error *error) {
+    static __thread bool has_context;
     const fa_sm90_device *device;
     int before;
     fa_status status = find_device(p->where.device_id, &device, error);
     if (status == FA_OK) status = fa_cuda(cudaGetDevice(&before), "cudaGetDevice", error);
-    if (status == FA_OK) status = fa_cuda(cudaSetDevice(device->id), "cudaSetDevice", error);
+    if (status == FA_OK && (before != device->id || !has_context))
+        status = fa_cuda(cudaSetDevice(device->id), "cudaSetDevice", error);
     if (status != FA_OK) return status;
+    has_context = true;
+
     status = launch(p, device, workspace, error);
     if (before == device->id) return status;
     cudaError_t restored = cudaSetDevice(before);

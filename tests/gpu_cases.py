@@ -11,9 +11,9 @@ import sys
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each array on its own, so that overruns show
 
-import fastattn  # noqa: E402
-import gpu  # noqa: E402
-from gpu import DTYPES, torch  # noqa: E402
+import fastattn
+import gpu
+from gpu import DTYPES, torch
 
 SIZES = ((64, 64), (128, 128), (256, 256), (96, 96), (192, 192), (192, 128))
 SHAPES = ((1, 2, 200, 300), (2, 4, 40, 70), (1, 1, 1000, 1000), (40, 8, 64, 64), (40, 8, 300, 300))
