@@ -59,6 +59,18 @@ static inline fa_status fa_cuda(cudaError_t code, const char *call, fa_error *er
                    cudaGetErrorString(code));
 }
 
+/* `kernel<<<blocks, threads, smem, stream>>>(*arguments)`, 0.3 us sooner. */
+static inline fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t threads,
+                                         int32_t smem, void *stream, void *arguments,
+                                         fa_error *error) {
+    cudaLaunchConfig_t shape = {};
+    shape.gridDim = dim3(blocks);
+    shape.blockDim = dim3(threads);
+    shape.dynamicSmemBytes = smem;
+    shape.stream = (cudaStream_t)stream;
+    return fa_cuda(cudaLaunchKernelExC(&shape, kernel, &arguments), "the launch", error);
+}
+
 /* Lets `kernel` use `bytes` of dynamic shared memory, once per device. `done` is the kernel's own
  * static bit set of device numbers; two threads may both find a bit clear, and set the same value.
  */

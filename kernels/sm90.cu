@@ -194,8 +194,9 @@ static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *
     int64_t rows = (int64_t)w->b * w->hq * w->sq;
     if (rows == 0) return FA_OK;
     int64_t blocks = rows < 8 * device->sms ? rows : 8 * device->sms;
-    write_empty_rows<<<blocks, 128, 0, (cudaStream_t)p->where.stream>>>(*w);
-    return fa_cuda(cudaGetLastError(), "the launch", error);
+    fa_what copy = *w;
+    return fa_launch_kernel((const void *)write_empty_rows, (int32_t)blocks, 128, 0,
+                            p->where.stream, &copy, error);
 }
 
 /* Makes the tensors' device current for the launch and restores the caller's. A thread new to CUDA

@@ -631,6 +631,6 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
     int64_t tiles = (int64_t)w->b * w->hq * ((w->sq + BLOCK_M - 1) / BLOCK_M);
     int32_t slots = device->sms * BLOCKS_PER_SM, blocks = tiles < slots ? (int32_t)tiles : slots;
     a.schedule = fa_schedule_make(w, &p->masks, BLOCK_M, blocks);
-    ROW_NAME<<<blocks, THREADS, SMEM_BYTES, (cudaStream_t)p->where.stream>>>(a);
-    return fa_cuda(cudaGetLastError(), "the launch", error);
+    return fa_launch_kernel((const void *)ROW_NAME, blocks, THREADS, SMEM_BYTES, p->where.stream, &a,
+                            error);
 }
