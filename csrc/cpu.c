@@ -5,8 +5,6 @@
  * level.
  */
 #define _GNU_SOURCE
-#include <float.h>
-#include <limits.h>
 #include <math.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -92,15 +90,12 @@ typedef struct level {
     const fa_cpu_kernel *by_type[5]; /* float16, and mostly bfloat16, run the float32 kernel */
 } level;
 
-#define LEVEL(name, f64, f32, bf16)                                               \
-    {                                                                             \
-        #name,                                                                    \
-            {NULL, "cpu_" #name "_f64", "cpu_" #name "_f32", "cpu_" #name "_f16", \
-             "cpu_" #name "_bf16"},                                               \
-        {                                                                         \
-            NULL, &kernel_##f64, &kernel_##f32, &kernel_##f32, &kernel_##bf16     \
-        }                                                                         \
-    }
+/* clang-format off */
+#define LEVEL(name, f64, f32, bf16)                                                            \
+    {#name,                                                                                    \
+     {NULL, "cpu_" #name "_f64", "cpu_" #name "_f32", "cpu_" #name "_f16", "cpu_" #name "_bf16"}, \
+     {NULL, &kernel_##f64, &kernel_##f32, &kernel_##f32, &kernel_##bf16}}
+/* clang-format on */
 
 static const level levels[] = {
     LEVEL(portable, f64_portable, f32_portable, f32_portable),
@@ -171,9 +166,9 @@ static void empty_rows(const fa_what *what, int64_t b, int64_t h, int first, int
 
 static void work(void *argument) {
     call *c = argument;
-    const fa_params *p = c->p;
+    const fa_what *what = &c->p->what;
     char small[16384]; /* a tiny call does without malloc */
-    size_t bytes = c->kernel->scratch(p, c->rows) + 63;
+    size_t bytes = c->kernel->scratch(c->p, c->rows) + 63;
     char *memory = bytes <= sizeof small ? small : malloc(bytes);
     if (!memory) {
         atomic_store(&c->failed, 1);
@@ -181,19 +176,17 @@ static void work(void *argument) {
     }
     char *aligned = memory + (-(uintptr_t)memory & 63);
     for (;;) {
-        int64_t task = atomic_fetch_add_explicit(&c->next, 1, memory_order_relaxed);
+        const int64_t task = atomic_fetch_add_explicit(&c->next, 1, memory_order_relaxed);
         if (task >= c->tasks) break;
         /* Last rows first: under a causal mask they see most, and short tasks at the end even out.
          */
-        int64_t head = task / c->blocks, first = (c->blocks - 1 - task % c->blocks) * c->rows;
-        int64_t b = head / p->what.hq, h = head % p->what.hq;
-        fa_lengths lengths = fa_sequence_lengths(&p->masks, b, p->what.sq, p->what.sk);
-        int end = (int)(first + c->rows < p->what.sq ? first + c->rows : p->what.sq);
-        int valid = end < lengths.sq ? end : lengths.sq;
-        if (valid < first) valid = (int)first;
-        if (first < valid)
-            c->kernel->run(p, b, h, lengths, (int)first, valid - (int)first, aligned);
-        if (valid < end) empty_rows(&p->what, b, h, valid, end);
+        const int first = (int)(c->blocks - 1 - task % c->blocks) * c->rows;
+        const int end = what->sq - first < c->rows ? what->sq : first + c->rows;
+        const int64_t b = task / c->blocks / what->hq, h = task / c->blocks % what->hq;
+        const fa_lengths lengths = fa_sequence_lengths(&c->p->masks, b, what->sq, what->sk);
+        const int valid = fa_clamp(lengths.sq, first, end);
+        if (first < valid) c->kernel->run(c->p, b, h, lengths, first, valid - first, aligned);
+        if (valid < end) empty_rows(what, b, h, valid, end);
     }
     if (memory != small) free(memory);
 }
@@ -204,16 +197,16 @@ static fa_status cpu_run(const fa_params *p, void *workspace, fa_error *error) {
     if (what->b == 0 || what->hq == 0 || what->sq == 0) return FA_OK;
     call c = {.p = p, .kernel = the_level()->by_type[what->dtype]};
     const int64_t heads = (int64_t)what->b * what->hq;
+    const int lanes = c.kernel->lanes;
     /* Below some 40 us of work waking a thread costs more than it brings. */
-    double products = (double)heads * what->sq * what->sk * (what->d + what->dv);
-    int threads = products < 2e6 ? 1 : fa_pool_threads();
-    c.rows = c.kernel->rows;
-    if (c.rows > what->sq)
-        c.rows = (what->sq + c.kernel->lanes - 1) / c.kernel->lanes * c.kernel->lanes;
-    while (c.rows > c.kernel->lanes && heads * ((what->sq + c.rows - 1) / c.rows) < 4 * threads &&
-           threads > 1)
-        c.rows = (c.rows / 2 + c.kernel->lanes - 1) / c.kernel->lanes * c.kernel->lanes;
+    const double products = (double)heads * what->sq * what->sk * (what->d + what->dv);
+    const int threads = products < 2e6 ? 1 : fa_pool_threads();
+    c.rows = what->sq < c.kernel->rows ? (what->sq + lanes - 1) / lanes * lanes : c.kernel->rows;
     c.blocks = (what->sq + c.rows - 1) / c.rows;
+    while (threads > 1 && c.rows > lanes && heads * c.blocks < 4 * threads) {
+        c.rows = (c.rows / 2 + lanes - 1) / lanes * lanes;
+        c.blocks = (what->sq + c.rows - 1) / c.rows;
+    }
     c.tasks = heads * c.blocks;
     fa_pool_run(c.tasks < threads ? (int)c.tasks : threads, work, &c);
     if (atomic_load(&c.failed)) {

@@ -18,23 +18,38 @@
  */
 #include "cpu_simd.h"
 
-#define NV FA_VECTORS
-#define STEP (FA_PAIRS ? 2 : 1) /* elements in a unit */
-enum {
-    FN(KEYS) = 64,
-    FN(CHAIN) = 16,
-    FN(PANEL) = NV * (FA_BYTES / (int)sizeof(FA_REAL)),
-    FN(PANELS) = 128 / FN(PANEL)
-};
-#define CHAIN FN(CHAIN)
-#define KEYS FN(KEYS)
-#define PANEL FN(PANEL)
-#define PANELS FN(PANELS)
+#ifndef FASTATTN_CPU_KERNEL_H
+#define FASTATTN_CPU_KERNEL_H
 
-/* Rows of the register tile: as many broadcast numbers as leave registers for `nv` vectors. */
+#define attend FN(attend)
+#define attend_panel FN(attend_panel)
+#define block FN(block)
+#define change FN(change)
+#define close_panel FN(close_panel)
+#define collect FN(collect)
+#define context FN(context)
+#define lay_out FN(lay_out)
+#define load_block FN(load_block)
+#define multiply FN(multiply)
+#define open_panel FN(open_panel)
+#define panel FN(panel)
+#define read_bias FN(read_bias)
+#define run_rows FN(run_rows)
+#define score FN(score)
+#define scratch_bytes FN(scratch_bytes)
+#define see FN(see)
+#define whole FN(whole)
+
+#define KEYS 64              /* in a block, at most */
+#define CHAIN 16             /* additions in a row, see score() */
+#define NV FA_VECTORS        /* in a panel, at most; so many fit the registers */
+#define PANEL (NV * LANES)   /* rows in a panel */
+#define PANELS (128 / PANEL) /* that share a packed block */
+/* Of the register tile: with `nv` vectors of rows, so many numbers of K or V. */
 #define HEIGHT(nv) (FA_ACCUMULATORS / (nv) < 8 ? FA_ACCUMULATORS / (nv) : 8)
 
-#define panel FN(panel)
+#endif
+
 typedef struct panel {
     vec *q;           /* [units of d][nv] */
     vec *o;           /* [dv][nv], not yet divided by l */
@@ -46,7 +61,6 @@ typedef struct panel {
 } panel;
 
 /* What all blocks of a run share. */
-#define context FN(context)
 typedef struct context {
     const fa_params *p;
     const char *q, *k, *v, *mask; /* of this batch and head */
@@ -55,8 +69,8 @@ typedef struct context {
     /* As they come from Q K a score counts |scale|, with the scale's sign multiplied into Q. Where
      * softcap, a float mask or ALiBi changes them, change() brings them to 1. */
     int changed;
-    real scale, sign, nats; /* nats: what a score counts in the end */
-    base unit, square;      /* e^nats and e^2 */
+    real scale, sign, nats;     /* nats: what a score counts in the end */
+    base score_base, e_squared; /* e^nats; e^2 for tanh */
     real softcap, slope;
     panel panels[PANELS];
     vec *s, *bias; /* [KEYS][NV]: scores, then probabilities; the mask's block */
@@ -65,19 +79,16 @@ typedef struct context {
 } context;
 
 /* A block of keys, and where its K and V are. */
-#define block FN(block)
 typedef struct block {
     int begin, end;
     const unit *k, *v;
     int64_t k_row, v_row; /* units from key to key, from step to step */
 } block;
 
-#define whole FN(whole)
 /* Rounds up to a multiple of LANES. */
 static int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
 
 /* acc[i][j] += sum over steps a[step][j] * b[i * row + step * next] */
-#define multiply FN(multiply)
 FA_FAST void multiply(vec *acc, int height, int nv, const vec *a, const unit *b, int64_t row,
                       int64_t next, int steps) {
     for (int step = 0; step < steps; step++, a += nv, b += next) {
@@ -95,7 +106,6 @@ FA_FAST void multiply(vec *acc, int height, int nv, const vec *a, const unit *b,
 
 /* S^T of `height` keys; raises `top`, the maxima. Long sums in float32 are sums of shorter ones:
  * one chain of d additions would lose more digits than the products of a BLAS do. */
-#define score FN(score)
 FA_FAST void score(vec *s, vec *top, int height, int nv, const vec *q, const unit *k, int64_t k_row,
                    int units) {
     vec acc[8 * NV];
@@ -124,7 +134,6 @@ FA_FAST void score(vec *s, vec *top, int height, int nv, const vec *q, const uni
 }
 
 /* O^T of `height` columns of V: rescaled, and P V added. */
-#define collect FN(collect)
 FA_FAST void collect(vec *o, const vec *alpha, int height, int nv, const vec *p, const unit *v,
                      int64_t v_row, int steps) {
     vec acc[8 * NV];
@@ -140,7 +149,6 @@ FA_FAST void collect(vec *o, const vec *alpha, int height, int nv, const vec *p,
 
 /* Everything that changes scores, in the order of the definition, and what hides keys; the maxima
  * anew. */
-#define change FN(change)
 FA_FAST void change(const context *c, const panel *p, vec *s, vec *top, int begin, int n, int nv) {
     const fa_scores *scores = &c->p->scores;
     const int adds = scores->mask.data && scores->mask_dtype != FA_BOOL;
@@ -154,7 +162,7 @@ FA_FAST void change(const context *c, const panel *p, vec *s, vec *top, int begi
             vec x = s[i * nv + j];
             if (c->changed) {
                 x *= c->scale;
-                if (scores->softcap > 0) x = tanh_(c->square, x * (1 / c->softcap)) * c->softcap;
+                if (scores->softcap > 0) x = tanh_(c->e_squared, x / c->softcap) * c->softcap;
                 if (adds) x += c->bias[i * nv + j];
                 if (scores->alibi_slopes) {
                     vec distance = __builtin_convertvector(p->position[j] - key, vec);
@@ -174,7 +182,6 @@ FA_FAST void change(const context *c, const panel *p, vec *s, vec *top, int begi
 
 /* The mask's block as S^T lies, [key][row]. Of a bool mask as many keys as a lane has bytes lie in
  * one vector. */
-#define read_bias FN(read_bias)
 static void read_bias(const context *c, const panel *p, int begin, int n) {
     const fa_scores *scores = &c->p->scores;
     const fa_tensor *mask = &scores->mask;
@@ -200,7 +207,6 @@ static void read_bias(const context *c, const panel *p, int begin, int n) {
 }
 
 /* One panel meets the keys [begin, end) of one block. */
-#define attend FN(attend)
 FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, int end, int nv) {
     const int n = end - begin, height = HEIGHT(nv);
     const unit *k = keys->k + (begin - keys->begin) * keys->k_row;
@@ -224,20 +230,16 @@ FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, in
         const vec top_j = max_(top[j], p->m[j]);
         const vec m = pick(top_j == -(real)INFINITY, (vec){0}, top_j); /* 2^(-inf - 0) is 0 */
         vec l = {0};
-        alpha[j] = power(c->unit, p->m[j] - m);
+        alpha[j] = power(c->score_base, p->m[j] - m);
         for (int chain = 0; chain < n; chain += CHAIN) {
             const int stop = chain + CHAIN < n ? chain + CHAIN : n;
             vec sum = {0};
             for (int i = chain; i < stop; i += STEP) {
-                vec x = power(c->unit, s[i * nv + j] - m);
+                vec x = power(c->score_base, s[i * nv + j] - m);
                 sum += x;
-#if FA_PAIRS
                 vec y = {0};
-                if (i + 1 < n) sum += y = power(c->unit, s[(i + 1) * nv + j] - m);
-                s[i / 2 * nv + j] = pair(x, y);
-#else
-                s[i * nv + j] = x;
-#endif
+                if (FA_PAIRS && i + 1 < n) sum += y = power(c->score_base, s[(i + 1) * nv + j] - m);
+                s[i / STEP * nv + j] = pair(x, y);
             }
             l += sum;
         }
@@ -259,7 +261,6 @@ FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, in
 }
 
 /* The same with the number of vectors known to the compiler. */
-#define attend_panel FN(attend_panel)
 static __attribute__((noinline)) void attend_panel(const context *c, panel *p, const block *keys,
                                                    int begin, int end) {
     switch (p->nv) {
@@ -281,7 +282,6 @@ static __attribute__((noinline)) void attend_panel(const context *c, panel *p, c
 }
 
 /* Rows first .. first + count - 1 in lanes: Q transposed, O empty, the interval of each. */
-#define open_panel FN(open_panel)
 static void open_panel(const context *c, panel *p, fa_lengths lengths, int first, int count) {
     const fa_what *what = &c->p->what;
     const fa_masks *masks = &c->p->masks;
@@ -311,13 +311,8 @@ static void open_panel(const context *c, panel *p, fa_lengths lengths, int first
             p->end[j][i] = keys.end;
             p->position[j][i] = fa_row_position(masks, lengths, first + row);
             const char *from = c->q + (first + row) * what->q.stride[2] * size;
-#if FA_PAIRS
-            to[c->units - 1] = 0;
-            copy_half((uint16_t *)to, (const uint16_t *)from, what->q.stride[3], what->d);
-#else
-            read_row(to, from, what->dtype, what->q.stride[3], what->d);
-#endif
-            if (c->sign != 1) multiply_row(to, c->sign, what->d);
+            read_units(to, from, what->dtype, what->q.stride[3], what->d);
+            if (c->sign != 1) multiply_units(to, c->sign, what->d);
         }
         for (int i = 0; i < c->units; i += LANES)
             transpose((real *)(p->q + i * p->nv + j), p->nv * LANES, c->rows + i, width);
@@ -325,7 +320,6 @@ static void open_panel(const context *c, panel *p, fa_lengths lengths, int first
 }
 
 /* Divides by the sums, the sink's term included, and writes out and lse. */
-#define close_panel FN(close_panel)
 static void close_panel(const context *c, panel *p, int64_t b, int64_t h) {
     const fa_what *what = &c->p->what;
     const fa_scores *scores = &c->p->scores;
@@ -365,7 +359,6 @@ static void close_panel(const context *c, panel *p, int64_t b, int64_t h) {
 /* Which keys of a block some row sees through the bool mask; returns how many. The rows' intervals
  * count too, so that a key that only the mask or only the interval of every row hides is not read
  * as a value. */
-#define see FN(see)
 static int see(const context *c, fa_lengths lengths, int first, int count, const block *keys,
                uint8_t *seen) {
     const fa_tensor *mask = &c->p->scores.mask;
@@ -389,7 +382,6 @@ static int see(const context *c, fa_lengths lengths, int first, int count, const
 
 /* Points a block at its K and V, packed where they cannot be read in place. Values that no row sees
  * (keys below `visible`, or not `seen`) become 0: their probability is 0, and 0 * NaN is not. */
-#define load_block FN(load_block)
 static void load_block(const context *c, block *keys, int visible, const uint8_t *seen) {
     const fa_what *what = &c->p->what;
     const int64_t size = fa_size(what->dtype);
@@ -401,16 +393,9 @@ static void load_block(const context *c, block *keys, int visible, const uint8_t
     if (!c->unit_k) {
         keys->k = (const unit *)c->k_packed;
         keys->k_row = c->units;
-        for (int i = 0; i < n; i++) {
-            real *to = c->k_packed + i * c->units;
-            const char *from = k + i * what->k.stride[2] * size;
-#if FA_PAIRS
-            to[c->units - 1] = 0;
-            copy_half((uint16_t *)to, (const uint16_t *)from, what->k.stride[3], what->d);
-#else
-            read_row(to, from, what->dtype, what->k.stride[3], what->d);
-#endif
-        }
+        for (int i = 0; i < n; i++)
+            read_units(c->k_packed + i * c->units, k + i * what->k.stride[2] * size, what->dtype,
+                       what->k.stride[3], what->d);
     }
     keys->v = (const unit *)v;
     keys->v_row = what->v.stride[2];
@@ -418,26 +403,15 @@ static void load_block(const context *c, block *keys, int visible, const uint8_t
         keys->v = (const unit *)c->v_packed;
         keys->v_row = dv;
         for (int i = 0; i < n; i += STEP) {
-            real *to = c->v_packed + i / STEP * dv;
-            const char *from = v + i * what->v.stride[2] * size;
-            int sees = keys->begin + i >= visible && (!seen || seen[i]);
-#if FA_PAIRS
-            int next = i + 1 < n && (!seen || seen[i + 1]);
-            zip_half((uint16_t *)to, sees ? (const uint16_t *)from : NULL,
-                     next ? (const uint16_t *)from + what->v.stride[2] : NULL, what->v.stride[3],
-                     dv);
-#else
-            if (sees)
-                read_row(to, from, what->dtype, what->v.stride[3], dv);
-            else
-                memset(to, 0, (size_t)dv * sizeof(real));
-#endif
+            const char *x = v + i * what->v.stride[2] * size, *y = x + what->v.stride[2] * size;
+            if (keys->begin + i < visible || (seen && !seen[i])) x = NULL;
+            if (i + 1 == n || (seen && !seen[i + 1])) y = NULL;
+            read_step(c->v_packed + i / STEP * dv, x, y, what->dtype, what->v.stride[3], dv);
         }
     }
 }
 
 /* The scratch of one thread, carved from `memory` (NULL: only counted). Returns its bytes. */
-#define lay_out FN(lay_out)
 static size_t lay_out(context *c, char *memory, const fa_what *what, int masked, int rows) {
     const int units = (what->d + STEP - 1) / STEP, keys = what->sk < KEYS ? whole(what->sk) : KEYS;
     int longest = whole(what->d > what->dv ? what->d : what->dv);
@@ -459,17 +433,14 @@ static size_t lay_out(context *c, char *memory, const fa_what *what, int masked,
     CARVE(c->rows, LANES * longest);
     CARVE(c->k_packed, keys * units);
     CARVE(c->v_packed, keys * what->dv);
-#undef CARVE
     return used;
 }
 
-#define scratch FN(scratch)
-static size_t scratch(const fa_params *p, int rows) {
+static size_t scratch_bytes(const fa_params *p, int rows) {
     return lay_out(NULL, NULL, &p->what, p->scores.mask.data != NULL, rows);
 }
 
 /* Rows first .. first + count - 1 (at most 128, all within the sequence's length) of one head. */
-#define run_rows FN(run_rows)
 static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_lengths lengths, int first,
                      int count, void *memory) {
     const fa_what *what = &p->what;
@@ -498,8 +469,8 @@ static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_lengths length
     c.scale = (real)what->scale;
     c.sign = !c.changed && what->scale < 0 ? -1 : 1;
     c.nats = c.changed ? 1 : c.scale * c.sign;
-    c.unit = base_of(c.changed ? FA_LOG2E : size_of_scale * FA_LOG2E);
-    c.square = base_of(2 * FA_LOG2E);
+    c.score_base = base_of(c.changed ? FA_LOG2E : size_of_scale * FA_LOG2E);
+    c.e_squared = base_of(2 * FA_LOG2E);
     c.softcap = scores->softcap;
     c.slope = scores->alibi_slopes
                   ? scores->alibi_slopes[b * scores->alibi_stride[0] + h * scores->alibi_stride[1]]
@@ -532,58 +503,8 @@ static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_lengths length
     for (int i = 0; i < panels; i++) close_panel(&c, &c.panels[i], b, h);
 }
 
-static const fa_cpu_kernel FN(kernel) = {LANES, PANELS * PANEL, scratch, run_rows};
+static const fa_cpu_kernel FN(kernel) = {LANES, PANELS * PANEL, scratch_bytes, run_rows};
 
-#undef DOUBLE
-#undef FA_INT
 #undef FA_NAME
 #undef FA_REAL
-#undef FN
-#undef HEIGHT
-#undef KEYS
-#undef LANES
-#undef CHAIN
-#undef NV
-#undef PANEL
-#undef PANELS
-#undef STEP
-#undef attend
-#undef attend_panel
-#undef block
-#undef change
-#undef close_panel
-#undef collect
-#undef context
-#undef copy_half
-#undef dot
-#undef base
-#undef base_of
-#undef power
-#undef power_parts
-#undef fma_
-#undef ivec
-#undef lay_out
-#undef load_block
-#undef log2_
-#undef max_
-#undef multiply_row
-#undef multiply
-#undef open_panel
-#undef pair
-#undef panel
-#undef pick
-#undef read_bias
-#undef read_row
-#undef real
-#undef run_rows
-#undef score
-#undef scratch
-#undef see
-#undef splat
-#undef tanh_
-#undef transpose
-#undef unit
-#undef vec
-#undef whole
-#undef write_row
-#undef zip_half
+#undef FA_INT

@@ -1,29 +1,50 @@
 /* cpu_simd.h - the vector operations that cpu_kernel.h is written in, once per instance.
  *
- * An instance is a level and a number type; it defines FA_NAME (its suffix), FA_BYTES (of a
- * vector), FA_REAL (float or double), FA_INT (the integer of that size), FA_X86 (0, 256 or 512:
- * which intrinsics may be used) and FA_PAIRS (1: products of bfloat16 pairs). Included without a
- * guard.
+ * An instance is a level and a number type. It defines FA_NAME (its suffix), FA_REAL (float or
+ * double), FA_INT (the integer of that size), FA_BYTES (of a vector), FA_X86 (which intrinsics it
+ * may use: 0, 256 or 512) and FA_PAIRS (1: products of bfloat16 pairs). Every name below gets the
+ * suffix, so that instances live side by side in one file.
  */
-#define FN(name) FA_JOIN(name, FA_NAME)
-#define LANES (FA_BYTES / (int)sizeof(FA_REAL))
-#define DOUBLE (sizeof(FA_REAL) == 8)
+#ifndef FASTATTN_CPU_SIMD_H
+#define FASTATTN_CPU_SIMD_H
 
+#define FN(name) FA_JOIN(name, FA_NAME)
 #define real FA_REAL
 #define vec FN(vec)
 #define ivec FN(ivec)
 #define unit FN(unit)
+#define base FN(base)
+#define base_of FN(base_of)
+#define dot FN(dot)
+#define fma_ FN(fma)
+#define log2_ FN(log2)
+#define max_ FN(max)
+#define multiply_units FN(multiply_units)
+#define pair FN(pair)
+#define pick FN(pick)
+#define power FN(power)
+#define power_parts FN(power_parts)
+#define read_row FN(read_row)
+#define read_step FN(read_step)
+#define read_units FN(read_units)
+#define splat FN(splat)
+#define tanh_ FN(tanh)
+#define transpose FN(transpose)
+#define write_row FN(write_row)
+
+#define LANES (FA_BYTES / (int)sizeof(real))
+#define DOUBLE (sizeof(real) == 8)
+#define STEP (FA_PAIRS ? 2 : 1) /* elements in a unit */
+
+#endif
 
 typedef real vec __attribute__((vector_size(FA_BYTES)));
 typedef FA_INT ivec __attribute__((vector_size(FA_BYTES)));
-/* One step of a dot product as it lies in memory: the bits of a number, or of a pair of bfloat16.
- */
+/* One step of a dot product as it lies in memory: the bits of a number, or of two bfloat16. */
 typedef FA_INT unit __attribute__((may_alias, aligned(2)));
 
-#define splat FN(splat)
-FA_FAST vec splat(real x) { return x - (vec){0}; /* x - 0 keeps -0 */ }
+FA_FAST vec splat(real x) { return x - (vec){0}; /* x - 0 is x, also where it is -0 */ }
 
-#define fma_ FN(fma)
 FA_FAST vec fma_(vec a, vec b, vec c) {
 #if FA_X86 == 512
     return DOUBLE ? (vec)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c)
@@ -39,7 +60,6 @@ FA_FAST vec fma_(vec a, vec b, vec c) {
 #endif
 }
 
-#define dot FN(dot)
 FA_FAST vec dot(vec a, vec b, vec c) {
 #if FA_PAIRS
     return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
@@ -48,13 +68,12 @@ FA_FAST vec dot(vec a, vec b, vec c) {
 #endif
 }
 
-#define pick FN(pick)
+/* Lane by lane: a condition is all ones or all zeros. */
 FA_FAST vec pick(ivec condition, vec yes, vec no) {
     return (vec)((condition & (ivec)yes) | (~condition & (ivec)no));
 }
 
 /* The larger; `b` where either is NaN. */
-#define max_ FN(max)
 FA_FAST vec max_(vec a, vec b) {
 #if FA_X86 == 512
     return DOUBLE ? (vec)_mm512_max_pd((__m512d)a, (__m512d)b)
@@ -69,12 +88,10 @@ FA_FAST vec max_(vec a, vec b) {
 
 /* log2 of the base of a power, in two parts so that x * log2 loses nothing, and the x where the
  * power becomes 0. */
-#define base FN(base)
 typedef struct base {
     real high, low, floor;
 } base;
 
-#define base_of FN(base_of)
 static base base_of(double log2) {
     const real high = (real)log2;
     return (base){high, (real)(log2 - high), (DOUBLE ? -1023 : -127) / high};
@@ -83,7 +100,6 @@ static base base_of(double log2) {
 /* base^x = 2^n 2^f for x <= 0 (or NaN, which stays NaN), with n an integer and |f| <= 1/2: *scale =
  * 2^n (0 below 2^-126, or 2^-1022), and the result is 2^f - 1, which is exact to the last bit or so
  * also near 0. */
-#define power_parts FN(power_parts)
 FA_FAST vec power_parts(base e, vec x, vec *scale) {
     const real round = DOUBLE ? 6755399441055744. : 12582912.; /* 1.5 * 2^mantissa bits */
     const int mantissa = DOUBLE ? 52 : 23, bias = DOUBLE ? 1023 : 127;
@@ -115,14 +131,12 @@ FA_FAST vec power_parts(base e, vec x, vec *scale) {
     return y * f;
 }
 
-#define power FN(power)
 FA_FAST vec power(base e, vec x) {
     vec scale, y = power_parts(e, x, &scale);
     return fma_(scale, y, scale);
 }
 
 /* tanh|x| = -e / (2 + e) with e = exp(-2|x|) - 1, which loses no digits near 0. */
-#define tanh_ FN(tanh)
 FA_FAST vec tanh_(base two_e, vec x) {
     const ivec sign = (ivec)splat(-(real)0);
     vec scale, y = power_parts(two_e, (vec)((ivec)x | sign), &scale);
@@ -130,9 +144,8 @@ FA_FAST vec tanh_(base two_e, vec x) {
     return (vec)((ivec)(-e / (2 + e)) | ((ivec)x & sign));
 }
 
-/* log2 of a positive finite normal number: x = 2^n t, t near 1, z = (t - 1) / (t + 1). For lse, so
- * float's digits are enough. */
-#define log2_ FN(log2)
+/* log2 of a positive normal number, or NaN: x = 2^n t, t near 1, z = (t - 1) / (t + 1). For lse,
+ * which is a float. */
 FA_FAST vec log2_(vec x) {
     const int mantissa = DOUBLE ? 52 : 23;
     const FA_INT half = (FA_INT)(DOUBLE ? 0x3fe6a09e667f3bcd : 0x3f3504f3); /* sqrt(1/2) */
@@ -145,12 +158,11 @@ FA_FAST vec log2_(vec x) {
     y = fma_(y, w, splat((real)(2 * FA_LOG2E / 5)));
     y = fma_(y, w, splat((real)(2 * FA_LOG2E / 3)));
     y = fma_(y, w, splat((real)(2 * FA_LOG2E)));
-    return fma_(y, z, __builtin_convertvector(n, vec));
+    return fma_(y, z, __builtin_convertvector(n, vec) + (x - x));
 }
 
 /* Transposes a square of LANES x LANES numbers: log2(LANES) rounds that interleave row i with row
  * i + LANES/2. Strides count numbers. */
-#define transpose FN(transpose)
 static void transpose(real *to, int64_t to_stride, const real *from, int64_t from_stride) {
     vec a[LANES], b[LANES];
     ivec low, high;
@@ -169,43 +181,7 @@ static void transpose(real *to, int64_t to_stride, const real *from, int64_t fro
     for (int i = 0; i < LANES; i++) memcpy(to + i * to_stride, &a[i], sizeof(vec));
 }
 
-#if FA_PAIRS
-/* x and y rounded to bfloat16 and paired: x0 y0 x1 y1 ... */
-#define pair FN(pair)
-FA_FAST vec pair(vec x, vec y) {
-    const __m512i order =
-        (__m512i)(__v32hi){0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return (vec)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
-}
-
-#define copy_half FN(copy_half)
-static void copy_half(uint16_t *to, const uint16_t *from, int64_t stride, int n) {
-    if (stride == 1)
-        memcpy(to, from, (size_t)n * sizeof *to);
-    else
-        for (int i = 0; i < n; i++) to[i] = from[i * stride];
-}
-
-/* x0 y0 x1 y1 ...; a NULL row counts as zeros. */
-#define zip_half FN(zip_half)
-static void zip_half(uint16_t *to, const uint16_t *x, const uint16_t *y, int64_t stride, int n) {
-    if (x && y && stride == 1) {
-        for (int i = 0; i < n; i++) {
-            to[2 * i] = x[i];
-            to[2 * i + 1] = y[i];
-        }
-    } else {
-        for (int i = 0; i < n; i++) {
-            to[2 * i] = x ? x[i * stride] : 0;
-            to[2 * i + 1] = y ? y[i * stride] : 0;
-        }
-    }
-}
-#endif
-
-/* n strided elements of `type` -> contiguous reals; bool gives 0 and 1. */
-#define read_row FN(read_row)
+/* n strided elements of `type` -> contiguous reals. */
 #define READ(type, expression)                                           \
     do {                                                                 \
         const type *x = from;                                            \
@@ -227,7 +203,7 @@ static void read_row(real *to, const void *from, fa_dtype type, int64_t stride, 
             READ(uint16_t, fa_bf16_to_float(*x));
             break;
         case FA_BOOL:
-            READ(uint8_t, *x != 0);
+            READ(uint8_t, *x);
             break;
         case FA_F16: {
             const uint16_t *x = from;
@@ -246,18 +222,79 @@ static void read_row(real *to, const void *from, fa_dtype type, int64_t stride, 
 }
 #undef READ
 
-#define multiply_row FN(multiply_row)
-static void multiply_row(real *row, real factor, int n) {
+/* What differs where a unit is a pair of bfloat16: Q and K pair along d, V and P along keys.
+ *
+ * read_units      n strided elements of a row of Q or K -> contiguous units
+ * read_step       one row of V, or with pairs two of them zipped -> units; a NULL row counts as
+ * zeros multiply_units  n elements in units times 1 or -1
+ */
 #if FA_PAIRS
-    uint16_t *x = (uint16_t *)row;
-    for (int i = 0; i < n; i++) x[i] = fa_float_to_bf16(fa_bf16_to_float(x[i]) * factor);
-#else
-    for (int i = 0; i < n; i++) row[i] *= factor;
-#endif
+static void read_units(real *to, const void *from, fa_dtype type, int64_t stride, int n) {
+    const uint16_t *x = from;
+    uint16_t *y = (uint16_t *)to;
+    (void)type;
+    if (stride == 1)
+        memcpy(y, x, (size_t)n * sizeof *x);
+    else
+        for (int i = 0; i < n; i++) y[i] = x[i * stride];
+    if (n % 2) y[n] = 0;
 }
 
+static void read_step(real *to, const void *first, const void *second, fa_dtype type,
+                      int64_t stride, int n) {
+    const uint16_t *x = first, *y = second;
+    uint16_t *z = (uint16_t *)to;
+    (void)type;
+    if (x && y && stride == 1) {
+        for (int i = 0; i < n; i++) {
+            z[2 * i] = x[i];
+            z[2 * i + 1] = y[i];
+        }
+    } else {
+        for (int i = 0; i < n; i++) {
+            z[2 * i] = x ? x[i * stride] : 0;
+            z[2 * i + 1] = y ? y[i * stride] : 0;
+        }
+    }
+}
+
+static void multiply_units(real *units, real factor, int n) {
+    uint16_t *x = (uint16_t *)units;
+    for (int i = 0; i < n; i++) x[i] = fa_float_to_bf16(fa_bf16_to_float(x[i]) * factor);
+}
+
+/* x and y rounded to bfloat16: x0 y0 x1 y1 ... */
+FA_FAST vec pair(vec x, vec y) {
+    const __m512i order =
+        (__m512i)(__v32hi){0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (vec)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
+}
+#else
+static void read_units(real *to, const void *from, fa_dtype type, int64_t stride, int n) {
+    read_row(to, from, type, stride, n);
+}
+
+static void read_step(real *to, const void *first, const void *second, fa_dtype type,
+                      int64_t stride, int n) {
+    (void)second;
+    if (first)
+        read_row(to, first, type, stride, n);
+    else
+        memset(to, 0, (size_t)n * sizeof *to);
+}
+
+static void multiply_units(real *units, real factor, int n) {
+    for (int i = 0; i < n; i++) units[i] *= factor;
+}
+
+FA_FAST vec pair(vec x, vec y) {
+    (void)y;
+    return x;
+}
+#endif
+
 /* n contiguous reals -> strided elements of `type`. */
-#define write_row FN(write_row)
 static void write_row(void *to, fa_dtype type, int64_t stride, const real *from, int n) {
     if (type == FA_BF16) {
         uint16_t *x = to;
