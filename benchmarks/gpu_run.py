@@ -8,7 +8,7 @@ variants can lie there side by side. `run` needs the sources' Python files and t
 more. Each part runs under its own time limit and writes its own log, so that one that hangs costs
 the others nothing:
 
-    smoke     one call of each head size against the formula; the others are skipped if it fails
+    smoke     python -m fastattn, and a few calls of every row; the others are skipped if it fails
     tests     pytest -m gpu
     sanitize  compute-sanitizer's four tools at once, over one small case per row and feature
     bench     python benchmarks
@@ -114,6 +114,7 @@ def commands(part, options, out, name):
     """(label, command) of a part; the labels name the logs."""
     python, cases = [sys.executable, "-X", "faulthandler"], ROOT / "tests" / "gpu_cases.py"
     if part == "smoke":
+        yield "hello", [*python, "-m", "fastattn"]
         yield "smoke", [*python, cases, "--smoke"]
     elif part == "tests":
         flags = shlex.split("-m pytest -m gpu -q -rsx --durations=8")
