@@ -339,10 +339,9 @@ static void close_panel(const context *c, panel *p, int64_t b, int64_t h) {
             l = l * weight + power(base_of(FA_LOG2E), pick(s == finite, (vec){0}, s - finite));
             m = top;
         }
-        weight /= l;
         for (int i = 0; i < what->dv; i++) {
             vec *o = p->o + i * p->nv + j;
-            *o = pick(empty, (vec){0}, *o * weight);
+            *o = pick(empty, (vec){0}, *o * weight / l);
         }
         for (int i = 0; i < what->dv; i += LANES)
             transpose(c->rows + i, width, (real *)(p->o + i * p->nv + j), p->nv * LANES);

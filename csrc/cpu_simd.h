@@ -136,12 +136,15 @@ FA_FAST vec power(base e, vec x) {
     return fma_(scale, y, scale);
 }
 
-/* tanh|x| = -e / (2 + e) with e = exp(-2|x|) - 1, which loses no digits near 0. */
+/* With q = exp(-2|x|), tanh|x| is (1 - q) / (1 + q): near 0 from 1 - q, which loses no digits as
+ * exp() - 1, and far from it as 1 - 2q / (1 + q), whose last rounding is then the only one. */
 FA_FAST vec tanh_(base two_e, vec x) {
     const ivec sign = (ivec)splat(-(real)0);
     vec scale, y = power_parts(two_e, (vec)((ivec)x | sign), &scale);
-    vec e = fma_(scale, y, scale - 1);
-    return (vec)((ivec)(-e / (2 + e)) | ((ivec)x & sign));
+    vec q = fma_(scale, y, scale), less = fma_(scale, y, scale - 1);
+    const ivec far = q < (real)(1. / 3);
+    vec part = pick(far, 2 * q, -less) / (1 + q);
+    return (vec)((ivec)pick(far, 1 - part, part) | ((ivec)x & sign));
 }
 
 /* log2 of a positive normal number, or NaN: x = 2^n t, t near 1, z = (t - 1) / (t + 1). For lse,
