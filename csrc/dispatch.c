@@ -23,32 +23,37 @@ int32_t fa_backend_count(void) { return COUNT; }
 
 const fa_backend *fa_backend_at(int32_t i) { return table[i].backend; }
 
+/* FA_OK, or the backend's reason in why. */
+static fa_status try_backend(int32_t i, const fa_plan *plan, const char *name, fa_error *why) {
+    if (name && strcmp(name, table[i].backend->name))
+        return fa_fail(why, FA_UNSUPPORTED, "backend=\"%s\" was asked for", name);
+    return table[i].backend->reject(&plan->params, why);
+}
+
 const fa_backend *fa_choose(const fa_plan *plan, const char *name, fa_error *reasons,
                             fa_error *error) {
     const fa_backend *chosen = NULL;
-    size_t used = 0;
-    error->text[0] = 0;
+    /* The usual case first, without a word: a backend of another device is not even asked. */
+    for (int32_t i = 0; i < COUNT && !chosen; i++)
+        if (table[i].device == plan->params.where.device_type &&
+            try_backend(i, plan, name, error) == FA_OK)
+            chosen = table[i].backend;
+    if (chosen && !reasons) return chosen;
+
+    size_t used = 0, room = sizeof error->text;
     for (int32_t i = 0; i < COUNT; i++) {
-        const fa_backend *backend = table[i].backend;
         fa_error why = {""};
-        if (name && strcmp(name, backend->name))
-            snprintf(why.text, sizeof why.text, "backend=\"%s\" was asked for", name);
-        else if (backend->reject(&plan->params, &why) == FA_OK)
-            why.text[0] = 0;
+        if (try_backend(i, plan, name, &why) == FA_OK) why.text[0] = 0;
         if (reasons) reasons[i] = why;
-        if (!why.text[0]) {
-            if (!chosen) chosen = backend;
-            if (!reasons) return chosen;
-            continue;
-        }
-        int wrote = snprintf(error->text + used, sizeof error->text - used, "%s%s: %s",
-                             used ? "; " : "no backend takes this call: ", backend->name, why.text);
-        if (wrote > 0) used += (size_t)wrote;
-        if (used >= sizeof error->text) used = sizeof error->text - 1;
+        if (used < room)
+            used += (size_t)snprintf(
+                error->text + used, room - used, "%s%s: %s",
+                used ? "; " : "no backend takes this call: ", table[i].backend->name, why.text);
     }
 #ifndef FASTATTN_CUDA
-    snprintf(error->text + used, sizeof error->text - used,
-             "; built without CUDA kernels (nvcc was not found)");
+    if (used < room)
+        snprintf(error->text + used, room - used,
+                 "; built without CUDA kernels (nvcc was not found)");
 #endif
     return chosen;
 }

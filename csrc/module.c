@@ -287,11 +287,8 @@ static fa_status run(call *c, output *out, output *lse) {
 /* (out, lse) or out as the caller's kind of array. */
 static PyObject *hand_over(module_state *state, const borrowed *like, output *out, output *lse,
                            PyObject *given, int return_lse) {
-    PyObject *first = given, *second = NULL;
-    if (given)
-        Py_INCREF(given);
-    else
-        first = tensor_hand_over(state, like, out);
+    PyObject *second = NULL;
+    PyObject *first = given ? Py_NewRef(given) : tensor_hand_over(state, like, out);
     if (!first || !return_lse) {
         tensor_drop(lse);
         return first;
@@ -421,10 +418,7 @@ static PyObject *function(PyObject *module, PyObject *arguments) {
             s->value[i] = i < required ? NULL : PyTuple_GetItem(defaults, i - required);
         }
         s->count = count, s->positional = positional;
-        s->text = text, s->names = names, s->defaults = defaults;
-        Py_INCREF(text);
-        Py_INCREF(names);
-        Py_INCREF(defaults);
+        s->text = Py_NewRef(text), s->names = Py_NewRef(names), s->defaults = Py_NewRef(defaults);
         s->method = (PyMethodDef){name, (PyCFunction)(void (*)(void))entries[which],
                                   METH_FASTCALL | METH_KEYWORDS, name + strlen(name) + 1};
     }
@@ -575,10 +569,7 @@ static PyObject *cuda_info(void) {
                          cuda.driver, "error", cuda.error, "devices", devices, "kernels", kernels);
 }
 #else
-static PyObject *cuda_info(void) {
-    Py_INCREF(Py_None);
-    return Py_None;
-}
+static PyObject *cuda_info(void) { return Py_NewRef(Py_None); }
 #endif
 
 /* What only C knows; python/fastattn/_attention.py makes the public dict of it. */

@@ -29,33 +29,28 @@ static const char *type_name(PyObject *object, char buffer[128]) {
 
 /* ---- What is loaded ------------------------------------------------------------------------ */
 
-/* The attribute path of a loaded module, or NULL without an exception: a module that is being
- * imported just now may not have it yet. */
-static PyObject *find(const char *module, const char *first, const char *second) {
-    PyObject *name = PyUnicode_FromString(module);
-    PyObject *found = name ? PyImport_GetModule(name) : NULL;
-    Py_XDECREF(name);
-    for (int i = 0; i < 2 && found; i++) {
-        const char *attribute = i ? second : first;
-        if (!attribute) break;
-        PyObject *next = PyObject_GetAttrString(found, attribute);
-        Py_DECREF(found);
-        found = next;
-    }
-    if (!found) PyErr_Clear();
-    return found;
+/* Calls a function of fastattn._arrays, which is imported by the first call that needs it. */
+static PyObject *call_arrays(module_state *state, const char *function, const char *format, ...) {
+    if (!state->arrays) state->arrays = PyImport_ImportModule("fastattn._arrays");
+    PyObject *callable = state->arrays ? PyObject_GetAttrString(state->arrays, function) : NULL;
+    if (!callable) return NULL;
+    va_list values;
+    va_start(values, format);
+    PyObject *arguments = Py_VaBuildValue(format, values);
+    va_end(values);
+    PyObject *result = arguments ? PyObject_CallObject(callable, arguments) : NULL;
+    Py_XDECREF(arguments);
+    Py_DECREF(callable);
+    return result;
 }
 
-/* The newest table of our major version, or NULL. */
-static const DLExchangeAPI *exchange_table(PyObject *type) {
-    PyObject *capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
-    DLExchangeHeader *header =
-        capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : NULL;
-    if (!header) PyErr_Clear();
-    Py_XDECREF(capsule); /* the table outlives the capsule: it is static in its framework */
+/* The newest table of our major version in a capsule, or NULL. */
+static const DLExchangeAPI *exchange_table(PyObject *capsule) {
+    if (!PyCapsule_IsValid(capsule, "dlpack_exchange_api")) return NULL;
+    DLExchangeHeader *header = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
     while (header && header->version.major > DL_MAJOR) header = header->prev_api;
     if (!header || header->version.major != DL_MAJOR) return NULL;
-    const DLExchangeAPI *api = (const DLExchangeAPI *)header;
+    const DLExchangeAPI *api = (const DLExchangeAPI *)header; /* static in its framework */
     return api->borrow_from_object ? api : NULL;
 }
 
@@ -65,42 +60,34 @@ static PyObject *call_is_neg(PyObject *tensor, PyObject *unused) {
 }
 
 /* Learns about the frameworks that have been imported since the last look. `tensor` and `ndarray`
- * are set last and are what says that the rest is there. */
+ * are set last and say that the rest is there. */
 static int learn(module_state *state) {
-    if (!state->tensor) {
-        PyObject *tensor = find("torch", "Tensor", NULL);
-        PyObject *instance = tensor ? PyObject_CallObject(tensor, NULL) : NULL;
-        PyObject *is_neg = instance ? PyObject_GetAttrString(instance, "is_neg") : NULL;
-        PyObject *parameter = find("torch", "nn", "Parameter");
-        PyObject *enabled = find("torch", "is_grad_enabled", NULL);
-        PyObject *forward_ad = find("torch.autograd.forward_ad", "__dict__", NULL);
-        if (is_neg && parameter && enabled && forward_ad) {
-            int is_c = PyCFunction_Check(is_neg) && PyCFunction_GetFlags(is_neg) == METH_NOARGS;
-            state->is_neg = is_c ? PyCFunction_GetFunction(is_neg) : call_is_neg;
-            state->torch = exchange_table(tensor);
-            state->parameter = (PyTypeObject *)parameter;
-            state->is_grad_enabled = enabled;
-            state->forward_ad = forward_ad;
-            __atomic_store_n(&state->tensor, (PyTypeObject *)tensor, __ATOMIC_RELEASE);
-        } else {
-            Py_XDECREF(tensor);
-            Py_XDECREF(parameter);
-            Py_XDECREF(enabled);
-            Py_XDECREF(forward_ad);
-        }
-        PyErr_Clear();
-        Py_XDECREF(is_neg);
-        Py_XDECREF(instance);
+    PyObject *torch, *ndarray, *tensor, *parameter, *is_neg, *enabled, *forward_ad, *table;
+    if (state->tensor && state->ndarray) return 0;
+    PyObject *loaded = call_arrays(state, "loaded", "()");
+    if (!loaded || !PyArg_ParseTuple(loaded, "OO", &torch, &ndarray)) goto failed;
+    if (!state->tensor && torch != Py_None) {
+        if (!PyArg_ParseTuple(torch, "OOOOOO", &tensor, &parameter, &is_neg, &enabled, &forward_ad,
+                              &table))
+            goto failed;
+        int is_c = PyCFunction_Check(is_neg) && PyCFunction_GetFlags(is_neg) == METH_NOARGS;
+        state->is_neg = is_c ? PyCFunction_GetFunction(is_neg) : call_is_neg;
+        state->torch = exchange_table(table);
+        state->is_grad_enabled = Py_NewRef(enabled);
+        state->forward_ad = Py_NewRef(forward_ad);
+        state->parameter = (PyTypeObject *)Py_NewRef(parameter);
+        __atomic_store_n(&state->tensor, (PyTypeObject *)Py_NewRef(tensor), __ATOMIC_RELEASE);
     }
-    if (!state->ndarray) {
-        PyObject *ndarray = find("numpy", "ndarray", NULL);
-        if (ndarray && _import_array() < 0) {
-            Py_DECREF(ndarray);
-            return -1;
-        }
-        __atomic_store_n(&state->ndarray, (PyTypeObject *)ndarray, __ATOMIC_RELEASE);
+    if (!state->ndarray && ndarray != Py_None) {
+        if (_import_array() < 0) goto failed;
+        __atomic_store_n(&state->ndarray, (PyTypeObject *)Py_NewRef(ndarray), __ATOMIC_RELEASE);
     }
+    Py_DECREF(loaded);
     return 0;
+
+failed:
+    Py_XDECREF(loaded);
+    return -1;
 }
 
 int tensor_init(module_state *state) {
@@ -133,21 +120,6 @@ void tensor_clear(module_state *state) {
         Py_CLEAR(state->signatures[i].names);
         Py_CLEAR(state->signatures[i].defaults);
     }
-}
-
-/* Calls a function of fastattn._arrays, which is imported by the first array that needs it. */
-static PyObject *call_arrays(module_state *state, const char *function, const char *format, ...) {
-    if (!state->arrays) state->arrays = PyImport_ImportModule("fastattn._arrays");
-    PyObject *callable = state->arrays ? PyObject_GetAttrString(state->arrays, function) : NULL;
-    if (!callable) return NULL;
-    va_list values;
-    va_start(values, format);
-    PyObject *arguments = Py_VaBuildValue(format, values);
-    va_end(values);
-    PyObject *result = arguments ? PyObject_CallObject(callable, arguments) : NULL;
-    Py_XDECREF(arguments);
-    Py_DECREF(callable);
-    return result;
 }
 
 /* ---- In ------------------------------------------------------------------------------------ */
@@ -436,8 +408,7 @@ static fa_status new_numpy(const borrowed *like, const DLTensor *t, output *out,
     if (memcmp(&t->dtype, &like->array.dtype, sizeof t->dtype)) {
         descr = PyArray_DescrFromType(NPY_FLOAT);
     } else {
-        descr = PyArray_DESCR((PyArrayObject *)like->object);
-        Py_INCREF(descr);
+        descr = (PyArray_Descr *)Py_NewRef(PyArray_DESCR((PyArrayObject *)like->object));
     }
     out->object = PyArray_Empty(t->ndim, shape, descr, 0); /* steals descr */
     return out->object ? borrow_numpy(out->object, &out->memory, error) : FA_RAISED;

@@ -1,7 +1,7 @@
-"""The frameworks without a C exchange table, recognised without importing any of them.
+"""The frameworks, recognised without importing any of them.
 
-Called by csrc/tensor.c, for arrays that are neither torch tensors nor NumPy arrays. Whatever an
-array's framework is, it is in sys.modules already; so each is looked up there.
+Called by csrc/tensor.c. Whatever an array's framework is, it is in sys.modules already; so each is
+looked up there.
 """
 
 import sys
@@ -15,6 +15,24 @@ def _is(array: Any, module: str, name: str) -> bool:
     """Whether array is an instance of module.name, where that module is loaded."""
     kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(array, kind)
+
+
+def loaded() -> tuple[tuple[Any, ...] | None, Any]:
+    """What csrc/tensor.c keeps of torch and NumPy, each None until it is loaded."""
+    torch: Any = sys.modules.get("torch")
+    numpy: Any = sys.modules.get("numpy")
+    try:
+        parts = (
+            torch.Tensor,
+            torch.nn.Parameter,
+            torch.Tensor().is_neg,
+            torch.is_grad_enabled,
+            vars(torch.autograd.forward_ad),
+            getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+        )
+    except AttributeError:  # not imported, or only half by now
+        parts = None
+    return parts, getattr(numpy, "ndarray", None)
 
 
 def is_jax(array: Any) -> bool:
