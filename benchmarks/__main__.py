@@ -1,4 +1,4 @@
-"""`python benchmarks` is `python -m fastattn bench --known benchmarks/peers.csv`.
+"""`python benchmarks` is `python -m fastattn bench` that knows the peers and commit of this tree.
 
 benchmarks/
     peers.csv              every known peer's time on one H100, for the column "x known"
@@ -13,5 +13,5 @@ import sys
 
 from fastattn import _bench
 
-known = pathlib.Path(__file__).parent / "peers.csv"
-sys.exit(_bench.main(sys.argv[1:], "python benchmarks", known))
+tree = pathlib.Path(__file__).resolve().parent.parent
+sys.exit(_bench.main(sys.argv[1:], "python benchmarks", tree))

@@ -655,6 +655,11 @@ def machine(arrays):
     return limits
 
 
+def git(tree):
+    """The commit of a source tree, or None."""
+    return _shell("git", "-C", str(tree), "describe", "--always", "--dirty")
+
+
 def _shell(*command):
     """One line of a command's output, or None where it cannot be asked."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -662,7 +667,7 @@ def _shell(*command):
         return output.stdout.strip().partition("\n")[0]
 
 
-def header(arrays, command, commit=None):
+def header(arrays, command, commit):
     """Everything that a reader needs to repeat the run."""
     info = fastattn.info()
     packages = ("numpy", "torch", "jax", "triton", "fa3-fwd", "flash-attn-4")
@@ -670,11 +675,10 @@ def header(arrays, command, commit=None):
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    here = os.path.dirname(os.path.abspath(__file__))
     head = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,
-        "commit": commit or _shell("git", "-C", here, "describe", "--always", "--dirty"),
+        "commit": commit,
         "device": arrays.device,
         "cpu": cpu_name(),
         "cpu_level": info["cpu"]["level"],
@@ -898,8 +902,8 @@ def _progress(items):
     print("\r", end="", file=sys.stderr)
 
 
-def main(argv, program="python -m fastattn bench", known=None):
-    """The command line; `known` is the default of --known. Returns the exit status."""
+def main(argv, program="python -m fastattn bench", tree=None):
+    """The command line, called from the sources in `tree` (None: installed). Returns the status."""
     suites = _suites()
     parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -911,12 +915,9 @@ def main(argv, program="python -m fastattn bench", known=None):
     add("--backend", help="hold fastattn to this backend")
     add("--timings", type=int, default=25, help="of each implementation, at least 20")
     add("--warmup", type=float, default=0.3, help="seconds, each cell")
-    add(
-        "--known",
-        default=known,
-        help="a CSV of known peers (benchmarks/peers.csv), for the column 'x known'",
-    )
-    add("--commit", help="recorded where the tree has no .git")
+    known, commit = (tree / "benchmarks" / "peers.csv", git(tree)) if tree else (None, None)
+    add("--known", default=known, help="benchmarks/peers.csv, for the column 'x known'")
+    add("--commit", default=commit, help="to be recorded; benchmarks/ knows that of its tree")
     add("--json", metavar="FILE", help="write header and rows")
     add("--plot", metavar="DIR", help="write PNGs (needs matplotlib)")
     add("--from", dest="source", metavar="FILE", help="print and plot a result file again")
