@@ -30,20 +30,17 @@ static PyObject *raise_status(fa_status status, const fa_error *error) {
         default:
             break;
     }
-    PyErr_SetString(type, error->text);
+    /* A name that was cut to fit may end within a character. */
+    PyObject *text = PyUnicode_DecodeUTF8(error->text, (Py_ssize_t)strlen(error->text), "replace");
+    if (text) PyErr_SetObject(type, text);
+    Py_XDECREF(text);
     return NULL;
 }
 
 /* ---- Options ------------------------------------------------------------------------------- */
 
 static const char *repr(PyObject *object, char buffer[64]) {
-    PyObject *text = PyObject_Repr(object);
-    PyObject *bytes = text ? PyUnicode_AsUTF8String(text) : NULL;
-    snprintf(buffer, 64, "%s", bytes ? PyBytes_AsString(bytes) : "an object");
-    if (!bytes) PyErr_Clear();
-    Py_XDECREF(text);
-    Py_XDECREF(bytes);
-    return buffer;
+    return tensor_text(PyObject_Repr(object), 64, buffer);
 }
 
 static fa_status get_bool(PyObject *object, const char *name, int *out, fa_error *error) {

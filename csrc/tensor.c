@@ -16,15 +16,19 @@
 #define NPY_TARGET_VERSION NPY_1_23_API_VERSION
 #include <numpy/arrayobject.h>
 
-/* The name of an object's type, for a sentence. */
-static const char *type_name(PyObject *object, char buffer[128]) {
-    PyObject *name = PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__qualname__");
-    PyObject *bytes = name ? PyUnicode_AsUTF8String(name) : NULL;
-    snprintf(buffer, 128, "%s", bytes ? PyBytes_AsString(bytes) : "an object");
+const char *tensor_text(PyObject *text, size_t size, char *buffer) {
+    PyObject *bytes = text ? PyUnicode_AsUTF8String(text) : NULL;
+    snprintf(buffer, size, "%s", bytes ? PyBytes_AsString(bytes) : "an object");
     if (!bytes) PyErr_Clear();
-    Py_XDECREF(name);
+    Py_XDECREF(text);
     Py_XDECREF(bytes);
     return buffer;
+}
+
+/* The name of an object's type, for a sentence. */
+static const char *type_name(PyObject *object, char buffer[128]) {
+    PyObject *type = (PyObject *)Py_TYPE(object);
+    return tensor_text(PyObject_GetAttrString(type, "__qualname__"), 128, buffer);
 }
 
 /* ---- What is loaded ------------------------------------------------------------------------ */
@@ -245,14 +249,9 @@ static DLDataType numpy_dtype(PyArray_Descr *descr) {
     if (PyTypeNum_ISUNSIGNED(descr->type_num)) return (DLDataType){DL_UINT, bits, 1};
     if (PyTypeNum_ISCOMPLEX(descr->type_num)) return (DLDataType){DL_COMPLEX, bits, 1};
     /* ml_dtypes registers its types as they come: only the name tells them. */
-    char name[128];
+    char name[128] = "";
     PyObject *type = (PyObject *)descr->typeobj;
-    PyObject *text = bits == 16 ? PyObject_GetAttrString(type, "__name__") : NULL;
-    PyObject *bytes = text ? PyUnicode_AsUTF8String(text) : NULL;
-    snprintf(name, sizeof name, "%s", bytes ? PyBytes_AsString(bytes) : "");
-    PyErr_Clear();
-    Py_XDECREF(text);
-    Py_XDECREF(bytes);
+    if (bits == 16) tensor_text(PyObject_GetAttrString(type, "__name__"), sizeof name, name);
     return strcmp(name, "bfloat16") ? (DLDataType){0, 0, 1} : (DLDataType){DL_BFLOAT, 16, 1};
 }
 
@@ -267,18 +266,13 @@ static fa_status borrow_numpy(PyObject *object, borrowed *b, fa_error *error) {
                   shape,
                   strides,
                   0};
-    if (!t.dtype.bits || !PyArray_ISNOTSWAPPED(array)) {
-        PyObject *text = PyObject_Str((PyObject *)descr);
-        PyObject *bytes = text ? PyUnicode_AsUTF8String(text) : NULL;
-        if (bytes)
-            fa_fail(
-                error, FA_TYPE,
-                "`%s` must be float64, float32, float16 or bfloat16 in native byte order, got %s",
-                b->array.name, PyBytes_AsString(bytes));
-        Py_XDECREF(text);
-        Py_XDECREF(bytes);
-        return bytes ? FA_TYPE : FA_RAISED;
-    }
+    char got[128];
+    if (!t.dtype.bits || !PyArray_ISNOTSWAPPED(array))
+        return fa_fail(error, FA_TYPE,
+                       "`%s` must be float64, float32, float16 or bfloat16 in native byte order, "
+                       "got %s",
+                       b->array.name,
+                       tensor_text(PyObject_Str((PyObject *)descr), sizeof got, got));
     for (int i = 0; i < t.ndim; i++) {
         shape[i] = PyArray_DIM(array, i);
         if (shape[i] > 1 && PyArray_STRIDE(array, i) % size)

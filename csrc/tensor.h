@@ -41,6 +41,9 @@ int tensor_init(module_state *state);
 int tensor_traverse(module_state *state, visitproc visit, void *arg);
 void tensor_clear(module_state *state);
 
+/* Copies a str, which it takes over, into a buffer; "an object" if text is NULL. */
+const char *tensor_text(PyObject *text, size_t size, char *buffer);
+
 /* How an array came, and so how its like is made. */
 typedef enum array_kind { KIND_TABLE, KIND_NUMPY, KIND_DLPACK } array_kind;
 
