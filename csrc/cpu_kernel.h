@@ -356,26 +356,30 @@ static void close_panel(const context *c, panel *p, int64_t b, int64_t h) {
 }
 
 /* Which keys of a block some row sees through the bool mask; returns how many. The rows' intervals
- * count too, so that a key that only the mask or only the interval of every row hides is not read
- * as a value. */
+ * count too: a key that every row has hidden, by the one or by the other, is not read as a value.
+ */
 static int see(const context *c, fa_lengths lengths, int first, int count, const block *keys,
                uint8_t *seen) {
     const fa_tensor *mask = &c->p->scores.mask;
+    const int64_t stride = mask->stride[3];
+    int n = 0;
     memset(seen, 0, KEYS);
     for (int row = first; row < first + count; row++) {
         fa_interval of = fa_row_interval(&c->p->masks, lengths, row);
         int begin = of.begin > keys->begin ? of.begin : keys->begin;
         int end = of.end < keys->end ? of.end : keys->end;
-        const uint8_t *from =
-            (const uint8_t *)c->mask + row * mask->stride[2] + begin * mask->stride[3];
-        uint8_t *to = seen + (begin - keys->begin);
-        if (mask->stride[3] == 1)
-            for (int i = 0; i < end - begin; i++) to[i] |= from[i];
+        const uint8_t *restrict from =
+            (const uint8_t *)c->mask + row * mask->stride[2] + begin * stride;
+        uint8_t *restrict to = seen + (begin - keys->begin);
+        if (stride == 1 && end - begin == KEYS)
+            for (int i = 0; i < KEYS; i++) to[i] |= from[i];
         else
-            for (int i = 0; i < end - begin; i++) to[i] |= from[i * mask->stride[3]];
+            for (int i = 0; i < end - begin; i++) to[i] |= from[i * stride];
+        if ((row - first) % 16 != 15 && row + 1 < first + count) continue;
+        n = 0;
+        for (int i = 0; i < KEYS; i++) n += seen[i] != 0;
+        if (n == keys->end - keys->begin) break; /* mostly after a few rows */
     }
-    int n = 0;
-    for (int i = 0; i < keys->end - keys->begin; i++) n += seen[i] != 0;
     return n;
 }
 
