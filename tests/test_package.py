@@ -1,0 +1,142 @@
+"""What a user gets: source distribution, wheel, `python -m fastattn`, the README's programs."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import fastattn
+import numpy as np
+import pytest
+from conftest import ROOT, needs, python
+
+# From the sources only: an installed package brings no setup.py.
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no source tree")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The names in an sdist, and in the wheel (without CUDA) that this very sdist gives."""
+    if not shutil.which("cc"):
+        pytest.skip("no C compiler")
+    folder = tmp_path_factory.mktemp("package")
+    tree = folder / "tree"
+    skip = shutil.ignore_patterns("build", "dist", "*.so", "*.egg-info", "__pycache__", ".*")
+    shutil.copytree(ROOT, tree, ignore=skip)
+    run = "import setuptools.build_meta as b, sys; getattr(b, sys.argv[1])(sys.argv[2])"
+    environment = {**os.environ, "FASTATTN_CUDA": "0"}
+
+    def build(what, where):
+        command = [sys.executable, "-c", run, what, folder]
+        done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    build("build_sdist", tree)
+    archive = next(folder.glob("*.tar.gz"))
+    with tarfile.open(archive) as tar:
+        members = [m for m in tar.getmembers() if m.isfile()]
+        sdist = {m.name.partition("/")[2] for m in members}
+        tar.extractall(folder / "unpacked", filter="data")
+    build("build_wheel", next((folder / "unpacked").iterdir()))
+    wheel = next(folder.glob("*.whl"))
+    return sdist, wheel
+
+
+def test_the_sdist_has_all_that_a_build_and_its_tests_need(built):
+    sdist, _ = built
+    wanted = {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
+    for folder in ("csrc", "kernels", "python", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            name = path.relative_to(ROOT).as_posix()
+            if path.is_file() and not re.search(r"\.(so|pyc)$|egg-info|/\.", name):
+                wanted.add(name)
+    assert wanted <= sdist, wanted - sdist
+    assert not [n for n in sdist if n.endswith((".so", ".o", ".pyc"))]
+
+
+def test_promise_1_the_wheel_is_the_package_and_nothing_else(built):
+    _, wheel = built
+    assert re.fullmatch(r"fastattn-[\d.]+-cp310-abi3-\w+\.whl", wheel.name)
+    assert wheel.stat().st_size < 20 * 2**20
+    with zipfile.ZipFile(wheel) as archive:
+        names = {n for n in archive.namelist() if ".dist-info/" not in n}
+        metadata = next(n for n in archive.namelist() if n.endswith("/METADATA"))
+        text = archive.read(metadata).decode()
+    python_files = {f"fastattn/{p.name}" for p in (ROOT / "python" / "fastattn").glob("*.py*")}
+    assert names == python_files | {"fastattn/_C.abi3.so", "fastattn/py.typed"}
+    requires = [line for line in text.splitlines() if line.startswith("Requires-Dist")]
+    assert [r for r in requires if "extra ==" not in r] == ["Requires-Dist: numpy>=1.23"]
+    assert f"Version: {fastattn.__version__}" in text and "BSD-3-Clause" in text
+
+
+def test_promise_1_the_wheel_imports_with_nothing_beside_it(built, tmp_path):
+    """Unpacked into an empty place, in isolated mode: no NumPy, no torch, no site-packages."""
+    _, wheel = built
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import fastattn; print(fastattn.info()['backends'], fastattn.info()['cuda'])"
+    )
+    said = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip() == "['cpu'] None"
+
+
+def test_the_first_command():
+    """`python -m fastattn` finds, computes, compares and says so."""
+    said = python("-m", "fastattn", timeout=300)
+    assert fastattn.__version__ in said and fastattn.info()["cpu"]["level"] in said
+    kernel = fastattn.explain(fastattn.attention, *[np.ones((1, 1, 2, 4), np.float32)] * 3).kernel
+    assert kernel.rpartition("_")[0] in said or "sm90" in said
+    assert re.search(r"fastattn\s+\d", said) and "error" in said
+
+
+def test_the_first_command_with_numpy_alone():
+    """Where torch, JAX and the rest are not installed."""
+    hidden = ("torch", "jax", "cupy", "matplotlib", "tqdm", "ml_dtypes", "flash_attn")
+    said = python(
+        "-c",
+        f"import sys\nfor name in {hidden!r}: sys.modules[name] = None\n"
+        "import runpy\nsys.argv = ['fastattn']\n"
+        "try: runpy.run_module('fastattn', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n",
+    )
+    assert "A first attention" in said
+
+
+def programs(path, language="python"):
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("number", range(len(programs(ROOT / "README.md"))))
+@needs("torch")
+def test_readme_programs_run(number, tmp_path):
+    program = tmp_path / "readme.py"
+    program.write_text(programs(ROOT / "README.md")[number])
+    assert python(program)
+
+
+def test_readme_opens_with_a_program():
+    text = (ROOT / "README.md").read_text()
+    assert 0 < text.index("```python") < 600
+    for command in ("pip install . && python -m fastattn", "pip install '.[test]' && pytest"):
+        assert command in text
+
+
+def test_readme_links_lead_somewhere():
+    for name in ("README.md", ".github/CONTRIBUTING.md", "kernels/README.md", "CHANGELOG.md"):
+        path = ROOT / name
+        if not path.exists():
+            continue
+        for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", path.read_text()):
+            assert (path.parent / target).exists() or (ROOT / target).exists(), f"{name}: {target}"
+
+
+def test_versions_agree():
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert fastattn.__version__ in changes or "nreleased" in changes
