@@ -13,6 +13,7 @@
 #include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 enum { FA_MAX_THREADS = 1024 };
 
@@ -49,7 +50,9 @@ static void fa_pool_setup(void) {
     const char *text = getenv("FASTATTN_NUM_THREADS");
     long n = text ? strtol(text, NULL, 10) : 0;
     cpu_set_t set;
-    if (n <= 0) n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+    if (n <= 0 && sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
+    if (n <= 0) n = sysconf(_SC_NPROCESSORS_ONLN); /* more cores than a cpu_set_t holds */
+    if (n <= 0) n = 1;
     fa_pool_size = (int)(n > FA_MAX_THREADS ? FA_MAX_THREADS : n);
     pthread_atfork(NULL, NULL, fa_pool_after_fork);
 }
