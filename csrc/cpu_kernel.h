@@ -231,8 +231,9 @@ FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, in
         const vec m = pick(top_j == -(real)INFINITY, (vec){0}, top_j); /* 2^(-inf - 0) is 0 */
         vec l = {0};
         alpha[j] = power(c->score_base, p->m[j] - m);
-        for (int chain = 0; chain < n; chain += CHAIN) {
-            const int stop = chain + CHAIN < n ? chain + CHAIN : n;
+        for (int chain = 0, stop; chain < n; chain = stop) {
+            stop = chain + CHAIN - (begin + chain) % CHAIN; /* the same for every panel */
+            if (stop > n) stop = n;
             vec sum = {0};
             for (int i = chain; i < stop; i += STEP) {
                 vec x = power(c->score_base, s[i * nv + j] - m);
@@ -486,8 +487,9 @@ static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_lengths length
                    count - i < PANEL ? count - i : PANEL);
     const int begin = fa_row_interval(&p->masks, lengths, first).begin;
     const int end = fa_row_interval(&p->masks, lengths, first + count - 1).end;
-    /* Blocks start at multiples of KEYS, wherever the rows' keys do: how rows are grouped changes
-     * no bit. */
+    /* Blocks start at multiples of KEYS, chains of additions at multiples of CHAIN, wherever the
+     * rows' keys do: how rows are grouped, and so how many threads there are and how many
+     * sequences, changes no bit. */
     for (int at = begin / KEYS * KEYS; at < end; at += KEYS) {
         block keys = {
             at > begin ? at : begin / STEP * STEP, at + KEYS < end ? at + KEYS : end, 0, 0, 0, 0};
