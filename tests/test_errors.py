@@ -4,6 +4,7 @@ And a refusal leaves no trace: `out` keeps its bytes, arrays their reference cou
 given back exactly once.
 """
 
+import contextlib
 import gc
 import sys
 
@@ -408,6 +409,29 @@ def test_sentence(what):
     assert refused(5) == before
     if bytes_before is not None:
         assert out.tobytes() == bytes_before
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_refusals_leave_no_object_behind(what):
+    exception, _, arguments = WRONG[what]
+    shapes = {"q": (2, 4, 5, 8), "k": (2, 2, 7, 8), "v": (2, 2, 7, 8)}
+    arguments = {**shapes, **arguments}
+    for name in shapes:
+        if isinstance(arguments[name], tuple):
+            arguments[name] = a(*arguments[name])
+
+    def blocks(times):
+        for _ in range(times):
+            with contextlib.suppress(exception):
+                fastattn.attention(**arguments)
+            for x in arguments.values():
+                if isinstance(x, Tensor):
+                    x.forget()
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = blocks(20)
+    assert blocks(300) - before < 150
 
 
 def _immortal(x):

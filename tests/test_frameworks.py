@@ -258,8 +258,9 @@ def test_reference_counts_stay(kind):
         gc.collect()
         return [sys.getrefcount(x) for x in arrays]
 
-    before = counts(1)
-    assert counts(20) == before
+    before, blocks = counts(100), sys.getallocatedblocks()
+    assert counts(1000) == before
+    assert sys.getallocatedblocks() - blocks < 500, "objects are left behind"
 
 
 def test_nothing_is_imported_for_a_caller():

@@ -71,7 +71,8 @@ for _ in range(20):
     child = os.fork()
     if child == 0:
         fine = all(np.array_equal(fastattn.attention(x, x, x), want) for _ in range(2))
-        os._exit(0 if fine else 1)
+        threads = len(os.listdir("/proc/self/task"))
+        os._exit((0 if fine else 1) + (0 if threads == 3 else 2))
     children.append(child)
 codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 stop = True
