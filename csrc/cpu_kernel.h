@@ -193,6 +193,10 @@ static void read_bias(const context *c, const panel *p, int begin, int n) {
             real *to = c->rows + i * (KEYS / packed);
             const char *from =
                 c->mask + ((p->first + row) * mask->stride[2] + begin * stride) * size;
+            /* The next block's part of the row: rows lie too far apart for the hardware to see it
+             * coming. */
+            for (int64_t line = KEYS * size; line < 2 * KEYS * size; line += 64)
+                __builtin_prefetch(from + line + 63);
             if (packed == 1)
                 read_row(to, from, scores->mask_dtype, stride, n);
             else if (stride == 1)
