@@ -112,7 +112,7 @@ def test_shapes(shape, dtype):
     ],
 )
 @pytest.mark.parametrize("kind", ["bool", "same", "float32"])
-def test_masks(kind, mask_shape, dtype):
+def test_promise_4_any_mask_that_broadcasts(kind, mask_shape, dtype):
     q, k, v = (tensor((2, 3, s, 16), dtype, n) for n, s in enumerate((17, 23, 23)))
     mask = tensor(mask_shape, dtype if kind == "same" else "float32", 4)
     if kind == "bool":
@@ -124,7 +124,7 @@ def test_masks(kind, mask_shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_masks_of_other_ranks(dtype):
+def test_promise_4_masks_of_other_ranks(dtype):
     q, k, v = (tensor((4, 2, 3, s, 8), dtype, n) for n, s in enumerate((5, 7, 7)))
     for shape in (
         (5, 7),
