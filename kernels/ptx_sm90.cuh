@@ -42,6 +42,10 @@ PTX void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 PTX void bar_sync(uint32_t id, uint32_t threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+/* Counts towards the barrier without waiting for it. */
+PTX void bar_arrive(uint32_t id, uint32_t threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 /* The barrier, and whether any of its threads said yes. */
 PTX bool bar_red_or(uint32_t id, uint32_t threads, bool mine) {
     uint32_t any;

@@ -15,13 +15,14 @@ typedef struct fa_row {
     fa_dtype dtype;
     int32_t d, dv;            /* the largest head sizes it takes; smaller ones are zero-padded */
     int32_t block_m, block_n; /* query rows and keys of a tile */
+    int32_t ones;             /* its row sum is that of the rounded P: no lse */
     int32_t strided;          /* it takes arrays of any strides */
 } fa_row;
 
 static const fa_row fa_rows[] = {
 #define FA_ROW(name, source, arch, dtype, d, dv, warpgroups, block_n, stages, q_buffers, kept, \
                ones, blocks_per_sm, strided, ...)                                              \
-    {#name, dtype, d, dv, 64 * (warpgroups), block_n, strided},
+    {#name, dtype, d, dv, 64 * (warpgroups), block_n, ones, strided},
 #include "variants.def"
 #undef FA_ROW
 };
@@ -47,12 +48,24 @@ static inline int32_t fa_needs_strided(const fa_what *w) {
 
 static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/* What a score costs, in percent of the 128 x 128 tile's cost, measured (kernels/README.md). More
+ * rows share a load of K and V; fewer keys mean more turns of the loop; under a causal mask tall
+ * tiles waste more at the diagonal, which matters less the longer the rows are. */
+static inline int32_t fa_row_weight(const fa_row *row, int32_t causal, int32_t sk) {
+    if (row->block_m == 64) return 125;
+    if (row->block_m == 192) return causal && sk < 8192 ? 105 : 95;
+    return row->block_n == 64 ? 108 : 100;
+}
+
 /* The time of a request on one row, in units of one query row times one key on one SM. A tile is
  * as long as its keys, rounded up to blocks, plus a prologue and an epilogue that weigh about as
- * much as one block; the SMs work through the tiles in rounds, of which the last may be ragged. */
-static inline int64_t fa_row_cost(const fa_row *row, const fa_what *w, int32_t sms) {
-    int64_t blocks = fa_ceil_div(w->sk, row->block_n) + 1;
-    int64_t tile = row->block_m * blocks * row->block_n;
+ * much as one block, and one more where the diagonal cuts blocks askew; the SMs work through the
+ * tiles in rounds, of which the last may be ragged. */
+static inline int64_t fa_row_cost(const fa_row *row, const fa_what *w, const fa_masks *m,
+                                  int32_t sms) {
+    int32_t causal = (m->flags & FA_HAS_RIGHT) != 0;
+    int64_t blocks = fa_ceil_div(w->sk, row->block_n) + 1 + (causal && row->block_m % row->block_n);
+    int64_t tile = row->block_m * blocks * row->block_n * fa_row_weight(row, causal, w->sk);
     int64_t tiles = fa_ceil_div(w->sq, row->block_m);
     /* A batch-invariant choice sees one sequence only: as if every SM were always busy. */
     if (w->batch_invariant) return tiles * tile;
@@ -61,15 +74,15 @@ static inline int64_t fa_row_cost(const fa_row *row, const fa_what *w, int32_t s
 
 /* The row's index in fa_rows, or -1: no row takes this dtype, these head sizes and strides. Least
  * padding first, then least time, then the order of the table. */
-static inline int32_t fa_choose_row(const fa_what *w, int32_t sms) {
+static inline int32_t fa_choose_row(const fa_what *w, const fa_masks *m, int32_t sms) {
     int32_t best = -1, strided = fa_needs_strided(w);
     for (int32_t i = 0; i < FA_ROWS; ++i) {
         const fa_row *row = &fa_rows[i], *so_far = &fa_rows[best < 0 ? i : best];
         if (row->dtype != w->dtype || row->d < w->d || row->dv < w->dv) continue;
-        if (row->strided != strided) continue;
+        if (row->strided != strided || (row->ones && w->lse.data)) continue;
         int32_t padding = (row->d + row->dv) - (so_far->d + so_far->dv);
         if (best < 0 || padding < 0 ||
-            (padding == 0 && fa_row_cost(row, w, sms) < fa_row_cost(so_far, w, sms)))
+            (padding == 0 && fa_row_cost(row, w, m, sms) < fa_row_cost(so_far, w, m, sms)))
             best = i;
     }
     return best;

@@ -32,6 +32,22 @@ typedef struct fa_tile {
 /* About half of an L2 of 50 or 60 MB: its two sides both keep what all SMs read. */
 enum { FA_SECTION_BYTES = 32 << 20 };
 
+/* The rounds of a section, made even: an odd last one would find nobody to make up for it. */
+FA_INLINE int64_t fa_schedule_pairs(int64_t tiles, int32_t blocks) {
+    return (tiles + 2 * (int64_t)blocks - 1) / (2 * (int64_t)blocks) * 2;
+}
+
+/* The least section of `heads` or more whose rounds are nearly all full; all heads if none is. */
+FA_INLINE int32_t fa_schedule_section(const fa_schedule *s, int64_t heads, int32_t blocks) {
+    for (int64_t end = heads + 64; heads < s->heads && heads < end; ++heads) {
+        int64_t rest = s->heads % heads * s->m_blocks;
+        int64_t rounds = s->heads / heads * fa_schedule_pairs(heads * s->m_blocks, blocks) +
+                         fa_schedule_pairs(rest, blocks);
+        if (100 * rounds * blocks <= 104 * (int64_t)s->tiles) return (int32_t)heads;
+    }
+    return s->heads;
+}
+
 FA_INLINE fa_schedule fa_schedule_make(const fa_what *w, const fa_masks *m, int32_t block_m,
                                        int32_t blocks) {
     fa_schedule s = {0, (w->sq + block_m - 1) / block_m, w->b * w->hq, w->b * w->hq, 0, 0};
@@ -39,8 +55,8 @@ FA_INLINE fa_schedule fa_schedule_make(const fa_what *w, const fa_masks *m, int3
     s.causal = m->flags & FA_HAS_RIGHT && !(m->flags & FA_HAS_LEFT) && s.m_blocks > 1;
     if (s.causal) {
         int64_t bytes = (int64_t)w->sk * (w->d + w->dv) * 2; /* of one K/V head */
-        int64_t heads = FA_SECTION_BYTES / (bytes + 1) * (w->hq / w->hk);
-        s.section = heads < 1 ? 1 : heads < s.heads ? (int32_t)heads : s.heads;
+        int64_t heads = bytes ? FA_SECTION_BYTES / bytes * (w->hq / w->hk) : s.heads;
+        s.section = fa_schedule_section(&s, heads < 1 ? 1 : heads, blocks);
     }
     s.rounds = (int32_t)(((int64_t)s.section * s.m_blocks + blocks - 1) / blocks);
     return s;

@@ -155,7 +155,7 @@ static fa_status reject(const fa_params *p, fa_error *why) {
                           : s->sink         ? "`sink`"
                                             : NULL;
     if (feature) return fa_fail(why, FA_UNSUPPORTED, "it does not take %s yet", feature);
-    if (fa_choose_row(w, device->sms) < 0)
+    if (fa_choose_row(w, &p->masks, device->sms) < 0)
         return fa_fail(why, FA_UNSUPPORTED, "it has no kernel for %s with d = %d and dv = %d",
                        dtype_name(w->dtype), w->d, w->dv);
     return FA_OK;
@@ -166,7 +166,7 @@ static int32_t chosen_row(const fa_params *p) {
     const fa_sm90_device *device;
     fa_error ignored;
     if (find_device(p->where.device_id, &device, &ignored) != FA_OK) return 0;
-    return fa_choose_row(&p->what, device->sms);
+    return fa_choose_row(&p->what, &p->masks, device->sms);
 }
 
 static const char *kernel(const fa_params *p) { return fa_rows[chosen_row(p)].name; }
@@ -190,7 +190,8 @@ static __global__ void write_empty_rows(fa_what w) {
 static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *workspace,
                         fa_error *error) {
     const fa_what *w = &p->what;
-    if (!is_empty(w)) return launchers[fa_choose_row(w, device->sms)](p, device, workspace, error);
+    if (!is_empty(w))
+        return launchers[fa_choose_row(w, &p->masks, device->sms)](p, device, workspace, error);
     int64_t rows = (int64_t)w->b * w->hq * w->sq;
     if (rows == 0) return FA_OK;
     int64_t blocks = rows < 8 * device->sms ? rows : 8 * device->sms;

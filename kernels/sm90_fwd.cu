@@ -3,16 +3,16 @@
  * One object per row of variants.def: setup.py passes the row's columns as ROW_<COLUMN>, and the
  * object exports one function, fa_launch_<name> (launch.cuh), at the end of this file.
  *
- * A block stays on its SM and works through tiles of 64 * WARPGROUPS query rows. One producer warp
- * brings Q, K and V by the copy engine; each MMA warpgroup owns 64 rows of the tile and keeps S, P
- * and O in registers. P V is issued 16 keys at a time, right after their exponentials.
+ * A block stays on its SM and works through tiles of 64 * WARPGROUPS query rows of one head. Each
+ * MMA warpgroup owns 64 rows of a tile and keeps S, P and O in registers. Four more warps serve
+ * them, one thread each: one decides what comes next, one brings Q and K, one V, one takes O away.
  *
- * The softmax offset (softmax.cuh) comes from the first, masked blocks of a tile. KEPT rows never
- * look at it again: the main loop has no maximum at all. At the end of a tile each warpgroup votes
- * whether everything stayed finite and in range; if not, it stores nothing, and the producer brings
- * the tile again for the warpgroups that need it, with the loop that watches every score.
+ * The softmax offset (softmax.cuh) comes from the first, masked key blocks of a tile. KEPT rows
+ * never look at it again: their main loop has no maximum at all. At the end of a tile each
+ * warpgroup votes whether everything stayed finite and in range; if not, it stores nothing, and the
+ * tile comes again for the warpgroups that need it, with the loop that watches every score.
  *
- * STRIDED rows take arrays that the copy engine cannot address: three warps load in its place,
+ * STRIDED rows take arrays that the copy engine cannot address: whole warps load in its place,
  * element by element, and O is stored likewise. Everything between is the same.
  */
 #include "launch.cuh"
@@ -37,26 +37,25 @@ static constexpr int BLOCK_M = 64 * WARPGROUPS;
 static constexpr int ITEMS = 4; /* tiles that the scheduler may be ahead */
 typedef softmax_range<IS_BF16> range;
 
-static_assert(D % 16 == 0 && DV % 16 == 0 && BLOCK_N % 16 == 0, "wgmma takes k by 16");
+static_assert(D % 16 == 0 && DV % 32 == 0 && BLOCK_N % 16 == 0, "wgmma takes k by 16");
 static_assert(!ONES || DV == 64, "the block of ones is the second panel of V");
 
-/* Registers a thread: the launch gives all threads the same; the pool is threads times that. One
- * warpgroup needs no exchange, and then the producer is a warp instead of a warpgroup. */
-static constexpr bool EXCHANGE = WARPGROUPS > 1;
-static constexpr int THREADS = 128 * WARPGROUPS + (EXCHANGE ? 128 : 64);
+/* P V of a block is issued behind Q K^T of the next (DELAYED), or, where registers are too few to
+ * keep P beside S, 16 keys at a time as soon as their exponentials are there, P a ring of two. */
+static constexpr bool DELAYED = WARPGROUPS < 4;
+static constexpr int P_PIECES = DELAYED ? BLOCK_N / 16 : 2;
+/* Two or three warpgroups take turns at Q K^T; four find their rhythm alone. */
+static constexpr bool TURNS = WARPGROUPS == 2 || WARPGROUPS == 3;
+
+/* Registers a thread: the launch gives all threads the same, the warpgroups then exchange them; the
+ * pool is the number of threads times what the launch gave. */
+static constexpr int THREADS = 128 * (WARPGROUPS + 1);
 static constexpr int POOL = 65536 / BLOCKS_PER_SM / THREADS / 8 * 8 * (WARPGROUPS + 1);
 static constexpr int MMA_REGISTERS = ROW_MMA_REGISTERS;
-static constexpr int PRODUCER_REGISTERS = EXCHANGE ? (POOL - WARPGROUPS * MMA_REGISTERS) : 0;
-static_assert(!EXCHANGE || PRODUCER_REGISTERS >= 24, "the pool is too small");
+static constexpr int SERVER_REGISTERS = POOL - WARPGROUPS * MMA_REGISTERS;
+static_assert(SERVER_REGISTERS >= 24, "the pool is too small");
 
-static constexpr int LOADERS = STRIDED ? 96 : 1; /* threads: all but the scheduler's warp */
-static_assert(!STRIDED || EXCHANGE, "strided rows load with a warpgroup");
-
-/* P in registers, in pieces of 16 keys: all of a block, or a ring where registers are short. */
-#ifndef RING
-#define RING (WARPGROUPS == 4 ? 2 : BLOCK_N / 16)
-#endif
-static constexpr int P_RING = RING;
+static constexpr int LOADERS = STRIDED ? 32 : 1; /* threads that bring K, and that bring V */
 
 /* ---- shared memory: panels of 64 columns, 128 bytes a row, swizzled, each on 1024 bytes
  * --------*/
@@ -64,31 +63,32 @@ static constexpr int P_RING = RING;
 template <int COLUMNS>
 static constexpr int panels = (COLUMNS + 63) / 64;
 static constexpr int PANEL_Q = 64 * 128, PANEL_N = BLOCK_N * 128;
-static constexpr int Q_BYTES = PANEL_Q * panels<(D > DV ? D : DV)>; /* of one warpgroup; O's too */
+static constexpr int Q_BYTES = PANEL_Q * panels<D>, O_BYTES = PANEL_Q * panels<DV>;
 static constexpr int K_BYTES = PANEL_N * panels<D>, V_BYTES = PANEL_N * panels<DV>;
 
 /* What the scheduler tells the others about a tile. */
 struct item {
-    int32_t tile;        /* the scheduler's own, to bring it again */
     int32_t b, h, row;   /* batch, query head, first query row */
     fa_lengths lengths;  /* of this sequence */
     int32_t begin, end;  /* key blocks that some row sees */
-    int32_t left, right; /* how many of them, from either side, need the mask */
-    int32_t warpgroups;  /* bit set of those that compute it; 0: no tile */
-    int32_t watch;       /* the offset is not kept */
-    int32_t last;        /* there will be no more */
+    int32_t left, right; /* how many of them, from either side, not every row sees whole */
+    fa_interval some[WARPGROUPS], whole[WARPGROUPS]; /* keys that one row, that all rows see */
+    int32_t warpgroups;                              /* bit set of those that compute it */
+    int32_t watch;                                   /* the offset is not kept */
+    int32_t last; /* there is no tile, and there will be no more */
 };
 
 struct smem_layout {
-    uint8_t q[Q_BUFFERS][WARPGROUPS][Q_BYTES]; /* then O, on its way out */
+    uint8_t q[Q_BUFFERS][WARPGROUPS][Q_BYTES > O_BYTES ? Q_BYTES : O_BYTES]; /* then O */
     uint8_t k[STAGES][K_BYTES];
     uint8_t v[STAGES][V_BYTES];
     uint8_t ones[ONES ? PANEL_N : 16]; /* 64 more columns of V: O's column 64 becomes the row sum */
-    uint64_t q_full[Q_BUFFERS][WARPGROUPS], q_empty[Q_BUFFERS];
+    uint64_t q_full[Q_BUFFERS][WARPGROUPS], o_full[Q_BUFFERS][WARPGROUPS], q_empty[Q_BUFFERS];
     uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
     uint64_t item_full[ITEMS], item_empty[ITEMS];
     item items[ITEMS];
     uint32_t again[ITEMS]; /* the votes: bit w, warpgroup w could not keep its offset */
+    uint32_t stored[Q_BUFFERS][WARPGROUPS]; /* 1: O is in q, to be taken away */
 };
 static constexpr int SMEM_BYTES = sizeof(smem_layout) + 1024; /* room to align the base */
 
@@ -116,7 +116,9 @@ struct cursor {
     uint32_t parity;
 };
 PTX void advance(cursor &c) {
-    if (++c.stage == STAGES) c.stage = 0, c.parity ^= 1;
+    bool wrap = ++c.stage == STAGES;
+    c.stage = wrap ? 0 : c.stage;
+    c.parity ^= wrap;
 }
 
 /* The i-th key block of an item: the masked ones first, from the right, then from the left. */
@@ -126,11 +128,9 @@ PTX int32_t key_block(const item &t, int32_t i) {
     return t.end - 1 - (i - t.left);
 }
 
-/* ---- the scheduler and the producer
- * -----------------------------------------------------------------*/
+/* ---- the four servers: one thread each --------------------------------------------------------*/
 
-PTX void describe(const kernel_args &a, item &t) {
-    fa_tile tile = fa_schedule_tile(&a.schedule, t.tile);
+PTX void describe(const kernel_args &a, item &t, fa_tile tile) {
     t.b = tile.head / a.hq;
     t.h = tile.head % a.hq;
     t.row = tile.m_block * BLOCK_M;
@@ -138,11 +138,18 @@ PTX void describe(const kernel_args &a, item &t) {
     t.begin = t.end = t.left = t.right = 0;
     t.warpgroups = (1 << WARPGROUPS) - 1;
     t.watch = a.watch || !KEPT;
-    t.last = 0;
+    for (int w = 0; w < WARPGROUPS; ++w) {
+        int32_t top = t.row + 64 * w, bottom = min(top + 64, t.lengths.sq) - 1;
+        fa_interval first = fa_row_interval(&a.masks, t.lengths, top);
+        fa_interval last = fa_row_interval(&a.masks, t.lengths, bottom);
+        t.some[w].begin = first.begin;
+        t.some[w].end = top <= bottom ? last.end : first.begin;
+        t.whole[w].begin = last.begin;
+        t.whole[w].end = first.end;
+    }
     if (t.row >= t.lengths.sq) return;
-    int32_t last_row = min(t.row + BLOCK_M, t.lengths.sq) - 1;
     fa_interval first = fa_row_interval(&a.masks, t.lengths, t.row);
-    fa_interval last = fa_row_interval(&a.masks, t.lengths, last_row);
+    fa_interval last = fa_row_interval(&a.masks, t.lengths, min(t.row + BLOCK_M, t.lengths.sq) - 1);
     if (last.end <= first.begin) return;
     t.begin = first.begin / BLOCK_N;
     t.end = (last.end + BLOCK_N - 1) / BLOCK_N;
@@ -155,51 +162,69 @@ PTX void describe(const kernel_args &a, item &t) {
     t.left = seen_begin - t.begin;
 }
 
-#if ROW_STRIDED
-/* The i-th chunk of 16 bytes of ROWS rows in panels: its row, its first column, its place. */
-template <int ROWS>
-PTX uint32_t chunk(int i, int32_t &row, int32_t &column) {
-    row = i / 8 % ROWS;
-    column = i / 8 / ROWS * 64 + i % 8 * 8;
-    return i / 8 * 128 + ((i % 8 ^ row % 8) << 4);
+/* How item n was voted on, once all have left it. */
+PTX uint32_t read_vote(smem_layout &smem, int32_t n) {
+    mbarrier_wait(smem_address(&smem.item_empty[n % ITEMS]), n / ITEMS & 1);
+    volatile uint32_t &votes = smem.again[n % ITEMS];
+    uint32_t again = votes;
+    votes = 0;
+    return again;
 }
 
+/* Decides what comes next; runs ahead of the others, divisions and all. */
+PTX void schedule(const kernel_args &a, smem_layout &smem) {
+    int32_t round = 0, read = 0; /* read: items whose votes have been */
+    int32_t tile = fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, &round);
+    for (int32_t n = 0;; ++n) {
+        /* Votes are read where their slot is needed, all of them before the end. */
+        uint32_t again = 0;
+        while (KEPT && !again && read < n && (read <= n - ITEMS || tile >= a.schedule.tiles))
+            again = read_vote(smem, read++);
+        item &t = smem.items[n % ITEMS];
+        mbarrier_wait(smem_address(&smem.item_empty[n % ITEMS]), n / ITEMS & 1 ^ 1);
+        t.last = 0;
+        if (again) {
+            t = smem.items[(read - 1) % ITEMS];
+            t.warpgroups = again;
+            t.watch = 1;
+        } else if (tile < a.schedule.tiles) {
+            describe(a, t, fa_schedule_tile(&a.schedule, tile));
+            tile = fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, &round);
+        } else {
+            t.last = 1;
+        }
+        mbarrier_arrive(smem_address(&smem.item_full[n % ITEMS]));
+        if (t.last) return;
+    }
+}
+
+#if ROW_STRIDED
 PTX uint16_t *element(const fa_tensor &t, int32_t b, int32_t h, int32_t row, int32_t column) {
     return (uint16_t *)t.data + b * t.stride[0] + h * t.stride[1] + row * t.stride[2] +
            column * t.stride[3];
 }
 
-/* As the copy engine does it: what lies past the ends becomes zeros. */
+/* By a warp, as the copy engine does it: chunks of 16 bytes to their swizzled places, zeros for
+ * what lies past the ends. */
 template <int ROWS, int COLUMNS>
 PTX void load(uint32_t smem, const fa_tensor &from, int32_t first, int32_t h, int32_t b,
               const int32_t (&)[2], uint32_t barrier, uint64_t) {
-    int thread = threadIdx.x - 128 * WARPGROUPS;
-#pragma unroll 2
-    for (int i = thread < 32 ? thread : thread - 32; i < ROWS * panels<COLUMNS> * 8; i += LOADERS) {
-        int32_t row, column;
-        uint32_t place = chunk<ROWS>(i, row, column), x[8];
+#pragma unroll 4
+    for (int i = threadIdx.x % 32; i < ROWS * panels<COLUMNS> * 8; i += 32) {
+        int32_t row = i / 8 % ROWS, column = i / 8 / ROWS * 64 + i % 8 * 8;
         const uint16_t *source = element(from, b, h, first + row, column);
         int32_t there = first + row < from.shape[2] ? (int32_t)from.shape[3] - column : 0;
+        uint32_t x[8];
 #pragma unroll
         for (int j = 0; j < 8; ++j) x[j] = j < there ? source[j * from.stride[3]] : 0;
-        st_shared_v4(smem + place, x[0] | x[1] << 16, x[2] | x[3] << 16, x[4] | x[5] << 16,
-                     x[6] | x[7] << 16);
+        st_shared_v4(smem + i / 8 * 128 + ((i % 8 ^ row % 8) << 4), x[0] | x[1] << 16,
+                     x[2] | x[3] << 16, x[4] | x[5] << 16, x[6] | x[7] << 16);
     }
     fence_proxy_async();
     mbarrier_arrive(barrier);
 }
-
-/* The way back, by the 128 threads of a warpgroup. */
-PTX void store(const fa_tensor &to, const uint8_t *smem, int32_t first, int32_t h, int32_t b) {
-    for (int i = threadIdx.x % 128; i < 64 * panels<DV> * 8; i += 128) {
-        int32_t row, column;
-        const uint16_t *x = (const uint16_t *)(smem + chunk<64>(i, row, column));
-        if (first + row >= to.shape[2]) continue;
-        uint16_t *target = element(to, b, h, first + row, column);
-        for (int j = 0; j < 8 && column + j < to.shape[3]; ++j) target[j * to.stride[3]] = x[j];
-    }
-}
 #else
+/* ROWS rows as panels of 64 columns. */
 template <int ROWS, int COLUMNS>
 PTX void load(uint32_t smem, const CUtensorMap &from, int32_t first, int32_t h, int32_t b,
               const int32_t (&moves)[2], uint32_t barrier, uint64_t policy) {
@@ -210,75 +235,74 @@ PTX void load(uint32_t smem, const CUtensorMap &from, int32_t first, int32_t h, 
 }
 #endif
 
-/* One thread decides what comes next; it runs ahead of the others, divisions and all. */
-PTX void schedule(const kernel_args &a, smem_layout &smem) {
-    int32_t round = 0, unsure = 0; /* unsure: items whose vote has not been read */
-    for (int32_t n = 0;; ++n) {
-        /* The slot is free when all warpgroups have left its last item, votes and all. */
-        item &t = smem.items[n % ITEMS];
-        volatile uint32_t &votes = smem.again[n % ITEMS];
-        mbarrier_wait(smem_address(&smem.item_empty[n % ITEMS]), n / ITEMS & 1 ^ 1);
-        uint32_t again = 0;
-        if (KEPT && n >= ITEMS) {
-            again = votes;
-            votes = 0;
-            unsure -= !t.watch;
-        }
-        if (again) {
-            t.warpgroups = again;
-            t.watch = 1;
-        } else {
-            t.tile = fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, &round);
-            if (t.tile < a.schedule.tiles) {
-                describe(a, t);
-            } else {
-                t.begin = t.end = t.left = t.right = t.warpgroups = 0;
-                t.watch = 1;
-                t.last = unsure == 0;
-            }
-        }
-        if (KEPT) unsure += !t.watch;
-        mbarrier_arrive(smem_address(&smem.item_full[n % ITEMS]));
-        if (t.last) return;
-    }
-}
-
-/* Brings what the items name: one thread, or all LOADERS. */
-PTX void produce(const kernel_args &a, smem_layout &smem) {
+PTX void bring_q_and_k(const kernel_args &a, smem_layout &smem) {
     cursor kv = {0, 0};
     for (int32_t n = 0;; ++n) {
         const item &t = smem.items[n % ITEMS];
         mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
         if (t.last) return;
-        int32_t hk = t.h / a.group, blocks = t.end - t.begin, slot = n % Q_BUFFERS;
+        int32_t blocks = t.end - t.begin, slot = n % Q_BUFFERS;
         for (int32_t i = 0; i < blocks || i == 0; ++i) {
-            int32_t key = key_block(t, i) * BLOCK_N;
-            uint32_t full = smem_address(&smem.k_full[kv.stage]);
             if (i < blocks) {
                 mbarrier_wait(smem_address(&smem.k_empty[kv.stage]), kv.parity ^ 1);
-                load<BLOCK_N, D>(smem_address(smem.k[kv.stage]), a.k, key, hk, t.b, a.moves[1],
-                                 full, EVICT_LAST);
-            }
-            if (i == 0) { /* Q after the first K, which does not wait for the last tile's O */
-                mbarrier_wait(smem_address(&smem.q_empty[slot]), n / Q_BUFFERS & 1 ^ 1);
-                for (int w = 0; w < WARPGROUPS; ++w) {
-                    uint32_t q_full = smem_address(&smem.q_full[slot][w]);
-                    if (!(t.warpgroups >> w & 1)) {
-                        mbarrier_arrive(q_full);
-                        continue;
-                    }
-                    load<64, D>(smem_address(smem.q[slot][w]), a.q, t.row + 64 * w, t.h, t.b,
-                                a.moves[0], q_full, EVICT_FIRST);
-                }
-            }
-            if (i < blocks) {
-                full = smem_address(&smem.v_full[kv.stage]);
-                mbarrier_wait(smem_address(&smem.v_empty[kv.stage]), kv.parity ^ 1);
-                load<BLOCK_N, DV>(smem_address(smem.v[kv.stage]), a.v, key, hk, t.b, a.moves[2],
-                                  full, EVICT_LAST);
+                load<BLOCK_N, D>(smem_address(smem.k[kv.stage]), a.k, key_block(t, i) * BLOCK_N,
+                                 t.h / a.group, t.b, a.moves[1],
+                                 smem_address(&smem.k_full[kv.stage]), EVICT_LAST);
                 advance(kv);
             }
+            if (i > 0) continue;
+            /* Q after the first K, which need not wait until the last tile's O has left. */
+            mbarrier_wait(smem_address(&smem.q_empty[slot]), n / Q_BUFFERS & 1 ^ 1);
+            for (int w = 0; w < WARPGROUPS; ++w) {
+                uint32_t full = smem_address(&smem.q_full[slot][w]);
+                if (t.warpgroups >> w & 1)
+                    load<64, D>(smem_address(smem.q[slot][w]), a.q, t.row + 64 * w, t.h, t.b,
+                                a.moves[0], full, EVICT_FIRST);
+                else
+                    mbarrier_arrive(full);
+            }
         }
+    }
+}
+
+PTX void bring_v(const kernel_args &a, smem_layout &smem) {
+    cursor kv = {0, 0};
+    for (int32_t n = 0;; ++n) {
+        const item &t = smem.items[n % ITEMS];
+        mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
+        if (t.last) return;
+        int32_t blocks = t.end - t.begin;
+        for (int32_t i = 0; i < blocks; ++i, advance(kv)) {
+            mbarrier_wait(smem_address(&smem.v_empty[kv.stage]), kv.parity ^ 1);
+            load<BLOCK_N, DV>(smem_address(smem.v[kv.stage]), a.v, key_block(t, i) * BLOCK_N,
+                              t.h / a.group, t.b, a.moves[2], smem_address(&smem.v_full[kv.stage]),
+                              EVICT_LAST);
+        }
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
+        __syncwarp(LOADERS == 32 ? ~0u : 1u);
+    }
+}
+
+/* O of a warpgroup lies where its Q was; when it has been read, the next Q may come. */
+PTX void take_o(const kernel_args &a, smem_layout &smem) {
+    for (int32_t n = 0;; ++n) {
+        const item &t = smem.items[n % ITEMS];
+        mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
+        if (t.last) return;
+        int32_t slot = n % Q_BUFFERS;
+        for (int w = 0; w < WARPGROUPS; ++w) {
+            mbarrier_wait(smem_address(&smem.o_full[slot][w]), n / Q_BUFFERS & 1);
+            if (!*(volatile uint32_t *)&smem.stored[slot][w]) continue;
+#if !ROW_STRIDED
+            for (int c = 0; c < DV; c += 64)
+                cp_async_bulk_tensor_store(&a.out, smem_address(smem.q[slot][w]) + c * 2 * 64, c,
+                                           t.row + 64 * w, t.h, t.b);
+            cp_async_bulk_commit_group();
+#endif
+        }
+        mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
+        cp_async_bulk_wait_group_read();
+        mbarrier_arrive(smem_address(&smem.q_empty[slot]));
     }
 }
 
@@ -287,26 +311,31 @@ PTX void produce(const kernel_args &a, smem_layout &smem) {
 /* What a warpgroup keeps over the key blocks of a tile. */
 struct rows_state {
     float o[(DV + 8 * ONES) / 2];
+    uint32_t p[P_PIECES][4];
     softmax_rows softmax;
-    int held; /* the stage of V that P V is still reading, or -1 */
+    cursor v;  /* the stage of V that P V reads, or will */
+    bool held; /* it has not been handed back */
 };
 
 PTX void release(uint32_t barrier) {
     if (threadIdx.x % 128 == 0) mbarrier_arrive(barrier);
 }
 
-/* All of this warpgroup's wgmmas have ended: hands back the V that the last ones read. */
+/* All of this warpgroup's P V have ended: hands back the V that the last ones read. */
 PTX void settle(rows_state &st, smem_layout &smem) {
-    if (st.held >= 0) release(smem_address(&smem.v_empty[st.held]));
-    st.held = -1;
+    wgmma_accumulators(st.o);
+    if (st.held) release(smem_address(&smem.v_empty[st.v.stage]));
+    st.held = false;
 }
 
 /* Hides every key outside each row's interval. */
-PTX void mask_scores(float (&s)[BLOCK_N / 2], const fa_interval (&seen)[2], int32_t key) {
+PTX void mask_scores(const kernel_args &a, const item &t, float (&s)[BLOCK_N / 2], int32_t row,
+                     int32_t key) {
     int32_t column = key + 2 * (threadIdx.x % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        int32_t begin = seen[r].begin - column, end = seen[r].end - column;
+        fa_interval seen = fa_row_interval(&a.masks, t.lengths, row + 8 * r);
+        int32_t begin = seen.begin - column, end = seen.end - column;
 #pragma unroll
         for (int i = 2 * r; i < BLOCK_N / 2; i += 4) {
             if (2 * i - 4 * r >= end || 2 * i - 4 * r < begin) s[i] = -INFINITY;
@@ -330,25 +359,53 @@ PTX void clear_hidden_v(const kernel_args &a, const item &t, uint8_t *v, int32_t
     bar_sync(1 + warpgroup, 128);
 }
 
-/* One key block: S = Q K^T, P = 2^(S scale - offset), O += P V. On return P V may still run. */
-template <bool MASKED, bool WATCH>
-PTX void attend(const kernel_args &a, smem_layout &smem, const item &t,
-                const fa_interval (&seen)[2], rows_state &st, cursor &kv, uint64_t q, int32_t key,
-                int warpgroup) {
+/* While one warpgroup has the tensor cores for Q K^T, the others are at their exponentials and P V;
+ * without turns they fall into step, and the tensor cores idle. */
+PTX void take_turn(int warpgroup) {
+    if (TURNS) bar_sync(8 + warpgroup, 256);
+}
+PTX void pass_turn(int warpgroup) {
+    if (TURNS) bar_arrive(8 + (warpgroup + 1) % WARPGROUPS, 256);
+}
+
+PTX uint64_t v_descriptor(smem_layout &smem, int stage) {
+    uint32_t v = smem_address(smem.v[stage]);
+    return wgmma_descriptor(v, (ONES ? smem_address(smem.ones) - v : PANEL_N) / 16);
+}
+
+/* O += P V of the block whose P is in registers. */
+PTX void issue_pv(rows_state &st, smem_layout &smem) {
+    uint64_t v = v_descriptor(smem, st.v.stage);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 16; ++i)
+        wgmma_rs<DV + 8 * ONES>(st.o, st.p[i % P_PIECES], v + i * 128);
+    wgmma_commit_group();
+}
+
+/* One key block: S = Q K^T, P = 2^(S scale - offset), O += P V. On return P V may still run, or, if
+ * DELAYED, has not begun. FIRST: of this tile; MASKED: rows see it in part; WATCH: the offset. */
+template <bool FIRST, bool MASKED, bool WATCH>
+PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_state &st, cursor &kv,
+                uint64_t q, int32_t row, int32_t key, int warpgroup) {
+    constexpr bool BEHIND = DELAYED && !FIRST; /* P V of the last block comes behind this Q K^T */
     float s[BLOCK_N / 2];
     uint64_t k = wgmma_descriptor(smem_address(smem.k[kv.stage]), 1);
     mbarrier_wait(smem_address(&smem.k_full[kv.stage]), kv.parity);
+    if (BEHIND) mbarrier_wait(smem_address(&smem.v_full[st.v.stage]), st.v.parity);
+    take_turn(warpgroup);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < D / 16; ++i)
         wgmma_ss<BLOCK_N>(s, q + i / 4 * (PANEL_Q / 16) + i % 4 * 2,
                           k + i / 4 * (PANEL_N / 16) + i % 4 * 2, i > 0);
     wgmma_commit_group();
-    wgmma_wait_group<0>();
+    if (BEHIND) issue_pv(st, smem);
+    wgmma_wait_group<BEHIND>();
+    pass_turn(warpgroup);
     wgmma_accumulators(s);
-    wgmma_accumulators(st.o);
     release(smem_address(&smem.k_empty[kv.stage]));
-    settle(st, smem);
+    if (!DELAYED) settle(st, smem);
 
     float scale = a.scale;
     if (WATCH) {
@@ -357,164 +414,214 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t,
             for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
             scale = -scale;
         }
-        if (MASKED) mask_scores(s, seen, key);
-        if (__any_sync(~0u, softmax_exceeds(st.softmax, s)))
-            softmax_raise<range>(st.softmax, s, st.o, scale);
+        if (MASKED) mask_scores(a, t, s, row, key);
+        bool raise = FIRST || __any_sync(~0u, softmax_exceeds(st.softmax, s));
+        if (BEHIND) {
+            wgmma_wait_group<0>();
+            settle(st, smem);
+        }
+        if (raise) softmax_raise<range>(st.softmax, s, st.o, scale);
     }
-
-    mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
+    if (!DELAYED || MASKED) mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
     if (MASKED) clear_hidden_v(a, t, smem.v[kv.stage], key, warpgroup);
-    uint32_t ones = smem_address(smem.ones) - smem_address(smem.v[kv.stage]);
-    uint64_t v = wgmma_descriptor(smem_address(smem.v[kv.stage]), (ONES ? ones : PANEL_N) / 16);
-    uint32_t p[P_RING][4];
+
+    if (DELAYED) {
+        softmax_exp<!ONES>(st.softmax, s, scale);
+        if (BEHIND && !WATCH) {
+            wgmma_wait_group<0>();
+            settle(st, smem);
+        }
+        softmax_pack(s, &st.p[0][0]);
+    } else {
+        uint64_t v = v_descriptor(smem, kv.stage);
 #pragma unroll
-    for (int i = 0; i < BLOCK_N / 16; ++i) {
-        if (i >= P_RING) wgmma_wait_group<P_RING - 1>();
-        softmax_exp<!ONES>(st.softmax, s + 8 * i, scale, p[i % P_RING]);
-        wgmma_fence();
-        wgmma_rs<DV + 8 * ONES>(st.o, p[i % P_RING], v + i * 128);
-        if (P_RING < BLOCK_N / 16 || i == BLOCK_N / 16 - 1) wgmma_commit_group();
+        for (int i = 0; i < BLOCK_N / 16; ++i) {
+            if (i >= P_PIECES) wgmma_wait_group<P_PIECES - 1>();
+            float (&piece)[8] = *(float (*)[8])(s + 8 * i);
+            softmax_exp<!ONES>(st.softmax, piece, scale);
+            softmax_pack(piece, st.p[i % P_PIECES]);
+            wgmma_fence();
+            wgmma_rs<DV + 8 * ONES>(st.o, st.p[i % P_PIECES], v + i * 128);
+            if (P_PIECES < BLOCK_N / 16 || i == BLOCK_N / 16 - 1) wgmma_commit_group();
+        }
     }
-    st.held = kv.stage;
+    st.v = kv;
+    st.held = true;
     advance(kv);
 }
 
-/* A block that this warpgroup has no use for: it must still be handed back, once it is there. */
-PTX void pass(smem_layout &smem, cursor &kv) {
+/* Ends P V of the last block. */
+PTX void finish_pv(rows_state &st, smem_layout &smem) {
+    if (DELAYED) {
+        if (!st.held) return;
+        mbarrier_wait(smem_address(&smem.v_full[st.v.stage]), st.v.parity);
+        issue_pv(st, smem);
+    }
+    wgmma_wait_group<0>();
+    settle(st, smem);
+}
+
+/* A block that this warpgroup has no use for: it must still be handed back, once it is there. The
+ * warps stay together, or one could miss two phases of a barrier. */
+PTX void pass(smem_layout &smem, cursor &kv, int warpgroup) {
+    take_turn(warpgroup);
+    pass_turn(warpgroup);
     mbarrier_wait(smem_address(&smem.k_full[kv.stage]), kv.parity);
-    release(smem_address(&smem.k_empty[kv.stage]));
     mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
+    bar_sync(1 + warpgroup, 128);
+    release(smem_address(&smem.k_empty[kv.stage]));
     release(smem_address(&smem.v_empty[kv.stage]));
     advance(kv);
 }
 
-/* This warpgroup is done with item n: its Q, its description and its vote. */
-PTX void leave(smem_layout &smem, int32_t n) {
-    mbarrier_arrive(smem_address(&smem.q_empty[n % Q_BUFFERS]));
-    mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
+/* The vote: whether these rows' sums are in range and every O is finite (x * 0 is NaN if x is not).
+ */
+PTX bool kept_well(const rows_state &st, const float (&l)[2], const bool (&live)[2]) {
+    bool well = true;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float probe[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int j = 2 * r; j < DV / 2; j += 4) {
+            probe[j / 2 & 2] = fmaf(st.o[j], 0.f, probe[j / 2 & 2]);
+            probe[(j / 2 & 2) + 1] = fmaf(st.o[j + 1], 0.f, probe[(j / 2 & 2) + 1]);
+        }
+        float all = probe[0] + probe[1] + probe[2] + probe[3];
+        well &= !live[r] || (l[r] > 0x1p-50f && l[r] < 0x1p120f && all == 0.f);
+    }
+    return well;
 }
+
+#if ROW_STRIDED
+/* O, already divided by l, straight from the registers. */
+PTX void scatter(const kernel_args &a, const item &t, const rows_state &st, int32_t row) {
+#pragma unroll
+    for (int j = 0; j < DV / 2; ++j) {
+        int32_t i = row + 8 * (j / 2 & 1), column = j / 4 * 8 + threadIdx.x % 4 * 2 + (j & 1);
+        if (i < a.sq && column < a.out.shape[3])
+            *element(a.out, t.b, t.h, i, column) = (uint16_t)cvt_pack(st.o[j], 0.f);
+    }
+}
+#else
+/* O, already divided by l, into this warpgroup's Q; a warp writes only rows that it alone read. */
+PTX void stage_o(const rows_state &st, uint32_t buffer) {
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+#pragma unroll
+    for (int c = 0; c < DV / 16; ++c) {
+        const float *o = st.o + 8 * c;
+        int chunk = c % 4 * 2 + lane / 16;
+        stmatrix_x4(buffer + c / 4 * PANEL_Q + row * 128 + ((chunk ^ row % 8) << 4),
+                    cvt_pack(o[0], o[1]), cvt_pack(o[2], o[3]), cvt_pack(o[4], o[5]),
+                    cvt_pack(o[6], o[7]));
+    }
+    fence_proxy_async();
+}
+#endif
 
 PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
     cursor kv = {0, 0};
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    if (warpgroup == WARPGROUPS - 1) pass_turn(warpgroup); /* the first turn is warpgroup 0's */
     for (int32_t n = 0;; ++n) {
         int32_t slot = n % Q_BUFFERS;
+        const item &t = smem.items[n % ITEMS];
+        uint32_t item_empty = smem_address(&smem.item_empty[n % ITEMS]);
+        uint32_t o_full = smem_address(&smem.o_full[slot][warpgroup]);
         mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
-        const item t = smem.items[n % ITEMS];
         if (t.last) return;
-        mbarrier_wait(smem_address(&smem.q_full[slot][warpgroup]), n / Q_BUFFERS & 1);
-        int32_t blocks = t.end - t.begin, masked = t.left + t.right;
-        bool leader = threadIdx.x % 128 == 0;
-        if (!(t.warpgroups >> warpgroup & 1)) {
-            for (int32_t i = 0; i < blocks; ++i) pass(smem, kv);
-            bar_sync(1 + warpgroup, 128);
-            if (leader) leave(smem, n);
-            continue;
-        }
-
-        /* The rows of this warpgroup and of this thread, and the keys they see. */
-        int32_t first = t.row + 64 * warpgroup, row = first + 16 * warp + lane / 4;
-        int32_t last = min(first + 63, t.lengths.sq - 1);
-        fa_interval seen[2] = {fa_row_interval(&a.masks, t.lengths, row),
-                               fa_row_interval(&a.masks, t.lengths, row + 8)};
-        fa_interval top = fa_row_interval(&a.masks, t.lengths, first);
-        fa_interval bottom = fa_row_interval(&a.masks, t.lengths, last);
-        fa_interval some = {top.begin, first > last ? top.begin : bottom.end};
-        fa_interval whole = {bottom.begin, top.end}; /* the keys that every row sees */
-        bool keep = KEPT && !t.watch;
-        bool live[2] = {seen[0].begin < seen[0].end, seen[1].begin < seen[1].end};
+        int32_t blocks = t.end - t.begin, masked = t.left + t.right, i = 0;
+        int32_t row = t.row + 64 * warpgroup + 16 * warp + lane / 4; /* and row + 8 */
+        bool keep = KEPT && !t.watch, stores = t.warpgroups >> warpgroup & 1;
+        uint64_t q = wgmma_descriptor(smem_address(smem.q[slot][warpgroup]), 1);
 
         rows_state st;
         softmax_start(st.softmax);
-        st.held = -1;
+        st.held = false;
 #pragma unroll
-        for (int i = 0; i < (DV + 8 * ONES) / 2; ++i) st.o[i] = 0.f;
-        uint64_t q = wgmma_descriptor(smem_address(smem.q[slot][warpgroup]), 1);
+        for (int j = 0; j < (DV + 8 * ONES) / 2; ++j) st.o[j] = 0.f;
 
-        for (int32_t i = 0; i < blocks; ++i) {
+        mbarrier_wait(smem_address(&smem.q_full[slot][warpgroup]), n / Q_BUFFERS & 1);
+        fa_interval some = t.some[warpgroup], whole = t.whole[warpgroup];
+        if (!stores) some.end = some.begin;
+        for (; i < masked || (some.begin >= some.end && i < blocks); ++i) {
             int32_t key = key_block(t, i) * BLOCK_N;
-            if (i >= masked && keep)
-                attend<false, false>(a, smem, t, seen, st, kv, q, key, warpgroup);
-            else if (i >= masked || (key >= whole.begin && key + BLOCK_N <= whole.end))
-                attend<false, true>(a, smem, t, seen, st, kv, q, key, warpgroup);
-            else if (key < some.end && key + BLOCK_N > some.begin)
-                attend<true, true>(a, smem, t, seen, st, kv, q, key, warpgroup);
-            else
-                pass(smem, kv);
+            bool visible = key >= whole.begin && key + BLOCK_N <= whole.end;
+            if (key >= some.end || key + BLOCK_N <= some.begin) {
+                finish_pv(st, smem);
+                pass(smem, kv, warpgroup);
+            } else if (DELAYED && !st.held) {
+                if (visible)
+                    attend<true, false, true>(a, smem, t, st, kv, q, row, key, warpgroup);
+                else
+                    attend<true, true, true>(a, smem, t, st, kv, q, row, key, warpgroup);
+            } else if (visible) {
+                attend<false, false, true>(a, smem, t, st, kv, q, row, key, warpgroup);
+            } else {
+                attend<false, true, true>(a, smem, t, st, kv, q, row, key, warpgroup);
+            }
         }
-        wgmma_wait_group<0>();
-        wgmma_accumulators(st.o);
-        settle(st, smem);
+        if (DELAYED && i < blocks && !st.held) {
+            attend<true, false, true>(a, smem, t, st, kv, q, row, 0, warpgroup);
+            ++i;
+        }
+        if (keep)
+            for (; i < blocks; ++i)
+                attend<false, false, false>(a, smem, t, st, kv, q, row, 0, warpgroup);
+        else
+            for (; i < blocks; ++i)
+                attend<false, false, true>(a, smem, t, st, kv, q, row, 0, warpgroup);
 
+        bool live[2];
         float l[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            l[r] = ONES ? st.o[DV / 2 * ONES + 2 * r] : softmax_row_sum(st.softmax.l[r]);
-            if (!live[r]) l[r] = 0.f;
+            fa_interval seen = fa_row_interval(&a.masks, t.lengths, row + 8 * r);
+            live[r] = seen.begin < seen.end;
+            if (!ONES) l[r] = softmax_row_sum(st.softmax.l[r]);
         }
+        finish_pv(st, smem);
+        if (ONES)
+            for (int r = 0; r < 2; ++r) l[r] = st.o[DV / 2 * ONES + 2 * r];
 
-        /* The vote: sums in range, and every O finite (x * 0 is NaN where x is not). */
-        if (keep) {
-            bool bad = false;
+        if (stores && keep) {
+            bool bad = bar_red_or(1 + warpgroup, 128, !kept_well(st, l, live));
+            stores = !__shfl_sync(~0u, bad, 0);
+            if (!stores && threadIdx.x % 128 == 0)
+                atomicOr(&smem.again[n % ITEMS], 1u << warpgroup);
+        }
+        if (stores) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                float probe = 0.f;
+                float inverse = live[r] && l[r] != 0.f ? 1.f / l[r] : 0.f;
 #pragma unroll
-                for (int j = 2 * r; j < DV / 2; j += 4)
-                    probe = fmaf(st.o[j], 0.f, fmaf(st.o[j + 1], 0.f, probe));
-                bad |= live[r] && !(l[r] > 0x1p-50f && l[r] < 0x1p120f && probe == 0.f);
-            }
-            bad = bar_red_or(1 + warpgroup, 128, bad);
-            if (__shfl_sync(~0u, bad, 0)) {
-                if (leader) {
-                    atomicOr(&smem.again[n % ITEMS], 1u << warpgroup);
-                    leave(smem, n);
+                for (int j = 2 * r; j < DV / 2; j += 4) {
+                    st.o[j] *= inverse;
+                    st.o[j + 1] *= inverse;
                 }
-                continue;
+                /* A row past its sequence may have read NaN as q. */
+                if (!__all_sync(~0u, live[r]))
+#pragma unroll
+                    for (int j = 2 * r; j < DV / 2; j += 4)
+                        if (!live[r]) st.o[j] = st.o[j + 1] = 0.f;
+                if (a.lse && lane % 4 == 0 && row + 8 * r < a.sq)
+                    a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] +
+                          (row + 8 * r) * a.lse_stride[2]] =
+                        !live[r] || l[r] == 0.f
+                            ? -INFINITY
+                            : (__log2f(l[r]) - st.softmax.minus[r]) * 0.6931471805599453f;
             }
-        }
-
-        /* O leaves through this warpgroup's Q, whose rows only this warp has read. */
-        uint32_t buffer = smem_address(smem.q[slot][warpgroup]);
-        int matrix_row = 16 * warp + lane % 16;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float inverse = l[r] == 0.f ? 0.f : 1.f / l[r];
-#pragma unroll
-            for (int j = 2 * r; j < DV / 2; j += 4) {
-                st.o[j] = live[r] ? st.o[j] * inverse : 0.f;
-                st.o[j + 1] = live[r] ? st.o[j + 1] * inverse : 0.f;
-            }
-            if (a.lse && lane % 4 == 0 && row + 8 * r < a.sq)
-                a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] +
-                      (row + 8 * r) * a.lse_stride[2]] =
-                    l[r] == 0.f ? -INFINITY
-                                : (__log2f(l[r]) - st.softmax.minus[r]) * 0.6931471805599453f;
-        }
-#pragma unroll
-        for (int c = 0; c < DV / 16; ++c) {
-            const float *o = st.o + 8 * c;
-            int chunk = c % 4 * 2 + lane / 16;
-            stmatrix_x4(
-                buffer + c / 4 * PANEL_Q + matrix_row * 128 + ((chunk ^ matrix_row % 8) << 4),
-                cvt_pack(o[0], o[1]), cvt_pack(o[2], o[3]), cvt_pack(o[4], o[5]),
-                cvt_pack(o[6], o[7]));
-        }
 #if ROW_STRIDED
-        bar_sync(1 + warpgroup, 128);
-        store(a.out, smem.q[slot][warpgroup], first, t.h, t.b);
-        bar_sync(1 + warpgroup, 128);
+            scatter(a, t, st, row);
 #else
-        fence_proxy_async();
-        bar_sync(1 + warpgroup, 128);
-        if (leader) {
-            for (int c = 0; c < DV; c += 64)
-                cp_async_bulk_tensor_store(&a.out, buffer + c / 64 * PANEL_Q, c, first, t.h, t.b);
-            cp_async_bulk_commit_group();
-            cp_async_bulk_wait_group_read();
-        }
+            stage_o(st, smem_address(smem.q[slot][warpgroup]));
 #endif
-        if (leader) leave(smem, n);
+        }
+        if (threadIdx.x % 128 == 0) smem.stored[slot][warpgroup] = stores;
+        __syncwarp();
+        if (lane == 0) {
+            mbarrier_arrive(o_full);
+            mbarrier_arrive(item_empty);
+        }
     }
 }
 
@@ -532,13 +639,15 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         prefetch_tensormap(&a.out);
 #endif
         for (int i = 0; i < Q_BUFFERS; ++i) {
-            for (int w = 0; w < WARPGROUPS; ++w)
+            mbarrier_init(smem_address(&smem.q_empty[i]), 1);
+            for (int w = 0; w < WARPGROUPS; ++w) {
                 mbarrier_init(smem_address(&smem.q_full[i][w]), LOADERS);
-            mbarrier_init(smem_address(&smem.q_empty[i]), WARPGROUPS);
+                mbarrier_init(smem_address(&smem.o_full[i][w]), 4); /* warps */
+            }
         }
         for (int i = 0; i < ITEMS; ++i) {
             mbarrier_init(smem_address(&smem.item_full[i]), 1);
-            mbarrier_init(smem_address(&smem.item_empty[i]), WARPGROUPS);
+            mbarrier_init(smem_address(&smem.item_empty[i]), 4 * WARPGROUPS + 2); /* V's, O's */
             smem.again[i] = 0;
         }
         for (int i = 0; i < STAGES; ++i) {
@@ -558,12 +667,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 
     int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (warpgroup == WARPGROUPS) {
-        if (EXCHANGE) setmaxnreg_dec<PRODUCER_REGISTERS>();
-        int thread = threadIdx.x - 128 * WARPGROUPS;
-        if (thread == 32) schedule(a, smem);
-        if (STRIDED ? thread / 32 != 1 : thread == 0) produce(a, smem);
+        setmaxnreg_dec<SERVER_REGISTERS>();
+        int server = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+        if (server == 0 && lane < LOADERS) bring_q_and_k(a, smem);
+        if (server == 1 && lane == 0) schedule(a, smem);
+        if (server == 2 && lane < LOADERS) bring_v(a, smem);
+        if (server == 3 && lane == 0) take_o(a, smem);
     } else {
-        if (EXCHANGE) setmaxnreg_inc<MMA_REGISTERS>();
+        setmaxnreg_inc<MMA_REGISTERS>();
         consume(a, smem, warpgroup);
     }
 }
@@ -587,8 +698,7 @@ static bool encode(CUtensorMap *map, const fa_sm90_device *device, const fa_tens
         if (t->shape[axis] > 1 && t->stride[axis] != 0) {
             strides[i] = (cuuint64_t)t->stride[axis] * 2;
         } else {
-            if (i == 0 && t->shape[axis] > 1)
-                return false; /* one row, repeated along the sequence */
+            if (i == 0 && t->shape[axis] > 1) return false; /* one row, repeated */
             shape[1 + i] = 1;
         }
         if (i) moves[i - 1] = shape[1 + i] > 1;
@@ -605,7 +715,8 @@ static bool encode(CUtensorMap *map, const fa_sm90_device *device, const fa_tens
 extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm90_device *device,
                                                  void *, fa_error *error) {
     const fa_what *w = &p->what;
-    if ((int64_t)w->b * w->hq * ((w->sq + BLOCK_M - 1) / BLOCK_M) > INT32_MAX)
+    int64_t tiles = (int64_t)w->b * w->hq * ((w->sq + BLOCK_M - 1) / BLOCK_M);
+    if (tiles > INT32_MAX)
         return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 tiles of %d rows", BLOCK_M);
     kernel_args a = {};
     int32_t out_moves[2];
@@ -624,13 +735,13 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
     a.scale = w->scale == 0 ? 1e-37f : (float)(w->scale * 1.4426950408889634);
     a.lse = (float *)w->lse.data;
     for (int i = 0; i < 3; ++i) a.lse_stride[i] = w->lse.stride[i];
+    int32_t slots = device->sms * BLOCKS_PER_SM;
+    int32_t blocks = tiles < slots ? (int32_t)tiles : slots;
+    a.schedule = fa_schedule_make(w, &p->masks, BLOCK_M, blocks);
 
     static uint64_t allowed;
     fa_status status = fa_allow_smem(&allowed, device, (const void *)ROW_NAME, SMEM_BYTES, error);
     if (status != FA_OK) return status;
-    int64_t tiles = (int64_t)w->b * w->hq * ((w->sq + BLOCK_M - 1) / BLOCK_M);
-    int32_t slots = device->sms * BLOCKS_PER_SM, blocks = tiles < slots ? (int32_t)tiles : slots;
-    a.schedule = fa_schedule_make(w, &p->masks, BLOCK_M, blocks);
-    return fa_launch_kernel((const void *)ROW_NAME, blocks, THREADS, SMEM_BYTES, p->where.stream, &a,
-                            error);
+    return fa_launch_kernel((const void *)ROW_NAME, blocks, THREADS, SMEM_BYTES, p->where.stream,
+                            &a, error);
 }

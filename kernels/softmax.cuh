@@ -75,17 +75,21 @@ PTX void softmax_raise(softmax_rows &rows, const float (&s)[N], float (&o)[M], f
     }
 }
 
-/* Sixteen columns of P: exponentials, row sums, packed as wgmma's A fragment. */
-template <bool SUM>
-PTX void softmax_exp(softmax_rows &rows, float *s, float scale, uint32_t (&p)[4]) {
+/* P in place of S, and its row sums. */
+template <bool SUM, int N>
+PTX void softmax_exp(softmax_rows &rows, float (&s)[N], float scale) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        int r = i & 1;
-        float low = ex2_approx(fmaf(s[2 * i], scale, rows.minus[r]));
-        float high = ex2_approx(fmaf(s[2 * i + 1], scale, rows.minus[r]));
-        if (SUM) rows.l[r] += low + high;
-        p[i] = cvt_pack(low, high);
+    for (int i = 0; i < N; ++i) {
+        s[i] = ex2_approx(fmaf(s[i], scale, rows.minus[i / 2 & 1]));
+        if (SUM) rows.l[i / 2 & 1] += s[i];
     }
+}
+
+/* Rounds P; four registers of 16 columns are wgmma's A fragment as they come. */
+template <int N>
+PTX void softmax_pack(const float (&s)[N], uint32_t *p) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) p[i] = cvt_pack(s[2 * i], s[2 * i + 1]);
 }
 
 /* The whole row's sum, in all four lanes of its quad. */

@@ -33,7 +33,8 @@ int choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int 
     fa_what w = {.dtype = dtype, .b = b, .hq = hq, .hk = hk, .sq = sq, .sk = sk, .d = d, .dv = dv,
                  .batch_invariant = invariant};
     w.v.data = (void *)(int64_t)odd;
-    return fa_choose_row(&w, sms);
+    fa_masks m = {0};
+    return fa_choose_row(&w, &m, sms);
 }
 int rows(void) { return FA_ROWS; }
 const char *row_name(int i) { return fa_rows[i].name; }
