@@ -1,0 +1,188 @@
+/* sm90_servers.cuh - the four threads that serve the MMA warpgroups, each in a warp of its own: one
+ * decides what comes next, one brings Q and K, one V, one takes O away.
+ *
+ * A part of sm90_fwd.cu, which includes it behind the row's constants and the shared memory.
+ *
+ * Items pass through a ring: the scheduler fills a slot (item_full), everybody reads it, and when
+ * the warpgroups and the servers of V and O have left it (item_empty) it is filled again.
+ */
+#ifndef FASTATTN_SM90_SERVERS_CUH
+#define FASTATTN_SM90_SERVERS_CUH
+
+PTX void describe(const kernel_args &a, item &t, fa_tile tile) {
+    t.b = tile.head / a.hq;
+    t.h = tile.head % a.hq;
+    t.row = tile.m_block * BLOCK_M;
+    t.lengths = fa_sequence_lengths(&a.masks, t.b, a.sq, a.sk);
+    t.begin = t.end = t.left = t.right = 0;
+    t.warpgroups = (1 << WARPGROUPS) - 1;
+    t.watch = a.watch || !KEPT;
+    for (int w = 0; w < WARPGROUPS; ++w) {
+        int32_t top = t.row + 64 * w, bottom = min(top + 64, t.lengths.sq) - 1;
+        fa_interval first = fa_row_interval(&a.masks, t.lengths, top);
+        fa_interval last = fa_row_interval(&a.masks, t.lengths, bottom);
+        t.some[w].begin = first.begin;
+        t.some[w].end = top <= bottom ? last.end : first.begin;
+        t.whole[w].begin = last.begin;
+        t.whole[w].end = first.end;
+    }
+    if (t.row >= t.lengths.sq) return;
+    fa_interval first = fa_row_interval(&a.masks, t.lengths, t.row);
+    fa_interval last = fa_row_interval(&a.masks, t.lengths, min(t.row + BLOCK_M, t.lengths.sq) - 1);
+    if (last.end <= first.begin) return;
+    t.begin = first.begin / BLOCK_N;
+    t.end = (last.end + BLOCK_N - 1) / BLOCK_N;
+    int32_t seen_begin =
+        (last.begin + BLOCK_N - 1) / BLOCK_N;               /* blocks that every row sees whole */
+    int32_t seen_end = min(first.end / BLOCK_N, t.end - 1); /* the first block finds the offset */
+    seen_begin = fa_clamp(seen_begin, t.begin, t.end);
+    seen_end = fa_clamp(seen_end, seen_begin, t.end);
+    t.right = t.end - seen_end;
+    t.left = seen_begin - t.begin;
+}
+
+/* How item n was voted on, once all have left it. */
+PTX uint32_t read_vote(smem_layout &smem, int32_t n) {
+    mbarrier_wait(smem_address(&smem.item_empty[n % ITEMS]), n / ITEMS & 1);
+    volatile uint32_t &votes = smem.again[n % ITEMS];
+    uint32_t again = votes;
+    votes = 0;
+    return again;
+}
+
+/* Decides what comes next; runs ahead of the others, divisions and all. */
+PTX void schedule(const kernel_args &a, smem_layout &smem) {
+    int32_t round = 0, read = 0; /* read: items whose votes have been */
+    int32_t tile = fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, &round);
+    for (int32_t n = 0;; ++n) {
+        /* Votes are read where their slot is needed, all of them before the end. */
+        uint32_t again = 0;
+        while (KEPT && !again && read < n && (read <= n - ITEMS || tile >= a.schedule.tiles))
+            again = read_vote(smem, read++);
+        item &t = smem.items[n % ITEMS];
+        mbarrier_wait(smem_address(&smem.item_empty[n % ITEMS]), n / ITEMS & 1 ^ 1);
+        t.last = 0;
+        if (again) {
+            t = smem.items[(read - 1) % ITEMS];
+            t.warpgroups = again;
+            t.watch = 1;
+        } else if (tile < a.schedule.tiles) {
+            describe(a, t, fa_schedule_tile(&a.schedule, tile));
+            tile = fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, &round);
+        } else {
+            t.last = 1;
+        }
+        mbarrier_arrive(smem_address(&smem.item_full[n % ITEMS]));
+        if (t.last) return;
+    }
+}
+
+#if ROW_STRIDED
+PTX uint16_t *element(const fa_tensor &t, int32_t b, int32_t h, int32_t row, int32_t column) {
+    return (uint16_t *)t.data + b * t.stride[0] + h * t.stride[1] + row * t.stride[2] +
+           column * t.stride[3];
+}
+
+/* By a warp, as the copy engine does it: chunks of 16 bytes to their swizzled places, zeros for
+ * what lies past the ends. */
+template <int ROWS, int COLUMNS>
+PTX void load(uint32_t smem, const fa_tensor &from, int32_t first, int32_t h, int32_t b,
+              const int32_t (&)[2], uint32_t barrier, uint64_t) {
+#pragma unroll 4
+    for (int i = threadIdx.x % 32; i < ROWS * panels<COLUMNS> * 8; i += 32) {
+        int32_t row = i / 8 % ROWS, column = i / 8 / ROWS * 64 + i % 8 * 8;
+        const uint16_t *source = element(from, b, h, first + row, column);
+        int32_t there = first + row < from.shape[2] ? (int32_t)from.shape[3] - column : 0;
+        uint32_t x[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) x[j] = j < there ? source[j * from.stride[3]] : 0;
+        st_shared_v4(smem + i / 8 * 128 + ((i % 8 ^ row % 8) << 4), x[0] | x[1] << 16,
+                     x[2] | x[3] << 16, x[4] | x[5] << 16, x[6] | x[7] << 16);
+    }
+    fence_proxy_async();
+    mbarrier_arrive(barrier);
+}
+#else
+/* ROWS rows as panels of 64 columns. */
+template <int ROWS, int COLUMNS>
+PTX void load(uint32_t smem, const CUtensorMap &from, int32_t first, int32_t h, int32_t b,
+              const int32_t (&moves)[2], uint32_t barrier, uint64_t policy) {
+    mbarrier_arrive_expect_tx(barrier, ROWS * 128 * panels<COLUMNS>);
+    for (int c = 0; c < COLUMNS; c += 64)
+        cp_async_bulk_tensor_load(smem + c * 2 * ROWS, &from, c, first, h * moves[0], b * moves[1],
+                                  barrier, policy);
+}
+#endif
+
+PTX void bring_q_and_k(const kernel_args &a, smem_layout &smem) {
+    cursor kv = {0, 0};
+    for (int32_t n = 0;; ++n) {
+        const item &t = smem.items[n % ITEMS];
+        mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
+        if (t.last) return;
+        int32_t blocks = t.end - t.begin, slot = n % Q_BUFFERS;
+        for (int32_t i = 0; i < blocks || i == 0; ++i) {
+            if (i < blocks) {
+                mbarrier_wait(smem_address(&smem.k_empty[kv.stage]), kv.parity ^ 1);
+                load<BLOCK_N, D>(smem_address(smem.k[kv.stage]), a.k, key_block(t, i) * BLOCK_N,
+                                 t.h / a.group, t.b, a.moves[1],
+                                 smem_address(&smem.k_full[kv.stage]), EVICT_LAST);
+                advance(kv);
+            }
+            if (i > 0) continue;
+            /* Q after the first K, which need not wait until the last tile's O has left. */
+            mbarrier_wait(smem_address(&smem.q_empty[slot]), n / Q_BUFFERS & 1 ^ 1);
+            for (int w = 0; w < WARPGROUPS; ++w) {
+                uint32_t full = smem_address(&smem.q_full[slot][w]);
+                if (t.warpgroups >> w & 1)
+                    load<64, D>(smem_address(smem.q[slot][w]), a.q, t.row + 64 * w, t.h, t.b,
+                                a.moves[0], full, EVICT_FIRST);
+                else
+                    mbarrier_arrive(full);
+            }
+        }
+    }
+}
+
+PTX void bring_v(const kernel_args &a, smem_layout &smem) {
+    cursor kv = {0, 0};
+    for (int32_t n = 0;; ++n) {
+        const item &t = smem.items[n % ITEMS];
+        mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
+        if (t.last) return;
+        int32_t blocks = t.end - t.begin;
+        for (int32_t i = 0; i < blocks; ++i, advance(kv)) {
+            mbarrier_wait(smem_address(&smem.v_empty[kv.stage]), kv.parity ^ 1);
+            load<BLOCK_N, DV>(smem_address(smem.v[kv.stage]), a.v, key_block(t, i) * BLOCK_N,
+                              t.h / a.group, t.b, a.moves[2], smem_address(&smem.v_full[kv.stage]),
+                              EVICT_LAST);
+        }
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
+        __syncwarp(LOADERS == 32 ? ~0u : 1u);
+    }
+}
+
+/* O of a warpgroup lies where its Q was; when it has been read, the next Q may come. */
+PTX void take_o(const kernel_args &a, smem_layout &smem) {
+    for (int32_t n = 0;; ++n) {
+        const item &t = smem.items[n % ITEMS];
+        mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
+        if (t.last) return;
+        int32_t slot = n % Q_BUFFERS;
+        for (int w = 0; w < WARPGROUPS; ++w) {
+            mbarrier_wait(smem_address(&smem.o_full[slot][w]), n / Q_BUFFERS & 1);
+            if (!*(volatile uint32_t *)&smem.stored[slot][w]) continue;
+#if !ROW_STRIDED
+            for (int c = 0; c < DV; c += 64)
+                cp_async_bulk_tensor_store(&a.out, smem_address(smem.q[slot][w]) + c * 2 * 64, c,
+                                           t.row + 64 * w, t.h, t.b);
+            cp_async_bulk_commit_group();
+#endif
+        }
+        mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
+        cp_async_bulk_wait_group_read();
+        mbarrier_arrive(smem_address(&smem.q_empty[slot]));
+    }
+}
+
+#endif
