@@ -1,0 +1,176 @@
+"""What setup.py compiles, and when again; what kernels/sass.py sees in machine code."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no source tree"),
+    pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler"),
+]
+
+ROWS = ["one, first, sm_90a, 64", "two, first, sm_90a, 128", "three, second, sm_90a, 64"]
+
+# Stands for nvcc: compiles an empty C file, names the depfile's sources, says where cudart is.
+NVCC = r"""#!/bin/sh
+if [ "$1" = --dryrun ]; then echo '#$ LIBRARIES= "-L{lib}"' >&2; exit; fi
+echo "$@" >> {log}
+while [ $# -gt 1 ]; do
+    case "$1" in -c) source=$2;; -MF) depfile=$2;; -o) object=$2;; esac
+    shift
+done
+echo "$object: $source kernels/shared.cuh kernels/variants.def" > $depfile
+echo "ptxas info    : (C7519) harmless"
+cat {say} 2>/dev/null
+echo | cc -x c -c - -o $object
+"""
+
+
+@pytest.fixture
+def build(tmp_path):
+    """A tree with three rows of two kernels and one C file; a function that builds it and returns
+    the names of what was compiled."""
+    tree, lib = tmp_path / "tree", tmp_path / "lib"
+    for folder in ("csrc", "kernels", "python/fastattn"):
+        (tree / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "setup.py", tree)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    shutil.copy(ROOT / "kernels" / "sass.py", tree / "kernels")
+    (tree / "python/fastattn/__init__.py").write_text('__version__ = "0"\n')
+    (tree / "csrc/check.h").write_text("int fa_check(void);\n")
+    (tree / "csrc/check.c").write_text('#include "check.h"\nint fa_check(void) { return 0; }\n')
+    for name in ("first.cu", "second.cu", "sm90.cu", "shared.cuh"):
+        (tree / "kernels" / name).touch()
+    table = tree / "kernels" / "variants.def"
+    table.write_text(
+        "// columns: name source arch d\n" + "".join(f"FA_ROW({row})\n" for row in ROWS)
+    )
+    lib.mkdir()
+    subprocess.run(["ar", "rc", lib / "libcudart_static.a"], check=True)
+    nvcc = tmp_path / "nvcc"
+    say, log = tmp_path / "say", tmp_path / "log"
+    plain = {"FASTATTN_CUDA": "1", "FASTATTN_STRICT": "0", "FASTATTN_SANITIZE": "0"}
+    nvcc.write_text(NVCC.format(lib=lib, log=log, say=say))
+    nvcc.chmod(0o755)
+
+    def run(fails=False, **environment):
+        done = subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+            cwd=tree,
+            env={**os.environ, **plain, "FASTATTN_NVCC": str(nvcc), **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode != 0) == fails, done.stdout + done.stderr
+        run.said = done.stderr
+        return set(re.findall(r"^fastattn: compiled (\w+)$", done.stderr, re.M))
+
+    run.tree, run.say, run.log = tree, say, log
+    return run
+
+
+def later(path, text=None):
+    """Changes a file, or only its time, by more than a clock's resolution."""
+    if text is not None:
+        path.write_text(text)
+    time = path.stat().st_mtime_ns + 1_000_000_000
+    os.utime(path, ns=(time, time))
+
+
+def test_one_object_per_row_and_again_only_what_changed(build):
+    assert build() == {"one", "two", "three", "sm90", "check"}
+    assert build() == set()
+    later(build.tree / "kernels/second.cu")
+    assert build() == {"three"}
+    later(build.tree / "kernels/first.cu")
+    assert build() == {"one", "two"}
+    later(build.tree / "kernels/shared.cuh")
+    assert build() == {"one", "two", "three", "sm90"}
+    later(build.tree / "csrc/check.h")
+    assert build() == {"check"}
+
+
+def test_a_changed_row_compiles_that_row_and_the_table(build):
+    build()
+    table = build.tree / "kernels/variants.def"
+    later(table, table.read_text().replace(ROWS[1], "two, first, sm_90a, 96"))
+    assert build() == {"two", "sm90"}
+    later(table, table.read_text().replace(ROWS[0], "new, first, sm_90a, 32"))
+    assert build() == {"new", "sm90"}
+
+
+def test_a_row_becomes_its_command_line(build):
+    build()
+    line = next(x for x in build.log.read_text().splitlines() if "-DROW_NAME=two" in x)
+    words = shlex.split(line)
+    assert {"-DROW_SOURCE=first", "-DROW_ARCH=sm_90a", "-DROW_D=128", "kernels/first.cu"} <= {
+        *words
+    }
+    assert "-gencode=arch=compute_90a,code=sm_90a" in words
+
+
+def test_without_nvcc_the_build_is_for_the_cpu_and_says_so(build):
+    assert build(FASTATTN_CUDA="0") == {"check"}
+    assert build.said.count("nvcc not found, building for the CPU only") == 1
+
+
+def test_slow_kernels_warn_a_user_and_fail_a_strict_build(build):
+    build.say.write_text("ptxas info    : (C7510) Potential Performance Loss: serialized\n")
+    build()
+    assert "one: ptxas info : (C7510) Potential Performance Loss: serialized" in build.said
+    assert "C7519" not in "".join(x for x in build.said.splitlines() if x.startswith("fastattn"))
+    build(fails=True, FASTATTN_STRICT="1")  # the objects are there, what was said of them too
+    assert "4 problems in the kernels" in build.said
+
+
+@pytest.fixture(scope="module")
+def sass():
+    sys.path.insert(0, str(ROOT / "kernels"))
+    import sass
+
+    return sass
+
+
+def instruction(opcode, jump=None, guard=7):
+    """The two words of an instruction; jump counts instructions from the next one."""
+    offset = (jump or 0) * 4
+    low = opcode | guard << 12 | (offset & 0xFF) << 16 | (offset >> 8 & (1 << 30) - 1) << 34
+    return low, 7 << 23
+
+
+@pytest.mark.parametrize("spill, inside, expected", [(0x983, True, 1), (0x387, False, 0)])
+def test_local_memory_beside_wgmma(sass, monkeypatch, spill, inside, expected):
+    wgmma, back, leave = instruction(0xDF0), instruction(0x947, -3, guard=0), instruction(0x94D)
+    other = instruction(0x308)
+    first = (wgmma, instruction(spill) if inside else other, back)
+    second = (other, other if inside else instruction(spill), back)
+    kernel = sass.Kernel("k", (*first, *second, leave))
+    assert kernel.loops() == [{3, 4, 5}, {0, 1, 2}]
+    monkeypatch.setattr(sass, "kernels", lambda data: [kernel])
+    assert len(sass.check(b"", "")) == expected
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_machine_code_is_read(sass, tmp_path):
+    """A loop over an array that does not fit the registers: it is found, with its local memory."""
+    (tmp_path / "spill.cu").write_text(
+        "__global__ void spill(float *x, int n) {\n"
+        "    float a[64];\n"
+        "    for (int i = 0; i < 64; i++) a[i] = x[i];\n"
+        "    for (int k = 0; k < n; k++) x[k] += a[(k * 7) & 63];\n"
+        "}\n"
+    )
+    command = ["nvcc", "-gencode", "arch=compute_90a,code=sm_90a", "-c", "spill.cu"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    (kernel,) = sass.kernels((tmp_path / "spill.o").read_bytes())
+    opcodes = kernel.opcodes()
+    assert "spill" in kernel.name and opcodes.count(0x94D) >= 1
+    loops = [{opcodes[i] for i in loop} for loop in kernel.loops()]
+    assert any(0x983 in loop for loop in loops), "LDL"
+    assert not any(loop & sass.WGMMA for loop in loops)
