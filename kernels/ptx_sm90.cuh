@@ -1,7 +1,8 @@
 /* ptx_sm90.cuh - one Hopper instruction, one function, the PTX name kept.
  *
- * Included by kernels/sm90_*.cu, which define FA_PTX_TYPE ("bf16" or "f16") first; includes nothing.
- * Shared-memory addresses are 32-bit (`smem_address`), barriers are addresses of 8-byte mbarriers.
+ * Included by kernels/sm90_*.cu, which define FA_PTX_TYPE ("bf16" or "f16") first; includes
+ * nothing. Shared-memory addresses are 32-bit (`smem_address`), barriers are addresses of 8-byte
+ * mbarriers.
  */
 #ifndef FASTATTN_PTX_SM90_CUH
 #define FASTATTN_PTX_SM90_CUH
@@ -37,7 +38,7 @@ PTX void mbarrier_wait(uint32_t barrier, uint32_t parity) {
         : "memory");
 }
 
-/* ---- named barriers: `id` 1 .. 15, `threads` of them ------------------------------------------ */
+/* ---- named barriers: `id` 1 .. 15, `threads` of them ----------------------------------------- */
 
 PTX void bar_sync(uint32_t id, uint32_t threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -58,7 +59,7 @@ PTX bool bar_red_or(uint32_t id, uint32_t threads, bool mine) {
     return any;
 }
 
-/* ---- the copy engine: 4-dimensional boxes {columns, rows, head, batch} ------------------------ */
+/* ---- the copy engine: 4-dimensional boxes {columns, rows, head, batch} ----------------------- */
 
 /* Cache policies as createpolicy makes them: Q is read once, K and V by every tile of a head. */
 static constexpr uint64_t EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
@@ -82,9 +83,7 @@ PTX void cp_async_bulk_tensor_store(const void *map, uint32_t smem, int32_t colu
         "r"(column), "r"(row), "r"(head), "r"(batch), "r"(smem)
         : "memory");
 }
-PTX void cp_async_bulk_commit_group() {
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
+PTX void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 /* The stores' sources have been read: their shared memory may be written again. */
 PTX void cp_async_bulk_wait_group_read() {
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
@@ -128,7 +127,7 @@ PTX void setmaxnreg_dec() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-/* ---- wgmma: 64 x N += 64 x 16 times 16 x N, by the four warps of a warpgroup ------------------ */
+/* ---- wgmma: 64 x N += 64 x 16 times 16 x N, by the four warps of a warpgroup ----------------- */
 
 PTX void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 PTX void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -158,7 +157,7 @@ template <int N>
 PTX void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
 
 /* Ten operands: their numbers in the string, the registers themselves. */
-#define NUMBERS(t)                                                                               \
+#define NUMBERS(t) \
     "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9"
 #define D1(i) "+f"(d[i])
 #define D2(t) D1(t##0), D1(t##1)
@@ -176,26 +175,26 @@ PTX void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
 #define N120 N90 NUMBERS(9) "," NUMBERS(10) "," NUMBERS(11) ","
 
 /* WGMMA(N, numbers and registers of d, the numbers of the five operands behind them) */
-#define WGMMA(N, NAMES, REGISTERS, n0, n1, n2, n3, n4)                                       \
-    template <>                                                                                  \
-    __device__ __forceinline__ void wgmma_ss<N>(float(&d)[N / 2], uint64_t a, uint64_t b,        \
-                                                int accumulate) {                                \
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #n2                                    \
-                     ", 0;\n"                                                                    \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." FA_PTX_TYPE               \
-                     "." FA_PTX_TYPE " {" NAMES "}, %" #n0 ", %" #n1 ", p, 1, 1, 0, 0;\n}"       \
-                     : LIST REGISTERS                                                            \
-                     : "l"(a), "l"(b), "r"(accumulate));                                         \
-    }                                                                                            \
-    template <>                                                                                  \
-    __device__ __forceinline__ void wgmma_rs<N>(float(&d)[N / 2], const uint32_t(&a)[4],         \
-                                                uint64_t b) {                                    \
-        asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                  \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." FA_PTX_TYPE               \
-                     "." FA_PTX_TYPE " {" NAMES "}, {%" #n0 ",%" #n1 ",%" #n2 ",%" #n3 "}, %" #n4 \
-                     ", p, 1, 1, 1;\n}"                                                          \
-                     : LIST REGISTERS                                                            \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                      \
+#define WGMMA(N, NAMES, REGISTERS, n0, n1, n2, n3, n4)                                             \
+    template <>                                                                                    \
+    __device__ __forceinline__ void wgmma_ss<N>(float (&d)[N / 2], uint64_t a, uint64_t b,         \
+                                                int accumulate) {                                  \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #n2                                      \
+                     ", 0;\n"                                                                      \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." FA_PTX_TYPE "." FA_PTX_TYPE \
+                     " {" NAMES "}, %" #n0 ", %" #n1 ", p, 1, 1, 0, 0;\n}"                         \
+                     : LIST REGISTERS                                                              \
+                     : "l"(a), "l"(b), "r"(accumulate));                                           \
+    }                                                                                              \
+    template <>                                                                                    \
+    __device__ __forceinline__ void wgmma_rs<N>(float (&d)[N / 2], const uint32_t (&a)[4],         \
+                                                uint64_t b) {                                      \
+        asm volatile(                                                                              \
+            "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                             \
+            "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." FA_PTX_TYPE "." FA_PTX_TYPE          \
+            " {" NAMES "}, {%" #n0 ",%" #n1 ",%" #n2 ",%" #n3 "}, %" #n4 ", p, 1, 1, 1;\n}"        \
+            : LIST REGISTERS                                                                       \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                 \
     }
 
 #define LIST(...) __VA_ARGS__
