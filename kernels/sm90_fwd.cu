@@ -152,6 +152,11 @@ PTX void settle(rows_state &st, smem_layout &smem) {
     st.held = false;
 }
 
+/* The first of this thread's two rows; the other is 8 below. */
+PTX int32_t first_row(const item &t, int warpgroup) {
+    return t.row + 64 * warpgroup + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+}
+
 /* Hides every key outside each row's interval. */
 PTX void mask_scores(const kernel_args &a, const item &t, float (&s)[BLOCK_N / 2], int32_t row,
                      int32_t key) {
@@ -211,7 +216,7 @@ PTX void issue_pv(rows_state &st, smem_layout &smem) {
  * DELAYED, has not begun. FIRST: of this tile; MASKED: rows see it in part; WATCH: the offset. */
 template <bool FIRST, bool MASKED, bool WATCH>
 PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_state &st, cursor &kv,
-                uint64_t q, int32_t row, int32_t key, int warpgroup) {
+                uint64_t q, int32_t key, int warpgroup) {
     constexpr bool BEHIND = DELAYED && !FIRST; /* P V of the last block comes behind this Q K^T */
     float s[BLOCK_N / 2];
     uint64_t k = wgmma_descriptor(smem_address(smem.k[kv.stage]), 1);
@@ -238,7 +243,7 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
             for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
             scale = -scale;
         }
-        if (MASKED) mask_scores(a, t, s, row, key);
+        if (MASKED) mask_scores(a, t, s, first_row(t, warpgroup), key);
         bool raise = FIRST || __any_sync(~0u, softmax_exceeds(st.softmax, s));
         if (BEHIND) {
             wgmma_wait_group<0>();
@@ -344,18 +349,13 @@ PTX void stage_o(const rows_state &st, uint32_t buffer) {
 
 PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
     cursor kv = {0, 0};
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     if (warpgroup == WARPGROUPS - 1) pass_turn(warpgroup); /* the first turn is warpgroup 0's */
     for (int32_t n = 0;; ++n) {
         int32_t slot = n % Q_BUFFERS;
         const item &t = smem.items[n % ITEMS];
-        uint32_t item_empty = smem_address(&smem.item_empty[n % ITEMS]);
-        uint32_t o_full = smem_address(&smem.o_full[slot][warpgroup]);
         mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
         if (t.last) return;
         int32_t blocks = t.end - t.begin, masked = t.left + t.right, i = 0;
-        int32_t row = t.row + 64 * warpgroup + 16 * warp + lane / 4; /* and row + 8 */
-        bool keep = KEPT && !t.watch, stores = t.warpgroups >> warpgroup & 1;
         uint64_t q = wgmma_descriptor(smem_address(smem.q[slot][warpgroup]), 1);
 
         rows_state st;
@@ -366,7 +366,7 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
 
         mbarrier_wait(smem_address(&smem.q_full[slot][warpgroup]), n / Q_BUFFERS & 1);
         fa_interval some = t.some[warpgroup], whole = t.whole[warpgroup];
-        if (!stores) some.end = some.begin;
+        if (!(t.warpgroups >> warpgroup & 1)) some.end = some.begin;
         for (; i < masked || (some.begin >= some.end && i < blocks); ++i) {
             int32_t key = key_block(t, i) * BLOCK_N;
             bool visible = key >= whole.begin && key + BLOCK_N <= whole.end;
@@ -375,26 +375,26 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
                 pass(smem, kv, warpgroup);
             } else if (DELAYED && !st.held) {
                 if (visible)
-                    attend<true, false, true>(a, smem, t, st, kv, q, row, key, warpgroup);
+                    attend<true, false, true>(a, smem, t, st, kv, q, key, warpgroup);
                 else
-                    attend<true, true, true>(a, smem, t, st, kv, q, row, key, warpgroup);
+                    attend<true, true, true>(a, smem, t, st, kv, q, key, warpgroup);
             } else if (visible) {
-                attend<false, false, true>(a, smem, t, st, kv, q, row, key, warpgroup);
+                attend<false, false, true>(a, smem, t, st, kv, q, key, warpgroup);
             } else {
-                attend<false, true, true>(a, smem, t, st, kv, q, row, key, warpgroup);
+                attend<false, true, true>(a, smem, t, st, kv, q, key, warpgroup);
             }
         }
         if (DELAYED && i < blocks && !st.held) {
-            attend<true, false, true>(a, smem, t, st, kv, q, row, 0, warpgroup);
+            attend<true, false, true>(a, smem, t, st, kv, q, 0, warpgroup);
             ++i;
         }
-        if (keep)
+        if (KEPT && !t.watch)
             for (; i < blocks; ++i)
-                attend<false, false, false>(a, smem, t, st, kv, q, row, 0, warpgroup);
+                attend<false, false, false>(a, smem, t, st, kv, q, 0, warpgroup);
         else
-            for (; i < blocks; ++i)
-                attend<false, false, true>(a, smem, t, st, kv, q, row, 0, warpgroup);
+            for (; i < blocks; ++i) attend<false, false, true>(a, smem, t, st, kv, q, 0, warpgroup);
 
+        int32_t row = first_row(t, warpgroup);
         bool live[2];
         float l[2];
 #pragma unroll
@@ -407,7 +407,8 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         if (ONES)
             for (int r = 0; r < 2; ++r) l[r] = st.o[DV / 2 * ONES + 2 * r];
 
-        if (stores && keep) {
+        bool stores = t.warpgroups >> warpgroup & 1;
+        if (stores && KEPT && !t.watch) {
             bool bad = bar_red_or(1 + warpgroup, 128, !kept_well(st, l, live));
             stores = !__shfl_sync(~0u, bad, 0);
             if (!stores && threadIdx.x % 128 == 0)
@@ -427,7 +428,7 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
 #pragma unroll
                     for (int j = 2 * r; j < DV / 2; j += 4)
                         if (!live[r]) st.o[j] = st.o[j + 1] = 0.f;
-                if (a.lse && lane % 4 == 0 && row + 8 * r < a.sq)
+                if (a.lse && threadIdx.x % 4 == 0 && row + 8 * r < a.sq)
                     a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] +
                           (row + 8 * r) * a.lse_stride[2]] =
                         !live[r] || l[r] == 0.f
@@ -442,9 +443,9 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         }
         if (threadIdx.x % 128 == 0) smem.stored[slot][warpgroup] = stores;
         __syncwarp();
-        if (lane == 0) {
-            mbarrier_arrive(o_full);
-            mbarrier_arrive(item_empty);
+        if (threadIdx.x % 32 == 0) {
+            mbarrier_arrive(smem_address(&smem.o_full[slot][warpgroup]));
+            mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
         }
     }
 }
