@@ -495,11 +495,11 @@ static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_lengths length
      * rows' keys do: how rows are grouped, and so how many threads there are and how many
      * sequences, changes no bit. */
     for (int at = begin / KEYS * KEYS; at < end; at += KEYS) {
-        block keys = {
-            at > begin ? at : begin / STEP * STEP, at + KEYS < end ? at + KEYS : end, 0, 0, 0, 0};
+        block keys = {.begin = at > begin ? at : begin / STEP * STEP,
+                      .end = at + KEYS < end ? at + KEYS : end};
         uint8_t seen[KEYS];
-        int n = keys.end - keys.begin,
-            sees = hides ? see(&c, lengths, first, count, &keys, seen) : n;
+        const int n = keys.end - keys.begin;
+        const int sees = hides ? see(&c, lengths, first, count, &keys, seen) : n;
         if (sees == 0) continue;
         load_block(&c, &keys, begin, sees < n ? seen : NULL);
         for (int i = 0; i < panels; i++) {
