@@ -41,25 +41,20 @@ class Kernel:
         taken_always = always and opcode == BRANCH and (high >> 23) & 7 == 7
         return [t for t in [target] if 0 <= t < len(self.code)] + ([] if taken_always else after)
 
-    def loops(self, within: set[int] | None = None) -> list[set[int]]:
+    def loops(self) -> list[set[int]]:
         """The outermost loops: strongly connected sets of instructions (Tarjan, iterative)."""
-        nodes = range(len(self.code)) if within is None else sorted(within)
         found, stack, index, low, on_stack = [], [], {}, {}, set()
-
-        def following(node: int) -> Iterator[int]:
-            return (i for i in self.successors(node) if within is None or i in within)
-
-        for root in nodes:
-            work = [] if root in index else [(root, following(root))]
+        for root in range(len(self.code)):
+            work = [] if root in index else [(root, iter(self.successors(root)))]
             while work:
-                node, children = work[-1]
+                node, following = work[-1]
                 if node not in index:
                     index[node] = low[node] = len(index)
                     stack.append(node)
                     on_stack.add(node)
-                for child in children:
+                for child in following:
                     if child not in index:
-                        work.append((child, following(child)))
+                        work.append((child, iter(self.successors(child))))
                         break
                     if child in on_stack:
                         low[node] = min(low[node], index[child])
@@ -75,28 +70,6 @@ class Kernel:
                         on_stack -= loop
                         if len(loop) > 1:
                             found.append(loop)
-        return found
-
-    def innermost(self, opcodes: set[int]) -> list[set[int]]:
-        """The loops that hold one of these opcodes and no smaller loop that does.
-
-        A persistent kernel's loop over tiles holds the loop over keys: what is spilled once a tile
-        costs nothing, what is spilled once a block of keys does.
-        """
-        mine, found = self.opcodes(), []
-        work = self.loops()
-        while work:
-            loop = work.pop()
-            if not any(mine[i] in opcodes for i in loop):
-                continue
-            # Without the instructions where it is entered, a loop falls apart into inner ones.
-            outside = [i for i in range(len(self.code)) if i not in loop]
-            entries = {j for i in outside for j in self.successors(i) if j in loop}
-            inner = self.loops(loop - (entries or {min(loop)}))
-            if any(mine[i] in opcodes for smaller in inner for i in smaller):
-                work += inner
-            else:
-                found.append(loop)
         return found
 
 
@@ -132,9 +105,9 @@ def check(data: bytes, log: str) -> list[str]:
     problems = [" ".join(line.split()) for line in SLOW.findall(log)]
     for kernel in kernels(data):
         opcodes = kernel.opcodes()
-        for loop in kernel.innermost(WGMMA):
+        for loop in kernel.loops():
             spills = [opcodes[i] for i in sorted(loop) if opcodes[i] in LOCAL]
-            if spills:
+            if spills and any(opcodes[i] in WGMMA for i in loop):
                 counts = ", ".join(f"{spills.count(op)} {LOCAL[op]}" for op in sorted(set(spills)))
                 problems.append(f"{kernel.name}: local memory in a loop that holds wgmma: {counts}")
     return problems

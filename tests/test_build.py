@@ -156,18 +156,6 @@ def test_local_memory_beside_wgmma(sass, monkeypatch, spill, inside, expected):
     assert len(sass.check(b"", "")) == expected
 
 
-def test_what_is_spilled_once_a_tile_is_no_problem(sass, monkeypatch):
-    """Over tiles: entry, spill, over keys: wgmma, back; back."""
-    inner = (instruction(0x308), instruction(0xDF0), instruction(0x947, -3, guard=0))
-    around = (instruction(0x308), instruction(0x387))
-    code = (*around, *inner, instruction(0x947, -6, guard=0), instruction(0x94D))
-    kernel = sass.Kernel("k", code)
-    assert kernel.loops() == [{0, 1, 2, 3, 4, 5}]
-    assert kernel.innermost(sass.WGMMA) == [{2, 3, 4}]
-    monkeypatch.setattr(sass, "kernels", lambda data: [kernel])
-    assert sass.check(b"", "") == []
-
-
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 def test_machine_code_is_read(sass, tmp_path):
     """A loop over an array that does not fit the registers: it is found, with its local memory."""
