@@ -157,8 +157,8 @@ PTX void bring_v(const kernel_args &a, smem_layout &smem) {
                               t.h / a.group, t.b, a.moves[2], smem_address(&smem.v_full[kv.stage]),
                               EVICT_LAST);
         }
+        __syncwarp(LOADERS == 32 ? ~0u : 1u); /* all have read the item, one without keys too */
         if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
-        __syncwarp(LOADERS == 32 ? ~0u : 1u);
     }
 }
 
