@@ -179,10 +179,10 @@ class NumpyArrays:
         pass
 
     def seconds(self, calls, n, inner):
-        """Times of n turns of `inner` calls each, per call. Runs untimed for 2 ms first: idle
-        threads of the implementation before this one may still be spinning."""
+        """Times of n turns of `inner` calls each, per call. Runs untimed for 10 ms first: idle
+        threads of the implementation before this one still spin for about half of that."""
         start = time.perf_counter()
-        while time.perf_counter() - start < 2e-3:
+        while time.perf_counter() - start < 10e-3:
             calls[0]()
         times = []
         for _ in range(n):
