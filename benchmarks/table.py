@@ -69,7 +69,7 @@ def grid(cells, device):
 
 def listing(cells):
     """A line per cell, for suites that are no grid."""
-    yield ["", "ms (p10 to p90)", "us/head", "compared, time over ours"]
+    yield ["", "ms (p10 to p90)", "us per head", "compared, time over ours"]
     for cell in cells:
         ours = cell["fastattn"]
         others = (r for r in cell.values() if r is not ours and "ratio" in r)
@@ -78,7 +78,7 @@ def listing(cells):
             yield [ours["label"], "refused", "-", ours["refused"]]
             continue
         time = f"{ours['ms']:.4g} ({ours['p10']:.4g} to {ours['p90']:.4g})"
-        yield [ours["label"], time, f"{ours['ms'] * 1e3 / ours['hq']:.4g}", compared]
+        yield [ours["label"], time, f"{ours['ms'] * 1e3 / ours['hq']:,.2f}", compared]
 
 
 def table(names, suites):
