@@ -390,8 +390,6 @@ def test_error_is_not_above_cudnn(d, s, dtype, causal):
         *(x.double() for x in (q, k, v)), is_causal=causal
     )
     error, their_error = ((x.double() - exact).abs() for x in (ours, theirs))
-    # With a running maximum the largest P is exactly 1 and the next ones lie just below it, where
-    # rounding to 8 or 11 bits costs least. A kept offset lets them lie anywhere: 3 % in the mean,
-    # as an emulation in NumPy gives too, and more in the few rows that one key dominates.
-    assert error.mean() <= 1.06 * their_error.mean()
-    assert error.max() <= 2 * their_error.max()
+    # The kept offset of bfloat16 fails this by 3 to 5 % in the mean: kernels/README.md says why.
+    assert error.mean() <= their_error.mean()
+    assert error.max() <= their_error.max()
