@@ -75,19 +75,6 @@ PTX void cp_async_bulk_tensor_load(uint32_t smem, const void *map, int32_t colum
         "l"(map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(barrier), "l"(policy)
         : "memory");
 }
-PTX void cp_async_bulk_tensor_store(const void *map, uint32_t smem, int32_t column, int32_t row,
-                                    int32_t head, int32_t batch) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(
-            map),
-        "r"(column), "r"(row), "r"(head), "r"(batch), "r"(smem)
-        : "memory");
-}
-PTX void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-/* The stores' sources have been read: their shared memory may be written again. */
-PTX void cp_async_bulk_wait_group_read() {
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
 /* Ordinary writes to shared memory become visible to wgmma and the copy engine. */
 PTX void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -98,6 +85,14 @@ PTX void st_shared_v4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_
                  : "memory");
 }
 
+PTX uint4 ld_shared_v4(uint32_t smem) {
+    uint4 x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(smem)
+                 : "memory");
+    return x;
+}
 PTX void stmatrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
                  "r"(a), "r"(b), "r"(c), "r"(d)
@@ -115,6 +110,13 @@ PTX float ex2_approx(float x) {
 PTX uint32_t cvt_pack(float low, float high) {
     uint32_t y;
     asm("cvt.rn." FA_PTX_TYPE "x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
+/* a * b + c on pairs of 16 bits. */
+PTX uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t y;
+    asm("fma.rn." FA_PTX_TYPE "x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
     return y;
 }
 

@@ -41,9 +41,10 @@ static inline int32_t fa_tma_takes(const fa_tensor *t, int32_t element_bytes) {
     return 1;
 }
 
+/* The output is stored 16 bytes at a time. */
 static inline int32_t fa_needs_strided(const fa_what *w) {
     return !(fa_tma_takes(&w->q, 2) && fa_tma_takes(&w->k, 2) && fa_tma_takes(&w->v, 2) &&
-             fa_tma_takes(&w->out, 2));
+             fa_tma_takes(&w->out, 2) && w->dv % 8 == 0);
 }
 
 static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -38,6 +38,7 @@ static constexpr int ITEMS = 4; /* tiles that the scheduler may be ahead */
 typedef softmax_range<IS_BF16> range;
 
 static_assert(D % 16 == 0 && DV % 32 == 0 && BLOCK_N % 16 == 0, "wgmma takes k by 16");
+static_assert(BLOCK_N <= 128, "a mask has 32 bits");
 static_assert(!ONES || DV == 64, "the block of ones is the second panel of V");
 
 /* P V of a block is issued behind Q K^T of the next (DELAYED), or, where registers are too few to
@@ -55,7 +56,10 @@ static constexpr int MMA_REGISTERS = ROW_MMA_REGISTERS;
 static constexpr int SERVER_REGISTERS = POOL - WARPGROUPS * MMA_REGISTERS;
 static_assert(SERVER_REGISTERS >= 24, "the pool is too small");
 
-static constexpr int LOADERS = STRIDED ? 32 : 1; /* threads that bring K, and that bring V */
+/* O leaves through shared memory where there is room for that. */
+static constexpr bool STAGED = !STRIDED && ROW_STAGED;
+
+static constexpr int LOADERS = STRIDED ? 32 : 1; /* threads that bring Q, K, V, each */
 
 /* ---- shared memory: panels of 64 columns, 128 bytes a row, swizzled, each on 1024 bytes
  * --------*/
@@ -63,7 +67,8 @@ static constexpr int LOADERS = STRIDED ? 32 : 1; /* threads that bring K, and th
 template <int COLUMNS>
 static constexpr int panels = (COLUMNS + 63) / 64;
 static constexpr int PANEL_Q = 64 * 128, PANEL_N = BLOCK_N * 128;
-static constexpr int Q_BYTES = PANEL_Q * panels<D>, O_BYTES = PANEL_Q * panels<DV>;
+static constexpr int Q_BYTES = PANEL_Q * panels<D>;
+static constexpr int O_BYTES = 16 * 128;
 static constexpr int K_BYTES = PANEL_N * panels<D>, V_BYTES = PANEL_N * panels<DV>;
 
 /* What the scheduler tells the others about a tile. */
@@ -79,16 +84,16 @@ struct item {
 };
 
 struct smem_layout {
-    uint8_t q[Q_BUFFERS][WARPGROUPS][Q_BYTES > O_BYTES ? Q_BYTES : O_BYTES]; /* then O */
+    uint8_t q[Q_BUFFERS][WARPGROUPS][Q_BYTES];
     uint8_t k[STAGES][K_BYTES];
     uint8_t v[STAGES][V_BYTES];
     uint8_t ones[ONES ? PANEL_N : 16]; /* 64 more columns of V: O's column 64 becomes the row sum */
-    uint64_t q_full[Q_BUFFERS][WARPGROUPS], o_full[Q_BUFFERS][WARPGROUPS], q_empty[Q_BUFFERS];
+    uint8_t o[STAGED ? 4 * WARPGROUPS : 1][STAGED ? O_BYTES : 16]; /* a panel of each warp's rows */
+    uint64_t q_full[Q_BUFFERS][WARPGROUPS], q_empty[Q_BUFFERS][WARPGROUPS];
     uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
     uint64_t item_full[ITEMS], item_empty[ITEMS];
     item items[ITEMS];
     uint32_t again[ITEMS]; /* the votes: bit w, warpgroup w could not keep its offset */
-    uint32_t stored[Q_BUFFERS][WARPGROUPS]; /* 1: O is in q, to be taken away */
 };
 static constexpr int SMEM_BYTES = sizeof(smem_layout) + 1024; /* room to align the base */
 
@@ -99,7 +104,8 @@ typedef CUtensorMap array; /* {columns, rows, heads, batches} */
 #endif
 
 struct kernel_args {
-    array q, k, v, out;
+    array q, k, v;
+    fa_tensor out;
     fa_schedule schedule;
     fa_masks masks;
     int32_t sq, sk, hq, group; /* group: query heads per key head */
@@ -132,14 +138,17 @@ PTX int32_t key_block(const item &t, int32_t i) {
 
 /* ---- an MMA warpgroup -------------------------------------------------------------------------*/
 
-/* What a warpgroup keeps over the key blocks of a tile. */
+/* What a warpgroup keeps over the key blocks of a tile, and into the first block of the next. */
 struct rows_state {
     float o[(DV + 8 * ONES) / 2];
     uint32_t p[P_PIECES][4];
     softmax_rows softmax;
-    cursor v;  /* the stage of V that P V reads, or will */
-    bool held; /* it has not been handed back */
+    cursor v;     /* the stage of V that P V reads, or will */
+    bool held;    /* it has not been handed back */
+    int32_t open; /* the item whose rows these are; -1: none, and O and l are 0 */
 };
+
+PTX int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
 
 PTX void release(uint32_t barrier) {
     if (threadIdx.x % 128 == 0) mbarrier_arrive(barrier);
@@ -157,6 +166,30 @@ PTX int32_t first_row(const item &t, int warpgroup) {
     return t.row + 64 * warpgroup + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 }
 
+/* The first `columns` of a block, as a bit per score that this thread has of a row: 2 of every 8.
+ */
+PTX uint32_t first_scores(int32_t columns) {
+    columns = min(max(columns, 0), BLOCK_N);
+    int32_t scores = columns / 8 * 2 + min(columns % 8, 2);
+    return scores < 32 ? (1u << scores) - 1 : ~0u;
+}
+
+/* The warpgroup does not compute this item, or its rows see nothing. */
+PTX bool has_no_keys(const item &t, int warpgroup) {
+    fa_interval some = t.some[warpgroup];
+    return !(t.warpgroups >> warpgroup & 1) || some.begin >= some.end;
+}
+
+/* How much of a block of keys a warpgroup's rows see. */
+enum seen { NONE, PART, WHOLE };
+PTX enum seen see(const item &t, int32_t block, int warpgroup) {
+    fa_interval some = t.some[warpgroup], whole = t.whole[warpgroup];
+    int32_t key = block * BLOCK_N;
+    bool none = has_no_keys(t, warpgroup) || key >= some.end || key + BLOCK_N <= some.begin;
+    bool part = key < whole.begin || key + BLOCK_N > whole.end;
+    return (enum seen)uniform(none ? NONE : part ? PART : WHOLE);
+}
+
 /* Hides every key outside each row's interval. */
 PTX void mask_scores(const kernel_args &a, const item &t, float (&s)[BLOCK_N / 2], int32_t row,
                      int32_t key) {
@@ -164,12 +197,10 @@ PTX void mask_scores(const kernel_args &a, const item &t, float (&s)[BLOCK_N / 2
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         fa_interval seen = fa_row_interval(&a.masks, t.lengths, row + 8 * r);
-        int32_t begin = seen.begin - column, end = seen.end - column;
+        uint32_t see = first_scores(seen.end - column) & ~first_scores(seen.begin - column);
 #pragma unroll
-        for (int i = 2 * r; i < BLOCK_N / 2; i += 4) {
-            if (2 * i - 4 * r >= end || 2 * i - 4 * r < begin) s[i] = -INFINITY;
-            if (2 * i - 4 * r + 1 >= end || 2 * i - 4 * r + 1 < begin) s[i + 1] = -INFINITY;
-        }
+        for (int i = 0; i < BLOCK_N / 4; ++i)
+            if (!(see >> i & 1)) s[i / 2 * 4 + 2 * r + i % 2] = -INFINITY;
     }
 }
 
@@ -212,16 +243,24 @@ PTX void issue_pv(rows_state &st, smem_layout &smem) {
     wgmma_commit_group();
 }
 
+#include "sm90_rows_out.cuh"
+
+/* What comes before a block: nothing (ALONE), the block before it in its tile (BEHIND), or the last
+ * block of the tile before (NEXT). If DELAYED, the P V of those two is issued behind Q K^T. */
+enum place { ALONE, BEHIND, NEXT };
+
 /* One key block: S = Q K^T, P = 2^(S scale - offset), O += P V. On return P V may still run, or, if
- * DELAYED, has not begun. FIRST: of this tile; MASKED: rows see it in part; WATCH: the offset. */
-template <bool FIRST, bool MASKED, bool WATCH>
+ * DELAYED, has not begun. NEXT ends the tile before in passing, so that the tensor cores have work
+ * while its rows are divided and stored. MASKED: rows see the block in part; WATCH: the offset.
+ * `q_done`: the barrier to tell that Q was read for the last time, or 0. */
+template <place PLACE, bool MASKED, bool WATCH>
 PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_state &st, cursor &kv,
-                uint64_t q, int32_t key, int warpgroup) {
-    constexpr bool BEHIND = DELAYED && !FIRST; /* P V of the last block comes behind this Q K^T */
+                uint64_t q, uint32_t q_done, int32_t key, bool cut, int warpgroup) {
+    constexpr bool PENDING = DELAYED && PLACE != ALONE;
     float s[BLOCK_N / 2];
     uint64_t k = wgmma_descriptor(smem_address(smem.k[kv.stage]), 1);
     mbarrier_wait(smem_address(&smem.k_full[kv.stage]), kv.parity);
-    if (BEHIND) mbarrier_wait(smem_address(&smem.v_full[st.v.stage]), st.v.parity);
+    if (PENDING) mbarrier_wait(smem_address(&smem.v_full[st.v.stage]), st.v.parity);
     take_turn(warpgroup);
     wgmma_fence();
 #pragma unroll
@@ -229,34 +268,40 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
         wgmma_ss<BLOCK_N>(s, q + i / 4 * (PANEL_Q / 16) + i % 4 * 2,
                           k + i / 4 * (PANEL_N / 16) + i % 4 * 2, i > 0);
     wgmma_commit_group();
-    if (BEHIND) issue_pv(st, smem);
-    wgmma_wait_group<BEHIND>();
+    if (PENDING) issue_pv(st, smem);
+    wgmma_wait_group<PENDING>();
     pass_turn(warpgroup);
     wgmma_accumulators(s);
     release(smem_address(&smem.k_empty[kv.stage]));
+    if (q_done) release(q_done);
     if (!DELAYED) settle(st, smem);
 
     float scale = a.scale;
+    float2 minus = make_float2(st.softmax.minus[0], st.softmax.minus[1]);
     if (WATCH) {
+        if (PENDING) {
+            wgmma_wait_group<0>();
+            settle(st, smem);
+        }
+        if (PLACE == NEXT) end_rows(a, smem, st, warpgroup);
         if (scale < 0.f) {
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
             scale = -scale;
         }
-        if (MASKED) mask_scores(a, t, s, first_row(t, warpgroup), key);
-        bool raise = FIRST || __any_sync(~0u, softmax_exceeds(st.softmax, s));
-        if (BEHIND) {
-            wgmma_wait_group<0>();
-            settle(st, smem);
-        }
-        if (raise) softmax_raise<range>(st.softmax, s, st.o, scale);
+        if (MASKED && cut) mask_scores(a, t, s, first_row(t, warpgroup), key);
+        if (PLACE != BEHIND || __any_sync(~0u, softmax_exceeds(st.softmax, s)))
+            softmax_raise<range, PLACE == NEXT>(st.softmax, s, st.o, scale);
+        minus = softmax_center<range>(st.softmax, s);
+    } else if (MASKED && cut) {
+        mask_scores(a, t, s, first_row(t, warpgroup), key);
     }
     if (!DELAYED || MASKED) mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
-    if (MASKED) clear_hidden_v(a, t, smem.v[kv.stage], key, warpgroup);
+    if (MASKED && cut) clear_hidden_v(a, t, smem.v[kv.stage], key, warpgroup);
 
     if (DELAYED) {
-        softmax_exp<!ONES>(st.softmax, s, scale);
-        if (BEHIND && !WATCH) {
+        softmax_exp<!ONES>(st.softmax, s, scale, minus);
+        if (PENDING && !WATCH) {
             wgmma_wait_group<0>();
             settle(st, smem);
         }
@@ -267,7 +312,7 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
         for (int i = 0; i < BLOCK_N / 16; ++i) {
             if (i >= P_PIECES) wgmma_wait_group<P_PIECES - 1>();
             float (&piece)[8] = *(float (*)[8])(s + 8 * i);
-            softmax_exp<!ONES>(st.softmax, piece, scale);
+            softmax_exp<!ONES>(st.softmax, piece, scale, minus);
             softmax_pack(piece, st.p[i % P_PIECES]);
             wgmma_fence();
             wgmma_rs<DV + 8 * ONES>(st.o, st.p[i % P_PIECES], v + i * 128);
@@ -281,8 +326,8 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
 
 /* Ends P V of the last block. */
 PTX void finish_pv(rows_state &st, smem_layout &smem) {
+    if (DELAYED && !st.held) return;
     if (DELAYED) {
-        if (!st.held) return;
         mbarrier_wait(smem_address(&smem.v_full[st.v.stage]), st.v.parity);
         issue_pv(st, smem);
     }
@@ -292,7 +337,7 @@ PTX void finish_pv(rows_state &st, smem_layout &smem) {
 
 /* A block that this warpgroup has no use for: it must still be handed back, once it is there. The
  * warps stay together, or one could miss two phases of a barrier. */
-PTX void pass(smem_layout &smem, cursor &kv, int warpgroup) {
+PTX void pass(smem_layout &smem, cursor &kv, uint32_t q_done, int warpgroup) {
     take_turn(warpgroup);
     pass_turn(warpgroup);
     mbarrier_wait(smem_address(&smem.k_full[kv.stage]), kv.parity);
@@ -300,152 +345,73 @@ PTX void pass(smem_layout &smem, cursor &kv, int warpgroup) {
     bar_sync(1 + warpgroup, 128);
     release(smem_address(&smem.k_empty[kv.stage]));
     release(smem_address(&smem.v_empty[kv.stage]));
+    if (q_done) release(q_done);
     advance(kv);
 }
 
-/* The vote: whether these rows' sums are in range and every O is finite (x * 0 is NaN if x is not).
- */
-PTX bool kept_well(const rows_state &st, const float (&l)[2], const bool (&live)[2]) {
-    bool well = true;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        float probe[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-        for (int j = 2 * r; j < DV / 2; j += 4) {
-            probe[j / 2 & 2] = fmaf(st.o[j], 0.f, probe[j / 2 & 2]);
-            probe[(j / 2 & 2) + 1] = fmaf(st.o[j + 1], 0.f, probe[(j / 2 & 2) + 1]);
-        }
-        float all = probe[0] + probe[1] + probe[2] + probe[3];
-        well &= !live[r] || (l[r] > 0x1p-50f && l[r] < 0x1p120f && all == 0.f);
-    }
-    return well;
-}
-
-#if ROW_STRIDED
-/* O, already divided by l, straight from the registers. */
-PTX void scatter(const kernel_args &a, const item &t, const rows_state &st, int32_t row) {
-#pragma unroll
-    for (int j = 0; j < DV / 2; ++j) {
-        int32_t i = row + 8 * (j / 2 & 1), column = j / 4 * 8 + threadIdx.x % 4 * 2 + (j & 1);
-        if (i < a.sq && column < a.out.shape[3])
-            *element(a.out, t.b, t.h, i, column) = (uint16_t)cvt_pack(st.o[j], 0.f);
-    }
-}
-#else
-/* O, already divided by l, into this warpgroup's Q; a warp writes only rows that it alone read. */
-PTX void stage_o(const rows_state &st, uint32_t buffer) {
-    int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
-#pragma unroll
-    for (int c = 0; c < DV / 16; ++c) {
-        const float *o = st.o + 8 * c;
-        int chunk = c % 4 * 2 + lane / 16;
-        stmatrix_x4(buffer + c / 4 * PANEL_Q + row * 128 + ((chunk ^ row % 8) << 4),
-                    cvt_pack(o[0], o[1]), cvt_pack(o[2], o[3]), cvt_pack(o[4], o[5]),
-                    cvt_pack(o[6], o[7]));
-    }
-    fence_proxy_async();
-}
-#endif
-
 PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
     cursor kv = {0, 0};
+    rows_state st;
+    st.held = false;
+    open_rows(st, -1);
     if (warpgroup == WARPGROUPS - 1) pass_turn(warpgroup); /* the first turn is warpgroup 0's */
     for (int32_t n = 0;; ++n) {
-        int32_t slot = n % Q_BUFFERS;
         const item &t = smem.items[n % ITEMS];
         mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
-        if (t.last) return;
-        int32_t blocks = t.end - t.begin, masked = t.left + t.right, i = 0;
+        int32_t slot = n % Q_BUFFERS, last = uniform(t.last), blocks = uniform(t.end - t.begin);
+        int32_t masked = uniform(t.left + t.right), watch = KEPT ? uniform(t.watch) : 1;
+        if (uniform(has_no_keys(t, warpgroup))) masked = blocks; /* it passes all of them */
+
+        /* The tile before ends in passing if there is a block for it at once. */
+        bool next = DELAYED && st.held && blocks && see(t, key_block(t, 0), warpgroup) != NONE;
+        if (DELAYED && st.open >= 0 && !next) {
+            finish_pv(st, smem);
+            end_rows(a, smem, st, warpgroup);
+        }
+        if (last) return;
         uint64_t q = wgmma_descriptor(smem_address(smem.q[slot][warpgroup]), 1);
-
-        rows_state st;
-        softmax_start(st.softmax);
-        st.held = false;
-#pragma unroll
-        for (int j = 0; j < (DV + 8 * ONES) / 2; ++j) st.o[j] = 0.f;
-
+        uint32_t q_empty = smem_address(&smem.q_empty[slot][warpgroup]);
         mbarrier_wait(smem_address(&smem.q_full[slot][warpgroup]), n / Q_BUFFERS & 1);
-        fa_interval some = t.some[warpgroup], whole = t.whole[warpgroup];
-        if (!(t.warpgroups >> warpgroup & 1)) some.end = some.begin;
-        for (; i < masked || (some.begin >= some.end && i < blocks); ++i) {
-            int32_t key = key_block(t, i) * BLOCK_N;
-            bool visible = key >= whole.begin && key + BLOCK_N <= whole.end;
-            if (key >= some.end || key + BLOCK_N <= some.begin) {
+        if (blocks == 0) release(q_empty);
+
+        int32_t i = 0;
+        for (; i < masked; ++i) {
+            int32_t block = uniform(key_block(t, i)), key = block * BLOCK_N;
+            uint32_t q_done = i == blocks - 1 ? q_empty : 0;
+            enum seen seen = see(t, block, warpgroup);
+            bool cut = seen == PART;
+            if (seen == NONE) {
                 finish_pv(st, smem);
-                pass(smem, kv, warpgroup);
+                pass(smem, kv, q_done, warpgroup);
+            } else if (next) {
+                attend<NEXT, true, true>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup);
+                next = false;
             } else if (DELAYED && !st.held) {
-                if (visible)
-                    attend<true, false, true>(a, smem, t, st, kv, q, key, warpgroup);
-                else
-                    attend<true, true, true>(a, smem, t, st, kv, q, key, warpgroup);
-            } else if (visible) {
-                attend<false, false, true>(a, smem, t, st, kv, q, key, warpgroup);
+                attend<ALONE, true, true>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup);
+            } else if (!watch) {
+                attend<BEHIND, true, false>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup);
             } else {
-                attend<false, true, true>(a, smem, t, st, kv, q, key, warpgroup);
+                attend<BEHIND, true, true>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup);
             }
         }
         if (DELAYED && i < blocks && !st.held) {
-            attend<true, false, true>(a, smem, t, st, kv, q, 0, warpgroup);
+            int32_t key = uniform(key_block(t, i)) * BLOCK_N;
+            uint32_t q_done = i == blocks - 1 ? q_empty : 0;
+            attend<ALONE, true, true>(a, smem, t, st, kv, q, q_done, key, false, warpgroup);
             ++i;
         }
-        if (KEPT && !t.watch)
+        if (!watch)
             for (; i < blocks; ++i)
-                attend<false, false, false>(a, smem, t, st, kv, q, 0, warpgroup);
+                attend<BEHIND, false, false>(a, smem, t, st, kv, q, i == blocks - 1 ? q_empty : 0,
+                                             0, false, warpgroup);
         else
-            for (; i < blocks; ++i) attend<false, false, true>(a, smem, t, st, kv, q, 0, warpgroup);
-
-        int32_t row = first_row(t, warpgroup);
-        bool live[2];
-        float l[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            fa_interval seen = fa_row_interval(&a.masks, t.lengths, row + 8 * r);
-            live[r] = seen.begin < seen.end;
-            if (!ONES) l[r] = softmax_row_sum(st.softmax.l[r]);
-        }
-        finish_pv(st, smem);
-        if (ONES)
-            for (int r = 0; r < 2; ++r) l[r] = st.o[DV / 2 * ONES + 2 * r];
-
-        bool stores = t.warpgroups >> warpgroup & 1;
-        if (stores && KEPT && !t.watch) {
-            bool bad = bar_red_or(1 + warpgroup, 128, !kept_well(st, l, live));
-            stores = !__shfl_sync(~0u, bad, 0);
-            if (!stores && threadIdx.x % 128 == 0)
-                atomicOr(&smem.again[n % ITEMS], 1u << warpgroup);
-        }
-        if (stores) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                float inverse = live[r] && l[r] != 0.f ? 1.f / l[r] : 0.f;
-#pragma unroll
-                for (int j = 2 * r; j < DV / 2; j += 4) {
-                    st.o[j] *= inverse;
-                    st.o[j + 1] *= inverse;
-                }
-                /* A row past its sequence may have read NaN as q. */
-                if (!__all_sync(~0u, live[r]))
-#pragma unroll
-                    for (int j = 2 * r; j < DV / 2; j += 4)
-                        if (!live[r]) st.o[j] = st.o[j + 1] = 0.f;
-                if (a.lse && threadIdx.x % 4 == 0 && row + 8 * r < a.sq)
-                    a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] +
-                          (row + 8 * r) * a.lse_stride[2]] =
-                        !live[r] || l[r] == 0.f
-                            ? -INFINITY
-                            : (__log2f(l[r]) - st.softmax.minus[r]) * 0.6931471805599453f;
-            }
-#if ROW_STRIDED
-            scatter(a, t, st, row);
-#else
-            stage_o(st, smem_address(smem.q[slot][warpgroup]));
-#endif
-        }
-        if (threadIdx.x % 128 == 0) smem.stored[slot][warpgroup] = stores;
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) {
-            mbarrier_arrive(smem_address(&smem.o_full[slot][warpgroup]));
-            mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
+            for (; i < blocks; ++i)
+                attend<BEHIND, false, true>(a, smem, t, st, kv, q, i == blocks - 1 ? q_empty : 0, 0,
+                                            false, warpgroup);
+        st.open = n;
+        if (!DELAYED) {
+            finish_pv(st, smem);
+            end_rows(a, smem, st, warpgroup);
         }
     }
 }
@@ -461,18 +427,15 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         prefetch_tensormap(&a.q);
         prefetch_tensormap(&a.k);
         prefetch_tensormap(&a.v);
-        prefetch_tensormap(&a.out);
 #endif
-        for (int i = 0; i < Q_BUFFERS; ++i) {
-            mbarrier_init(smem_address(&smem.q_empty[i]), 1);
+        for (int i = 0; i < Q_BUFFERS; ++i)
             for (int w = 0; w < WARPGROUPS; ++w) {
                 mbarrier_init(smem_address(&smem.q_full[i][w]), LOADERS);
-                mbarrier_init(smem_address(&smem.o_full[i][w]), 4); /* warps */
+                mbarrier_init(smem_address(&smem.q_empty[i][w]), 1);
             }
-        }
         for (int i = 0; i < ITEMS; ++i) {
             mbarrier_init(smem_address(&smem.item_full[i]), 1);
-            mbarrier_init(smem_address(&smem.item_empty[i]), 4 * WARPGROUPS + 2); /* V's, O's */
+            mbarrier_init(smem_address(&smem.item_empty[i]), 4 * WARPGROUPS + 2); /* K's, V's */
             smem.again[i] = 0;
         }
         for (int i = 0; i < STAGES; ++i) {
@@ -494,10 +457,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     if (warpgroup == WARPGROUPS) {
         setmaxnreg_dec<SERVER_REGISTERS>();
         int server = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-        if (server == 0 && lane < LOADERS) bring_q_and_k(a, smem);
-        if (server == 1 && lane == 0) schedule(a, smem);
-        if (server == 2 && lane < LOADERS) bring_v(a, smem);
-        if (server == 3 && lane == 0) take_o(a, smem);
+        if (server == 0 && lane == 0) schedule(a, smem);
+        if (server == 1 && lane < LOADERS) bring_q(a, smem);
+        if (server == 2 && lane < LOADERS) bring_k(a, smem);
+        if (server == 3 && lane < LOADERS) bring_v(a, smem);
     } else {
         setmaxnreg_inc<MMA_REGISTERS>();
         consume(a, smem, warpgroup);
@@ -544,12 +507,11 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
     if (tiles > INT32_MAX)
         return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 tiles of %d rows", BLOCK_M);
     kernel_args a = {};
-    int32_t out_moves[2];
     if (!encode(&a.q, device, &w->q, 64, a.moves[0]) ||
         !encode(&a.k, device, &w->k, BLOCK_N, a.moves[1]) ||
-        !encode(&a.v, device, &w->v, BLOCK_N, a.moves[2]) ||
-        !encode(&a.out, device, &w->out, 64, out_moves))
-        return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected q, k, v or out");
+        !encode(&a.v, device, &w->v, BLOCK_N, a.moves[2]))
+        return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected q, k or v");
+    a.out = w->out;
     a.masks = p->masks;
     a.sq = w->sq;
     a.sk = w->sk;

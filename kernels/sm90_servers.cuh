@@ -1,10 +1,10 @@
 /* sm90_servers.cuh - the four threads that serve the MMA warpgroups, each in a warp of its own: one
- * decides what comes next, one brings Q and K, one V, one takes O away.
+ * decides what comes next, one brings Q, one K, one V.
  *
  * A part of sm90_fwd.cu, which includes it behind the row's constants and the shared memory.
  *
  * Items pass through a ring: the scheduler fills a slot (item_full), everybody reads it, and when
- * the warpgroups and the servers of V and O have left it (item_empty) it is filled again.
+ * the warpgroups and the servers of K and V have left it (item_empty) it is filled again.
  */
 #ifndef FASTATTN_SM90_SERVERS_CUH
 #define FASTATTN_SM90_SERVERS_CUH
@@ -50,14 +50,16 @@ PTX uint32_t read_vote(smem_layout &smem, int32_t n) {
     return again;
 }
 
-/* Decides what comes next; runs ahead of the others, divisions and all. */
+/* Decides what comes next; runs ahead of the others, divisions and all. A tile ends when the
+ * warpgroups meet the item behind it, so the last votes need one, of no rows, to be read. */
 PTX void schedule(const kernel_args &a, smem_layout &smem) {
-    int32_t round = 0, read = 0; /* read: items whose votes have been */
+    int32_t round = 0, read = 0;   /* read: items whose votes have been */
+    int32_t flush = KEPT ? 0 : -1; /* the item of no rows; 0: not yet */
     int32_t tile = fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, &round);
     for (int32_t n = 0;; ++n) {
         /* Votes are read where their slot is needed, all of them before the end. */
         uint32_t again = 0;
-        while (KEPT && !again && read < n && (read <= n - ITEMS || tile >= a.schedule.tiles))
+        while (KEPT && !again && read < n && (read <= n - ITEMS || read < flush))
             again = read_vote(smem, read++);
         item &t = smem.items[n % ITEMS];
         mbarrier_wait(smem_address(&smem.item_empty[n % ITEMS]), n / ITEMS & 1 ^ 1);
@@ -70,7 +72,9 @@ PTX void schedule(const kernel_args &a, smem_layout &smem) {
             describe(a, t, fa_schedule_tile(&a.schedule, tile));
             tile = fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, &round);
         } else {
-            t.last = 1;
+            t.last = flush != 0;
+            t.begin = t.end = t.left = t.right = t.warpgroups = 0;
+            flush = n;
         }
         mbarrier_arrive(smem_address(&smem.item_full[n % ITEMS]));
         if (t.last) return;
@@ -114,37 +118,29 @@ PTX void load(uint32_t smem, const CUtensorMap &from, int32_t first, int32_t h, 
 }
 #endif
 
-PTX void bring_q_and_k(const kernel_args &a, smem_layout &smem) {
-    cursor kv = {0, 0};
+PTX void bring_q(const kernel_args &a, smem_layout &smem) {
     for (int32_t n = 0;; ++n) {
         const item &t = smem.items[n % ITEMS];
         mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
         if (t.last) return;
-        int32_t blocks = t.end - t.begin, slot = n % Q_BUFFERS;
-        for (int32_t i = 0; i < blocks || i == 0; ++i) {
-            if (i < blocks) {
-                mbarrier_wait(smem_address(&smem.k_empty[kv.stage]), kv.parity ^ 1);
-                load<BLOCK_N, D>(smem_address(smem.k[kv.stage]), a.k, key_block(t, i) * BLOCK_N,
-                                 t.h / a.group, t.b, a.moves[1],
-                                 smem_address(&smem.k_full[kv.stage]), EVICT_LAST);
-                advance(kv);
-            }
-            if (i > 0) continue;
-            /* Q after the first K, which need not wait until the last tile's O has left. */
-            mbarrier_wait(smem_address(&smem.q_empty[slot]), n / Q_BUFFERS & 1 ^ 1);
-            for (int w = 0; w < WARPGROUPS; ++w) {
-                uint32_t full = smem_address(&smem.q_full[slot][w]);
-                if (t.warpgroups >> w & 1)
-                    load<64, D>(smem_address(smem.q[slot][w]), a.q, t.row + 64 * w, t.h, t.b,
-                                a.moves[0], full, EVICT_FIRST);
-                else
-                    mbarrier_arrive(full);
-            }
+        int32_t slot = n % Q_BUFFERS;
+        for (int w = 0; w < WARPGROUPS; ++w) {
+            uint32_t full = smem_address(&smem.q_full[slot][w]);
+            mbarrier_wait(smem_address(&smem.q_empty[slot][w]), n / Q_BUFFERS & 1 ^ 1);
+            if (t.warpgroups >> w & 1)
+                load<64, D>(smem_address(smem.q[slot][w]), a.q, t.row + 64 * w, t.h, t.b,
+                            a.moves[0], full, EVICT_FIRST);
+            else
+                mbarrier_arrive(full);
         }
     }
 }
 
-PTX void bring_v(const kernel_args &a, smem_layout &smem) {
+/* K or V: the same blocks in the same order, into a ring of their own. */
+template <int COLUMNS, int BYTES>
+PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
+               const int32_t (&moves)[2], uint8_t (&stages)[STAGES][BYTES],
+               uint64_t (&full)[STAGES], uint64_t (&empty)[STAGES]) {
     cursor kv = {0, 0};
     for (int32_t n = 0;; ++n) {
         const item &t = smem.items[n % ITEMS];
@@ -152,37 +148,22 @@ PTX void bring_v(const kernel_args &a, smem_layout &smem) {
         if (t.last) return;
         int32_t blocks = t.end - t.begin;
         for (int32_t i = 0; i < blocks; ++i, advance(kv)) {
-            mbarrier_wait(smem_address(&smem.v_empty[kv.stage]), kv.parity ^ 1);
-            load<BLOCK_N, DV>(smem_address(smem.v[kv.stage]), a.v, key_block(t, i) * BLOCK_N,
-                              t.h / a.group, t.b, a.moves[2], smem_address(&smem.v_full[kv.stage]),
-                              EVICT_LAST);
+            mbarrier_wait(smem_address(&empty[kv.stage]), kv.parity ^ 1);
+            load<BLOCK_N, COLUMNS>(smem_address(stages[kv.stage]), from, key_block(t, i) * BLOCK_N,
+                                   t.h / a.group, t.b, moves, smem_address(&full[kv.stage]),
+                                   EVICT_LAST);
         }
         __syncwarp(LOADERS == 32 ? ~0u : 1u); /* all have read the item, one without keys too */
         if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
     }
 }
 
-/* O of a warpgroup lies where its Q was; when it has been read, the next Q may come. */
-PTX void take_o(const kernel_args &a, smem_layout &smem) {
-    for (int32_t n = 0;; ++n) {
-        const item &t = smem.items[n % ITEMS];
-        mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
-        if (t.last) return;
-        int32_t slot = n % Q_BUFFERS;
-        for (int w = 0; w < WARPGROUPS; ++w) {
-            mbarrier_wait(smem_address(&smem.o_full[slot][w]), n / Q_BUFFERS & 1);
-            if (!*(volatile uint32_t *)&smem.stored[slot][w]) continue;
-#if !ROW_STRIDED
-            for (int c = 0; c < DV; c += 64)
-                cp_async_bulk_tensor_store(&a.out, smem_address(smem.q[slot][w]) + c * 2 * 64, c,
-                                           t.row + 64 * w, t.h, t.b);
-            cp_async_bulk_commit_group();
-#endif
-        }
-        mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
-        cp_async_bulk_wait_group_read();
-        mbarrier_arrive(smem_address(&smem.q_empty[slot]));
-    }
+PTX void bring_k(const kernel_args &a, smem_layout &smem) {
+    bring<D>(a, smem, a.k, a.moves[1], smem.k, smem.k_full, smem.k_empty);
+}
+
+PTX void bring_v(const kernel_args &a, smem_layout &smem) {
+    bring<DV>(a, smem, a.v, a.moves[2], smem.v, smem.v_full, smem.v_empty);
 }
 
 #endif

@@ -3,35 +3,35 @@
  * Included by kernels/sm90_fwd.cu. A thread holds two rows of S and O: registers 4j, 4j+1 are two
  * neighbouring columns of the first, 4j+2, 4j+3 of the second; a row lies in a quad of lanes.
  *
- * All in units of log2: P = 2^(s * scale - offset), one FFMA and one ex2 an element. The offset
- * need not be the row's maximum, only near it: a row's offset is raised, and O and l rescaled, when
- * a score passes offset + SLACK. A warp decides that with one integer maximum of three an
- * instruction (floats order as integers where the limit is not negative), and nearly never takes
- * the branch.
+ * P = 2^((s - top) * scale - MARGIN), as one FFMA and one ex2 an element. `top` need not be the
+ * row's maximum, only near it: it is raised, and O and l rescaled, when a score passes its limit. A
+ * warp decides that with one integer maximum of three an instruction (floats order as integers
+ * where the limit is not negative), and nearly never takes the branch.
  */
 #ifndef FASTATTN_SOFTMAX_CUH
 #define FASTATTN_SOFTMAX_CUH
 
 #include "ptx_sm90.cuh"
 
-/* bf16's P has float's range: offsets lie MARGIN above the maximum, so that a kept one (see
- * sm90_fwd.cu) may be exceeded by 2^(120 + MARGIN). fp16's P reaches from 2^-24 to 2^15. */
+/* bf16's P has float's range: the top has P = 2^-MARGIN, so that a kept one (see sm90_fwd.cu) may
+ * be exceeded by 2^(120 + MARGIN). fp16's P reaches from 2^-24 to 2^15. A score that makes P
+ * greater than 2^SLACK raises the top. */
 template <bool IS_BF16>
 struct softmax_range {
     static constexpr float MARGIN = IS_BF16 ? 24.f : 0.f, SLACK = IS_BF16 ? 0.f : 14.f;
 };
 
 struct softmax_rows {
-    float offset[2];  /* -inf until the row has seen a finite score */
-    float minus[2];   /* what the FFMA adds: -offset, or 0 where that is not finite */
-    int32_t limit[2]; /* bits of the raw score that raises the offset; negative limits: INT_MIN */
+    float top[2];     /* a raw score; -inf until the row has seen a finite one */
+    float minus[2];   /* what the FFMA adds: -(top * scale + MARGIN), or 0 where top is -inf */
+    int32_t limit[2]; /* bits of the raw score that raises top; negative limits: INT_MIN */
     float l[2];       /* this thread's part of the row sum of P */
 };
 
 PTX void softmax_start(softmax_rows &rows) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        rows.offset[r] = -INFINITY;
+        rows.top[r] = -INFINITY;
         rows.minus[r] = 0.f;
         rows.limit[r] = INT32_MIN;
         rows.l[r] = 0.f;
@@ -50,9 +50,11 @@ PTX bool softmax_exceeds(const softmax_rows &rows, const float (&s)[N]) {
     return top[0] > rows.limit[0] || top[1] > rows.limit[1];
 }
 
-/* Raises the offsets of the rows that need it; their O and l shrink by the same factor. */
-template <class RANGE, int N, int M>
+/* Raises the tops of the rows that need it; their O and l shrink by the same factor (FIRST: they
+ * are 0 still). */
+template <class RANGE, bool FIRST, int N, int M>
 PTX void softmax_raise(softmax_rows &rows, const float (&s)[N], float (&o)[M], float scale) {
+    float slack = (RANGE::MARGIN + RANGE::SLACK) / scale;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         float top = s[2 * r];
@@ -60,27 +62,45 @@ PTX void softmax_raise(softmax_rows &rows, const float (&s)[N], float (&o)[M], f
         for (int i = 2 * r; i < N; i += 4) top = fmaxf(top, fmaxf(s[i], s[i + 1]));
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-        top *= scale;
-        float before = rows.offset[r];
-        bool raise = top > before + RANGE::SLACK;
-        float offset = raise ? top + RANGE::MARGIN : before;
-        float shrink = raise ? ex2_approx(before - offset) : 1.f;
-        float limit = (offset + RANGE::SLACK) / scale;
-        rows.offset[r] = offset;
-        rows.minus[r] = fabsf(offset) == INFINITY && offset < 0 ? 0.f : -offset;
+        float before = rows.top[r];
+        bool raise = top > before + slack;
+        top = raise ? top : before;
+        float shrink = raise ? ex2_approx((before - top) * scale) : 1.f;
+        float limit = top + slack;
+        rows.top[r] = top;
+        rows.minus[r] = top == -INFINITY ? 0.f : -fmaf(top, scale, RANGE::MARGIN);
         rows.limit[r] = limit >= 0.f ? __float_as_int(limit) : INT32_MIN;
+        if (FIRST) continue;
         rows.l[r] *= shrink;
 #pragma unroll
         for (int i = 2 * r; i < M; i += 4) o[i] *= shrink, o[i + 1] *= shrink;
     }
 }
 
+/* Whether `minus` is rounded so coarsely that P of the top is no power of 2: the rounding of P
+ * would then show even in a row of one key. */
+PTX bool softmax_is_coarse(const softmax_rows &rows) {
+    return fmaxf(fabsf(rows.minus[0]), fabsf(rows.minus[1])) > 8192.f;
+}
+
+/* Scores from their row's top on, where that is needed; returns what the FFMA then adds. */
+template <class RANGE, int N>
+PTX float2 softmax_center(const softmax_rows &rows, float (&s)[N]) {
+    if (!__any_sync(~0u, softmax_is_coarse(rows))) return make_float2(rows.minus[0], rows.minus[1]);
+    float top[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) top[r] = rows.top[r] == -INFINITY ? 0.f : rows.top[r];
+#pragma unroll
+    for (int i = 0; i < N; ++i) s[i] -= top[i / 2 & 1];
+    return make_float2(-RANGE::MARGIN, -RANGE::MARGIN);
+}
+
 /* P in place of S, and its row sums. */
 template <bool SUM, int N>
-PTX void softmax_exp(softmax_rows &rows, float (&s)[N], float scale) {
+PTX void softmax_exp(softmax_rows &rows, float (&s)[N], float scale, float2 minus) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        s[i] = ex2_approx(fmaf(s[i], scale, rows.minus[i / 2 & 1]));
+        s[i] = ex2_approx(fmaf(s[i], scale, i / 2 & 1 ? minus.y : minus.x));
         if (SUM) rows.l[i / 2 & 1] += s[i];
     }
 }

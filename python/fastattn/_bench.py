@@ -25,6 +25,7 @@ import os
 import pathlib
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -316,13 +317,13 @@ class Peer:
     context: object = contextlib.nullcontext  # entered around its turns
 
 
-def _ours(backend=None):
+def _ours(backend=None, package=fastattn):
     def build(cell, q, k, v, mask):
         causal = cell.mask == "causal"
         if cell.clock == "host":  # the drop-in against what it replaces
-            sdpa = fastattn.scaled_dot_product_attention
+            sdpa = package.scaled_dot_product_attention
             return lambda: sdpa(q, k, v, is_causal=causal)
-        return lambda out=None: fastattn.attention(
+        return lambda out=None: package.attention(
             q, k, v, causal=causal, mask=mask, backend=backend, out=out
         )
 
@@ -439,10 +440,24 @@ def _mha(cell):
     return dataclasses.replace(cell, hk=0)
 
 
-def peers(backend=None):
-    """Everyone who may be asked, ours first; the variants of ours run beside it like peers."""
+def _package(name, module):
+    """This package once more, with another build's compiled module."""
+    folder, here = tempfile.mkdtemp(prefix="fastattn-"), pathlib.Path(__file__).parent
+    shutil.copytree(
+        here, pathlib.Path(folder, name), ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    shutil.copy2(module, pathlib.Path(folder, name, "_C.abi3.so"))
+    sys.path.append(folder)
+    return importlib.import_module(name)
+
+
+def peers(backend=None, modules=()):
+    """Everyone who may be asked, ours first; the variants of ours run beside it like peers.
+    `modules`: (name, file) of other builds, to be measured against this one."""
     ours = _ours(backend)
+    others = {name: _ours(backend, _package(f"fastattn_{name}", file)) for name, file in modules}
     return [
+        *(Peer(name, "cuda", build) for name, build in others.items()),
         Peer("fastattn", "cpu", ours),
         Peer("unmasked", "cpu", ours, ("cpu-mask",), _unmasked),
         Peer("1 thread", "cpu", _one_thread, ("cpu-threads",)),
@@ -461,7 +476,7 @@ def peers(backend=None):
     ]
 
 
-VARIANTS = ("fastattn", "unmasked", "1 thread", "ordinary", "32 kv heads")
+VARIANTS = ["fastattn", "unmasked", "1 thread", "ordinary", "32 kv heads"]
 
 # -------------------------------------------------------------------------- inputs and reference
 
@@ -913,6 +928,13 @@ def main(argv, program="python -m fastattn bench", tree=None):
     add("--filter", action="append", default=[], help="words of a cell's label; repeats")
     add("--peers", help="names, comma-separated; default: all that are installed")
     add("--backend", help="hold fastattn to this backend")
+    add(
+        "--module",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="another build's compiled module, measured as NAME beside this one; repeats",
+    )
     add("--timings", type=int, default=25, help="of each implementation, at least 20")
     add("--warmup", type=float, default=0.3, help="seconds, each cell")
     known, commit = (tree / "benchmarks" / "peers.csv", git(tree)) if tree else (None, None)
@@ -967,7 +989,9 @@ def run(args, suites, command):
         raise SystemExit(f"{wanted} {args.filter}: {len(chosen)} cells of devices {devices}")
     arrays = arrays_for(devices.pop())
     chosen = [cell for cell in chosen if cell.dtype in arrays.dtypes]
-    everyone = peers(args.backend)
+    modules = [text.split("=", 1) for text in args.module]
+    VARIANTS.extend(name for name, _ in modules)
+    everyone = peers(args.backend, modules)
     named = tuple(args.peers.split(",")) if args.peers else ()
     options = Options(args.timings, args.warmup, named)
     known = known_peers(args.known) if args.known else {}
