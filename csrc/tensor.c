@@ -8,6 +8,7 @@
  */
 #include "tensor.h"
 
+#include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -63,6 +64,29 @@ static PyObject *call_is_neg(PyObject *tensor, PyObject *unused) {
     return PyObject_CallMethod(tensor, "is_neg", NULL);
 }
 
+/* torch's functions by name, from the libraries that it has loaded. */
+static torch_c find_torch_c(void) {
+    torch_c c = {0};
+    void *library = dlopen("libtorch_python.so", RTLD_LAZY | RTLD_NOLOAD);
+    const struct {
+        void *function;
+        const char *name;
+    } wanted[] = {
+        {&c.grad_mode_is_enabled, "aoti_torch_grad_mode_is_enabled"},
+        {&c.empty_strided, "aoti_torch_empty_strided"},
+        {&c.get_data_ptr, "aoti_torch_get_data_ptr"},
+        {&c.delete_tensor, "aoti_torch_delete_tensor_object"},
+        {&c.wrap, "_Z16THPVariable_WrapRKN2at10TensorBaseE"},
+    };
+    if (!library) return c;
+    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
+        void *found = dlsym(library, wanted[i].name);
+        if (!found) return (torch_c){0};
+        memcpy(wanted[i].function, &found, sizeof found);
+    }
+    return c; /* the library stays referenced, as the functions are */
+}
+
 /* Learns about the frameworks that have been imported since the last look. `tensor` and `ndarray`
  * are set last and say that the rest is there. */
 static int learn(module_state *state) {
@@ -77,6 +101,7 @@ static int learn(module_state *state) {
         int is_c = PyCFunction_Check(is_neg) && PyCFunction_GetFlags(is_neg) == METH_NOARGS;
         state->is_neg = is_c ? PyCFunction_GetFunction(is_neg) : call_is_neg;
         state->torch = exchange_table(table);
+        state->c = find_torch_c();
         state->is_grad_enabled = Py_NewRef(enabled);
         state->forward_ad = Py_NewRef(forward_ad);
         state->parameter = (PyTypeObject *)Py_NewRef(parameter);
@@ -173,18 +198,32 @@ static fa_status describe(const DLTensor *t, fa_array *a, fa_error *error) {
     return FA_OK;
 }
 
-/* What the exchange table and DLPack lose silently: a gradient and the negative bit (the conjugate
- * bit needs a complex dtype, which check.c refuses). */
-static fa_status check_torch(module_state *state, PyObject *object, const char *name,
-                             fa_error *error) {
-    PyObject *requires_grad = PyObject_GetAttr(object, state->requires_grad);
-    if (!requires_grad) return FA_RAISED;
-    Py_DECREF(requires_grad); /* a bool, immortal or at least kept by the interpreter */
-    if (requires_grad == Py_True) {
+static fa_status ask_torch(module_state *state, torch_now *now) {
+    if (state->c.grad_mode_is_enabled) {
+        now->grad_enabled = state->c.grad_mode_is_enabled();
+    } else {
         PyObject *enabled = PyObject_CallObject(state->is_grad_enabled, NULL);
         if (!enabled) return FA_RAISED;
-        Py_DECREF(enabled);
-        if (enabled == Py_True)
+        Py_DECREF(enabled); /* a bool, immortal or at least kept by the interpreter */
+        now->grad_enabled = enabled == Py_True;
+    }
+    PyObject *level = PyDict_GetItemWithError(state->forward_ad, state->current_level);
+    now->dual_level = level && PyLong_AsLong(level) >= 0;
+    if (PyErr_Occurred()) return FA_RAISED;
+    now->asked = 1;
+    return FA_OK;
+}
+
+/* What the exchange table and DLPack lose silently: a gradient and the negative bit (the conjugate
+ * bit needs a complex dtype, which check.c refuses). */
+static fa_status check_torch(module_state *state, torch_now *now, PyObject *object,
+                             const char *name, fa_error *error) {
+    if (!now->asked) TRY(ask_torch(state, now));
+    if (now->grad_enabled) {
+        PyObject *requires_grad = PyObject_GetAttr(object, state->requires_grad);
+        if (!requires_grad) return FA_RAISED;
+        Py_DECREF(requires_grad);
+        if (requires_grad == Py_True)
             return fa_fail(error, FA_UNSUPPORTED,
                            "`%s` requires grad and the backward pass is not built yet: call under "
                            "torch.no_grad() or pass `%s`.detach()",
@@ -199,8 +238,7 @@ static fa_status check_torch(module_state *state, PyObject *object, const char *
             "`%s` must not be a lazily negated view (the imaginary part of a conjugate): "
             "pass `%s`.resolve_neg()",
             name, name);
-    PyObject *level = PyDict_GetItemWithError(state->forward_ad, state->current_level);
-    if (!level || PyLong_AsLong(level) < 0) return PyErr_Occurred() ? FA_RAISED : FA_OK;
+    if (!now->dual_level) return FA_OK;
     PyObject *dual = call_arrays(state, "has_tangent", "(O)", object);
     if (!dual) return FA_RAISED;
     Py_DECREF(dual);
@@ -209,7 +247,20 @@ static fa_status check_torch(module_state *state, PyObject *object, const char *
                    "`%s` is a dual tensor and forward-mode gradients are not built", name);
 }
 
-static fa_status borrow_torch(module_state *state, PyObject *object, borrowed *b, fa_error *error) {
+/* torch's current stream is one per device, and a call has one device. */
+static fa_status find_stream(module_state *state, torch_now *now, fa_array *a) {
+    if (!now->has_stream || now->device_id != a->device.device_id) {
+        if (state->torch->current_stream(DL_CUDA, a->device.device_id, &now->stream) < 0)
+            return FA_RAISED;
+        now->device_id = a->device.device_id;
+        now->has_stream = 1;
+    }
+    a->stream = now->stream;
+    return FA_OK;
+}
+
+static fa_status borrow_torch(module_state *state, torch_now *now, PyObject *object, borrowed *b,
+                              fa_error *error) {
     DLTensor t;
     if (state->torch->borrow_from_object(object, &t) < 0) {
         /* A tensor without strided memory: sparse, meta, or under a functorch transform. */
@@ -221,13 +272,10 @@ static fa_status borrow_torch(module_state *state, PyObject *object, borrowed *b
                        b->array.name, type_name(object, got));
     }
     fa_status status = describe(&t, &b->array, error);
-    if (status == FA_OK) status = check_torch(state, object, b->array.name, error);
+    if (status == FA_OK) status = check_torch(state, now, object, b->array.name, error);
     if (status != FA_OK) return status;
     b->kind = KIND_TABLE;
-    if (b->array.device.device_type == DL_CUDA &&
-        state->torch->current_stream(DL_CUDA, b->array.device.device_id, &b->array.stream) < 0)
-        return FA_RAISED;
-    return FA_OK;
+    return b->array.device.device_type == DL_CUDA ? find_stream(state, now, &b->array) : FA_OK;
 }
 
 /* {0, 0, 1} where DLPack has no such dtype. */
@@ -329,8 +377,8 @@ static fa_status borrow_dlpack(module_state *state, PyObject *object, borrowed *
     return status;
 }
 
-fa_status tensor_borrow(module_state *state, PyObject *object, const char *name, borrowed *b,
-                        fa_error *error) {
+fa_status tensor_borrow(module_state *state, torch_now *now, PyObject *object, const char *name,
+                        borrowed *b, fa_error *error) {
     PyTypeObject *type = Py_TYPE(object);
     char got[128];
     b->array.name = name;
@@ -343,8 +391,8 @@ fa_status tensor_borrow(module_state *state, PyObject *object, const char *name,
         PyTypeObject *tensor = __atomic_load_n(&state->tensor, __ATOMIC_ACQUIRE);
         PyTypeObject *ndarray = __atomic_load_n(&state->ndarray, __ATOMIC_ACQUIRE);
         if (tensor && (type == tensor || type == state->parameter)) {
-            if (state->torch) return borrow_torch(state, object, b, error);
-            fa_status status = check_torch(state, object, name, error);
+            if (state->torch) return borrow_torch(state, now, object, b, error);
+            fa_status status = check_torch(state, now, object, name, error);
             return status == FA_OK ? borrow_dlpack(state, object, b, error) : status;
         }
         if (ndarray && type == ndarray) return borrow_numpy(object, b, error);
@@ -381,7 +429,38 @@ static void set_error(void *context, const char *kind, const char *message) {
                     message);
 }
 
+/* torch's number of a dtype that an output or a workspace may have. */
+static int32_t torch_dtype(DLDataType t) {
+    if (t.code == DL_BFLOAT) return 15;
+    if (t.code == DL_UINT) return 0;
+    return t.bits == 64 ? 7 : t.bits == 32 ? 6 : 5;
+}
+
+/* 0 where torch refuses; it does not say why. */
+static int new_by_torch_c(const torch_c *c, const DLTensor *t, PyObject **object, void **data) {
+    int64_t stride[FA_MAX_RANK], elements = 1;
+    int on_gpu = t->device.device_type == DL_CUDA;
+    void *tensor;
+    for (int32_t i = t->ndim - 1; i >= 0; i--) {
+        stride[i] = elements;
+        elements *= t->shape[i] ? t->shape[i] : 1;
+    }
+    if (c->empty_strided(t->ndim, t->shape, stride, torch_dtype(t->dtype), on_gpu,
+                         on_gpu ? t->device.device_id : -1, &tensor))
+        return 0;
+    *object = c->get_data_ptr(tensor, data) ? NULL : c->wrap(tensor);
+    c->delete_tensor(tensor);
+    return *object != NULL;
+}
+
 static fa_status new_torch(module_state *state, DLTensor *prototype, output *out, fa_error *error) {
+    if (state->c.empty_strided) {
+        DLTensor t = *prototype;
+        if (new_by_torch_c(&state->c, &t, &out->object, &t.data))
+            return describe(&t, &out->memory.array, error);
+        if (PyErr_Occurred()) return FA_RAISED;
+    }
+    /* The table's allocator says why there is none. */
     DLManagedTensorVersioned *managed = NULL;
     void *object = NULL;
     if (state->torch->allocate(prototype, &managed, NULL, set_error) < 0 || !managed) {
@@ -478,7 +557,8 @@ fa_status tensor_new(module_state *state, const borrowed *like, int32_t ndim, co
             Py_CLEAR(out->object);
             status = new_buffer(&t, out, error);
         } else {
-            status = tensor_borrow(state, out->object, "the output", &out->memory, error);
+            torch_now now = {0};
+            status = tensor_borrow(state, &now, out->object, "the output", &out->memory, error);
         }
     }
     if (status != FA_OK) tensor_drop(out);

@@ -6,6 +6,7 @@
 #define FASTATTN_TENSOR_H
 
 #include <Python.h>
+#include <stdbool.h>
 
 #include "check.h"
 
@@ -23,6 +24,19 @@ typedef struct signature {
     Py_ssize_t positional, count;
 } signature;
 
+/* Functions of torch that are called without Python: its C interface for compiled models, which
+ * stays as it is between versions, and the C++ function by which an extension makes a Python object
+ * of a tensor (an at::Tensor by reference, so a pointer). Half the time of the exchange table's
+ * own allocator, whose tensors are also not torch's: record_stream() does nothing on them. */
+typedef struct torch_c {
+    bool (*grad_mode_is_enabled)(void);
+    int32_t (*empty_strided)(int64_t ndim, const int64_t *shape, const int64_t *strides,
+                             int32_t dtype, int32_t device_type, int32_t device_id, void **tensor);
+    int32_t (*get_data_ptr)(void *tensor, void **data);
+    int32_t (*delete_tensor)(void *tensor);
+    PyObject *(*wrap)(const void *tensor);
+} torch_c;
+
 /* What the module has learnt about the process so far; one per module object. */
 typedef struct module_state {
     PyTypeObject *tensor,
@@ -31,6 +45,7 @@ typedef struct module_state {
     PyObject *is_grad_enabled;  /* torch.is_grad_enabled */
     PyObject *forward_ad;       /* the dict of torch.autograd.forward_ad */
     PyCFunction is_neg; /* the C function of torch.Tensor.is_neg: half the time of a method call */
+    torch_c c;          /* all NULL where this torch lacks one of them */
     PyTypeObject *ndarray;   /* numpy.ndarray; NULL until NumPy is there */
     PyObject *arrays;        /* fastattn._arrays: the frameworks without a C table */
     signature signatures[2]; /* attention, scaled_dot_product_attention */
@@ -56,9 +71,19 @@ typedef struct borrowed {
     DLManagedTensor *unversioned;        /* same */
 } borrowed;
 
+/* What one call has asked torch so far; the answers hold for all its tensors. */
+typedef struct torch_now {
+    int asked;        /* whether the next two are set */
+    int grad_enabled; /* torch.is_grad_enabled() */
+    int dual_level;   /* whether forward-mode gradients are being taken */
+    int has_stream;   /* whether the next two are set */
+    int32_t device_id;
+    void *stream; /* current on that device */
+} torch_now;
+
 /* Describes object; owns nothing after a failure. */
-fa_status tensor_borrow(module_state *state, PyObject *object, const char *name, borrowed *out,
-                        fa_error *error);
+fa_status tensor_borrow(module_state *state, torch_now *now, PyObject *object, const char *name,
+                        borrowed *out, fa_error *error);
 void tensor_release(borrowed *b);
 
 /* An array of the kind of `like`, from its framework's allocator, on its device. */

@@ -172,6 +172,22 @@ def test_under_a_default_device():
     assert out.device.type == "cpu" and torch.isfinite(out).all()
 
 
+def test_outputs_are_torchs_own_memory():
+    """Not a view of memory that something else holds, on which record_stream() does nothing."""
+    q, k, v = qkv()
+    strided = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    for tensors in ((q, k, v), strided):
+        for x in fastattn.attention(*tensors, return_lse=True):
+            storage = x.untyped_storage()
+            assert x.is_contiguous() and x.is_leaf and not x.requires_grad and not x._version
+            assert storage.resizable() and storage.nbytes() == x.numel() * x.element_size()
+    assert fastattn.attention(q, k[:, :, :0], v[:, :, :0]).stride() == q.stride()
+    assert fastattn.attention(q[:0], k[:0], v[:0]).stride() == q[:0].stride()
+    assert not fastattn.attention(q, k, v).is_inference()
+    with torch.inference_mode():
+        assert fastattn.attention(q, k, v).is_inference()
+
+
 def test_pinned_shared_and_numpy_memory():
     q, k, v = qkv()
     want = fastattn.attention(q, k, v)
