@@ -64,25 +64,33 @@ static PyObject *call_is_neg(PyObject *tensor, PyObject *unused) {
     return PyObject_CallMethod(tensor, "is_neg", NULL);
 }
 
-/* torch's functions by name, from the libraries that it has loaded. */
-static torch_c find_torch_c(void) {
+/* torch's functions by name, from the libraries that it has loaded. `sample` is any tensor, `impl`
+ * what torch's own tensor._cdata says of it. */
+static torch_c find_torch_c(PyObject *sample, uintptr_t impl) {
     torch_c c = {0};
     void *library = dlopen("libtorch_python.so", RTLD_LAZY | RTLD_NOLOAD);
     const struct {
         void *function;
         const char *name;
     } wanted[] = {
+        {&c.is_neg, "_ZN2at6native6is_negERKNS_6TensorE"},
+        {&c.requires_grad, "_ZNK3c1010TensorImpl13requires_gradEv"},
         {&c.grad_mode_is_enabled, "aoti_torch_grad_mode_is_enabled"},
         {&c.empty_strided, "aoti_torch_empty_strided"},
         {&c.get_data_ptr, "aoti_torch_get_data_ptr"},
         {&c.delete_tensor, "aoti_torch_delete_tensor_object"},
         {&c.wrap, "_Z16THPVariable_WrapRKN2at10TensorBaseE"},
     };
-    if (!library) return c;
+    if (!library || !impl) return c;
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
         void *found = dlsym(library, wanted[i].name);
         if (!found) return (torch_c){0};
         memcpy(wanted[i].function, &found, sizeof found);
+    }
+    /* Behind the object's head, or behind a flag after it, as torch had it before 2.10. */
+    for (size_t word = 0; word < 2 && !c.offset; word++) {
+        size_t offset = sizeof(PyObject) + word * sizeof impl;
+        if (!memcmp((char *)sample + offset, &impl, sizeof impl)) c.offset = (Py_ssize_t)offset;
     }
     return c; /* the library stays referenced, as the functions are */
 }
@@ -90,18 +98,20 @@ static torch_c find_torch_c(void) {
 /* Learns about the frameworks that have been imported since the last look. `tensor` and `ndarray`
  * are set last and say that the rest is there. */
 static int learn(module_state *state) {
-    PyObject *torch, *ndarray, *tensor, *parameter, *is_neg, *enabled, *forward_ad, *table;
+    PyObject *torch, *ndarray, *tensor, *parameter, *is_neg, *enabled, *forward_ad, *table, *impl;
     if (state->tensor && state->ndarray) return 0;
     PyObject *loaded = call_arrays(state, "loaded", "()");
     if (!loaded || !PyArg_ParseTuple(loaded, "OO", &torch, &ndarray)) goto failed;
     if (!state->tensor && torch != Py_None) {
-        if (!PyArg_ParseTuple(torch, "OOOOOO", &tensor, &parameter, &is_neg, &enabled, &forward_ad,
-                              &table))
+        if (!PyArg_ParseTuple(torch, "OOOOOOO", &tensor, &parameter, &is_neg, &enabled, &forward_ad,
+                              &table, &impl))
             goto failed;
         int is_c = PyCFunction_Check(is_neg) && PyCFunction_GetFlags(is_neg) == METH_NOARGS;
         state->is_neg = is_c ? PyCFunction_GetFunction(is_neg) : call_is_neg;
         state->torch = exchange_table(table);
-        state->c = find_torch_c();
+        if (is_c)
+            state->c = find_torch_c(PyCFunction_GetSelf(is_neg), (uintptr_t)PyLong_AsVoidPtr(impl));
+        if (PyErr_Occurred()) goto failed;
         state->is_grad_enabled = Py_NewRef(enabled);
         state->forward_ad = Py_NewRef(forward_ad);
         state->parameter = (PyTypeObject *)Py_NewRef(parameter);
@@ -204,7 +214,7 @@ static fa_status ask_torch(module_state *state, torch_now *now) {
     } else {
         PyObject *enabled = PyObject_CallObject(state->is_grad_enabled, NULL);
         if (!enabled) return FA_RAISED;
-        Py_DECREF(enabled); /* a bool, immortal or at least kept by the interpreter */
+        Py_DECREF(enabled);
         now->grad_enabled = enabled == Py_True;
     }
     PyObject *level = PyDict_GetItemWithError(state->forward_ad, state->current_level);
@@ -214,25 +224,41 @@ static fa_status ask_torch(module_state *state, torch_now *now) {
     return FA_OK;
 }
 
+static fa_status ask_tensor(module_state *state, const torch_now *now, PyObject *object,
+                            int *requires_grad, int *neg) {
+    *requires_grad = 0;
+    if (state->c.offset) {
+        const void *tensor = (const char *)object + state->c.offset, *impl;
+        memcpy(&impl, tensor, sizeof impl);
+        if (now->grad_enabled) *requires_grad = state->c.requires_grad(impl);
+        *neg = state->c.is_neg(tensor);
+        return FA_OK;
+    }
+    PyObject *answer;
+    if (now->grad_enabled) {
+        if (!(answer = PyObject_GetAttr(object, state->requires_grad))) return FA_RAISED;
+        Py_DECREF(answer); /* a bool, immortal or at least kept by the interpreter */
+        *requires_grad = answer == Py_True;
+    }
+    if (!(answer = state->is_neg(object, NULL))) return FA_RAISED;
+    Py_DECREF(answer);
+    *neg = answer == Py_True;
+    return FA_OK;
+}
+
 /* What the exchange table and DLPack lose silently: a gradient and the negative bit (the conjugate
  * bit needs a complex dtype, which check.c refuses). */
 static fa_status check_torch(module_state *state, torch_now *now, PyObject *object,
                              const char *name, fa_error *error) {
     if (!now->asked) TRY(ask_torch(state, now));
-    if (now->grad_enabled) {
-        PyObject *requires_grad = PyObject_GetAttr(object, state->requires_grad);
-        if (!requires_grad) return FA_RAISED;
-        Py_DECREF(requires_grad);
-        if (requires_grad == Py_True)
-            return fa_fail(error, FA_UNSUPPORTED,
-                           "`%s` requires grad and the backward pass is not built yet: call under "
-                           "torch.no_grad() or pass `%s`.detach()",
-                           name, name);
-    }
-    PyObject *neg = state->is_neg(object, NULL);
-    if (!neg) return FA_RAISED;
-    Py_DECREF(neg);
-    if (neg == Py_True)
+    int requires_grad, neg;
+    TRY(ask_tensor(state, now, object, &requires_grad, &neg));
+    if (requires_grad)
+        return fa_fail(error, FA_UNSUPPORTED,
+                       "`%s` requires grad and the backward pass is not built yet: call under "
+                       "torch.no_grad() or pass `%s`.detach()",
+                       name, name);
+    if (neg)
         return fa_fail(
             error, FA_TYPE,
             "`%s` must not be a lazily negated view (the imaginary part of a conjugate): "

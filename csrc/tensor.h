@@ -27,8 +27,15 @@ typedef struct signature {
 /* Functions of torch that are called without Python: its C interface for compiled models, which
  * stays as it is between versions, and the C++ function by which an extension makes a Python object
  * of a tensor (an at::Tensor by reference, so a pointer). Half the time of the exchange table's
- * own allocator, whose tensors are also not torch's: record_stream() does nothing on them. */
+ * own allocator, whose tensors are also not torch's: record_stream() does nothing on them.
+ *
+ * And two questions about a tensor, a tenth of the time that they take as Python methods (which
+ * lets another thread in for a bit test): the C++ functions behind these. A tensor's at::Tensor is
+ * found in its Python object where the address that torch tells of one of its tensors stands. */
 typedef struct torch_c {
+    bool (*is_neg)(const void *tensor);
+    bool (*requires_grad)(const void *impl); /* what an at::Tensor points to */
+    Py_ssize_t offset; /* of the at::Tensor in a Python tensor; 0: the last two are not used */
     bool (*grad_mode_is_enabled)(void);
     int32_t (*empty_strided)(int64_t ndim, const int64_t *shape, const int64_t *strides,
                              int32_t dtype, int32_t device_type, int32_t device_id, void **tensor);
@@ -45,7 +52,7 @@ typedef struct module_state {
     PyObject *is_grad_enabled;  /* torch.is_grad_enabled */
     PyObject *forward_ad;       /* the dict of torch.autograd.forward_ad */
     PyCFunction is_neg; /* the C function of torch.Tensor.is_neg: half the time of a method call */
-    torch_c c;          /* all NULL where this torch lacks one of them */
+    torch_c c;          /* all 0 where this torch lacks one of them */
     PyTypeObject *ndarray;   /* numpy.ndarray; NULL until NumPy is there */
     PyObject *arrays;        /* fastattn._arrays: the frameworks without a C table */
     signature signatures[2]; /* attention, scaled_dot_product_attention */

@@ -3,6 +3,7 @@
 import fastattn
 import numpy as np
 import pytest
+from conftest import python
 
 torch = pytest.importorskip("torch")
 
@@ -186,6 +187,23 @@ def test_outputs_are_torchs_own_memory():
     assert not fastattn.attention(q, k, v).is_inference()
     with torch.inference_mode():
         assert fastattn.attention(q, k, v).is_inference()
+
+
+def test_without_torchs_c_functions():
+    """A torch whose C functions are not found is asked through Python, and refused the same."""
+    program = """
+import sys
+import pytest
+from fastattn import _arrays
+found = _arrays.loaded
+def without_address():
+    torch, numpy = found()
+    return torch and (*torch[:-1], 0), numpy
+_arrays.loaded = without_address
+deselected = "not without_torchs_c_functions and not torchs_own_memory"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", deselected, sys.argv[1]]))
+"""
+    assert " passed" in python("-c", program, __file__)
 
 
 def test_pinned_shared_and_numpy_memory():
