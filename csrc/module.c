@@ -272,7 +272,8 @@ static fa_status run(call *c, output *out, output *lse) {
     fa_bind_outputs(plan, c->has_out ? &c->out.array : &out->memory.array,
                     c->return_lse ? &lse->memory.array : NULL);
     int64_t bytes = backend->workspace(&plan->params);
-    output workspace = {0};
+    output workspace;
+    fa_clear(&workspace, sizeof workspace);
     if (bytes) TRY(tensor_new(c->state, &c->arrays[0], 1, &bytes, byte, &workspace, error));
     PyThreadState *thread = is_tiny(&plan->params) ? NULL : PyEval_SaveThread();
     fa_status status = fa_run(backend, plan, workspace.memory.array.data, error);
@@ -304,7 +305,7 @@ static void start(call *c, module_state *state) {
     c->count = c->has_out = c->return_lse = 0;
     c->backend = NULL;
     c->error.text[0] = 0;
-    memset(&c->request, 0, sizeof c->request);
+    fa_clear(&c->request, sizeof c->request);
 }
 
 typedef fa_status prepare_function(call *c, PyObject *const *arguments);
@@ -312,9 +313,11 @@ typedef fa_status prepare_function(call *c, PyObject *const *arguments);
 static PyObject *compute(module_state *state, PyObject *const *arguments,
                          prepare_function *prepare) {
     call c;
-    output out = {0}, lse = {0};
+    output out, lse;
     PyObject *result = NULL;
     start(&c, state);
+    fa_clear(&out, sizeof out);
+    fa_clear(&lse, sizeof lse);
     fa_status status = prepare(&c, arguments);
     if (status == FA_OK) status = run(&c, &out, &lse);
     if (status == FA_OK) {

@@ -560,7 +560,6 @@ fa_status tensor_new(module_state *state, const borrowed *like, int32_t ndim, co
     int64_t sizes[FA_MAX_RANK];
     memcpy(sizes, shape, (size_t)ndim * sizeof *shape);
     DLTensor t = {NULL, like->array.device, ndim, dtype, sizes, NULL, 0};
-    memset(out, 0, sizeof *out);
     out->memory.array.name = "the output";
     fa_status status;
     if (like->kind == KIND_TABLE) {

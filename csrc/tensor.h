@@ -100,6 +100,7 @@ typedef struct output {
     borrowed memory;   /* what is written */
 } output;
 
+/* out: cleared; after a failure too. */
 fa_status tensor_new(module_state *state, const borrowed *like, int32_t ndim, const int64_t *shape,
                      DLDataType dtype, output *out, fa_error *error);
 /* The finished array as the caller's kind: a new reference, or NULL with an exception. */
