@@ -455,23 +455,33 @@ static void set_error(void *context, const char *kind, const char *message) {
                     message);
 }
 
-/* torch's number of a dtype that an output or a workspace may have. */
+/* torch's number of a dtype, which its saved files keep; -1 where no output has that dtype. */
 static int32_t torch_dtype(DLDataType t) {
-    if (t.code == DL_BFLOAT) return 15;
-    if (t.code == DL_UINT) return 0;
-    return t.bits == 64 ? 7 : t.bits == 32 ? 6 : 5;
+    static const struct {
+        DLDataType dtype;
+        int32_t number;
+    } known[] = {{{DL_BFLOAT, 16, 1}, 15},
+                 {{DL_FLOAT, 16, 1}, 5},
+                 {{DL_FLOAT, 32, 1}, 6},
+                 {{DL_FLOAT, 64, 1}, 7},
+                 {{DL_UINT, 8, 1}, 0}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (!memcmp(&t, &known[i].dtype, sizeof t)) return known[i].number;
+    return -1;
 }
 
 /* 0 where torch refuses; it does not say why. */
 static int new_by_torch_c(const torch_c *c, const DLTensor *t, PyObject **object, void **data) {
     int64_t stride[FA_MAX_RANK], elements = 1;
     int on_gpu = t->device.device_type == DL_CUDA;
+    int32_t dtype = torch_dtype(t->dtype);
     void *tensor;
+    if (dtype < 0) return 0;
     for (int32_t i = t->ndim - 1; i >= 0; i--) {
         stride[i] = elements;
         elements *= t->shape[i] ? t->shape[i] : 1;
     }
-    if (c->empty_strided(t->ndim, t->shape, stride, torch_dtype(t->dtype), on_gpu,
+    if (c->empty_strided(t->ndim, t->shape, stride, dtype, on_gpu,
                          on_gpu ? t->device.device_id : -1, &tensor))
         return 0;
     *object = c->get_data_ptr(tensor, data) ? NULL : c->wrap(tensor);
