@@ -75,9 +75,17 @@ static torch_c find_torch_c(PyObject *sample, uintptr_t impl) {
     } wanted[] = {
         {&c.is_neg, "_ZN2at6native6is_negERKNS_6TensorE"},
         {&c.requires_grad, "_ZNK3c1010TensorImpl13requires_gradEv"},
+        {&c.dispatch_mode_enabled, "_ZN3c104impl21dispatch_mode_enabledEv"},
         {&c.grad_mode_is_enabled, "aoti_torch_grad_mode_is_enabled"},
         {&c.empty_strided, "aoti_torch_empty_strided"},
         {&c.get_data_ptr, "aoti_torch_get_data_ptr"},
+        {&c.get_dim, "aoti_torch_get_dim"},
+        {&c.get_sizes, "aoti_torch_get_sizes"},
+        {&c.get_strides, "aoti_torch_get_strides"},
+        {&c.get_dtype, "aoti_torch_get_dtype"},
+        {&c.get_device_type, "aoti_torch_get_device_type"},
+        {&c.get_device_index, "aoti_torch_get_device_index"},
+        {&c.get_layout, "aoti_torch_get_layout"},
         {&c.delete_tensor, "aoti_torch_delete_tensor_object"},
         {&c.wrap, "_Z16THPVariable_WrapRKN2at10TensorBaseE"},
     };
@@ -285,10 +293,42 @@ static fa_status find_stream(module_state *state, torch_now *now, fa_array *a) {
     return FA_OK;
 }
 
+/* torch's numbers of dtypes, which its saved files keep. */
+static const struct {
+    DLDataType dtype;
+    int32_t number;
+} torch_dtypes[] = {{{DL_BFLOAT, 16, 1}, 15}, {{DL_FLOAT, 16, 1}, 5}, {{DL_FLOAT, 32, 1}, 6},
+                    {{DL_FLOAT, 64, 1}, 7},   {{DL_BOOL, 8, 1}, 11},  {{DL_INT, 32, 1}, 3},
+                    {{DL_UINT, 8, 1}, 0}};
+
+/* What the exchange table says of a strided tensor in CPU or CUDA memory, of a dtype above, in half
+ * the time; 0 for all others. Shape and strides are the tensor's own. */
+static int view_by_torch_c(const torch_c *c, PyObject *object, DLTensor *t) {
+    const void *tensor = (const char *)object + c->offset;
+    int32_t layout, dtype, type, id;
+    int64_t ndim;
+    if (!c->offset || c->get_layout(tensor, &layout) || layout != 0 ||
+        c->get_device_type(tensor, &type) || (type != 0 && type != 1) ||
+        c->get_dtype(tensor, &dtype) || c->get_device_index(tensor, &id) ||
+        c->get_dim(tensor, &ndim) || c->get_sizes(tensor, &t->shape) ||
+        c->get_strides(tensor, &t->strides) || c->get_data_ptr(tensor, &t->data))
+        return 0;
+    t->device = (DLDevice){type ? DL_CUDA : DL_CPU, type ? id : 0};
+    t->ndim = (int32_t)ndim;
+    t->byte_offset = 0;
+    for (size_t i = 0; i < sizeof torch_dtypes / sizeof *torch_dtypes; i++)
+        if (torch_dtypes[i].number == dtype) {
+            t->dtype = torch_dtypes[i].dtype;
+            return 1;
+        }
+    return 0;
+}
+
 static fa_status borrow_torch(module_state *state, torch_now *now, PyObject *object, borrowed *b,
                               fa_error *error) {
     DLTensor t;
-    if (state->torch->borrow_from_object(object, &t) < 0) {
+    if (!view_by_torch_c(&state->c, object, &t) &&
+        state->torch->borrow_from_object(object, &t) < 0) {
         /* A tensor without strided memory: sparse, meta, or under a functorch transform. */
         char got[128];
         if (!PyErr_ExceptionMatches(PyExc_Exception)) return FA_RAISED;
@@ -455,27 +495,15 @@ static void set_error(void *context, const char *kind, const char *message) {
                     message);
 }
 
-/* torch's number of a dtype, which its saved files keep; -1 where no output has that dtype. */
-static int32_t torch_dtype(DLDataType t) {
-    static const struct {
-        DLDataType dtype;
-        int32_t number;
-    } known[] = {{{DL_BFLOAT, 16, 1}, 15},
-                 {{DL_FLOAT, 16, 1}, 5},
-                 {{DL_FLOAT, 32, 1}, 6},
-                 {{DL_FLOAT, 64, 1}, 7},
-                 {{DL_UINT, 8, 1}, 0}};
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (!memcmp(&t, &known[i].dtype, sizeof t)) return known[i].number;
-    return -1;
-}
-
 /* 0 where torch refuses; it does not say why. */
 static int new_by_torch_c(const torch_c *c, const DLTensor *t, PyObject **object, void **data) {
     int64_t stride[FA_MAX_RANK], elements = 1;
     int on_gpu = t->device.device_type == DL_CUDA;
-    int32_t dtype = torch_dtype(t->dtype);
+    int32_t dtype = -1;
     void *tensor;
+    for (size_t i = 0; i < sizeof torch_dtypes / sizeof *torch_dtypes; i++)
+        if (!memcmp(&t->dtype, &torch_dtypes[i].dtype, sizeof t->dtype))
+            dtype = torch_dtypes[i].number;
     if (dtype < 0) return 0;
     for (int32_t i = t->ndim - 1; i >= 0; i--) {
         stride[i] = elements;
@@ -490,13 +518,13 @@ static int new_by_torch_c(const torch_c *c, const DLTensor *t, PyObject **object
 }
 
 static fa_status new_torch(module_state *state, DLTensor *prototype, output *out, fa_error *error) {
-    if (state->c.empty_strided) {
+    if (state->c.empty_strided && !state->c.dispatch_mode_enabled()) {
         DLTensor t = *prototype;
         if (new_by_torch_c(&state->c, &t, &out->object, &t.data))
             return describe(&t, &out->memory.array, error);
         if (PyErr_Occurred()) return FA_RAISED;
     }
-    /* The table's allocator says why there is none. */
+    /* The table's allocator, which also says why there is none. */
     DLManagedTensorVersioned *managed = NULL;
     void *object = NULL;
     if (state->torch->allocate(prototype, &managed, NULL, set_error) < 0 || !managed) {

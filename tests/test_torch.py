@@ -111,6 +111,28 @@ def test_fake_and_meta_tensors_have_no_memory():
         fastattn.attention(gone, k, v)
 
 
+def test_under_a_dispatch_mode():
+    """A mode sees that an output is made, and what it gives instead is refused where it is fake."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Listens(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), keywords=None):
+            heard.append(str(function))
+            return function(*args, **(keywords or {}))
+
+    heard = []
+    q, k, v = qkv()
+    with Listens():
+        out = fastattn.attention(q, k, v)
+    assert any("empty" in name for name in heard) and torch.equal(out, fastattn.attention(q, k, v))
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        pytest.raises(TypeError, match="`the output` must have memory"),
+    ):
+        fastattn.attention(q, k, v)
+
+
 def test_subclasses_are_not_taken_for_plain_tensors():
     class Mine(torch.Tensor):
         pass
