@@ -75,7 +75,7 @@ static torch_c find_torch_c(PyObject *sample, uintptr_t impl) {
     } wanted[] = {
         {&c.is_neg, "_ZN2at6native6is_negERKNS_6TensorE"},
         {&c.requires_grad, "_ZNK3c1010TensorImpl13requires_gradEv"},
-        {&c.dispatch_mode_enabled, "_ZN3c104impl21dispatch_mode_enabledEv"},
+        {&c.dispatch_modes, "_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv"},
         {&c.grad_mode_is_enabled, "aoti_torch_grad_mode_is_enabled"},
         {&c.empty_strided, "aoti_torch_empty_strided"},
         {&c.get_data_ptr, "aoti_torch_get_data_ptr"},
@@ -518,7 +518,7 @@ static int new_by_torch_c(const torch_c *c, const DLTensor *t, PyObject **object
 }
 
 static fa_status new_torch(module_state *state, DLTensor *prototype, output *out, fa_error *error) {
-    if (state->c.empty_strided && !state->c.dispatch_mode_enabled()) {
+    if (state->c.empty_strided && !state->c.dispatch_modes()) {
         DLTensor t = *prototype;
         if (new_by_torch_c(&state->c, &t, &out->object, &t.data))
             return describe(&t, &out->memory.array, error);

@@ -37,7 +37,7 @@ typedef struct torch_c {
     bool (*is_neg)(const void *tensor);
     bool (*requires_grad)(const void *impl); /* what an at::Tensor points to */
     bool (*grad_mode_is_enabled)(void);
-    bool (*dispatch_mode_enabled)(void); /* then outputs are the mode's to make, by the table */
+    int64_t (*dispatch_modes)(void); /* not 0: outputs are made by the table, seen by the mode */
     int32_t (*empty_strided)(int64_t ndim, const int64_t *shape, const int64_t *strides,
                              int32_t dtype, int32_t device_type, int32_t device_id, void **tensor);
     int32_t (*delete_tensor)(void *tensor);
