@@ -158,7 +158,7 @@ static int stretch(int64_t *shape, int64_t size) {
 /* Turns the n leading dimensions into b and as few outer dimensions as the strides of all arrays
  * allow. views: q, k, v, mask (or NULL), out. */
 static void fold_batch(view *views[5], int32_t n, fa_plan *plan) {
-    int64_t shape[FA_OUTER + 1], stride[FA_OUTER + 1][5] = {{0}};
+    int64_t shape[FA_OUTER + 1], stride[FA_OUTER + 1][5];
     int32_t kept = 0; /* groups of dimensions, innermost first */
     for (int32_t i = n - 1; i >= 0; i--) {
         int64_t size = views[0]->lead_shape[i];
@@ -174,7 +174,10 @@ static void fold_batch(view *views[5], int32_t n, fa_plan *plan) {
         for (int t = 0; t < 5; t++) stride[kept][t] = views[t] ? views[t]->lead_stride[i] : 0;
         shape[kept++] = size;
     }
-    if (!kept) shape[kept++] = 1;
+    if (!kept) {
+        memset(stride[0], 0, sizeof stride[0]);
+        shape[kept++] = 1;
+    }
     for (int t = 0; t < 5; t++)
         if (views[t])
             views[t]->tensor.shape[0] = shape[0], views[t]->tensor.stride[0] = stride[0][t];
@@ -311,7 +314,7 @@ static fa_status check_heads(const fa_request *r, view *q, view *k, view *v, fa_
 fa_status fa_check_attention(const fa_request *r, fa_plan *plan, fa_error *error) {
     const fa_array *arrays[3] = {r->q, r->k, r->v};
     fa_what *w = &plan->params.what;
-    memset(plan, 0, sizeof *plan);
+    fa_clear(plan, sizeof *plan);
     plan->layout = r->layout;
 
     char got[32];
@@ -334,7 +337,8 @@ fa_status fa_check_attention(const fa_request *r, fa_plan *plan, fa_error *error
         if (a->ndim > ndim) ndim = a->ndim;
     }
 
-    view q, k, v, mask, out = {0}; /* no memory yet */
+    view q, k, v, mask, out;
+    out.tensor.data = NULL; /* no memory yet */
     int32_t n = ndim > 4 ? ndim - 3 : 1;
     view_array(r->q, n, r->layout, &q);
     view_array(r->k, n, r->layout, &k);

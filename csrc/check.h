@@ -6,6 +6,8 @@
 #ifndef FASTATTN_CHECK_H
 #define FASTATTN_CHECK_H
 
+#include <string.h>
+
 #include "fastattn.h"
 #include "dlpack.h"
 
@@ -53,6 +55,13 @@ typedef struct fa_plan {
     int64_t out_shape[FA_MAX_RANK], lse_shape[3];
     fa_layout layout;
 } fa_plan;
+
+/* Clears by the C library: a size that compilers see becomes `rep stos`, which takes longer to
+ * start than a call of memset takes in all. */
+static inline void fa_clear(void *memory, size_t size) {
+    __asm__("" : "+r"(size));
+    memset(memory, 0, size);
+}
 
 /* Writes the sentence, returns the status: `return fa_fail(error, FA_VALUE, "...", ...);` */
 fa_status fa_fail(fa_error *error, fa_status status, const char *format, ...)

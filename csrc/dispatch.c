@@ -74,6 +74,7 @@ static int64_t item_size(fa_dtype dtype) {
 }
 
 fa_status fa_run(const fa_backend *backend, const fa_plan *plan, void *workspace, fa_error *error) {
+    if (!plan->outer_ndim) return backend->run(&plan->params, workspace, error);
     fa_params p = plan->params;
     void **data[5] = {&p.what.q.data, &p.what.k.data, &p.what.v.data, &p.scores.mask.data,
                       &p.what.out.data};

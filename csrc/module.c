@@ -138,6 +138,7 @@ static fa_status get_backend(PyObject *object, const char **out, fa_error *error
 
 typedef struct call {
     module_state *state;
+    torch_now now;
     borrowed arrays[10]; /* the first is q */
     int count;
     borrowed out; /* out=, if given */
@@ -151,7 +152,7 @@ typedef struct call {
 static fa_status borrow(call *c, PyObject *object, const char *name, const fa_array **out) {
     if (object == Py_None && c->count >= 3) return FA_OK;
     borrowed *b = &c->arrays[c->count];
-    TRY(tensor_borrow(c->state, object, name, b, &c->error));
+    TRY(tensor_borrow(c->state, &c->now, object, name, b, &c->error));
     c->count++;
     *out = &b->array;
     return FA_OK;
@@ -176,7 +177,7 @@ static fa_status check_dropout(PyObject *object, fa_error *error) {
 
 static fa_status check_out(call *c, PyObject *object) {
     if (object == Py_None) return FA_OK;
-    TRY(tensor_borrow(c->state, object, "out", &c->out, &c->error));
+    TRY(tensor_borrow(c->state, &c->now, object, "out", &c->out, &c->error));
     c->has_out = 1;
     if (!c->out.writeable)
         return fa_fail(&c->error, FA_VALUE, "`out` must be writeable, got a read-only array");
@@ -271,7 +272,8 @@ static fa_status run(call *c, output *out, output *lse) {
     fa_bind_outputs(plan, c->has_out ? &c->out.array : &out->memory.array,
                     c->return_lse ? &lse->memory.array : NULL);
     int64_t bytes = backend->workspace(&plan->params);
-    output workspace = {0};
+    output workspace;
+    fa_clear(&workspace, sizeof workspace);
     if (bytes) TRY(tensor_new(c->state, &c->arrays[0], 1, &bytes, byte, &workspace, error));
     PyThreadState *thread = is_tiny(&plan->params) ? NULL : PyEval_SaveThread();
     fa_status status = fa_run(backend, plan, workspace.memory.array.data, error);
@@ -299,10 +301,11 @@ static PyObject *hand_over(module_state *state, const borrowed *like, output *ou
 
 static void start(call *c, module_state *state) {
     c->state = state;
+    c->now = (torch_now){0};
     c->count = c->has_out = c->return_lse = 0;
     c->backend = NULL;
     c->error.text[0] = 0;
-    memset(&c->request, 0, sizeof c->request);
+    fa_clear(&c->request, sizeof c->request);
 }
 
 typedef fa_status prepare_function(call *c, PyObject *const *arguments);
@@ -310,9 +313,11 @@ typedef fa_status prepare_function(call *c, PyObject *const *arguments);
 static PyObject *compute(module_state *state, PyObject *const *arguments,
                          prepare_function *prepare) {
     call c;
-    output out = {0}, lse = {0};
+    output out, lse;
     PyObject *result = NULL;
     start(&c, state);
+    fa_clear(&out, sizeof out);
+    fa_clear(&lse, sizeof lse);
     fa_status status = prepare(&c, arguments);
     if (status == FA_OK) status = run(&c, &out, &lse);
     if (status == FA_OK) {
@@ -462,6 +467,7 @@ static PyObject *explain(PyObject *module, PyObject *const *arguments, Py_ssize_
 
 typedef struct merge_call {
     module_state *state;
+    torch_now now;
     Py_ssize_t n;
     borrowed *parts;  /* 2 * n: outs, then lses */
     Py_ssize_t count; /* borrowed so far */
@@ -480,8 +486,8 @@ static fa_status merge_parts(merge_call *c, PyObject *outs, PyObject *lses, fa_l
         PyObject *sequence = i < c->n ? outs : lses;
         Py_ssize_t at = i < c->n ? i : i - c->n;
         snprintf(c->names[i], sizeof c->names[i], "%s[%zd]", i < c->n ? "outs" : "lses", at);
-        TRY(tensor_borrow(c->state, PyTuple_GetItem(sequence, at), c->names[i], &c->parts[i],
-                          &c->error));
+        TRY(tensor_borrow(c->state, &c->now, PyTuple_GetItem(sequence, at), c->names[i],
+                          &c->parts[i], &c->error));
         c->count++;
         c->arrays[i] = c->parts[i].array;
     }

@@ -1,13 +1,14 @@
 /* tensor.c - from Python objects to described arrays, and new arrays of the caller's own kind.
  *
- * Stop 2 of 6. Three ways in, fastest first: DLPack's C exchange table (torch: no reference, no
- * allocation, ~50 ns), NumPy's C API for ndarrays (it also takes what NumPy's own DLPack export
- * refuses: ml_dtypes.bfloat16, read-only arrays), and __dlpack__ for everything else, through
- * fastattn/_arrays.py. No framework is ever imported from here: an array of one is the proof that
- * it is in sys.modules.
+ * Stop 2 of 6. Three ways in, fastest first: torch's own C functions, or where they do not serve
+ * DLPack's C exchange table (no reference, no allocation, 60 ns), NumPy's C API for ndarrays (it
+ * also takes what NumPy's own DLPack export refuses: ml_dtypes.bfloat16, read-only arrays), and
+ * __dlpack__ for everything else, through fastattn/_arrays.py. No framework is ever imported from
+ * here: an array of one is the proof that it is in sys.modules.
  */
 #include "tensor.h"
 
+#include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -63,20 +64,62 @@ static PyObject *call_is_neg(PyObject *tensor, PyObject *unused) {
     return PyObject_CallMethod(tensor, "is_neg", NULL);
 }
 
+/* torch's functions by name, from the libraries that it has loaded. `sample` is any tensor, `impl`
+ * what torch's own tensor._cdata says of it. */
+static torch_c find_torch_c(PyObject *sample, uintptr_t impl) {
+    torch_c c = {0};
+    void *library = dlopen("libtorch_python.so", RTLD_LAZY | RTLD_NOLOAD);
+    const struct {
+        void *function;
+        const char *name;
+    } wanted[] = {
+        {&c.is_neg, "_ZN2at6native6is_negERKNS_6TensorE"},
+        {&c.requires_grad, "_ZNK3c1010TensorImpl13requires_gradEv"},
+        {&c.dispatch_modes, "_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv"},
+        {&c.grad_mode_is_enabled, "aoti_torch_grad_mode_is_enabled"},
+        {&c.empty_strided, "aoti_torch_empty_strided"},
+        {&c.get_data_ptr, "aoti_torch_get_data_ptr"},
+        {&c.get_dim, "aoti_torch_get_dim"},
+        {&c.get_sizes, "aoti_torch_get_sizes"},
+        {&c.get_strides, "aoti_torch_get_strides"},
+        {&c.get_dtype, "aoti_torch_get_dtype"},
+        {&c.get_device_type, "aoti_torch_get_device_type"},
+        {&c.get_device_index, "aoti_torch_get_device_index"},
+        {&c.get_layout, "aoti_torch_get_layout"},
+        {&c.delete_tensor, "aoti_torch_delete_tensor_object"},
+        {&c.wrap, "_Z16THPVariable_WrapRKN2at10TensorBaseE"},
+    };
+    if (!library || !impl) return c;
+    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
+        void *found = dlsym(library, wanted[i].name);
+        if (!found) return (torch_c){0};
+        memcpy(wanted[i].function, &found, sizeof found);
+    }
+    /* Behind the object's head, or behind a flag after it, as torch had it before 2.10. */
+    for (size_t word = 0; word < 2 && !c.offset; word++) {
+        size_t offset = sizeof(PyObject) + word * sizeof impl;
+        if (!memcmp((char *)sample + offset, &impl, sizeof impl)) c.offset = (Py_ssize_t)offset;
+    }
+    return c; /* the library stays referenced, as the functions are */
+}
+
 /* Learns about the frameworks that have been imported since the last look. `tensor` and `ndarray`
  * are set last and say that the rest is there. */
 static int learn(module_state *state) {
-    PyObject *torch, *ndarray, *tensor, *parameter, *is_neg, *enabled, *forward_ad, *table;
+    PyObject *torch, *ndarray, *tensor, *parameter, *is_neg, *enabled, *forward_ad, *table, *impl;
     if (state->tensor && state->ndarray) return 0;
     PyObject *loaded = call_arrays(state, "loaded", "()");
     if (!loaded || !PyArg_ParseTuple(loaded, "OO", &torch, &ndarray)) goto failed;
     if (!state->tensor && torch != Py_None) {
-        if (!PyArg_ParseTuple(torch, "OOOOOO", &tensor, &parameter, &is_neg, &enabled, &forward_ad,
-                              &table))
+        if (!PyArg_ParseTuple(torch, "OOOOOOO", &tensor, &parameter, &is_neg, &enabled, &forward_ad,
+                              &table, &impl))
             goto failed;
         int is_c = PyCFunction_Check(is_neg) && PyCFunction_GetFlags(is_neg) == METH_NOARGS;
         state->is_neg = is_c ? PyCFunction_GetFunction(is_neg) : call_is_neg;
         state->torch = exchange_table(table);
+        if (is_c)
+            state->c = find_torch_c(PyCFunction_GetSelf(is_neg), (uintptr_t)PyLong_AsVoidPtr(impl));
+        if (PyErr_Occurred()) goto failed;
         state->is_grad_enabled = Py_NewRef(enabled);
         state->forward_ad = Py_NewRef(forward_ad);
         state->parameter = (PyTypeObject *)Py_NewRef(parameter);
@@ -173,34 +216,63 @@ static fa_status describe(const DLTensor *t, fa_array *a, fa_error *error) {
     return FA_OK;
 }
 
-/* What the exchange table and DLPack lose silently: a gradient and the negative bit (the conjugate
- * bit needs a complex dtype, which check.c refuses). */
-static fa_status check_torch(module_state *state, PyObject *object, const char *name,
-                             fa_error *error) {
-    PyObject *requires_grad = PyObject_GetAttr(object, state->requires_grad);
-    if (!requires_grad) return FA_RAISED;
-    Py_DECREF(requires_grad); /* a bool, immortal or at least kept by the interpreter */
-    if (requires_grad == Py_True) {
+static fa_status ask_torch(module_state *state, torch_now *now) {
+    if (state->c.grad_mode_is_enabled) {
+        now->grad_enabled = state->c.grad_mode_is_enabled();
+    } else {
         PyObject *enabled = PyObject_CallObject(state->is_grad_enabled, NULL);
         if (!enabled) return FA_RAISED;
         Py_DECREF(enabled);
-        if (enabled == Py_True)
-            return fa_fail(error, FA_UNSUPPORTED,
-                           "`%s` requires grad and the backward pass is not built yet: call under "
-                           "torch.no_grad() or pass `%s`.detach()",
-                           name, name);
+        now->grad_enabled = enabled == Py_True;
     }
-    PyObject *neg = state->is_neg(object, NULL);
-    if (!neg) return FA_RAISED;
-    Py_DECREF(neg);
-    if (neg == Py_True)
+    PyObject *level = PyDict_GetItemWithError(state->forward_ad, state->current_level);
+    now->dual_level = level && PyLong_AsLong(level) >= 0;
+    if (PyErr_Occurred()) return FA_RAISED;
+    now->asked = 1;
+    return FA_OK;
+}
+
+static fa_status ask_tensor(module_state *state, const torch_now *now, PyObject *object,
+                            int *requires_grad, int *neg) {
+    *requires_grad = 0;
+    if (state->c.offset) {
+        const void *tensor = (const char *)object + state->c.offset, *impl;
+        memcpy(&impl, tensor, sizeof impl);
+        if (now->grad_enabled) *requires_grad = state->c.requires_grad(impl);
+        *neg = state->c.is_neg(tensor);
+        return FA_OK;
+    }
+    PyObject *answer;
+    if (now->grad_enabled) {
+        if (!(answer = PyObject_GetAttr(object, state->requires_grad))) return FA_RAISED;
+        Py_DECREF(answer); /* a bool, immortal or at least kept by the interpreter */
+        *requires_grad = answer == Py_True;
+    }
+    if (!(answer = state->is_neg(object, NULL))) return FA_RAISED;
+    Py_DECREF(answer);
+    *neg = answer == Py_True;
+    return FA_OK;
+}
+
+/* What the exchange table and DLPack lose silently: a gradient and the negative bit (the conjugate
+ * bit needs a complex dtype, which check.c refuses). */
+static fa_status check_torch(module_state *state, torch_now *now, PyObject *object,
+                             const char *name, fa_error *error) {
+    if (!now->asked) TRY(ask_torch(state, now));
+    int requires_grad, neg;
+    TRY(ask_tensor(state, now, object, &requires_grad, &neg));
+    if (requires_grad)
+        return fa_fail(error, FA_UNSUPPORTED,
+                       "`%s` requires grad and the backward pass is not built yet: call under "
+                       "torch.no_grad() or pass `%s`.detach()",
+                       name, name);
+    if (neg)
         return fa_fail(
             error, FA_TYPE,
             "`%s` must not be a lazily negated view (the imaginary part of a conjugate): "
             "pass `%s`.resolve_neg()",
             name, name);
-    PyObject *level = PyDict_GetItemWithError(state->forward_ad, state->current_level);
-    if (!level || PyLong_AsLong(level) < 0) return PyErr_Occurred() ? FA_RAISED : FA_OK;
+    if (!now->dual_level) return FA_OK;
     PyObject *dual = call_arrays(state, "has_tangent", "(O)", object);
     if (!dual) return FA_RAISED;
     Py_DECREF(dual);
@@ -209,9 +281,54 @@ static fa_status check_torch(module_state *state, PyObject *object, const char *
                    "`%s` is a dual tensor and forward-mode gradients are not built", name);
 }
 
-static fa_status borrow_torch(module_state *state, PyObject *object, borrowed *b, fa_error *error) {
+/* torch's current stream is one per device, and a call has one device. */
+static fa_status find_stream(module_state *state, torch_now *now, fa_array *a) {
+    if (!now->has_stream || now->device_id != a->device.device_id) {
+        if (state->torch->current_stream(DL_CUDA, a->device.device_id, &now->stream) < 0)
+            return FA_RAISED;
+        now->device_id = a->device.device_id;
+        now->has_stream = 1;
+    }
+    a->stream = now->stream;
+    return FA_OK;
+}
+
+/* torch's numbers of dtypes, which its saved files keep. */
+static const struct {
+    DLDataType dtype;
+    int32_t number;
+} torch_dtypes[] = {{{DL_BFLOAT, 16, 1}, 15}, {{DL_FLOAT, 16, 1}, 5}, {{DL_FLOAT, 32, 1}, 6},
+                    {{DL_FLOAT, 64, 1}, 7},   {{DL_BOOL, 8, 1}, 11},  {{DL_INT, 32, 1}, 3},
+                    {{DL_UINT, 8, 1}, 0}};
+
+/* What the exchange table says of a strided tensor in CPU or CUDA memory, of a dtype above, in half
+ * the time; 0 for all others. Shape and strides are the tensor's own. */
+static int view_by_torch_c(const torch_c *c, PyObject *object, DLTensor *t) {
+    const void *tensor = (const char *)object + c->offset;
+    int32_t layout, dtype, type, id;
+    int64_t ndim;
+    if (!c->offset || c->get_layout(tensor, &layout) || layout != 0 ||
+        c->get_device_type(tensor, &type) || (type != 0 && type != 1) ||
+        c->get_dtype(tensor, &dtype) || c->get_device_index(tensor, &id) ||
+        c->get_dim(tensor, &ndim) || c->get_sizes(tensor, &t->shape) ||
+        c->get_strides(tensor, &t->strides) || c->get_data_ptr(tensor, &t->data))
+        return 0;
+    t->device = (DLDevice){type ? DL_CUDA : DL_CPU, type ? id : 0};
+    t->ndim = (int32_t)ndim;
+    t->byte_offset = 0;
+    for (size_t i = 0; i < sizeof torch_dtypes / sizeof *torch_dtypes; i++)
+        if (torch_dtypes[i].number == dtype) {
+            t->dtype = torch_dtypes[i].dtype;
+            return 1;
+        }
+    return 0;
+}
+
+static fa_status borrow_torch(module_state *state, torch_now *now, PyObject *object, borrowed *b,
+                              fa_error *error) {
     DLTensor t;
-    if (state->torch->borrow_from_object(object, &t) < 0) {
+    if (!view_by_torch_c(&state->c, object, &t) &&
+        state->torch->borrow_from_object(object, &t) < 0) {
         /* A tensor without strided memory: sparse, meta, or under a functorch transform. */
         char got[128];
         if (!PyErr_ExceptionMatches(PyExc_Exception)) return FA_RAISED;
@@ -221,13 +338,10 @@ static fa_status borrow_torch(module_state *state, PyObject *object, borrowed *b
                        b->array.name, type_name(object, got));
     }
     fa_status status = describe(&t, &b->array, error);
-    if (status == FA_OK) status = check_torch(state, object, b->array.name, error);
+    if (status == FA_OK) status = check_torch(state, now, object, b->array.name, error);
     if (status != FA_OK) return status;
     b->kind = KIND_TABLE;
-    if (b->array.device.device_type == DL_CUDA &&
-        state->torch->current_stream(DL_CUDA, b->array.device.device_id, &b->array.stream) < 0)
-        return FA_RAISED;
-    return FA_OK;
+    return b->array.device.device_type == DL_CUDA ? find_stream(state, now, &b->array) : FA_OK;
 }
 
 /* {0, 0, 1} where DLPack has no such dtype. */
@@ -329,8 +443,8 @@ static fa_status borrow_dlpack(module_state *state, PyObject *object, borrowed *
     return status;
 }
 
-fa_status tensor_borrow(module_state *state, PyObject *object, const char *name, borrowed *b,
-                        fa_error *error) {
+fa_status tensor_borrow(module_state *state, torch_now *now, PyObject *object, const char *name,
+                        borrowed *b, fa_error *error) {
     PyTypeObject *type = Py_TYPE(object);
     char got[128];
     b->array.name = name;
@@ -343,8 +457,8 @@ fa_status tensor_borrow(module_state *state, PyObject *object, const char *name,
         PyTypeObject *tensor = __atomic_load_n(&state->tensor, __ATOMIC_ACQUIRE);
         PyTypeObject *ndarray = __atomic_load_n(&state->ndarray, __ATOMIC_ACQUIRE);
         if (tensor && (type == tensor || type == state->parameter)) {
-            if (state->torch) return borrow_torch(state, object, b, error);
-            fa_status status = check_torch(state, object, name, error);
+            if (state->torch) return borrow_torch(state, now, object, b, error);
+            fa_status status = check_torch(state, now, object, name, error);
             return status == FA_OK ? borrow_dlpack(state, object, b, error) : status;
         }
         if (ndarray && type == ndarray) return borrow_numpy(object, b, error);
@@ -381,7 +495,36 @@ static void set_error(void *context, const char *kind, const char *message) {
                     message);
 }
 
+/* 0 where torch refuses; it does not say why. */
+static int new_by_torch_c(const torch_c *c, const DLTensor *t, PyObject **object, void **data) {
+    int64_t stride[FA_MAX_RANK], elements = 1;
+    int on_gpu = t->device.device_type == DL_CUDA;
+    int32_t dtype = -1;
+    void *tensor;
+    for (size_t i = 0; i < sizeof torch_dtypes / sizeof *torch_dtypes; i++)
+        if (!memcmp(&t->dtype, &torch_dtypes[i].dtype, sizeof t->dtype))
+            dtype = torch_dtypes[i].number;
+    if (dtype < 0) return 0;
+    for (int32_t i = t->ndim - 1; i >= 0; i--) {
+        stride[i] = elements;
+        elements *= t->shape[i] ? t->shape[i] : 1;
+    }
+    if (c->empty_strided(t->ndim, t->shape, stride, dtype, on_gpu,
+                         on_gpu ? t->device.device_id : -1, &tensor))
+        return 0;
+    *object = c->get_data_ptr(tensor, data) ? NULL : c->wrap(tensor);
+    c->delete_tensor(tensor);
+    return *object != NULL;
+}
+
 static fa_status new_torch(module_state *state, DLTensor *prototype, output *out, fa_error *error) {
+    if (state->c.empty_strided && !state->c.dispatch_modes()) {
+        DLTensor t = *prototype;
+        if (new_by_torch_c(&state->c, &t, &out->object, &t.data))
+            return describe(&t, &out->memory.array, error);
+        if (PyErr_Occurred()) return FA_RAISED;
+    }
+    /* The table's allocator, which also says why there is none. */
     DLManagedTensorVersioned *managed = NULL;
     void *object = NULL;
     if (state->torch->allocate(prototype, &managed, NULL, set_error) < 0 || !managed) {
@@ -455,7 +598,6 @@ fa_status tensor_new(module_state *state, const borrowed *like, int32_t ndim, co
     int64_t sizes[FA_MAX_RANK];
     memcpy(sizes, shape, (size_t)ndim * sizeof *shape);
     DLTensor t = {NULL, like->array.device, ndim, dtype, sizes, NULL, 0};
-    memset(out, 0, sizeof *out);
     out->memory.array.name = "the output";
     fa_status status;
     if (like->kind == KIND_TABLE) {
@@ -478,7 +620,8 @@ fa_status tensor_new(module_state *state, const borrowed *like, int32_t ndim, co
             Py_CLEAR(out->object);
             status = new_buffer(&t, out, error);
         } else {
-            status = tensor_borrow(state, out->object, "the output", &out->memory, error);
+            torch_now now = {0};
+            status = tensor_borrow(state, &now, out->object, "the output", &out->memory, error);
         }
     }
     if (status != FA_OK) tensor_drop(out);

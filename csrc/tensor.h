@@ -6,6 +6,7 @@
 #define FASTATTN_TENSOR_H
 
 #include <Python.h>
+#include <stdbool.h>
 
 #include "check.h"
 
@@ -23,6 +24,35 @@ typedef struct signature {
     Py_ssize_t positional, count;
 } signature;
 
+/* Functions of torch that are called without Python. aoti_torch_* are its C interface for compiled
+ * models, which stays as it is between versions; the others are C++ functions of simple types.
+ * Tensors are at::Tensor by reference, so pointers; a Python tensor holds its own where the address
+ * that torch tells of a sample stands. Against the ways through Python and the exchange table:
+ * - requires_grad and is_neg take 3 ns instead of 50 and 75 (the method lets other threads in)
+ * - a description of a tensor takes half the time of the table's
+ * - so does a new tensor, and its memory is torch's: record_stream() does nothing on the table's,
+ *   which is a view of memory that something else holds */
+typedef struct torch_c {
+    Py_ssize_t offset; /* of the at::Tensor in a Python tensor; 0: not found */
+    bool (*is_neg)(const void *tensor);
+    bool (*requires_grad)(const void *impl); /* what an at::Tensor points to */
+    bool (*grad_mode_is_enabled)(void);
+    int64_t (*dispatch_modes)(void); /* not 0: outputs are made by the table, seen by the mode */
+    int32_t (*empty_strided)(int64_t ndim, const int64_t *shape, const int64_t *strides,
+                             int32_t dtype, int32_t device_type, int32_t device_id, void **tensor);
+    int32_t (*delete_tensor)(void *tensor);
+    PyObject *(*wrap)(const void *tensor); /* a new Python object */
+    /* These and empty_strided return 0, or 1 for a tensor that has no such thing. */
+    int32_t (*get_layout)(const void *tensor, int32_t *layout);
+    int32_t (*get_device_type)(const void *tensor, int32_t *device_type);
+    int32_t (*get_device_index)(const void *tensor, int32_t *device_id);
+    int32_t (*get_dtype)(const void *tensor, int32_t *dtype);
+    int32_t (*get_dim)(const void *tensor, int64_t *ndim);
+    int32_t (*get_sizes)(const void *tensor, int64_t **shape);
+    int32_t (*get_strides)(const void *tensor, int64_t **strides);
+    int32_t (*get_data_ptr)(const void *tensor, void **data);
+} torch_c;
+
 /* What the module has learnt about the process so far; one per module object. */
 typedef struct module_state {
     PyTypeObject *tensor,
@@ -31,6 +61,7 @@ typedef struct module_state {
     PyObject *is_grad_enabled;  /* torch.is_grad_enabled */
     PyObject *forward_ad;       /* the dict of torch.autograd.forward_ad */
     PyCFunction is_neg; /* the C function of torch.Tensor.is_neg: half the time of a method call */
+    torch_c c;          /* all 0 where this torch lacks one of them */
     PyTypeObject *ndarray;   /* numpy.ndarray; NULL until NumPy is there */
     PyObject *arrays;        /* fastattn._arrays: the frameworks without a C table */
     signature signatures[2]; /* attention, scaled_dot_product_attention */
@@ -56,9 +87,19 @@ typedef struct borrowed {
     DLManagedTensor *unversioned;        /* same */
 } borrowed;
 
+/* What one call has asked torch so far; the answers hold for all its tensors. */
+typedef struct torch_now {
+    int asked;        /* whether the next two are set */
+    int grad_enabled; /* torch.is_grad_enabled() */
+    int dual_level;   /* whether forward-mode gradients are being taken */
+    int has_stream;   /* whether the next two are set */
+    int32_t device_id;
+    void *stream; /* current on that device */
+} torch_now;
+
 /* Describes object; owns nothing after a failure. */
-fa_status tensor_borrow(module_state *state, PyObject *object, const char *name, borrowed *out,
-                        fa_error *error);
+fa_status tensor_borrow(module_state *state, torch_now *now, PyObject *object, const char *name,
+                        borrowed *out, fa_error *error);
 void tensor_release(borrowed *b);
 
 /* An array of the kind of `like`, from its framework's allocator, on its device. */
@@ -68,6 +109,7 @@ typedef struct output {
     borrowed memory;   /* what is written */
 } output;
 
+/* out: cleared; after a failure too. */
 fa_status tensor_new(module_state *state, const borrowed *like, int32_t ndim, const int64_t *shape,
                      DLDataType dtype, output *out, fa_error *error);
 /* The finished array as the caller's kind: a new reference, or NULL with an exception. */

@@ -73,18 +73,37 @@ static inline int64_t fa_row_cost(const fa_row *row, const fa_what *w, const fa_
     return fa_ceil_div(tiles * w->b * w->hq, sms) * tile;
 }
 
-/* The row's index in fa_rows, or -1: no row takes this dtype, these head sizes and strides. Least
- * padding first, then least time, then the order of the table. */
+static inline int32_t fa_row_takes(const fa_row *row, const fa_what *w, int32_t strided) {
+    return row->dtype == w->dtype && row->d >= w->d && row->dv >= w->dv &&
+           row->strided == strided && !(row->ones && w->lse.data);
+}
+
+/* Whether a row takes this dtype, these head sizes and strides: which one is a matter of cost. */
+static inline int32_t fa_has_row(const fa_what *w) {
+    int32_t strided = fa_needs_strided(w);
+    for (int32_t i = 0; i < FA_ROWS; ++i)
+        if (fa_row_takes(&fa_rows[i], w, strided)) return 1;
+    return 0;
+}
+
+/* The row's index in fa_rows, or -1: no row takes the request. Least padding first, then least
+ * time, then the order of the table. */
 static inline int32_t fa_choose_row(const fa_what *w, const fa_masks *m, int32_t sms) {
-    int32_t best = -1, strided = fa_needs_strided(w);
+    int32_t best = -1, least = 0, strided = fa_needs_strided(w);
+    int64_t cost = -1; /* of the best row so far, where it was needed */
     for (int32_t i = 0; i < FA_ROWS; ++i) {
-        const fa_row *row = &fa_rows[i], *so_far = &fa_rows[best < 0 ? i : best];
-        if (row->dtype != w->dtype || row->d < w->d || row->dv < w->dv) continue;
-        if (row->strided != strided || (row->ones && w->lse.data)) continue;
-        int32_t padding = (row->d + row->dv) - (so_far->d + so_far->dv);
-        if (best < 0 || padding < 0 ||
-            (padding == 0 && fa_row_cost(row, w, m, sms) < fa_row_cost(so_far, w, m, sms)))
-            best = i;
+        const fa_row *row = &fa_rows[i];
+        int32_t size = row->d + row->dv;
+        if (!fa_row_takes(row, w, strided) || (best >= 0 && size > least)) continue;
+        if (best >= 0 && size == least) {
+            int64_t other = fa_row_cost(row, w, m, sms);
+            if (cost < 0) cost = fa_row_cost(&fa_rows[best], w, m, sms);
+            if (other >= cost) continue;
+            cost = other;
+        } else {
+            cost = -1;
+        }
+        best = i, least = size;
     }
     return best;
 }

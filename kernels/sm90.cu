@@ -155,7 +155,7 @@ static fa_status reject(const fa_params *p, fa_error *why) {
                           : s->sink         ? "`sink`"
                                             : NULL;
     if (feature) return fa_fail(why, FA_UNSUPPORTED, "it does not take %s yet", feature);
-    if (fa_choose_row(w, &p->masks, device->sms) < 0)
+    if (!fa_has_row(w))
         return fa_fail(why, FA_UNSUPPORTED, "it has no kernel for %s with d = %d and dv = %d",
                        dtype_name(w->dtype), w->d, w->dv);
     return FA_OK;

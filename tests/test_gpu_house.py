@@ -172,6 +172,19 @@ def test_allocates_outputs_and_at_most_one_workspace(return_lse):
     assert again is out and torch.cuda.max_memory_allocated() - held <= 2**20  # never O(sq sk)
 
 
+def test_outputs_follow_record_stream():
+    """An output in use on a second stream is not given away before that stream is done with it."""
+    side, out = torch.cuda.Stream(), fastattn.attention(*arrays())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(CYCLES)
+    out.record_stream(side)
+    address, shape = out.data_ptr(), out.shape
+    del out
+    again = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
+    assert address not in [x.data_ptr() for x in again]
+    torch.cuda.synchronize()
+
+
 def test_out_of_memory_is_the_frameworks_error():
     q, k, v = inputs(1, 1, 1, 1, 8, 64)
     q = normal(2**20, 64)[None, None].expand(64, 4096, -1, -1)  # an output of 35 TB

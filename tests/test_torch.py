@@ -3,6 +3,7 @@
 import fastattn
 import numpy as np
 import pytest
+from conftest import python
 
 torch = pytest.importorskip("torch")
 
@@ -110,6 +111,28 @@ def test_fake_and_meta_tensors_have_no_memory():
         fastattn.attention(gone, k, v)
 
 
+def test_under_a_dispatch_mode():
+    """A mode sees that an output is made, and what it gives instead is refused where it is fake."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Listens(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), keywords=None):
+            heard.append(str(function))
+            return function(*args, **(keywords or {}))
+
+    heard = []
+    q, k, v = qkv()
+    with Listens():
+        out = fastattn.attention(q, k, v)
+    assert any("empty" in name for name in heard) and torch.equal(out, fastattn.attention(q, k, v))
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        pytest.raises(TypeError, match="`the output` must have memory"),
+    ):
+        fastattn.attention(q, k, v)
+
+
 def test_subclasses_are_not_taken_for_plain_tensors():
     class Mine(torch.Tensor):
         pass
@@ -170,6 +193,39 @@ def test_under_a_default_device():
     with torch.device("meta"):
         out = fastattn.attention(q, k, v)
     assert out.device.type == "cpu" and torch.isfinite(out).all()
+
+
+def test_outputs_are_torchs_own_memory():
+    """Not a view of memory that something else holds, on which record_stream() does nothing."""
+    q, k, v = qkv()
+    strided = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    for tensors in ((q, k, v), strided):
+        for x in fastattn.attention(*tensors, return_lse=True):
+            storage = x.untyped_storage()
+            assert x.is_contiguous() and x.is_leaf and not x.requires_grad and not x._version
+            assert storage.resizable() and storage.nbytes() == x.numel() * x.element_size()
+    assert fastattn.attention(q, k[:, :, :0], v[:, :, :0]).stride() == q.stride()
+    assert fastattn.attention(q[:0], k[:0], v[:0]).stride() == q[:0].stride()
+    assert not fastattn.attention(q, k, v).is_inference()
+    with torch.inference_mode():
+        assert fastattn.attention(q, k, v).is_inference()
+
+
+def test_without_torchs_c_functions():
+    """A torch whose C functions are not found is asked through Python, and refused the same."""
+    program = """
+import sys
+import pytest
+from fastattn import _arrays
+found = _arrays.loaded
+def without_address():
+    torch, numpy = found()
+    return torch and (*torch[:-1], 0), numpy
+_arrays.loaded = without_address
+deselected = "not without_torchs_c_functions and not torchs_own_memory"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", deselected, sys.argv[1]]))
+"""
+    assert " passed" in python("-c", program, __file__)
 
 
 def test_pinned_shared_and_numpy_memory():

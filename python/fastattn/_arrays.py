@@ -22,13 +22,15 @@ def loaded() -> tuple[tuple[Any, ...] | None, Any]:
     torch: Any = sys.modules.get("torch")
     numpy: Any = sys.modules.get("numpy")
     try:
+        sample = torch.Tensor()
         parts = (
             torch.Tensor,
             torch.nn.Parameter,
-            torch.Tensor().is_neg,
+            sample.is_neg,
             torch.is_grad_enabled,
             vars(torch.autograd.forward_ad),
             getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+            sample._cdata,
         )
     except AttributeError:  # not imported, or only half by now
         parts = None
