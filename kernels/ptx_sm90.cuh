@@ -75,6 +75,19 @@ PTX void cp_async_bulk_tensor_load(uint32_t smem, const void *map, int32_t colum
         "l"(map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(barrier), "l"(policy)
         : "memory");
 }
+PTX void cp_async_bulk_tensor_store(const void *map, uint32_t smem, int32_t column, int32_t row,
+                                    int32_t head, int32_t batch) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(
+            map),
+        "r"(column), "r"(row), "r"(head), "r"(batch), "r"(smem)
+        : "memory");
+}
+PTX void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+/* The sources of this thread's stores have been read: their shared memory may be written again. */
+PTX void cp_async_bulk_wait_group_read() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
 /* Ordinary writes to shared memory become visible to wgmma and the copy engine. */
 PTX void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -85,14 +98,6 @@ PTX void st_shared_v4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_
                  : "memory");
 }
 
-PTX uint4 ld_shared_v4(uint32_t smem) {
-    uint4 x;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(smem)
-                 : "memory");
-    return x;
-}
 PTX void stmatrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
                  "r"(a), "r"(b), "r"(c), "r"(d)

@@ -30,21 +30,32 @@ typedef struct fa_tile {
 } fa_tile;
 
 /* About half of an L2 of 50 or 60 MB: its two sides both keep what all SMs read. */
-enum { FA_SECTION_BYTES = 32 << 20 };
+enum { FA_SECTION_BYTES = 32 << 20, FA_FEW_TILES = 8 };
 
-/* The rounds of a section, made even: an odd last one would find nobody to make up for it. */
-FA_INLINE int64_t fa_schedule_pairs(int64_t tiles, int32_t blocks) {
-    return (tiles + 2 * (int64_t)blocks - 1) / (2 * (int64_t)blocks) * 2;
+/* Rounds of `blocks` tiles, if each section of `heads` heads starts with a fresh one. */
+FA_INLINE int64_t fa_schedule_rounds(const fa_schedule *s, int64_t heads, int32_t blocks,
+                                     int32_t even) {
+    int64_t of_all = heads * s->m_blocks, of_rest = s->heads % heads * s->m_blocks;
+    int64_t step = even ? 2 * (int64_t)blocks : blocks;
+    return (s->heads / heads * ((of_all + step - 1) / step) + (of_rest + step - 1) / step) *
+           (even ? 2 : 1);
 }
 
-/* The least section of `heads` or more whose rounds are nearly all full; all heads if none is. */
+/* The heads of a section: `heads` is what the L2 keeps.
+ *
+ * Where heads have few tiles, K and V are read from memory about as fast as they can be, and it
+ * matters that this goes on evenly: as few heads at a time as lose no round, so that long and short
+ * tiles run side by side, and the first tiles of a head wait for the same K and V. Elsewhere: the
+ * least section of `heads` or more whose rounds are nearly all full, and even, for an odd last one
+ * would find nobody to make up for it; all heads if there is none. */
 FA_INLINE int32_t fa_schedule_section(const fa_schedule *s, int64_t heads, int32_t blocks) {
-    for (int64_t end = heads + 64; heads < s->heads && heads < end; ++heads) {
-        int64_t rest = s->heads % heads * s->m_blocks;
-        int64_t rounds = s->heads / heads * fa_schedule_pairs(heads * s->m_blocks, blocks) +
-                         fa_schedule_pairs(rest, blocks);
-        if (100 * rounds * blocks <= 104 * (int64_t)s->tiles) return (int32_t)heads;
-    }
+    int64_t least = ((int64_t)s->tiles + blocks - 1) / blocks;
+    if (s->m_blocks <= FA_FEW_TILES)
+        for (int64_t few = 1; few <= heads && few < s->heads; ++few)
+            if (fa_schedule_rounds(s, few, blocks, 0) == least) return (int32_t)few;
+    for (int64_t end = heads + 64; heads < s->heads && heads < end; ++heads)
+        if (100 * fa_schedule_rounds(s, heads, blocks, 1) * blocks <= 104 * (int64_t)s->tiles)
+            return (int32_t)heads;
     return s->heads;
 }
 

@@ -15,6 +15,8 @@
  * STRIDED rows take arrays that the copy engine cannot address: whole warps load in its place,
  * element by element, and O is stored likewise. Everything between is the same.
  */
+#include <stddef.h>
+
 #include "launch.cuh"
 #include "rows.h"
 #include "schedule.h"
@@ -68,7 +70,7 @@ template <int COLUMNS>
 static constexpr int panels = (COLUMNS + 63) / 64;
 static constexpr int PANEL_Q = 64 * 128, PANEL_N = BLOCK_N * 128;
 static constexpr int Q_BYTES = PANEL_Q * panels<D>;
-static constexpr int O_BYTES = 16 * 128;
+static constexpr int O_BYTES = 16 * 128; /* a panel of a warp's rows */
 static constexpr int K_BYTES = PANEL_N * panels<D>, V_BYTES = PANEL_N * panels<DV>;
 
 /* What the scheduler tells the others about a tile. */
@@ -87,14 +89,16 @@ struct smem_layout {
     uint8_t q[Q_BUFFERS][WARPGROUPS][Q_BYTES];
     uint8_t k[STAGES][K_BYTES];
     uint8_t v[STAGES][V_BYTES];
+    uint8_t o[STAGED ? 4 * WARPGROUPS : 1][STAGED ? panels<DV> : 1][STAGED ? O_BYTES : 16];
     uint8_t ones[ONES ? PANEL_N : 16]; /* 64 more columns of V: O's column 64 becomes the row sum */
-    uint8_t o[STAGED ? 4 * WARPGROUPS : 1][STAGED ? O_BYTES : 16]; /* a panel of each warp's rows */
     uint64_t q_full[Q_BUFFERS][WARPGROUPS], q_empty[Q_BUFFERS][WARPGROUPS];
     uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
     uint64_t item_full[ITEMS], item_empty[ITEMS];
     item items[ITEMS];
     uint32_t again[ITEMS]; /* the votes: bit w, warpgroup w could not keep its offset */
 };
+static_assert(offsetof(smem_layout, o) % 1024 == 0, "the copy engine's pattern");
+static_assert(!ONES || offsetof(smem_layout, ones) % 1024 == 0, "wgmma's pattern");
 static constexpr int SMEM_BYTES = sizeof(smem_layout) + 1024; /* room to align the base */
 
 #if ROW_STRIDED
@@ -104,7 +108,7 @@ typedef CUtensorMap array; /* {columns, rows, heads, batches} */
 #endif
 
 struct kernel_args {
-    array q, k, v;
+    array q, k, v, out_map;
     fa_tensor out;
     fa_schedule schedule;
     fa_masks masks;
@@ -190,18 +194,26 @@ PTX enum seen see(const item &t, int32_t block, int warpgroup) {
     return (enum seen)uniform(none ? NONE : part ? PART : WHOLE);
 }
 
-/* Hides every key outside each row's interval. */
-PTX void mask_scores(const kernel_args &a, const item &t, float (&s)[BLOCK_N / 2], int32_t row,
-                     int32_t key) {
+/* Which scores of a block this thread's two rows see, a bit each. */
+struct sight {
+    uint32_t rows[2];
+};
+PTX sight look(const kernel_args &a, const item &t, int32_t row, int32_t key) {
+    sight see;
     int32_t column = key + 2 * (threadIdx.x % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         fa_interval seen = fa_row_interval(&a.masks, t.lengths, row + 8 * r);
-        uint32_t see = first_scores(seen.end - column) & ~first_scores(seen.begin - column);
-#pragma unroll
-        for (int i = 0; i < BLOCK_N / 4; ++i)
-            if (!(see >> i & 1)) s[i / 2 * 4 + 2 * r + i % 2] = -INFINITY;
+        see.rows[r] = first_scores(seen.end - column) & ~first_scores(seen.begin - column);
     }
+    return see;
+}
+
+/* Hides the others. */
+PTX void mask_scores(const sight &see, float (&s)[BLOCK_N / 2]) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 2; ++i)
+        if (!(see.rows[i / 2 & 1] >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
 }
 
 /* Writes zeros over the rows of V that no row of the sequence sees: 0 * NaN is NaN. Every
@@ -269,6 +281,11 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
                           k + i / 4 * (PANEL_N / 16) + i % 4 * 2, i > 0);
     wgmma_commit_group();
     if (PENDING) issue_pv(st, smem);
+    /* While the tensor cores work: what does not depend on them. */
+    ending end;
+    sight seen;
+    if (PLACE == NEXT) end = begin_end(a, smem.items[st.open % ITEMS], st, warpgroup);
+    if (MASKED) seen = look(a, t, first_row(t, warpgroup), key);
     wgmma_wait_group<PENDING>();
     pass_turn(warpgroup);
     wgmma_accumulators(s);
@@ -279,34 +296,38 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
     float scale = a.scale;
     float2 minus = make_float2(st.softmax.minus[0], st.softmax.minus[1]);
     if (WATCH) {
-        if (PENDING) {
+        if (PLACE == BEHIND && PENDING) { /* O may have to shrink */
             wgmma_wait_group<0>();
             settle(st, smem);
         }
-        if (PLACE == NEXT) end_rows(a, smem, st, warpgroup);
         if (scale < 0.f) {
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
             scale = -scale;
         }
-        if (MASKED && cut) mask_scores(a, t, s, first_row(t, warpgroup), key);
+        if (MASKED && cut) mask_scores(seen, s);
         if (PLACE != BEHIND || __any_sync(~0u, softmax_exceeds(st.softmax, s)))
             softmax_raise<range, PLACE == NEXT>(st.softmax, s, st.o, scale);
         minus = softmax_center<range>(st.softmax, s);
     } else if (MASKED && cut) {
-        mask_scores(a, t, s, first_row(t, warpgroup), key);
+        mask_scores(seen, s);
     }
-    if (!DELAYED || MASKED) mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
-    if (MASKED && cut) clear_hidden_v(a, t, smem.v[kv.stage], key, warpgroup);
-
     if (DELAYED) {
         softmax_exp<!ONES>(st.softmax, s, scale, minus);
-        if (PENDING && !WATCH) {
+        if (PENDING && (PLACE == NEXT || !WATCH)) {
             wgmma_wait_group<0>();
             settle(st, smem);
         }
+        if (PLACE == NEXT) end_rows(a, smem, st, end, warpgroup);
         softmax_pack(s, &st.p[0][0]);
+        /* Not sooner: this V may be waiting for the stage of the one that has just been settled. */
+        if (MASKED && cut) {
+            mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
+            clear_hidden_v(a, t, smem.v[kv.stage], key, warpgroup);
+        }
     } else {
+        mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
+        if (MASKED && cut) clear_hidden_v(a, t, smem.v[kv.stage], key, warpgroup);
         uint64_t v = v_descriptor(smem, kv.stage);
 #pragma unroll
         for (int i = 0; i < BLOCK_N / 16; ++i) {
@@ -335,6 +356,13 @@ PTX void finish_pv(rows_state &st, smem_layout &smem) {
     settle(st, smem);
 }
 
+/* Ends the open tile where no block does so in passing. */
+PTX void finish_tile(const kernel_args &a, smem_layout &smem, rows_state &st, int warpgroup) {
+    finish_pv(st, smem);
+    ending end = begin_end(a, smem.items[st.open % ITEMS], st, warpgroup);
+    end_rows(a, smem, st, end, warpgroup);
+}
+
 /* A block that this warpgroup has no use for: it must still be handed back, once it is there. The
  * warps stay together, or one could miss two phases of a barrier. */
 PTX void pass(smem_layout &smem, cursor &kv, uint32_t q_done, int warpgroup) {
@@ -353,7 +381,8 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
     cursor kv = {0, 0};
     rows_state st;
     st.held = false;
-    open_rows(st, -1);
+    softmax_start(st.softmax);
+    close_rows(st);
     if (warpgroup == WARPGROUPS - 1) pass_turn(warpgroup); /* the first turn is warpgroup 0's */
     for (int32_t n = 0;; ++n) {
         const item &t = smem.items[n % ITEMS];
@@ -362,11 +391,14 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         int32_t masked = uniform(t.left + t.right), watch = KEPT ? uniform(t.watch) : 1;
         if (uniform(has_no_keys(t, warpgroup))) masked = blocks; /* it passes all of them */
 
-        /* The tile before ends in passing if there is a block for it at once. */
-        bool next = DELAYED && st.held && blocks && see(t, key_block(t, 0), warpgroup) != NONE;
+        /* The tile before ends in passing if there is a block for it before its V is needed. */
+        int32_t skip = 0;
+        if (DELAYED && st.held)
+            while (skip < masked && skip < STAGES && see(t, key_block(t, skip), warpgroup) == NONE)
+                ++skip;
+        bool next = DELAYED && st.held && skip < masked && skip < STAGES;
         if (DELAYED && st.open >= 0 && !next) {
-            finish_pv(st, smem);
-            end_rows(a, smem, st, warpgroup);
+            finish_tile(a, smem, st, warpgroup);
         }
         if (last) return;
         uint64_t q = wgmma_descriptor(smem_address(smem.q[slot][warpgroup]), 1);
@@ -381,7 +413,7 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
             enum seen seen = see(t, block, warpgroup);
             bool cut = seen == PART;
             if (seen == NONE) {
-                finish_pv(st, smem);
+                if (!next) finish_pv(st, smem);
                 pass(smem, kv, q_done, warpgroup);
             } else if (next) {
                 attend<NEXT, true, true>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup);
@@ -410,8 +442,7 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
                                             false, warpgroup);
         st.open = n;
         if (!DELAYED) {
-            finish_pv(st, smem);
-            end_rows(a, smem, st, warpgroup);
+            finish_tile(a, smem, st, warpgroup);
         }
     }
 }
@@ -507,10 +538,12 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
     if (tiles > INT32_MAX)
         return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 tiles of %d rows", BLOCK_M);
     kernel_args a = {};
+    int32_t out_moves[2];
     if (!encode(&a.q, device, &w->q, 64, a.moves[0]) ||
         !encode(&a.k, device, &w->k, BLOCK_N, a.moves[1]) ||
-        !encode(&a.v, device, &w->v, BLOCK_N, a.moves[2]))
-        return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected q, k or v");
+        !encode(&a.v, device, &w->v, BLOCK_N, a.moves[2]) ||
+        (STAGED && !encode(&a.out_map, device, &w->out, 16, out_moves)))
+        return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected q, k, v or out");
     a.out = w->out;
     a.masks = p->masks;
     a.sq = w->sq;

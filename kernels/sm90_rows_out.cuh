@@ -1,19 +1,18 @@
 /* sm90_rows_out.cuh - how the rows of a tile leave: the division by l, the vote, the way out.
  *
  * A part of sm90_fwd.cu, which includes it behind rows_state. Every warp takes its own 16 rows to
- * memory, 16 bytes a thread: through its panel of shared memory (STAGED), or, where there is no
- * room for one, by exchanging registers.
+ * memory: by the copy engine from its part of shared memory (STAGED), or, where there is no room
+ * for that, 16 bytes a thread after an exchange of registers.
  */
 #ifndef FASTATTN_SM90_ROWS_OUT_CUH
 #define FASTATTN_SM90_ROWS_OUT_CUH
 
-/* O and l are 0, for the rows of item n. */
-PTX void open_rows(rows_state &st, int32_t n) {
-    softmax_start(st.softmax);
+/* O is 0, for the rows of no item. */
+PTX void close_rows(rows_state &st) {
 #pragma unroll
     for (int j = 0; j < (DV + 8 * ONES) / 2; ++j) st.o[j] = 0.f;
     wgmma_accumulators(st.o);
-    st.open = n;
+    st.open = -1;
 }
 
 /* This warp has read item n for the last time. */
@@ -26,20 +25,54 @@ PTX void leave_item(smem_layout &smem, int32_t n) {
  * next of row r. */
 typedef uint32_t rows_out[DV / 4];
 
-/* The vote: whether these rows' tops are precise, their sums in range and every O finite (x * 0 is
- * NaN if x is not). */
-PTX bool kept_well(const rows_state &st, const rows_out &o, const float (&l)[2],
-                   const bool (&live)[2]) {
-    bool well = !softmax_is_coarse(st.softmax);
+/* What the end of a tile needs besides O: known as soon as the last exponentials are. */
+struct ending {
+    float inverse[2];   /* 1 / l, or 0 */
+    bool live[2], well; /* the rows see a key; l is in range and top precise, where that matters */
+    int32_t row,
+        rows; /* the first of this thread's two rows; those at or past `rows` are not stored */
+};
+
+PTX uint16_t *out_row(const kernel_args &a, const item &t, int32_t i) {
+    return (uint16_t *)a.out.data + t.b * a.out.stride[0] + t.h * a.out.stride[1] +
+           i * a.out.stride[2];
+}
+
+/* Writes lse. (It may be wrong, like the rows, if the tile comes again: then it is written again,
+ * by the same thread.) The softmax may start with other rows. */
+PTX ending begin_end(const kernel_args &a, const item &t, rows_state &st, int warpgroup) {
+    ending e;
+    e.row = first_row(t, warpgroup);
+    e.rows = t.warpgroups >> warpgroup & 1 ? a.sq : 0;
+    e.well = !softmax_is_coarse(st.softmax) || t.watch;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        int32_t row = e.row + 8 * r;
+        fa_interval seen = fa_row_interval(&a.masks, t.lengths, row);
+        float l = ONES ? st.o[DV / 2 * ONES + 2 * r] : softmax_row_sum(st.softmax.l[r]);
+        e.live[r] = seen.begin < seen.end;
+        e.inverse[r] = l != 0.f ? __fdividef(1.f, l) : 0.f;
+        e.well &= t.watch || !e.live[r] || (l > 0x1p-50f && l < 0x1p120f);
+        if (a.lse && row < e.rows && threadIdx.x % 4 == 0)
+            a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] + row * a.lse_stride[2]] =
+                !e.live[r] || l == 0.f ? -INFINITY
+                                       : (__log2f(l) - st.softmax.minus[r]) * 0.6931471805599453f;
+    }
+    softmax_start(st.softmax);
+    return e;
+}
+
+/* The other half of the vote: whether every O is finite (x * 0 is NaN if x is not). */
+PTX bool is_finite(const rows_out &o, const bool (&live)[2]) {
+    bool finite = true;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         uint32_t probe[2] = {0, 0};
 #pragma unroll
         for (int j = 0; j < DV / 8; ++j) probe[j % 2] = fma_pair(o[2 * j + r], 0, probe[j % 2]);
-        bool finite = ((probe[0] | probe[1]) & 0x7FFF7FFF) == 0;
-        well &= !live[r] || (l[r] > 0x1p-50f && l[r] < 0x1p120f && finite);
+        finite &= !live[r] || ((probe[0] | probe[1]) & 0x7FFF7FFF) == 0;
     }
-    return well;
+    return finite;
 }
 
 /* Four registers of four lanes are transposed: lane i of a quad has the i-th register of each. */
@@ -59,20 +92,15 @@ PTX void transpose_quad(uint32_t (&x)[4]) {
     }
 }
 
-PTX uint16_t *out_row(const kernel_args &a, const item &t, int32_t i) {
-    return (uint16_t *)a.out.data + t.b * a.out.stride[0] + t.h * a.out.stride[1] +
-           i * a.out.stride[2];
-}
-
-/* The rows that this thread holds, `row` and 8 below, of `rows` in all. */
+/* This thread's rows, or, after an exchange with its warp's other threads, as much of others. */
 PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, const rows_out &o,
-                    int32_t row, int32_t rows) {
+                    const ending &e) {
     int32_t lane = threadIdx.x % 32;
 #if ROW_STRIDED
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        uint16_t *to = out_row(a, t, row + 8 * r);
-        int32_t columns = row + 8 * r < rows ? (int32_t)a.out.shape[3] : 0;
+        uint16_t *to = out_row(a, t, e.row + 8 * r);
+        int32_t columns = e.row + 8 * r < e.rows ? (int32_t)a.out.shape[3] : 0;
 #pragma unroll
         for (int j = 0; j < DV / 8; ++j) {
             int32_t column = 8 * j + lane % 4 * 2;
@@ -82,31 +110,26 @@ PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, cons
         }
     }
 #elif ROW_STAGED
-    /* Chunk c of row r of a panel lies at c ^ r % 8: no bank is asked twice at once. */
-    uint32_t panel = smem_address(smem.o[threadIdx.x / 32]);
-    uint32_t in = panel + lane % 16 * 128, out = panel + lane / 8 * 128;
-    int32_t first = row - lane / 4 + lane / 8, left = rows - first;
-    uint16_t *to = out_row(a, t, first) + lane % 8 * 8;
+    /* As the copy engine has it: chunk c of row r of a panel lies at c ^ r % 8. */
+    uint8_t (&staged)[panels<DV>][O_BYTES] = smem.o[threadIdx.x / 32];
+    uint32_t row = smem_address(staged) + lane % 16 * 128;
 #pragma unroll
-    for (int c = 0; c < DV; c += 64) {
-        __syncwarp();
-#pragma unroll
-        for (int j = 0; j < 8 && c + 8 * j < DV; j += 2)
-            stmatrix_x4(in + ((j + lane / 16 ^ lane % 8) << 4), o[c / 4 + 2 * j],
-                        o[c / 4 + 2 * j + 1], o[c / 4 + 2 * j + 2], o[c / 4 + 2 * j + 3]);
-        __syncwarp();
-        bool inside = lane % 8 * 8 + c < a.out.shape[3];
-#pragma unroll
-        for (int i = 0; i < 16; i += 4) {
-            uint4 x = ld_shared_v4(out + i * 128 + ((lane % 8 ^ lane / 8 ^ i % 8) << 4));
-            if (inside && i < left) *(uint4 *)(to + i * a.out.stride[2] + c) = x;
-        }
+    for (int j = 0; j < DV / 8; j += 2)
+        stmatrix_x4(row + j / 8 * O_BYTES + ((j % 8 + lane / 16 ^ lane % 8) << 4), o[2 * j],
+                    o[2 * j + 1], o[2 * j + 2], o[2 * j + 3]);
+    fence_proxy_async();
+    __syncwarp();
+    if (lane == 0 && e.rows) {
+        for (int c = 0; c < panels<DV>; ++c)
+            cp_async_bulk_tensor_store(&a.out_map, smem_address(staged[c]), 64 * c, e.row, t.h,
+                                       t.b);
+        cp_async_bulk_commit_group();
     }
 #else
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        uint16_t *to = out_row(a, t, row + 8 * r) + lane % 4 * 8;
-        int32_t columns = row + 8 * r < rows ? (int32_t)a.out.shape[3] - lane % 4 * 8 : 0;
+        uint16_t *to = out_row(a, t, e.row + 8 * r) + lane % 4 * 8;
+        int32_t columns = e.row + 8 * r < e.rows ? (int32_t)a.out.shape[3] - lane % 4 * 8 : 0;
 #pragma unroll
         for (int j = 0; j < DV / 8; j += 4) {
             uint32_t x[4];
@@ -120,46 +143,30 @@ PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, cons
 }
 
 /* The open tile's rows leave, and the warpgroup its item; O and l are 0 again. All P V must have
- * ended. */
-PTX void end_rows(const kernel_args &a, smem_layout &smem, rows_state &st, int warpgroup) {
+ * ended. A warp that could not keep its tops says so: its warpgroup's rows come again. */
+PTX void end_rows(const kernel_args &a, smem_layout &smem, rows_state &st, const ending &e,
+                  int warpgroup) {
     const item &t = smem.items[st.open % ITEMS];
-    int32_t row = first_row(t, warpgroup);
-    bool live[2];
-    float l[2];
     rows_out o;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        fa_interval seen = fa_row_interval(&a.masks, t.lengths, row + 8 * r);
-        live[r] = seen.begin < seen.end;
-        l[r] = ONES ? st.o[DV / 2 * ONES + 2 * r] : softmax_row_sum(st.softmax.l[r]);
-        float inverse = l[r] != 0.f ? __fdividef(1.f, l[r]) : 0.f;
-#pragma unroll
-        for (int j = 0; j < DV / 8; ++j)
-            o[2 * j + r] =
-                cvt_pack(st.o[4 * j + 2 * r] * inverse, st.o[4 * j + 2 * r + 1] * inverse);
-    }
-    bool stores = t.warpgroups >> warpgroup & 1;
-    if (KEPT) {
-        bool bad = bar_red_or(1 + warpgroup, 128, !kept_well(st, o, l, live)) && !t.watch;
-        if (bad && stores && threadIdx.x % 128 == 0)
-            atomicOr(&smem.again[st.open % ITEMS], 1u << warpgroup);
-        stores &= !bad;
-    }
-    if (__any_sync(~0u, !live[0] || !live[1])) /* one past its sequence may have read NaN as q */
-#pragma unroll
-        for (int j = 0; j < DV / 4; ++j)
-            if (!live[j % 2]) o[j] = 0;
-    int32_t rows = stores ? a.sq : 0;
+    if (STAGED && threadIdx.x % 32 == 0) cp_async_bulk_wait_group_read(); /* of the tile before */
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-        if (row + 8 * r < rows && a.lse && threadIdx.x % 4 == 0)
-            a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] + (row + 8 * r) * a.lse_stride[2]] =
-                !live[r] || l[r] == 0.f
-                    ? -INFINITY
-                    : (__log2f(l[r]) - st.softmax.minus[r]) * 0.6931471805599453f;
-    store_rows(a, smem, t, o, row, rows);
+#pragma unroll
+        for (int j = 0; j < DV / 8; ++j)
+            o[2 * j + r] = cvt_pack(st.o[4 * j + 2 * r] * e.inverse[r],
+                                    st.o[4 * j + 2 * r + 1] * e.inverse[r]);
+    if (KEPT && __any_sync(~0u, !(e.well && (t.watch || is_finite(o, e.live)))) &&
+        threadIdx.x % 32 == 0 && e.rows)
+        atomicOr(&smem.again[st.open % ITEMS], 1u << warpgroup);
+    if (__any_sync(~0u,
+                   !e.live[0] || !e.live[1])) /* one past its sequence may have read NaN as q */
+#pragma unroll
+        for (int j = 0; j < DV / 4; ++j)
+            if (!e.live[j % 2]) o[j] = 0;
+    __syncwarp();
+    store_rows(a, smem, t, o, e);
     leave_item(smem, st.open);
-    open_rows(st, -1);
+    close_rows(st);
 }
 
 #endif

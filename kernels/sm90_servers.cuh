@@ -72,8 +72,8 @@ PTX void schedule(const kernel_args &a, smem_layout &smem) {
             describe(a, t, fa_schedule_tile(&a.schedule, tile));
             tile = fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, &round);
         } else {
+            t = item{}; /* no blocks, no warpgroups */
             t.last = flush != 0;
-            t.begin = t.end = t.left = t.right = t.warpgroups = 0;
             flush = n;
         }
         mbarrier_arrive(smem_address(&smem.item_full[n % ITEMS]));
