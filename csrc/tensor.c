@@ -119,7 +119,7 @@ void tensor_clear(module_state *state) {
     Py_CLEAR(state->arrays);
     Py_CLEAR(state->requires_grad);
     Py_CLEAR(state->current_level);
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < FUNCTIONS; i++) {
         Py_CLEAR(state->signatures[i].text);
         Py_CLEAR(state->signatures[i].names);
         Py_CLEAR(state->signatures[i].defaults);
@@ -497,6 +497,13 @@ void tensor_drop(output *out) {
     tensor_release(&out->memory);
     Py_CLEAR(out->object);
     Py_CLEAR(out->capsule);
+}
+
+fa_status tensor_draw_seed(module_state *state, const borrowed *like, output *out,
+                           fa_error *error) {
+    memset(out, 0, sizeof *out);
+    out->object = call_arrays(state, "draw_seed", "(O)", like->object);
+    return out->object ? tensor_borrow(state, out->object, "seed", &out->memory, error) : FA_RAISED;
 }
 
 fa_status tensor_mark_written(module_state *state, const borrowed *out) {
