@@ -138,10 +138,9 @@ def attention(
         dropout_p: 0 (off) to 1 (output 0). keep_ij is 1 where 16 random bits are at least
             65,536 * dropout_p, rounded. The bits are Philox4x32-10's, a function of the seed and of
             b, h, i and j: the same on every backend, whatever the strides and the other arguments.
-        seed: of dropout, without meaning where dropout_p is 0: an int from -2^63 to 2^63 - 1, or one
-            int64 number on q's device, shape () or (1,). None: with torch tensors a new one is drawn
-            from the generator of their device, also by each replay of a CUDA graph; with other
-            arrays ValueError.
+        seed: of dropout; without meaning where dropout_p is 0. An int from -2^63 to 2^63 - 1, or an
+            int64 array () or (1,) on q's device. None: with torch tensors one is drawn from the
+            generator of their device, anew by each replay of a CUDA graph; with others ValueError.
         layout: "bhsd" or "bshd", of q, k, v and the output.
         return_lse: also return lse, float32 (b, hq, sq) whatever the layout, natural logarithm.
         out: the output is written here; same shape, dtype and device, overlapping no input.
@@ -197,13 +196,13 @@ def attention_varlen(
     """attention over b sequences of any lengths, packed end to end without padding.
 
     Sequence n is the rows cu_seqlens_q[n] to cu_seqlens_q[n + 1] - 1 of q and the output, and those
-    of k and v that cu_seqlens_k says. Its result is attention's on these rows alone; i, j, sq and sk
-    are its own. Rows of q past seqused_q, or past the last sequence, give output 0 and lse -inf.
+    of k and v that cu_seqlens_k says. Its result is attention's on these rows alone; i, j, sq and
+    sk are its own. Rows of q past seqused_q or in no sequence give output 0 and lse -inf.
 
-    On a GPU only the kernels see cu_seqlens, and whatever they hold nothing out of bounds is read
-    or written: the first number counts as 0, each other as the nearest from 0 to the total, a
-    sequence that ends before it starts is empty, and one longer than max_seqlen counts so many rows,
-    the rest being rows past its end. Rows of q that two sequences claim hold the result of either.
+    On a GPU only the kernels see cu_seqlens; whatever they hold, nothing is read or written out of
+    bounds. The first number counts as 0, each other as the nearest from 0 to the total; a sequence
+    that ends before it starts is empty; of one longer than max_seqlen the first so many rows count,
+    and later ones are as past seqused. Rows of q that two sequences claim may hold anything.
 
     Args:
         q: (total_q, hq, d) of float64, float32, float16 or bfloat16. Any strides.
@@ -216,14 +215,21 @@ def attention_varlen(
         seqused_q: (b,) int32, true query lengths; from 0 to the sequence's rows, or the nearest.
         seqused_k: (b,) int32, true key lengths; i' counts from the true lengths.
         page_table: not built yet: NotImplementedError.
-        causal, window: as in attention, by each sequence's own lengths.
-        mask: broadcastable to (b, hq, max_seqlen_q, max_seqlen_k), its last two dimensions being
-            positions within the sequence; dtypes as in attention.
+        causal: as in attention, by each sequence's own lengths.
+        window: likewise.
+        mask: broadcastable to (b, hq, max_seqlen_q, max_seqlen_k), where i and j are positions in
+            the sequence; dtypes as in attention.
+        softcap: as in attention.
         alibi_slopes: (hq,) or (b, hq) float32.
-        softcap, sink, scale, deterministic, batch_invariant, backend: as in attention.
-        dropout_p, seed: as in attention; b, i and j count sequences and positions in them.
+        sink: as in attention.
+        scale: as in attention.
+        dropout_p: as in attention; b of the random bits is the sequence, i and j positions in it.
+        seed: as in attention.
         return_lse: also return lse, float32 (hq, total_q), natural logarithm.
         out: the output is written here; same shape, dtype and device, overlapping no input.
+        deterministic: as in attention.
+        batch_invariant: as in attention.
+        backend: as in attention.
 
     Returns:
         out (total_q, hq, dv), or (out, lse), of the kind and on the device of q.
