@@ -1,4 +1,4 @@
-"""attention_varlen: what test_values.py, whose cases it shares, does not say of packed sequences."""
+"""attention_varlen: what the cases of test_values.py do not say of packed sequences."""
 
 import time
 
@@ -14,7 +14,7 @@ def packed(lengths, dtype="float32", hq=4, hk=2, d=16, tail=0, seed=0):
     """q, k, v, cu_seqlens and max_seqlen of sequences with (query, key) lengths."""
     rng = np.random.default_rng(seed)
     cu = np.concatenate([np.zeros((1, 2), np.int32), np.cumsum(lengths, axis=0, dtype=np.int32)])
-    shapes = [(cu[-1, i > 0] + tail, hk if i else hq, d) for i in range(3)]
+    shapes = [(cu[-1, min(i, 1)] + tail, hk if i else hq, d) for i in range(3)]
     q, k, v = (rng.standard_normal(shape).astype(cases.dtype_of(dtype)) for shape in shapes)
     return q, k, v, *cu.T, *(int(n) for n in np.max(lengths, axis=0))
 
@@ -72,7 +72,7 @@ def test_a_mask_goes_by_positions_in_the_sequence():
 
 
 def test_cu_seqlens_that_are_strided_and_shared():
-    """Both offsets may be one array, of any stride: 0 where every sequence is empty."""
+    """Both offsets may be one array, of any stride; 0 where every sequence is empty."""
     q, k, v, cu, _, *longest = packed([(30, 30), (7, 7)])
     want = fastattn.attention_varlen(q, k, v, cu, cu, *longest)
     wide = np.full((3, 4), -7, np.int32)
