@@ -1,8 +1,9 @@
 /* check.c - from described arrays to one fa_params, or one sentence naming the argument.
  *
- * Stop 3 of 6. Knows no Python and reads no array: only shapes, strides, dtypes and devices. Every
- * shape of the public interface (two layouts, any rank for scaled_dot_product_attention) becomes
- * the rank-4 (b, h, s, d) of fastattn.h here; the backends know nothing else.
+ * Stop 3 of 6. Knows no Python and reads no array but cu_seqlens on the CPU: only shapes, strides,
+ * dtypes and devices. Every shape of the public interface (two layouts, packed sequences, any rank
+ * for scaled_dot_product_attention) becomes the rank-4 (b, h, s, d) of fastattn.h here; the
+ * backends know nothing else.
  */
 #include "check.h"
 
@@ -136,7 +137,7 @@ static void view_array(const fa_array *a, int32_t n, fa_layout layout, view *out
     out->tensor.data = a->data;
     for (int32_t i = 0; i < n + 3; i++) {
         int32_t from = i - (n + 3) + a->ndim;
-        if (layout == FA_BSHD) from = axis_of[1][i]; /* rank 4, n = 1 */
+        if (layout == FA_BSHD) from = axis_of[1][i] - 4 + a->ndim; /* rank 4 or 3, n = 1 */
         int64_t shape = from < 0 ? 1 : a->shape[from];
         int64_t stride = shape == 1 ? 0 : a->stride[from];
         if (i < n)
@@ -210,7 +211,8 @@ static fa_status check_mask(const fa_request *r, int32_t n, const int64_t *lead,
     for (int32_t i = 0; i < n && fits; i++) fits = stretch(&mask->lead_shape[i], lead[i]);
     for (int i = 0; i < 3 && fits; i++) fits = stretch(&mask->tensor.shape[i + 1], want[n + i]);
     if (!fits) {
-        int32_t skip = n + 3 - plan->out_ndim; /* ranks 2 and 3 have no leading dimension */
+        /* Ranks 2 and 3 have no leading dimension, but packed sequences have. */
+        int32_t skip = r->cu_q ? 0 : n + 3 - plan->out_ndim;
         return fa_fail(error, FA_VALUE, "`%s` must broadcast to %s, got %s", a->name,
                        shape_text(n + 3 - skip, want + skip, want_shape),
                        shape_text(a->ndim, a->shape, got_shape));
@@ -276,9 +278,11 @@ static fa_status check_what(const fa_request *r, const view *q, const view *k, c
     TRY(check_range(r->q, q->tensor.shape[3], "d", 1, FA_MAX_HEAD_SIZE, error));
     TRY(check_range(r->v, v->tensor.shape[3], "dv", 1, FA_MAX_HEAD_SIZE, error));
     TRY(check_equal(r->k, k->tensor.shape[3], "d", r->q, q->tensor.shape[3], error));
-    TRY(check_range(r->q, q->tensor.shape[2], "sq", 0, FA_MAX_LENGTH, error));
-    TRY(check_range(r->k, k->tensor.shape[2], "sk", 0, FA_MAX_LENGTH, error));
-    TRY(check_equal(r->v, v->tensor.shape[2], "sk", r->k, k->tensor.shape[2], error));
+    const char *const sq = r->cu_q ? "total_q" : "sq", *const sk = r->cu_q ? "total_k" : "sk";
+    const int64_t most = r->cu_q ? INT32_MAX : FA_MAX_LENGTH;
+    TRY(check_range(r->q, q->tensor.shape[2], sq, 0, most, error));
+    TRY(check_range(r->k, k->tensor.shape[2], sk, 0, most, error));
+    TRY(check_equal(r->v, v->tensor.shape[2], sk, r->k, k->tensor.shape[2], error));
     w->sq = (int32_t)q->tensor.shape[2], w->sk = (int32_t)k->tensor.shape[2];
     w->d = (int32_t)q->tensor.shape[3], w->dv = (int32_t)v->tensor.shape[3];
     w->scale = r->has_scale ? r->scale : 1 / sqrt(w->d);
@@ -311,6 +315,83 @@ static fa_status check_heads(const fa_request *r, view *q, view *k, view *v, fa_
     return FA_OK;
 }
 
+/* The offsets of packed sequences; on a GPU only the kernels see them, and clamp. */
+static fa_status check_offsets(const fa_array *cu, const fa_array *packed, int64_t longest,
+                               const char *limit, const int32_t **data, int64_t *stride,
+                               fa_error *error) {
+    const int64_t total = packed->shape[0];
+    int64_t before = 0;
+    *data = cu->data, *stride = cu->shape[0] == 1 ? 0 : cu->stride[0];
+    if (packed->device.device_type != DL_CPU) return FA_OK;
+    for (int64_t i = 0; i < cu->shape[0]; i++) {
+        const int64_t at = (*data)[i * *stride];
+        if (i == 0 && at != 0)
+            return fa_fail(error, FA_VALUE, "`%s` must start at 0, got %lld", cu->name,
+                           (long long)at);
+        if (at < before)
+            return fa_fail(error, FA_VALUE, "`%s` must not decrease, got %lld after %lld", cu->name,
+                           (long long)at, (long long)before);
+        if (at > total)
+            return fa_fail(error, FA_VALUE, "`%s` must not run past `%s`'s %lld rows, got %lld",
+                           cu->name, packed->name, (long long)total, (long long)at);
+        if (at - before > longest)
+            return fa_fail(error, FA_VALUE,
+                           "`%s` must have sequences of at most `%s` = %lld rows, got %lld",
+                           cu->name, limit, (long long)longest, (long long)(at - before));
+        before = at;
+    }
+    return FA_OK;
+}
+
+/* From here on sq and sk are the longest lengths, and the rows are total_q and total_k. */
+static fa_status check_varlen(const fa_request *r, fa_plan *plan, fa_error *error) {
+    static const DLDataType int32 = {DL_INT, 32, 1};
+    fa_varlen *v = &plan->params.varlen;
+    fa_what *w = &plan->params.what;
+    const struct {
+        const fa_array *cu;
+        const char *limit;
+        int64_t longest;
+    } sides[2] = {{r->cu_q, "max_seqlen_q", r->max_sq}, {r->cu_k, "max_seqlen_k", r->max_sk}};
+    for (int i = 0; i < 2; i++) {
+        const fa_array *cu = sides[i].cu;
+        TRY(check_dtype(cu, int32, NULL, error));
+        TRY(check_rank(cu, 1, "(b + 1,)", error));
+        TRY(check_place(cu, r->q, error));
+        TRY(check_range(cu, cu->shape[0], "b + 1", 1, INT32_MAX, error));
+        TRY(check_equal(cu, cu->shape[0], "b + 1", r->cu_q, r->cu_q->shape[0], error));
+        if (sides[i].longest < 0 || sides[i].longest > FA_MAX_LENGTH)
+            return fa_fail(error, FA_VALUE, "`%s` must be from 0 to %d, got %lld", sides[i].limit,
+                           FA_MAX_LENGTH, (long long)sides[i].longest);
+    }
+    TRY(check_offsets(r->cu_q, r->q, r->max_sq, "max_seqlen_q", &v->cu_q, &v->cu_q_stride, error));
+    TRY(check_offsets(r->cu_k, r->k, r->max_sk, "max_seqlen_k", &v->cu_k, &v->cu_k_stride, error));
+    v->total_q = w->sq, v->total_k = w->sk;
+    w->sq = (int32_t)r->max_sq, w->sk = (int32_t)r->max_sk;
+    w->b = (int32_t)(r->cu_q->shape[0] - 1);
+    return FA_OK;
+}
+
+static fa_status check_dropout(const fa_request *r, fa_plan *plan, fa_error *error) {
+    static const DLDataType int64 = {DL_INT, 64, 1};
+    fa_dropout *d = &plan->params.dropout;
+    if (!(r->dropout_p >= 0 && r->dropout_p <= 1))
+        return fa_fail(error, FA_VALUE, "`dropout_p` must be from 0 to 1, got %g", r->dropout_p);
+    d->p = r->dropout_p;
+    d->threshold = (uint32_t)lrint(d->p * 65536);
+    d->gain = d->threshold == 65536 ? 0 : 1 / (1 - d->p);
+    d->seed = r->seed_value;
+    if (!r->seed) return FA_OK;
+    char got[192];
+    TRY(check_dtype(r->seed, int64, NULL, error));
+    TRY(check_place(r->seed, r->q, error));
+    if (r->seed->ndim > 1 || (r->seed->ndim == 1 && r->seed->shape[0] != 1))
+        return fa_fail(error, FA_VALUE, "`%s` must have shape () or (1,), got %s", r->seed->name,
+                       shape_text(r->seed->ndim, r->seed->shape, got));
+    d->seed_data = r->seed->data;
+    return FA_OK;
+}
+
 fa_status fa_check_attention(const fa_request *r, fa_plan *plan, fa_error *error) {
     const fa_array *arrays[3] = {r->q, r->k, r->v};
     fa_what *w = &plan->params.what;
@@ -324,11 +405,13 @@ fa_status fa_check_attention(const fa_request *r, fa_plan *plan, fa_error *error
                        r->q->name, fa_dtype_name(r->q->dtype, got));
     int32_t ndim = 0;
     for (int i = 0; i < 3; i++) {
-        static const char *const dimensions[2][3] = {
+        static const char *const dimensions[3][3] = {
             {"(b, hq, sq, d)", "(b, hk, sk, d)", "(b, hk, sk, dv)"},
-            {"(b, sq, hq, d)", "(b, sk, hk, d)", "(b, sk, hk, dv)"}};
+            {"(b, sq, hq, d)", "(b, sk, hk, d)", "(b, sk, hk, dv)"},
+            {"(total_q, hq, d)", "(total_k, hk, d)", "(total_k, hk, dv)"}};
         const fa_array *a = arrays[i];
-        if (!r->sdpa) TRY(check_rank(a, 4, dimensions[r->layout][i], error));
+        const char *const wanted = dimensions[r->cu_q ? 2 : r->layout][i];
+        if (!r->sdpa) TRY(check_rank(a, r->cu_q ? 3 : 4, wanted, error));
         if (a->ndim < 2)
             return fa_fail(error, FA_VALUE, "`%s` must have at least 2 dimensions, got %d", a->name,
                            a->ndim);
@@ -384,18 +467,27 @@ fa_status fa_check_attention(const fa_request *r, fa_plan *plan, fa_error *error
         stride *= lead[i];
         if (ndim - 3 - n + i >= 0) plan->out_shape[ndim - 3 - n + i] = lead[i];
     }
-    if (r->layout == FA_BSHD) plan->out_shape[1] = w->sq, plan->out_shape[2] = w->hq;
-    plan->lse_ndim = 3;
-    plan->lse_shape[0] = lead[0], plan->lse_shape[1] = w->hq, plan->lse_shape[2] = w->sq;
+    if (r->layout == FA_BSHD) plan->out_shape[ndim - 3] = w->sq, plan->out_shape[ndim - 2] = w->hq;
+    const int64_t lse_shape[3] = {lead[0], w->hq, w->sq};
+    plan->lse_ndim = r->cu_q ? 2 : 3;
+    memcpy(plan->lse_shape, lse_shape + 3 - plan->lse_ndim, plan->lse_ndim * sizeof *lse_shape);
 
+    if (r->cu_q) {
+        TRY(check_varlen(r, plan, error));
+        lead[0] = w->b;
+    }
     if (r->mask) TRY(check_mask(r, n, lead, plan, &mask, error));
-    view *views[5] = {&q, &k, &v, r->mask ? &mask : NULL, &out};
+    view *views[5] = {&q, &k, &v, r->mask && !r->cu_q ? &mask : NULL, &out};
     fold_batch(views, n, plan);
     w->q = q.tensor, w->k = k.tensor, w->v = v.tensor, w->out = out.tensor;
+    if (r->cu_q) /* the mask alone has a batch */
+        mask.tensor.shape[0] = w->b, mask.tensor.stride[0] = mask.lead_stride[0];
+    else
+        w->b = (int32_t)w->q.shape[0];
     if (r->mask) plan->params.scores.mask = mask.tensor;
-    w->b = (int32_t)w->q.shape[0];
     TRY(check_masks(r, plan, error));
     TRY(check_scores(r, plan, error));
+    TRY(check_dropout(r, plan, error));
     plan->params.where.device_type = r->q->device.device_type == DL_CPU ? FA_CPU : FA_CUDA;
     plan->params.where.device_id = r->q->device.device_id;
     plan->params.where.stream = r->q->stream;
@@ -433,9 +525,9 @@ static int overlaps_itself(const fa_array *a) {
 
 fa_status fa_check_out(const fa_request *r, const fa_plan *plan, const fa_array *out,
                        fa_error *error) {
-    const fa_array *inputs[] = {r->q,         r->k,         r->v,       r->mask,
-                                r->q_lengths, r->k_lengths, r->k_start, r->alibi_slopes,
-                                r->sink};
+    const fa_array *inputs[] = {r->q,    r->k,         r->v,         r->mask,    r->cu_q,
+                                r->cu_k, r->q_lengths, r->k_lengths, r->k_start, r->alibi_slopes,
+                                r->sink, r->seed};
     TRY(check_shape(out, plan->out_ndim, plan->out_shape, error));
     TRY(check_dtype(out, r->q->dtype, r->q, error));
     TRY(check_place(out, r->q, error));
@@ -454,7 +546,7 @@ fa_status fa_check_out(const fa_request *r, const fa_plan *plan, const fa_array 
     return FA_OK;
 }
 
-/* A rank-4 output, or a lse (b, h, s) as (b, h, s, 1). */
+/* An output of rank 4 at most, or a lse (b, h, s) or (h, total) with a last dimension of 1. */
 static void bind(fa_tensor *tensor, const fa_array *a, fa_layout layout) {
     view v;
     view_array(a, 1, layout, &v);
@@ -464,12 +556,13 @@ static void bind(fa_tensor *tensor, const fa_array *a, fa_layout layout) {
 
 static void bind_lse(fa_tensor *tensor, const fa_array *a) {
     fa_array column = *a;
-    column.ndim = 4, column.shape[3] = 1, column.stride[3] = 0;
+    column.shape[a->ndim] = 1, column.stride[a->ndim] = 0;
+    column.ndim++;
     bind(tensor, &column, FA_BHSD);
 }
 
 void fa_bind_outputs(fa_plan *plan, const fa_array *out, const fa_array *lse) {
-    if (plan->out_ndim == 4 && !plan->outer_ndim)
+    if (plan->out_ndim <= 4)
         bind(&plan->params.what.out, out, plan->layout);
     else
         plan->params.what.out.data = out->data; /* contiguous, as fa_check_attention assumed */

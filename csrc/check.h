@@ -30,6 +30,12 @@ typedef enum fa_layout { FA_BHSD, FA_BSHD } fa_layout;
 typedef struct fa_request {
     const fa_array *q, *k, *v; /* never NULL */
     const fa_array *mask, *q_lengths, *k_lengths, *k_start, *alibi_slopes, *sink;
+    const fa_array *cu_q,
+        *cu_k;              /* of attention_varlen: q, k, v are (total, h, d), layout FA_BSHD */
+    int64_t max_sq, max_sk; /* of attention_varlen: the longest that a sequence may be */
+    double dropout_p;
+    const fa_array *seed; /* one int64, or NULL: seed_value */
+    int64_t seed_value;
     int sdpa;       /* scaled_dot_product_attention's shapes: any rank >= 2, leading broadcasting */
     int enable_gqa; /* of sdpa */
     int causal, top_left;
@@ -77,7 +83,7 @@ fa_status fa_fail(fa_error *error, fa_status status, const char *format, ...)
 /* The name that the frameworks give it; buffer is used for what has none. */
 const char *fa_dtype_name(DLDataType dtype, char buffer[32]);
 
-/* Shapes, dtypes, devices and options. Reads no array. */
+/* Shapes, dtypes, devices and options. Reads no array but cu_seqlens on the CPU. */
 fa_status fa_check_attention(const fa_request *request, fa_plan *plan, fa_error *error);
 
 /* The caller's out=: shape, dtype, device, and that it overlaps no input and not itself. */

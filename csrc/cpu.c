@@ -20,6 +20,7 @@
 #include "cpu_pool.h"
 #include "fastattn.h"
 #include "mask.h"
+#include "philox.h"
 
 #define FA_LOG2E 1.44269504088896340736
 #define FA_LN2 0.69314718055994530942
@@ -33,13 +34,18 @@ static int64_t fa_size(fa_dtype type) {
     return size[type];
 }
 
+/* Element (b, h, s, 0) of a tensor, in elements. */
+static int64_t element(const fa_tensor *t, int64_t b, int64_t h, int64_t s) {
+    return b * t->stride[0] + h * t->stride[1] + s * t->stride[2];
+}
+
 /* ---- the levels ---- */
 
 typedef struct fa_cpu_kernel {
     int lanes, rows; /* rows in a vector; the most that run() takes at once */
     size_t (*scratch)(const fa_params *p, int rows);
-    void (*run)(const fa_params *p, int64_t b, int64_t h, fa_lengths lengths, int first, int count,
-                void *memory);
+    void (*run)(const fa_params *p, int64_t b, int64_t h, fa_sequence sequence, int first,
+                int count, void *memory);
 } fa_cpu_kernel;
 
 #define FA_LEVEL portable /* 16-byte vectors: SSE2, NEON, or whatever gcc makes of them */
@@ -139,18 +145,21 @@ int32_t fa_cpu_threads(void) { return fa_pool_threads(); }
 
 /* ---- one call ---- */
 
-/* A call is cut into tasks of up to `rows` rows of one head; threads draw them one by one. */
+/* A call is cut into tasks of up to `rows` rows of one head; threads draw them one by one. Where
+ * sequences are packed, a task is `rows` rows of the packed axis and takes the blocks that start
+ * there: the work is shared out by what there is, whatever the sequences' lengths. */
 typedef struct call {
     const fa_params *p;
     const fa_cpu_kernel *kernel;
     int rows;
+    int64_t length;        /* rows of a head: sq, or total_q */
     int64_t blocks, tasks; /* row blocks of a head; tasks in all */
     atomic_llong next;
     atomic_int failed;
 } call;
 
-/* Rows past the sequence's length: 0 and -inf. */
-static void empty_rows(const fa_what *what, int64_t b, int64_t h, int first, int end) {
+/* Rows that are no query: 0 and -inf. */
+static void empty_rows(const fa_what *what, int64_t b, int64_t h, int64_t first, int64_t end) {
     const int64_t size = fa_size(what->dtype);
     char *out = (char *)what->out.data + (b * what->out.stride[0] + h * what->out.stride[1]) * size;
     float *lse = what->lse.data;
@@ -161,6 +170,42 @@ static void empty_rows(const fa_what *what, int64_t b, int64_t h, int first, int
         if (lse)
             lse[b * what->lse.stride[0] + h * what->lse.stride[1] + row * what->lse.stride[2]] =
                 -INFINITY;
+    }
+}
+
+/* Rows first .. end - 1 of one sequence. */
+static void run_block(const call *c, int64_t b, int64_t h, fa_sequence s, int first, int end,
+                      void *memory) {
+    const int valid = fa_clamp(s.lengths.sq, first, end);
+    if (first < valid) c->kernel->run(c->p, b, h, s, first, valid - first, memory);
+    if (valid < end) empty_rows(&c->p->what, b, h, (int64_t)s.q + valid, (int64_t)s.q + end);
+}
+
+/* The blocks that start in the rows begin .. end - 1 of the packed axis. */
+static void run_packed(const call *c, int64_t h, int64_t begin, int64_t end, void *memory) {
+    const fa_what *what = &c->p->what;
+    const fa_varlen *v = &c->p->varlen;
+    int64_t low = 0, high = what->b; /* finds the first sequence that starts in these rows */
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (fa_first_row(v->cu_q, v->cu_q_stride, middle, v->total_q) < begin)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    /* The one before may reach into them; the one past the last is the rows of none. */
+    for (int64_t b = low ? low - 1 : 0; b <= what->b; b++) {
+        fa_sequence s = {.q_end = v->total_q};
+        if (b < what->b)
+            s = fa_find_sequence(v, &c->p->masks, b, what->sq, what->sk);
+        else
+            s.q = fa_first_row(v->cu_q, v->cu_q_stride, b, v->total_q);
+        if (s.q >= end) break;
+        const int64_t length = s.q_end - s.q, stop = end - s.q < length ? end - s.q : length;
+        int64_t first = s.q < begin ? (begin - s.q + c->rows - 1) / c->rows * c->rows : 0;
+        for (; first < stop; first += c->rows)
+            run_block(c, b, h, s, (int)first,
+                      (int)(length - first < c->rows ? length : first + c->rows), memory);
     }
 }
 
@@ -180,13 +225,15 @@ static void work(void *argument) {
         if (task >= c->tasks) break;
         /* Last rows first: under a causal mask they see most, and short tasks at the end even out.
          */
-        const int first = (int)(c->blocks - 1 - task % c->blocks) * c->rows;
-        const int end = what->sq - first < c->rows ? what->sq : first + c->rows;
+        const int64_t first = (c->blocks - 1 - task % c->blocks) * c->rows;
+        const int64_t end = c->length - first < c->rows ? c->length : first + c->rows;
         const int64_t b = task / c->blocks / what->hq, h = task / c->blocks % what->hq;
-        const fa_lengths lengths = fa_sequence_lengths(&c->p->masks, b, what->sq, what->sk);
-        const int valid = fa_clamp(lengths.sq, first, end);
-        if (first < valid) c->kernel->run(c->p, b, h, lengths, first, valid - first, aligned);
-        if (valid < end) empty_rows(what, b, h, valid, end);
+        if (c->p->varlen.cu_q) {
+            run_packed(c, h, first, end, aligned);
+            continue;
+        }
+        const fa_sequence s = fa_find_sequence(&c->p->varlen, &c->p->masks, b, what->sq, what->sk);
+        run_block(c, b, h, s, (int)first, (int)end, aligned);
     }
     if (memory != small) free(memory);
 }
@@ -194,18 +241,21 @@ static void work(void *argument) {
 static fa_status cpu_run(const fa_params *p, void *workspace, fa_error *error) {
     const fa_what *what = &p->what;
     (void)workspace;
-    if (what->b == 0 || what->hq == 0 || what->sq == 0) return FA_OK;
+    const int packed = p->varlen.cu_q != NULL;
     call c = {.p = p, .kernel = the_level()->by_type[what->dtype]};
-    const int64_t heads = (int64_t)what->b * what->hq;
-    const int lanes = c.kernel->lanes;
+    c.length = packed ? p->varlen.total_q : what->sq;
+    const int64_t heads = packed ? what->hq : (int64_t)what->b * what->hq;
+    if (heads == 0 || c.length == 0) return FA_OK;
+    const int lanes = c.kernel->lanes, longest = what->sq > 1 ? what->sq : 1;
+    const int keys = packed && p->varlen.total_k < what->sk ? p->varlen.total_k : what->sk;
     /* Below some 40 us of work waking a thread costs more than it brings. */
-    const double products = (double)heads * what->sq * what->sk * (what->d + what->dv);
+    const double products = (double)heads * c.length * keys * (what->d + what->dv);
     const int threads = products < 2e6 ? 1 : fa_pool_threads();
-    c.rows = what->sq < c.kernel->rows ? (what->sq + lanes - 1) / lanes * lanes : c.kernel->rows;
-    c.blocks = (what->sq + c.rows - 1) / c.rows;
+    c.rows = longest < c.kernel->rows ? (longest + lanes - 1) / lanes * lanes : c.kernel->rows;
+    c.blocks = (c.length + c.rows - 1) / c.rows;
     while (threads > 1 && c.rows > lanes && heads * c.blocks < 4 * threads) {
         c.rows = (c.rows / 2 + lanes - 1) / lanes * lanes;
-        c.blocks = (what->sq + c.rows - 1) / c.rows;
+        c.blocks = (c.length + c.rows - 1) / c.rows;
     }
     c.tasks = heads * c.blocks;
     fa_pool_run(c.tasks < threads ? (int)c.tasks : threads, work, &c);
@@ -231,11 +281,6 @@ static int64_t cpu_workspace(const fa_params *p) {
 
 /* ---- merging ---- */
 
-/* Element (b, h, s, i) of a tensor, in elements. */
-static int64_t at(const fa_tensor *t, int64_t b, int64_t h, int64_t s) {
-    return b * t->stride[0] + h * t->stride[1] + s * t->stride[2];
-}
-
 /* One row: out = sum of w_i out_i / sum of w_i with w_i = exp(lse_i - the largest). Empty parts are
  * not read. */
 static void merge_row(const fa_merge *m, int64_t b, int64_t h, int64_t s, double *sum,
@@ -244,23 +289,24 @@ static void merge_row(const fa_merge *m, int64_t b, int64_t h, int64_t s, double
     const int64_t size = fa_size(m->dtype);
     double top = -INFINITY, total = 0;
     for (int i = 0; i < m->n; i++) {
-        double lse = ((const float *)m->lses[i].data)[at(&m->lses[i], b, h, s)];
+        double lse = ((const float *)m->lses[i].data)[element(&m->lses[i], b, h, s)];
         if (!(lse <= top)) top = lse; /* a NaN stays */
     }
     memset(sum, 0, (size_t)dv * sizeof *sum);
     for (int i = 0; i < m->n; i++) {
-        double lse = ((const float *)m->lses[i].data)[at(&m->lses[i], b, h, s)];
+        double lse = ((const float *)m->lses[i].data)[element(&m->lses[i], b, h, s)];
         if (lse == -INFINITY) continue;
         double weight =
             power_f64_portable(base_of_f64_portable(FA_LOG2E), (vec_f64_portable){lse - top})[0];
         total += weight;
-        read_row_f64_portable(row, (const char *)m->outs[i].data + at(&m->outs[i], b, h, s) * size,
+        read_row_f64_portable(row,
+                              (const char *)m->outs[i].data + element(&m->outs[i], b, h, s) * size,
                               m->dtype, m->outs[i].stride[3], dv);
         for (int j = 0; j < dv; j++) sum[j] += weight * row[j];
     }
     float *single = (float *)row; /* write_row of the float kernel for all but float64 */
     for (int j = 0; j < dv; j++) sum[j] = total == 0 ? 0 : sum[j] / total;
-    void *out = (char *)m->out.data + at(&m->out, b, h, s) * size;
+    void *out = (char *)m->out.data + element(&m->out, b, h, s) * size;
     if (m->dtype == FA_F64) {
         write_row_f64_portable(out, m->dtype, m->out.stride[3], sum, dv);
     } else {
@@ -269,7 +315,7 @@ static void merge_row(const fa_merge *m, int64_t b, int64_t h, int64_t s, double
     }
     double lse =
         total == 0 ? -INFINITY : top + log2_f64_portable((vec_f64_portable){total, 1})[0] * FA_LN2;
-    ((float *)m->lse.data)[at(&m->lse, b, h, s)] = (float)lse;
+    ((float *)m->lse.data)[element(&m->lse, b, h, s)] = (float)lse;
 }
 
 static fa_status cpu_merge(const fa_merge *m, fa_error *error) {

@@ -28,6 +28,7 @@
 #define close_panel FN(close_panel)
 #define collect FN(collect)
 #define context FN(context)
+#define drop FN(drop)
 #define lay_out FN(lay_out)
 #define load_block FN(load_block)
 #define multiply FN(multiply)
@@ -63,9 +64,13 @@ typedef struct panel {
 /* What all blocks of a run share. */
 typedef struct context {
     const fa_params *p;
-    const char *q, *k, *v, *mask; /* of this batch and head */
-    int unit_k, unit_v;           /* K and V can be read in place */
-    int units;                    /* units of d */
+    const char *q, *k, *v, *mask; /* of this sequence and head, from its row 0 on */
+    char *out;
+    float *lse;
+    int32_t b, h; /* as dropout counts them */
+    int64_t seed;
+    int unit_k, unit_v; /* K and V can be read in place */
+    int units;          /* units of d */
     /* As they come from Q K a score counts |scale|, with the scale's sign multiplied into Q. Where
      * softcap, a float mask or ALiBi changes them, change() brings them to 1. */
     int changed;
@@ -210,6 +215,40 @@ static void read_bias(const context *c, const panel *p, int begin, int n) {
     }
 }
 
+/* Dropout: zeros among the probabilities of n keys. Of a pair of bfloat16 each half is as wide as
+ * the random bits that it meets, and in the same order. */
+static __attribute__((noinline)) void drop(const context *c, const panel *p, vec *s, int begin,
+                                           int n, int nv) {
+    const FA_INT threshold = (FA_INT)c->p->dropout.threshold;
+    for (int at = begin / 8 * 8; at < begin + n; at += 8)
+        for (int j = 0; j < nv; j++) {
+            FA_INT words[4][LANES];
+            for (int i = 0; i < LANES; i++) {
+                const int32_t row = p->first + j * LANES + i;
+                fa_random bits = fa_dropout_bits(c->seed, c->b, c->h, row, at / 8);
+                for (int w = 0; w < 4; w++) words[w][i] = (FA_INT)bits.word[w];
+            }
+            for (int w = 0; w < 4; w++) {
+                ivec both;
+                memcpy(&both, words[w], sizeof both);
+                const ivec keeps[2] = {(both & 0xffff) >= threshold,
+                                       (both >> 16 & 0xffff) >= threshold};
+                const int key = at + 2 * w - begin;
+                if (FA_PAIRS) {
+                    vec *x = &s[key / 2 * nv + j]; /* begin is even */
+                    if (key >= 0 && key < n)
+                        *x = (vec)((ivec)*x & ((keeps[0] & 0xffff) | keeps[1] << 16));
+                } else {
+                    for (int e = 0; e < 2; e++)
+                        if (key + e >= 0 && key + e < n) {
+                            vec *x = &s[(key + e) * nv + j];
+                            *x = (vec)((ivec)*x & keeps[e]);
+                        }
+                }
+            }
+        }
+}
+
 /* One panel meets the keys [begin, end) of one block. */
 FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, int end, int nv) {
     const int n = end - begin, height = HEIGHT(nv);
@@ -251,6 +290,7 @@ FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, in
         p->l[j] = fma_(p->l[j], alpha[j], l);
         p->m[j] = top_j;
     }
+    if (c->p->dropout.p > 0) drop(c, p, s, begin, n, nv);
 
     const unit *v = keys->v + (begin - keys->begin) / STEP * keys->v_row;
     const int steps = (n + STEP - 1) / STEP, dv = c->p->what.dv;
@@ -325,15 +365,13 @@ static void open_panel(const context *c, panel *p, fa_lengths lengths, int first
 }
 
 /* Divides by the sums, the sink's term included, and writes out and lse. */
-static void close_panel(const context *c, panel *p, int64_t b, int64_t h) {
+static void close_panel(const context *c, panel *p) {
     const fa_what *what = &c->p->what;
     const fa_scores *scores = &c->p->scores;
     const int width = whole(what->dv);
-    const float sink = scores->sink ? scores->sink[h * scores->sink_stride] : -INFINITY;
-    char *out = (char *)what->out.data +
-                (b * what->out.stride[0] + h * what->out.stride[1]) * fa_size(what->dtype);
-    float *lse = (float *)what->lse.data;
-    if (lse) lse += b * what->lse.stride[0] + h * what->lse.stride[1];
+    const float sink = scores->sink ? scores->sink[c->h * scores->sink_stride] : -INFINITY;
+    const int drops = c->p->dropout.p > 0;
+    const real gain = drops ? (real)c->p->dropout.gain : 1;
     for (int j = 0; j < p->nv; j++) {
         vec m = p->m[j] * c->nats, l = p->l[j], weight = splat(1);
         const ivec empty = l == 0; /* the largest score gives 1, so 0 means that all are -inf */
@@ -344,18 +382,20 @@ static void close_panel(const context *c, panel *p, int64_t b, int64_t h) {
             l = l * weight + power(base_of(FA_LOG2E), pick(s == finite, (vec){0}, s - finite));
             m = top;
         }
+        const ivec zero = empty | (ivec)(splat(gain) == 0); /* also of an infinite value */
+        weight *= gain;
         for (int i = 0; i < what->dv; i++) {
             vec *o = p->o + i * p->nv + j;
-            *o = pick(empty, (vec){0}, *o * weight / l);
+            *o = pick(zero, (vec){0}, *o * weight / l);
         }
         for (int i = 0; i < what->dv; i += LANES)
             transpose(c->rows + i, width, (real *)(p->o + i * p->nv + j), p->nv * LANES);
         const vec value = m + log2_(l) * (real)FA_LN2;
         for (int i = 0; i < LANES && j * LANES + i < p->count; i++) {
             const int64_t row = p->first + j * LANES + i;
-            write_row(out + row * what->out.stride[2] * fa_size(what->dtype), what->dtype,
+            write_row(c->out + row * what->out.stride[2] * fa_size(what->dtype), what->dtype,
                       what->out.stride[3], c->rows + i * width, what->dv);
-            if (lse) lse[row * what->lse.stride[2]] = empty[i] ? sink : (float)value[i];
+            if (c->lse) c->lse[row * what->lse.stride[2]] = empty[i] ? sink : (float)value[i];
         }
     }
 }
@@ -449,9 +489,10 @@ static size_t scratch_bytes(const fa_params *p, int rows) {
 }
 
 /* Rows first .. first + count - 1 (at most 128, all within the sequence's length) of one head. */
-static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_lengths lengths, int first,
+static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_sequence sequence, int first,
                      int count, void *memory) {
     const fa_what *what = &p->what;
+    const fa_lengths lengths = sequence.lengths;
     const fa_scores *scores = &p->scores;
     const int64_t size = fa_size(what->dtype), hk = h / (what->hq / what->hk);
     const int native = FA_PAIRS || (what->dtype == (DOUBLE ? FA_F64 : FA_F32));
@@ -459,9 +500,14 @@ static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_lengths length
     context c;
     c.bias = NULL;
     c.p = p;
-    c.q = (const char *)what->q.data + (b * what->q.stride[0] + h * what->q.stride[1]) * size;
-    c.k = (const char *)what->k.data + (b * what->k.stride[0] + hk * what->k.stride[1]) * size;
-    c.v = (const char *)what->v.data + (b * what->v.stride[0] + hk * what->v.stride[1]) * size;
+    c.q = (const char *)what->q.data + element(&what->q, b, h, sequence.q) * size;
+    c.k = (const char *)what->k.data + element(&what->k, b, hk, sequence.k) * size;
+    c.v = (const char *)what->v.data + element(&what->v, b, hk, sequence.k) * size;
+    c.out = (char *)what->out.data + element(&what->out, b, h, sequence.q) * size;
+    c.lse = what->lse.data;
+    if (c.lse) c.lse += element(&what->lse, b, h, sequence.q);
+    c.b = (int32_t)(p->dropout.first_b + b), c.h = (int32_t)h;
+    c.seed = p->dropout.p > 0 ? fa_dropout_seed(&p->dropout) : 0;
     c.mask = scores->mask.data;
     if (c.mask)
         c.mask +=
@@ -509,7 +555,7 @@ static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_lengths length
             if (from < to) attend_panel(&c, rows, &keys, from, to);
         }
     }
-    for (int i = 0; i < panels; i++) close_panel(&c, &c.panels[i], b, h);
+    for (int i = 0; i < panels; i++) close_panel(&c, &c.panels[i]);
 }
 
 static const fa_cpu_kernel FN(kernel) = {LANES, PANELS * PANEL, scratch_bytes, run_rows};

@@ -84,6 +84,7 @@ fa_status fa_run(const fa_backend *backend, const fa_plan *plan, void *workspace
     for (int64_t run = 0; run < runs; run++) {
         fa_status status = backend->run(&p, workspace, error);
         if (status != FA_OK) return status;
+        p.dropout.first_b += p.what.b;
         /* The next index, counted like an odometer, and the arrays' data with it. */
         for (int32_t i = 0; i < plan->outer_ndim; i++) {
             int64_t step = 1;

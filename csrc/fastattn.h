@@ -12,6 +12,12 @@
 
 #include <stdint.h>
 
+#ifdef __CUDACC__
+#define FA_INLINE static __host__ __device__ __forceinline__
+#else
+#define FA_INLINE static inline
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -47,7 +53,9 @@ typedef struct fa_tensor {
     int64_t stride[4];
 } fa_tensor;
 
-/* What is computed: softmax(scale * q k^T) v. Always valid. */
+/* What is computed: softmax(scale * q k^T) v. Always valid. Of packed sequences (fa_varlen) the
+ * shapes of q, k, v, out and lse are (1, h, total, ...) instead; b counts the sequences, and sq and
+ * sk are the longest that they may be. */
 typedef struct fa_what {
     fa_tensor q;    /* (b, hq, sq, d)  dtype */
     fa_tensor k;    /* (b, hk, sk, d)  dtype */
@@ -87,6 +95,26 @@ typedef struct fa_scores {
     int64_t sink_stride;       /* elements */
 } fa_scores;
 
+/* Sequences packed end to end along one axis: sequence n of q is the rows cu_q[n] .. cu_q[n + 1]
+ * - 1. fa_find_sequence() in mask.h reads them, and clamps. fa_masks' lengths, the mask and every
+ * other position count within a sequence. */
+typedef struct fa_varlen {
+    const int32_t *cu_q, *cu_k;       /* (b + 1,) on the device; both NULL: not packed */
+    int64_t cu_q_stride, cu_k_stride; /* elements */
+    int32_t total_q, total_k;         /* rows of q and of k */
+} fa_varlen;
+
+/* Elements of P are dropped after the row's sum; fa_dropout_bits() in philox.h says which. */
+typedef struct fa_dropout {
+    double p;    /* 0 .. 1; 0 = off (by definition of the argument) */
+    double gain; /* of what is kept: 1 / (1 - p); 0 where nothing is */
+    uint32_t
+        threshold;   /* kept are 16 bits >= it: p * 65,536, rounded; all of it: nothing is kept */
+    int32_t first_b; /* number of the request's first sequence, from which b counts */
+    const int64_t *seed_data; /* one number on the device, or NULL: `seed` */
+    int64_t seed;
+} fa_dropout;
+
 /* Where it runs. */
 typedef struct fa_where {
     fa_device_type device_type;
@@ -98,6 +126,8 @@ typedef struct fa_params {
     fa_what what;
     fa_masks masks;
     fa_scores scores;
+    fa_varlen varlen;
+    fa_dropout dropout;
     fa_where where;
 } fa_params;
 

@@ -9,12 +9,6 @@
 
 #include "fastattn.h"
 
-#ifdef __CUDACC__
-#define FA_INLINE static __host__ __device__ __forceinline__
-#else
-#define FA_INLINE static inline
-#endif
-
 typedef struct fa_interval {
     int32_t begin, end; /* keys begin <= j < end, none where equal; 0 <= begin <= end <= sk */
 } fa_interval;
@@ -34,6 +28,35 @@ FA_INLINE fa_lengths fa_sequence_lengths(const fa_masks *m, int64_t b, int32_t s
     if (m->k_lengths) n.sk = fa_clamp(m->k_lengths[b * m->k_lengths_stride], 0, sk);
     if (m->k_start) n.k_start = fa_clamp(m->k_start[b * m->k_start_stride], 0, n.sk);
     return n;
+}
+
+/* Sequence b of a request: its true lengths, and where its rows lie. */
+typedef struct fa_sequence {
+    fa_lengths lengths;
+    int32_t q, q_end; /* its rows of q, out and lse; those from q + lengths.sq on are padding */
+    int32_t k;        /* its first row of k and v */
+} fa_sequence;
+
+/* The first row of sequence b of packed ones; of the one past the last, the first row that belongs
+ * to none. The first sequence starts at 0 whatever is said. */
+FA_INLINE int32_t fa_first_row(const int32_t *cu, int64_t stride, int64_t b, int32_t total) {
+    return b ? fa_clamp(cu[b * stride], 0, total) : 0;
+}
+
+/* sq and sk: the request's, which bound every sequence's. Where offsets decrease, a sequence is
+ * empty; all rows are inside the arrays, whatever the offsets say. */
+FA_INLINE fa_sequence fa_find_sequence(const fa_varlen *v, const fa_masks *m, int64_t b, int32_t sq,
+                                       int32_t sk) {
+    fa_sequence s = {{0, 0, 0}, 0, sq, 0};
+    if (v->cu_q) {
+        s.q = fa_first_row(v->cu_q, v->cu_q_stride, b, v->total_q);
+        s.q_end = fa_clamp(v->cu_q[(b + 1) * v->cu_q_stride], s.q, v->total_q);
+        s.k = fa_first_row(v->cu_k, v->cu_k_stride, b, v->total_k);
+        sq = fa_clamp(s.q_end - s.q, 0, sq);
+        sk = fa_clamp(fa_clamp(v->cu_k[(b + 1) * v->cu_k_stride], s.k, v->total_k) - s.k, 0, sk);
+    }
+    s.lengths = fa_sequence_lengths(m, b, sq, sk);
+    return s;
 }
 
 /* The position i' of row i on the key axis, from which windows and ALiBi count. */

@@ -79,21 +79,29 @@ static fa_status get_causal(PyObject *object, fa_request *r, fa_error *error) {
                    repr(object, got));
 }
 
-static fa_status get_bound(PyObject *object, int *has, int64_t *out, fa_error *error) {
+/* Anything with __index__. Where an int64 is too small *out is the nearest, and *overflow -1 or 1.
+ */
+static fa_status get_int(PyObject *object, const char *name, const char *rule, int64_t *out,
+                         int *overflow, fa_error *error) {
     char got[64];
-    *has = object != Py_None;
-    if (!*has) return FA_OK;
-    int overflow = 0;
     PyObject *index = PyNumber_Index(object);
-    *out = index ? PyLong_AsLongLongAndOverflow(index, &overflow) : 0;
+    *out = index ? PyLong_AsLongLongAndOverflow(index, overflow) : 0;
     Py_XDECREF(index);
     if (!index) {
         PyErr_Clear();
-        return fa_fail(error, FA_TYPE, "`window` must hold two ints or None, got %s",
-                       repr(object, got));
+        return fa_fail(error, FA_TYPE, "`%s` must %s, got %s", name, rule, repr(object, got));
     }
-    if (overflow > 0) *out = INT64_MAX;
-    if (overflow < 0 || *out < 0)
+    if (*overflow) *out = *overflow > 0 ? INT64_MAX : INT64_MIN;
+    return FA_OK;
+}
+
+static fa_status get_bound(PyObject *object, int *has, int64_t *out, fa_error *error) {
+    char got[64];
+    int overflow;
+    *has = object != Py_None;
+    if (!*has) return FA_OK;
+    TRY(get_int(object, "window", "hold two ints or None", out, &overflow, error));
+    if (*out < 0)
         return fa_fail(error, FA_VALUE, "`window` must hold bounds >= 0 or None, got %s",
                        repr(object, got));
     return FA_OK;
@@ -139,10 +147,12 @@ static fa_status get_backend(PyObject *object, const char **out, fa_error *error
 typedef struct call {
     module_state *state;
     torch_now now;
-    borrowed arrays[10]; /* the first is q */
+    borrowed arrays[12]; /* the first is q */
     int count;
     borrowed out; /* out=, if given */
     int has_out, return_lse;
+    int draws, drawn; /* dropout's seed is to come, has come, from torch's generator */
+    output seed;
     const char *backend;
     fa_request request;
     fa_plan plan;
@@ -150,7 +160,6 @@ typedef struct call {
 } call;
 
 static fa_status borrow(call *c, PyObject *object, const char *name, const fa_array **out) {
-    if (object == Py_None && c->count >= 3) return FA_OK;
     borrowed *b = &c->arrays[c->count];
     TRY(tensor_borrow(c->state, &c->now, object, name, b, &c->error));
     c->count++;
@@ -158,21 +167,43 @@ static fa_status borrow(call *c, PyObject *object, const char *name, const fa_ar
     return FA_OK;
 }
 
+/* An argument that may be None. */
+static fa_status borrow_some(call *c, PyObject *object, const char *name, const fa_array **out) {
+    return object == Py_None ? FA_OK : borrow(c, object, name, out);
+}
+
 static void release(call *c) {
+    if (c->drawn) tensor_drop(&c->seed);
     for (int i = 0; i < c->count; i++) tensor_release(&c->arrays[i]);
     if (c->has_out) tensor_release(&c->out);
 }
 
-/* dropout_p: in range, and 0 until dropout is built. */
-static fa_status check_dropout(PyObject *object, fa_error *error) {
-    double p;
-    TRY(get_double(object, "dropout_p", &p, error));
-    if (!(p >= 0 && p <= 1))
-        return fa_fail(error, FA_VALUE, "`dropout_p` must be from 0 to 1, got %g", p);
-    if (p > 0)
-        return fa_fail(error, FA_UNSUPPORTED,
-                       "`dropout_p` > 0 is not built yet: no backend serves dropout");
-    return FA_OK;
+/* Whether there is dropout and so a seed has a meaning; check.c refuses what is out of range. */
+static int drops(const call *c) { return c->request.dropout_p > 0 && c->request.dropout_p <= 1; }
+
+static int is_torch(const call *c) {
+    PyTypeObject *type = Py_TYPE(c->arrays[0].object);
+    return type == c->state->tensor || type == c->state->parameter;
+}
+
+/* seed=: an int, an array, or None; then run() asks the generator of torch. */
+static fa_status get_seed(call *c, PyObject *object) {
+    char got[64];
+    int overflow;
+    int64_t *value = &c->request.seed_value;
+    if (!drops(c)) return FA_OK;
+    c->draws = object == Py_None && is_torch(c);
+    if (c->draws) return FA_OK;
+    if (object == Py_None)
+        return fa_fail(&c->error, FA_VALUE,
+                       "`seed` must be an int or an int64 array where dropout_p > 0 and `q` is no "
+                       "torch tensor, got None");
+    if (PyObject_HasAttrString(object, "__dlpack__"))
+        return borrow(c, object, "seed", &c->request.seed);
+    TRY(get_int(object, "seed", "be an int or an int64 array", value, &overflow, &c->error));
+    if (!overflow) return FA_OK;
+    return fa_fail(&c->error, FA_VALUE, "`seed` must be from -2^63 to 2^63 - 1, got %s",
+                   repr(object, got));
 }
 
 static fa_status check_out(call *c, PyObject *object) {
@@ -192,35 +223,70 @@ static fa_status check_out(call *c, PyObject *object) {
     return fa_check_out(&c->request, &c->plan, &c->out.array, &c->error);
 }
 
-enum { ATTENTION_ARGS = 21, SDPA_ARGS = 8 };
+/* From mask to seed in the signatures of attention and attention_varlen. */
+static fa_status get_scores(call *c, PyObject *const *a) {
+    fa_request *r = &c->request;
+    fa_error *error = &c->error;
+    TRY(borrow_some(c, a[0], "mask", &r->mask));
+    TRY(get_double(a[1], "softcap", &r->softcap, error));
+    TRY(borrow_some(c, a[2], "alibi_slopes", &r->alibi_slopes));
+    TRY(borrow_some(c, a[3], "sink", &r->sink));
+    r->has_scale = a[4] != Py_None;
+    if (r->has_scale) TRY(get_double(a[4], "scale", &r->scale, error));
+    TRY(get_double(a[5], "dropout_p", &r->dropout_p, error));
+    return get_seed(c, a[6]);
+}
+
+/* From return_lse to backend there, and the verdict on all arguments. */
+static fa_status get_rest(call *c, PyObject *const *a) {
+    int deterministic; /* the forward pass always is */
+    TRY(get_bool(a[0], "return_lse", &c->return_lse, &c->error));
+    TRY(get_bool(a[2], "deterministic", &deterministic, &c->error));
+    TRY(get_bool(a[3], "batch_invariant", &c->request.batch_invariant, &c->error));
+    TRY(get_backend(a[4], &c->backend, &c->error));
+    TRY(fa_check_attention(&c->request, &c->plan, &c->error));
+    return check_out(c, a[1]);
+}
 
 /* Arguments of attention, in the order of its signature. */
 static fa_status prepare_attention(call *c, PyObject *const *a) {
     fa_request *r = &c->request;
     fa_error *error = &c->error;
-    int deterministic;
     TRY(borrow(c, a[0], "q", &r->q));
     TRY(borrow(c, a[1], "k", &r->k));
     TRY(borrow(c, a[2], "v", &r->v));
     TRY(get_causal(a[3], r, error));
     TRY(get_window(a[4], r, error));
-    TRY(borrow(c, a[5], "q_lengths", &r->q_lengths));
-    TRY(borrow(c, a[6], "k_lengths", &r->k_lengths));
-    TRY(borrow(c, a[7], "k_start", &r->k_start));
-    TRY(borrow(c, a[8], "mask", &r->mask));
-    TRY(get_double(a[9], "softcap", &r->softcap, error));
-    TRY(borrow(c, a[10], "alibi_slopes", &r->alibi_slopes));
-    TRY(borrow(c, a[11], "sink", &r->sink));
-    r->has_scale = a[12] != Py_None;
-    if (r->has_scale) TRY(get_double(a[12], "scale", &r->scale, error));
-    TRY(check_dropout(a[13], error)); /* a[14], the seed, has no meaning without dropout */
+    TRY(borrow_some(c, a[5], "q_lengths", &r->q_lengths));
+    TRY(borrow_some(c, a[6], "k_lengths", &r->k_lengths));
+    TRY(borrow_some(c, a[7], "k_start", &r->k_start));
+    TRY(get_scores(c, a + 8));
     TRY(get_layout(a[15], &r->layout, error));
-    TRY(get_bool(a[16], "return_lse", &c->return_lse, error));
-    TRY(get_bool(a[18], "deterministic", &deterministic, error)); /* the forward pass always is */
-    TRY(get_bool(a[19], "batch_invariant", &r->batch_invariant, error));
-    TRY(get_backend(a[20], &c->backend, error));
-    TRY(fa_check_attention(r, &c->plan, error));
-    return check_out(c, a[17]);
+    return get_rest(c, a + 16);
+}
+
+/* Arguments of attention_varlen, in the order of its signature. */
+static fa_status prepare_varlen(call *c, PyObject *const *a) {
+    fa_request *r = &c->request;
+    fa_error *error = &c->error;
+    int overflow;
+    r->layout = FA_BSHD;
+    TRY(borrow(c, a[0], "q", &r->q));
+    TRY(borrow(c, a[1], "k", &r->k));
+    TRY(borrow(c, a[2], "v", &r->v));
+    TRY(borrow(c, a[3], "cu_seqlens_q", &r->cu_q));
+    TRY(borrow(c, a[4], "cu_seqlens_k", &r->cu_k));
+    TRY(get_int(a[5], "max_seqlen_q", "be an int", &r->max_sq, &overflow, error));
+    TRY(get_int(a[6], "max_seqlen_k", "be an int", &r->max_sk, &overflow, error));
+    TRY(borrow_some(c, a[7], "seqused_q", &r->q_lengths));
+    TRY(borrow_some(c, a[8], "seqused_k", &r->k_lengths));
+    if (a[9] != Py_None)
+        return fa_fail(error, FA_UNSUPPORTED,
+                       "`page_table` is not built yet: no backend reads keys from pages");
+    TRY(get_causal(a[10], r, error));
+    TRY(get_window(a[11], r, error));
+    TRY(get_scores(c, a + 12));
+    return get_rest(c, a + 19);
 }
 
 /* Arguments of scaled_dot_product_attention, in the order of its signature. */
@@ -231,14 +297,13 @@ static fa_status prepare_sdpa(call *c, PyObject *const *a) {
     TRY(borrow(c, a[0], "query", &r->q));
     TRY(borrow(c, a[1], "key", &r->k));
     TRY(borrow(c, a[2], "value", &r->v));
-    TRY(borrow(c, a[3], "attn_mask", &r->mask));
-    fa_status status = check_dropout(a[4], error);
-    PyTypeObject *type = Py_TYPE(a[0]);
-    if (status == FA_UNSUPPORTED && type != c->state->tensor && type != c->state->parameter)
+    TRY(borrow_some(c, a[3], "attn_mask", &r->mask));
+    TRY(get_double(a[4], "dropout_p", &r->dropout_p, error));
+    c->draws = drops(c);
+    if (c->draws && !is_torch(c))
         return fa_fail(
             error, FA_VALUE,
             "`dropout_p` > 0 needs a torch generator here: use attention(seed=) for other arrays");
-    TRY(status);
     TRY(get_bool(a[5], "is_causal", &r->causal, error));
     r->top_left = r->causal;
     if (r->causal && r->mask)
@@ -263,6 +328,11 @@ static fa_status run(call *c, output *out, output *lse) {
     fa_error *error = &c->error;
     const fa_backend *backend = fa_choose(plan, c->backend, NULL, error);
     if (!backend) return FA_UNSUPPORTED;
+    if (c->draws) {
+        c->drawn = 1;
+        TRY(tensor_draw_seed(c->state, &c->arrays[0], &c->seed, error));
+        plan->params.dropout.seed_data = c->seed.memory.array.data;
+    }
     if (!c->has_out)
         TRY(tensor_new(c->state, &c->arrays[0], plan->out_ndim, plan->out_shape, plan->out_dtype,
                        out, error));
@@ -302,7 +372,7 @@ static PyObject *hand_over(module_state *state, const borrowed *like, output *ou
 static void start(call *c, module_state *state) {
     c->state = state;
     c->now = (torch_now){0};
-    c->count = c->has_out = c->return_lse = 0;
+    c->count = c->has_out = c->return_lse = c->draws = c->drawn = 0;
     c->backend = NULL;
     c->error.text[0] = 0;
     fa_clear(&c->request, sizeof c->request);
@@ -337,10 +407,18 @@ static const struct {
     const char *name;
     prepare_function *prepare;
     Py_ssize_t count;
-} functions[] = {
-    {"attention", prepare_attention, ATTENTION_ARGS},
-    {"scaled_dot_product_attention", prepare_sdpa, SDPA_ARGS},
+} functions[FUNCTIONS] = {
+    {"attention", prepare_attention, 21},
+    {"scaled_dot_product_attention", prepare_sdpa, 8},
+    {"attention_varlen", prepare_varlen, 24},
 };
+
+/* The index of a public function, FUNCTIONS if there is none of that name. */
+static int find_function(const char *name) {
+    int which = 0;
+    while (which < FUNCTIONS && strcmp(name, functions[which].name)) which++;
+    return which;
+}
 
 /* Puts the arguments of a call in the order of the signature, with Python's own complaints. */
 static int parse(const signature *s, PyObject *const *arguments, Py_ssize_t count,
@@ -398,11 +476,16 @@ static PyObject *scaled_dot_product_attention(PyObject *module, PyObject *const 
     return call_public(module, 1, arguments, count, keywords);
 }
 
+static PyObject *attention_varlen(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
+                                  PyObject *keywords) {
+    return call_public(module, 2, arguments, count, keywords);
+}
+
 /* function(text, names, defaults, positional) -> the builtin. text is the bytes "name\0doc", where
  * doc starts with the text signature; defaults are those of the last parameters. */
 static PyObject *function(PyObject *module, PyObject *arguments) {
     static PyObject *(*const entries[])(PyObject *, PyObject *const *, Py_ssize_t, PyObject *) = {
-        attention, scaled_dot_product_attention};
+        attention, scaled_dot_product_attention, attention_varlen};
     PyObject *text, *names, *defaults;
     Py_ssize_t positional;
     if (!PyArg_ParseTuple(arguments, "SO!O!n", &text, &PyTuple_Type, &names, &PyTuple_Type,
@@ -410,8 +493,8 @@ static PyObject *function(PyObject *module, PyObject *arguments) {
         return NULL;
     const char *name = PyBytes_AsString(text);
     Py_ssize_t count = PyTuple_Size(names), required = count - PyTuple_Size(defaults);
-    int which = strcmp(name, functions[0].name) ? 1 : 0;
-    if (strcmp(name, functions[which].name) || count != functions[which].count || required < 0)
+    int which = find_function(name);
+    if (which == FUNCTIONS || count != functions[which].count || required < 0)
         return PyErr_Format(PyExc_TypeError, "_C has no function %s of %zd arguments", name, count);
     signature *s = &((module_state *)PyModule_GetState(module))->signatures[which];
     if (!s->text) { /* a package that is imported again keeps the first one's */
@@ -437,15 +520,18 @@ static int check_count(const char *name, Py_ssize_t got, Py_ssize_t want) {
     return 0;
 }
 
-/* explain(sdpa, *arguments) -> (backend or None, kernel or None, {backend: reason}). Runs nothing.
+/* explain(name, *arguments) -> (backend or None, kernel or None, {backend: reason}). Runs nothing.
  */
 static PyObject *explain(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
-    int sdpa = count && arguments[0] == Py_True;
-    if (!check_count("explain", count, 1 + (sdpa ? SDPA_ARGS : ATTENTION_ARGS))) return NULL;
+    char name[64] = "";
+    if (count) tensor_text(Py_NewRef(arguments[0]), sizeof name, name);
+    int which = find_function(name);
+    if (which == FUNCTIONS) return PyErr_Format(PyExc_TypeError, "_C has no function %s", name);
+    if (!check_count("explain", count, 1 + functions[which].count)) return NULL;
     call c;
     fa_error reasons[8];
     start(&c, PyModule_GetState(module));
-    fa_status status = (sdpa ? prepare_sdpa : prepare_attention)(&c, arguments + 1);
+    fa_status status = functions[which].prepare(&c, arguments + 1);
     const fa_backend *chosen =
         status == FA_OK ? fa_choose(&c.plan, c.backend, reasons, &c.error) : NULL;
     release(&c);

@@ -162,7 +162,7 @@ void tensor_clear(module_state *state) {
     Py_CLEAR(state->arrays);
     Py_CLEAR(state->requires_grad);
     Py_CLEAR(state->current_level);
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < FUNCTIONS; i++) {
         Py_CLEAR(state->signatures[i].text);
         Py_CLEAR(state->signatures[i].names);
         Py_CLEAR(state->signatures[i].defaults);
@@ -640,6 +640,15 @@ void tensor_drop(output *out) {
     tensor_release(&out->memory);
     Py_CLEAR(out->object);
     Py_CLEAR(out->capsule);
+}
+
+fa_status tensor_draw_seed(module_state *state, const borrowed *like, output *out,
+                           fa_error *error) {
+    memset(out, 0, sizeof *out);
+    out->object = call_arrays(state, "draw_seed", "(O)", like->object);
+    if (!out->object) return FA_RAISED;
+    torch_now now = {0};
+    return tensor_borrow(state, &now, out->object, "seed", &out->memory, error);
 }
 
 fa_status tensor_mark_written(module_state *state, const borrowed *out) {

@@ -13,7 +13,7 @@
 /* A Python exception is already set; the only status that is not in the contract. */
 #define FA_RAISED ((fa_status) - 1)
 
-enum { MAX_ARGS = 24 };
+enum { MAX_ARGS = 24, FUNCTIONS = 3 };
 
 /* A public function as Python's `def` has it; see function() in module.c. */
 typedef struct signature {
@@ -61,10 +61,10 @@ typedef struct module_state {
     PyObject *is_grad_enabled;  /* torch.is_grad_enabled */
     PyObject *forward_ad;       /* the dict of torch.autograd.forward_ad */
     PyCFunction is_neg; /* the C function of torch.Tensor.is_neg: half the time of a method call */
-    torch_c c;          /* all 0 where this torch lacks one of them */
-    PyTypeObject *ndarray;   /* numpy.ndarray; NULL until NumPy is there */
-    PyObject *arrays;        /* fastattn._arrays: the frameworks without a C table */
-    signature signatures[2]; /* attention, scaled_dot_product_attention */
+    torch_c c;                       /* all 0 where this torch lacks one of them */
+    PyTypeObject *ndarray;           /* numpy.ndarray; NULL until NumPy is there */
+    PyObject *arrays;                /* fastattn._arrays: the frameworks without a C table */
+    signature signatures[FUNCTIONS]; /* in the order of module.c's table */
     PyObject *requires_grad, *current_level; /* interned names */
 } module_state;
 
@@ -115,6 +115,9 @@ fa_status tensor_new(module_state *state, const borrowed *like, int32_t ndim, co
 /* The finished array as the caller's kind: a new reference, or NULL with an exception. */
 PyObject *tensor_hand_over(module_state *state, const borrowed *like, output *out);
 void tensor_drop(output *out);
+
+/* A seed for dropout from the generator of torch, on the device of `like`. */
+fa_status tensor_draw_seed(module_state *state, const borrowed *like, output *out, fa_error *error);
 
 /* Tells torch that out= was written, so that autograd notices a stale saved tensor. */
 fa_status tensor_mark_written(module_state *state, const borrowed *out);

@@ -149,11 +149,13 @@ static fa_status reject(const fa_params *p, fa_error *why) {
     if (w->dtype != FA_F16 && w->dtype != FA_BF16)
         return fa_fail(why, FA_UNSUPPORTED, "it takes float16 and bfloat16, not %s",
                        dtype_name(w->dtype));
-    const char *feature = s->mask.data      ? "`mask`"
-                          : s->softcap != 0 ? "`softcap`"
-                          : s->alibi_slopes ? "`alibi_slopes`"
-                          : s->sink         ? "`sink`"
-                                            : NULL;
+    const char *feature = s->mask.data       ? "`mask`"
+                          : s->softcap != 0  ? "`softcap`"
+                          : s->alibi_slopes  ? "`alibi_slopes`"
+                          : s->sink          ? "`sink`"
+                          : p->varlen.cu_q   ? "`cu_seqlens_q`"
+                          : p->dropout.p > 0 ? "`dropout_p`"
+                                             : NULL;
     if (feature) return fa_fail(why, FA_UNSUPPORTED, "it does not take %s yet", feature);
     if (!fa_has_row(w))
         return fa_fail(why, FA_UNSUPPORTED, "it has no kernel for %s with d = %d and dv = %d",

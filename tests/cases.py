@@ -54,6 +54,9 @@ class Case:
     alibi: int = 0  # rank of the slopes: 1 (hq,), 2 (b, hq), 0 none
     sink: bool = False
     scale: float | None = None
+    dropout: float = 0.0
+    packed: tuple | None = None  # rows of q and of k of each of the b sequences; sq and sk are then
+    tail: tuple = (0, 0)  # the longest there may be. Rows of q and of k that belong to none
     storage: str = "plain"
     family: str = "normal"
     out: str | None = None  # storage of the caller's `out`
@@ -70,9 +73,18 @@ class Case:
     @property
     def limits(self):
         names = ("causal", "window", "q_lengths", "k_lengths", "k_start")
-        return {
+        limits = {
             name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)
         }
+        if self.packed:  # a sequence is a padded one that ends with its rows, or before
+            for name, rows in zip(("q_lengths", "k_lengths"), self.packed, strict=True):
+                limits[name] = np.minimum(limits.get(name, rows), rows)
+        return limits
+
+    @property
+    def dropout_seed(self):
+        """Any int64: all bits of the key count."""
+        return self.seed * 0x9E3779B97F4A7C15 % 2**64 - 2**63
 
     @property
     def used_scale(self):
@@ -187,19 +199,30 @@ def make_inputs(case, strides_at_least_0=False):
     expanded = {}
     if case.storage == "expanded":  # equal along some axes, so that stride 0 says the same
         for name in "qkv":
-            expanded[name] = [axis for axis in range(3) if rng.random() < 0.4]
+            axes = (1,) if case.packed else range(3)
+            expanded[name] = [axis for axis in axes if rng.random() < 0.4]
         q, k, v = (_constant(x, expanded[name]) for name, x in zip("qkv", (q, k, v), strict=True))
     _poison(case, q, k, v, arrays.get("mask"), expanded)
 
-    def in_layout(x, axes=()):
+    def in_layout(x, axes=(), of_k=False):
+        if case.packed:
+            return pack(x, case.packed[of_k], case.tail[of_k]), axes
         if case.layout == "bhsd":
             return x, axes
         return x.swapaxes(1, 2), [{1: 2, 2: 1}.get(axis, axis) for axis in axes]
 
     stored = {}
     for name, x in zip("qkv", (q, k, v), strict=True):
-        x, axes = in_layout(x, expanded.get(name, ()))
+        x, axes = in_layout(x, expanded.get(name, ()), name != "q")
         stored[name] = store(x, storage, rng, axes)
+    if case.packed:
+        for name, rows in zip("qk", case.packed, strict=True):
+            offsets = np.append(0, np.cumsum(rows)).astype(np.int32)
+            stored[f"cu_seqlens_{name}"] = store(offsets, storage, rng)
+    if case.dropout and case.seed % 2:  # else a plain int
+        stored["seed"] = store(
+            np.full((1,) * (case.seed % 3 == 0), case.dropout_seed), "plain", rng
+        )
     if "mask" in arrays:
         mask, full = arrays["mask"], (case.b, case.hq, case.sq, case.sk)
         if storage == "expanded":
@@ -215,7 +238,8 @@ def make_inputs(case, strides_at_least_0=False):
             stored[name] = store(arrays[name], storage, rng)
     for name in ("q_lengths", "k_lengths", "k_start"):
         if getattr(case, name) is not None:
-            stored[name] = store(np.array(getattr(case, name), np.int32), storage, rng)
+            called = name if not case.packed else f"seqused_{name[0]}"
+            stored[called] = store(np.array(getattr(case, name), np.int32), storage, rng)
 
     out = None
     if case.out:
@@ -223,6 +247,28 @@ def make_inputs(case, strides_at_least_0=False):
         how = "padded" if case.out == "flipped" and strides_at_least_0 else case.out
         out = store(np.full(shape.shape, np.nan).astype(dtype), how, rng)
     return Inputs({"q": q, "k": k, "v": v, **arrays}, stored, out)
+
+
+def pack(x, rows, tail):
+    """(b, h, s, d) -> (total, h, d): the first rows of each sequence, and `tail` rows of NaN."""
+    none = np.full((x.shape[1], tail, x.shape[3]), np.nan, x.dtype)
+    parts = [x[n, :, :length] for n, length in enumerate(rows)]
+    return np.concatenate([*parts, none], axis=1).swapaxes(0, 1)
+
+
+def unpack(case, out, lse):
+    """A result (total, h, dv), (h, total) -> (b, h, s, dv), (b, h, s), and the complaints."""
+    padded = np.zeros((case.b, case.hq, case.sq, case.dv), out.dtype)
+    padded_lse, at = np.full(padded.shape[:3], -np.inf, lse.dtype), 0
+    total = sum(case.packed[0]) + case.tail[0]
+    if (out.shape, lse.shape) != ((total, *padded.shape[1:4:2]), (case.hq, total)):
+        return padded, padded_lse, [f"out has shape {out.shape}, lse {lse.shape}"]
+    for n, rows in enumerate(case.packed[0]):
+        padded[n, :, :rows] = out[at : at + rows].swapaxes(0, 1)
+        padded_lse[n, :, :rows] = lse[:, at : at + rows]
+        at += rows
+    clean = (out[at:] == 0).all() and (lse[:, at:] == -np.inf).all()
+    return padded, padded_lse, [] if clean else ["rows of no sequence are not 0 and -inf"]
 
 
 def _values(case, rng):
@@ -334,10 +380,22 @@ class Torch:
 
 
 def arguments(case, inputs, framework):
-    """The keywords of fastattn.attention, arrays included."""
+    """The keywords of function(case), arrays included."""
     keywords = {name: framework.array(stored) for name, stored in inputs.stored.items()}
     keywords |= {"causal": case.causal, "window": case.window, "softcap": case.softcap}
-    return keywords | {"scale": case.scale, "layout": case.layout, "return_lse": True}
+    if case.dropout:
+        keywords = {"seed": case.dropout_seed, **keywords, "dropout_p": case.dropout}
+    if case.packed:
+        keywords |= {"max_seqlen_q": case.sq, "max_seqlen_k": case.sk}
+    else:
+        keywords |= {"layout": case.layout}
+    return keywords | {"scale": case.scale, "return_lse": True}
+
+
+def function(case):
+    import fastattn
+
+    return fastattn.attention_varlen if case.packed else fastattn.attention
 
 
 def run(case, framework=None, backend=None, attention=None):
@@ -358,10 +416,7 @@ def run(case, framework=None, backend=None, attention=None):
 
 
 def run_once(case, framework=None, backend=None, attention=None):
-    if attention is None:
-        import fastattn
-
-        attention = fastattn.attention
+    attention = attention or function(case)
     framework = framework or NumPy()
     inputs = make_inputs(case, strides_at_least_0=not framework.flips)
     keywords = arguments(case, inputs, framework)
@@ -384,7 +439,10 @@ def run_once(case, framework=None, backend=None, attention=None):
         if not stored.untouched():
             complaints.append(f"wrote to {name}")
     out, lse = framework.numpy(out), framework.numpy(lse)
-    if case.layout == "bshd" and out.ndim == 4:
+    if case.packed:
+        out, lse, strange = unpack(case, out, lse)
+        complaints += strange
+    elif case.layout == "bshd" and out.ndim == 4:
         out = out.swapaxes(1, 2)
     return complaints + verdict(case, inputs.logical, out, lse)
 
@@ -393,6 +451,7 @@ def verdict(case, logical, out, lse):
     if out.dtype != dtype_of(case.dtype) or lse.dtype != np.float32:
         return [f"out is {out.dtype}, lse is {lse.dtype}"]
     options = {"softcap": case.softcap, "scale": case.scale, **case.limits}
+    options |= {"dropout_p": case.dropout, "seed": case.dropout_seed}
     return reference.check(out, lse, **logical, **options)
 
 
@@ -434,6 +493,17 @@ def choose_case(choose, seed):
         window = (0, 0)
     mask = maybe(35, ("bool", "bool", *DTYPES[:3]))
     shape = tuple(choose((True, True, False)) for _ in range(4))
+    dropout = maybe(15, (0.1, 0.5, 0.9, 1.0, 1e-7), 0.0)
+    packed, tail = None, (0, 0)
+    if choose(range(100)) < 20:
+        b = maybe(5, (0,), choose((1, 2, 4, 7)))
+
+        def rows(most):
+            ends = ((0,), range(min(most, 8) + 1), range(most + 1), (most,))
+            return tuple(choose(choose(ends)) for _ in range(b))
+
+        packed = (rows(sq), rows(sk))
+        tail = (maybe(30, (1, 5), 0), maybe(30, (1, 200), 0))
     return Case(
         b=b,
         hq=hk * group,
@@ -448,7 +518,7 @@ def choose_case(choose, seed):
         window=window,
         q_lengths=lengths(sq) if choose(range(100)) < 15 else None,
         k_lengths=lengths(sk) if choose(range(100)) < 20 else None,
-        k_start=lengths(sk) if choose(range(100)) < 15 else None,
+        k_start=lengths(sk) if choose(range(100)) < 15 and not packed else None,
         mask=mask,
         mask_shape=shape if mask else Case.mask_shape,
         mask_rank=choose((1, 2, 3, 4)) if mask else 4,
@@ -456,6 +526,9 @@ def choose_case(choose, seed):
         alibi=maybe(20, (1, 2), 0),
         sink=maybe(20, (True,), False),
         scale=maybe(25, (1.0, -0.3, 0.0, 0.02)),
+        dropout=dropout,
+        packed=packed,
+        tail=tail,
         storage=choose(STORAGES),
         family=family,
         out=maybe(30, STORAGES[:-1]),

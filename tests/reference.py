@@ -71,6 +71,8 @@ def attention(
     alibi_slopes=None,
     sink=None,
     scale=None,
+    dropout_p=0.0,
+    seed=0,
     low=False,
     order=0,
     **limits,
@@ -109,17 +111,42 @@ def attention(
     total = p.sum(axis=3, keepdims=True, dtype=real) + np.exp(real(1) * first - shift)
     lse = np.log(total) + shift
     p = np.divide(p, total, where=total != 0, out=np.zeros_like(p))
+    if dropout_p:
+        gain = 0 if dropout_p == 1 else 1 / (1 - real(dropout_p))
+        p = np.where(kept(b, hq, sq, sk, dropout_p, seed), p * real(gain), 0)
     if low:
         p = p.astype(dtype).astype(real)
     reached = seen.any(axis=(1, 2))[:, None, :, None]  # what no row sees reaches nothing
     v = np.where(reached, v, 0)[:, :, None]
     out = product(p.reshape(*group, sq, sk), v).reshape(b, hq, sq, v.shape[4])
+    if dropout_p == 1:
+        out = np.zeros_like(out)
 
     empty = (s == -np.inf).all(axis=3)
     padding = np.broadcast_to((np.arange(sq) >= _q_lengths(b, sq, **limits))[:, None], empty.shape)
     out = np.where(empty[..., None], 0, out)
     lse = np.where(padding, -np.inf, lse[..., 0])
     return Result(out.astype(dtype) if low else out, lse, float(biggest), empty, seen)
+
+
+def kept(b, hq, sq, sk, dropout_p, seed):
+    """(b, hq, sq, sk) bool: the elements of P that dropout leaves. 16 bits for each key."""
+    groups = -(-sk // 8)
+    axes = np.ogrid[:b, :hq, :sq, :groups]
+    counter = np.stack(np.broadcast_arrays(*axes[::-1]), axis=-1)
+    words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    bits = np.stack([words & 0xFFFF, words >> 16], axis=-1).reshape(b, hq, sq, 8 * groups)
+    return bits[..., :sk] >= round(dropout_p * 65536)
+
+
+def philox(counter, key):
+    """Philox4x32-10 (Salmon et al., 2011, section 3) of counters (..., 4)."""
+    x, mask = [counter[..., n].astype(np.uint64) for n in range(4)], 0xFFFFFFFF
+    for n in range(10):
+        k0, k1 = (key[0] + n * 0x9E3779B9) & mask, (key[1] + n * 0xBB67AE85) & mask
+        a, c = x[0] * 0xD2511F53, x[2] * 0xCD9E8D57
+        x = [(c >> 32) ^ x[1] ^ k0, c & mask, (a >> 32) ^ x[3] ^ k1, a & mask]
+    return np.stack(x, axis=-1)
 
 
 def fused_product(a, b, order):

@@ -35,15 +35,26 @@ def calls(first, count):
         keywords = cases.arguments(case, inputs, cases.NumPy())
         if inputs.out:
             keywords["out"] = inputs.out.view
-        out, lse = fastattn.attention(**keywords)
-        assert out.dtype == cases.dtype_of(case.dtype) and lse.shape == (case.b, case.hq, case.sq)
-        fastattn.merge_states([out, out], [lse, lse], layout=case.layout)
-        fastattn.explain(fastattn.attention, **keywords)
+        function = cases.function(case)
+        out, lse = function(**keywords)
+        assert out.dtype == cases.dtype_of(case.dtype)
+        fastattn.explain(function, **keywords)
+        if case.packed:
+            assert lse.shape == (case.hq, len(out))
+        else:
+            assert lse.shape == (case.b, case.hq, case.sq)
+            fastattn.merge_states([out, out], [lse, lse], layout=case.layout)
 
 
 def sentences():
-    from test_errors import WRONG, a
+    from test_errors import VARLEN, VARLEN_WRONG, WRONG, a
 
+    for exception, _, arguments in VARLEN_WRONG.values():
+        try:
+            fastattn.attention_varlen(**{**VARLEN, **arguments})
+        except exception:
+            continue
+        raise AssertionError(arguments)
     shapes = {"q": (2, 4, 5, 8), "k": (2, 2, 7, 8), "v": (2, 2, 7, 8)}
     for exception, _, arguments in WRONG.values():
         arguments = {**shapes, **arguments}

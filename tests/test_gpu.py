@@ -225,6 +225,9 @@ def served(case):
         softcap=0.0,
         alibi=0,
         sink=False,
+        dropout=0.0,
+        packed=None,
+        tail=(0, 0),
     )
 
 

@@ -20,12 +20,18 @@ FUNCTIONS = [
     "merge_states",
     "scaled_dot_product_attention",
 ]
-BUILT = ["attention", "scaled_dot_product_attention", "merge_states"]
+BUILT = ["attention", "attention_varlen", "scaled_dot_product_attention", "merge_states"]
 DEFAULTS = (
     "q, k, v, *, causal=False, window=None, q_lengths=None, k_lengths=None, k_start=None, "
     "mask=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None, dropout_p=0.0, seed=None, "
     "layout='bhsd', return_lse=False, out=None, deterministic=False, batch_invariant=False, "
     "backend=None"
+)
+VARLEN = (
+    "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, seqused_q=None, "
+    "seqused_k=None, page_table=None, causal=False, window=None, mask=None, softcap=0.0, "
+    "alibi_slopes=None, sink=None, scale=None, dropout_p=0.0, seed=None, return_lse=False, "
+    "out=None, deterministic=False, batch_invariant=False, backend=None"
 )
 SDPA = (
     "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, "
@@ -53,6 +59,7 @@ def test_public_names():
 
 def test_signatures():
     assert names_and_defaults(fastattn.attention) == DEFAULTS
+    assert names_and_defaults(fastattn.attention_varlen) == VARLEN
     assert names_and_defaults(fastattn.scaled_dot_product_attention) == SDPA
     assert names_and_defaults(fastattn.merge_states) == "outs, lses, *, layout='bhsd'"
     kvcache = inspect.signature(fastattn.attention_kvcache).parameters
@@ -61,8 +68,11 @@ def test_signatures():
     keywords = {name for name, p in attention.items() if p.kind is p.KEYWORD_ONLY}
     backward = set(inspect.signature(fastattn.attention_backward).parameters)
     assert keywords - {"out", "return_lse", "backend"} <= backward
-    varlen = set(inspect.signature(fastattn.attention_varlen).parameters)
-    assert keywords - {"layout"} <= varlen
+    varlen = inspect.signature(fastattn.attention_varlen).parameters
+    elsewhere = {"layout", "q_lengths", "k_lengths", "k_start"}  # seqused is what lengths are
+    assert keywords - elsewhere <= set(varlen)
+    backward = set(inspect.signature(fastattn.attention_varlen_backward).parameters)
+    assert set(varlen) - {"page_table", "out", "return_lse", "backend"} <= backward
 
 
 @needs("torch")
@@ -139,6 +149,9 @@ def test_promise_5_explain():
         assert said.reasons[name]
     assert str(said).splitlines()[0] == f"cpu: {said.kernel}"
     assert fastattn.explain(fastattn.scaled_dot_product_attention, q, k, v).backend == "cpu"
+    cu = np.array([0, 2], np.int32)
+    flat = fastattn.explain(fastattn.attention_varlen, q[0], k[0], v[0], cu, cu, 2, 2)
+    assert (flat.backend, flat.kernel) == ("cpu", said.kernel)
 
 
 def test_explain_computes_and_writes_nothing():
@@ -152,6 +165,9 @@ def test_explain_raises_what_the_call_raises():
     q, k, v = arrays(1, 2, 5, 64)
     with pytest.raises(ValueError, match="`softcap`"):
         fastattn.explain(fastattn.attention, q, k, v, softcap=-1.0)
+    with pytest.raises(ValueError, match="`cu_seqlens_q` must start at 0"):
+        cu = np.array([1, 2], np.int32)
+        fastattn.explain(fastattn.attention_varlen, q[0], k[0], v[0], cu, cu, 2, 2)
     with pytest.raises(TypeError, match="`function` must be"):
         fastattn.explain(len, q)
     with pytest.raises(TypeError):

@@ -13,6 +13,7 @@ from conftest import ROOT, needs, python
 MODULE = fastattn._C.__file__
 SOURCES = [p for folder in ("csrc", "kernels") for p in sorted((ROOT / folder).glob("*.[ch]*"))]
 TEXT = {p.relative_to(ROOT).as_posix(): p.read_text() for p in SOURCES}
+SHARED = ("mask.h", "philox.h")  # what gcc and nvcc compile alike
 BINDING = {"csrc/module.c", "csrc/tensor.c", "csrc/tensor.h"}
 
 
@@ -59,18 +60,19 @@ def test_law_1_cuda_only_under_kernels():
 
 def test_law_1_the_contract_includes_only_stdint():
     assert includes(TEXT["csrc/fastattn.h"]) == ["stdint.h"]
-    assert includes(TEXT["csrc/mask.h"]) == ["fastattn.h"]
+    for name in SHARED:
+        assert includes(TEXT[f"csrc/{name}"]) == ["fastattn.h"]
     for name in TEXT:
         if name.startswith("kernels/"):
             ours = {i for i in includes(TEXT[name]) if "csrc" in i}
-            assert ours <= {"../csrc/fastattn.h", "../csrc/mask.h"}, name
+            assert ours <= {f"../csrc/{shared}" for shared in ("fastattn.h", *SHARED)}, name
 
 
 @pytest.mark.parametrize("compiler", ["gcc -std=c11", "g++ -std=c++17"])
 def test_law_1_the_contract_compiles_alone(compiler, tmp_path):
     if not shutil.which(compiler.split()[0]):
         pytest.skip(f"no {compiler.split()[0]}")
-    for name in ("fastattn.h", "mask.h"):
+    for name in ("fastattn.h", *SHARED):
         program = tmp_path / ("x.c" if compiler.startswith("gcc") else "x.cpp")
         program.write_text(f'#include "{name}"\nint main(void) {{ return 0; }}\n')
         flags = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-Wno-unused-function"]

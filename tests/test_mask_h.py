@@ -31,19 +31,43 @@ int main(void) {
     return 0;
 }
 """
+PACKED = r"""
+#include <stdio.h>
+#include <string.h>
+#include "mask.h"
+/* in: b sq sk total_q total_k stride, cu_q, cu_k, q_lengths, k_lengths; out: one row a sequence */
+int main(void) {
+    int32_t in[6], numbers[4][64];
+    while (fread(in, sizeof in, 1, stdin) == 1) {
+        int32_t b = in[0], count = (b + 1) * in[5];
+        for (int i = 0; i < 4; i++)
+            if (fread(numbers[i], sizeof(int32_t), (size_t)count, stdin) != (size_t)count) return 1;
+        fa_masks m;
+        memset(&m, 0, sizeof m);
+        m.q_lengths = numbers[2], m.k_lengths = numbers[3];
+        m.q_lengths_stride = m.k_lengths_stride = in[5];
+        fa_varlen v = {numbers[0], numbers[1], in[5], in[5], in[3], in[4]};
+        for (int32_t n = 0; n < b; n++) {
+            fa_sequence s = fa_find_sequence(&v, &m, n, in[1], in[2]);
+            int32_t out[5] = {s.q, s.q_end, s.k, s.lengths.sq, s.lengths.sk};
+            fwrite(out, sizeof out, 1, stdout);
+        }
+    }
+    return 0;
+}
+"""
 HAS_LEFT, HAS_RIGHT, TOP_LEFT, ABSENT = 1, 2, 4, -(2**31)
 MAX_LENGTH = 2**30 - 1
+COMPILERS = ["gcc -std=c11", "g++ -std=c++20"]
 
 
-@pytest.fixture(scope="module", params=["gcc -std=c11", "g++ -std=c++20"])
-def intervals(request, tmp_path_factory):
-    """The C function, compiled so that undefined behaviour (an overflow) ends the process."""
-    compiler, standard = request.param.split()
+def compiled(text, which, folder):
+    """A program, compiled so that undefined behaviour (an overflow) ends the process."""
+    compiler, standard = which.split()
     if not shutil.which(compiler):
         pytest.skip(f"no {compiler}")
-    folder = tmp_path_factory.mktemp("mask_h")
     source = folder / ("driver.c" if compiler == "gcc" else "driver.cpp")
-    source.write_text(DRIVER)
+    source.write_text(text)
     strict = "-O1 -Wall -Wextra -Werror -fsanitize=undefined -fsanitize-undefined-trap-on-error"
     command = [
         compiler,
@@ -56,12 +80,18 @@ def intervals(request, tmp_path_factory):
     ]
     subprocess.run(command, check=True)
 
-    def call(questions):
-        data = np.array(questions, np.int32).tobytes()
+    def ask(numbers):
+        data = np.array(numbers, np.int32).tobytes()
         done = subprocess.run([folder / "driver"], input=data, stdout=subprocess.PIPE, check=True)
-        return np.frombuffer(done.stdout, np.int32).reshape(-1, 3)
+        return np.frombuffer(done.stdout, np.int32)
 
-    return call
+    return ask
+
+
+@pytest.fixture(scope="module", params=COMPILERS)
+def intervals(request, tmp_path_factory):
+    ask = compiled(DRIVER, request.param, tmp_path_factory.mktemp("mask_h"))
+    return lambda questions: ask(questions).reshape(-1, 3)
 
 
 def question(
@@ -141,3 +171,37 @@ def test_the_largest_lengths_do_not_overflow(intervals):
                     ]
                     for begin, end, _ in intervals(asked):
                         assert 0 <= begin <= end <= sk
+
+
+@pytest.mark.parametrize("which", COMPILERS)
+def test_packed_sequences_whatever_the_offsets_say(which, tmp_path):
+    """Right offsets give the sequences they say; wrong ones never a row outside of the arrays."""
+    rng = np.random.default_rng(0)
+    extremes = [-(2**31), -1, 2**31 - 1]
+    asked, numbers = [], []
+    for n in range(4000):
+        b, stride = int(rng.integers(1, 6)), int(rng.integers(1, 4))
+        total, longest = rng.integers(0, 12, 2), rng.integers(0, 9, 2)
+        cu = np.sort(rng.integers(0, total[:, None] + 1, (2, b + 1)), axis=1)
+        cu[:, 0] = 0
+        if n % 2:  # anything, by a device that nobody checks
+            cu = rng.integers(-3, 16, (2, b + 1))
+            cu[rng.random(cu.shape) < 0.2] = rng.choice(extremes)
+        used = rng.integers(-2, 12, (2, b + 1))
+        strided = np.full((4, b + 1, stride), 2**31 - 1)
+        strided[:, :, 0] = [*cu, *used]
+        numbers += [b, *longest, *total, stride, *strided.ravel()]
+        asked.append((total, longest, cu, used, n % 2))
+
+    got = iter(compiled(PACKED, which, tmp_path)(numbers).reshape(-1, 5).tolist())
+    for total, longest, cu, used, wrong in asked:
+        for i in range(cu.shape[1] - 1):
+            q, q_end, k, *lengths = next(got)
+            assert 0 <= q <= q_end <= total[0] and 0 <= k <= total[1]
+            assert 0 <= lengths[0] <= min(q_end - q, longest[0])
+            assert 0 <= lengths[1] <= min(total[1] - k, longest[1])
+            if not wrong:
+                rows = np.minimum(cu[:, i + 1] - cu[:, i], longest)
+                assert (q, q_end, k) == (cu[0, i], cu[0, i + 1], cu[1, i])
+                assert lengths == np.clip(used[:, i], 0, rows).tolist()
+    assert next(got, None) is None

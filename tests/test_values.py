@@ -44,6 +44,41 @@ FEATURES = {
     "many query heads": {"hq": 12, "hk": 1},
     "value head size": {"d": 16, "dv": 40},
     "batch first, sequence second": {"layout": "bshd"},
+    "dropout": {"dropout": 0.3},
+    "dropout, causal, grouped keys": {"dropout": 0.9, "causal": True, "hq": 6},
+    "dropout of everything": {"dropout": 1.0, "sink": True},
+    "packed": {"packed": ((30, 37), (53, 12)), "tail": (3, 9)},
+    "packed, an empty one": {"b": 4, "packed": ((0, 37, 0, 5), (7, 0, 0, 53)), "causal": True},
+    "packed, used": {
+        "packed": ((30, 37), (53, 12)),
+        "q_lengths": (12, 99),
+        "k_lengths": (50, -1),
+        "causal": True,
+    },
+    "packed, top-left window": {
+        "packed": ((30, 37), (53, 12)),
+        "causal": "top-left",
+        "window": (6, None),
+    },
+    "packed, bool mask": {
+        "packed": ((30, 37), (53, 12)),
+        "mask": "bool",
+        "mask_shape": (True, True, True, True),
+    },
+    "packed, one key each": {"b": 3, "sq": 9, "packed": ((9, 1, 2), (1, 1, 1)), "tail": (1, 0)},
+    "packed, everything": {
+        "packed": ((30, 37), (53, 40)),
+        "tail": (1, 1),
+        "causal": True,
+        "window": (30, 4),
+        "k_lengths": (50, 44),
+        "mask": "float32",
+        "softcap": 20.0,
+        "alibi": 2,
+        "sink": True,
+        "scale": 0.3,
+        "dropout": 0.2,
+    },
     "everything": {
         "causal": True,
         "window": (30, 4),
@@ -82,6 +117,8 @@ def test_strides(storage, layout, dtype, place):
         case = replace(case, out=storage)
     for seed in range(8):
         right(replace(case, seed=seed, q_lengths=(20, 37), alibi=1), *place)
+        packed = replace(case, packed=((37, 11), (20, 53)), tail=(2, 1), layout="bhsd")
+        right(replace(packed, seed=seed, q_lengths=(20, 37), dropout=0.2), *place)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -113,8 +150,21 @@ def test_promise_11_every_head_size(dtype, place):
         right(Case(hq=2, hk=2, sq=9, sk=19, d=d, dv=dv, dtype=dtype, seed=d), *place)
 
 
-@pytest.mark.parametrize("empty", [{"b": 0}, {"sq": 0}, {"sk": 0}, {"sq": 0, "sk": 0}])
-@pytest.mark.parametrize("feature", ["plain", "causal", "bool mask", "softcap", "sink", "alibi"])
+EMPTY = {
+    "b": {"b": 0},
+    "sq": {"sq": 0},
+    "sk": {"sk": 0},
+    "sq and sk": {"sq": 0, "sk": 0},
+    "no sequences": {"b": 0, "packed": ((), ()), "tail": (3, 2)},
+    "empty sequences": {"packed": ((0, 0), (0, 0)), "sq": 0, "sk": 0},
+    "empty sequences before others' rows": {"packed": ((0, 0), (5, 0)), "tail": (3, 2)},
+}
+
+
+@pytest.mark.parametrize("empty", EMPTY.values(), ids=EMPTY)
+@pytest.mark.parametrize(
+    "feature", ["plain", "causal", "bool mask", "softcap", "sink", "alibi", "dropout"]
+)
 def test_promise_6_empty_dimensions(empty, feature, place):
     for dtype in DTYPES:
         right(replace(BASE, dtype=dtype, **FEATURES[feature], **empty), *place)
@@ -247,6 +297,8 @@ def test_promise_9_many_heads_and_sequences(place):
     for b, h in ((70000, 1), (1, 70000)):
         case = Case(b=b, hq=h, hk=h, sq=2, sk=3, d=4, dv=4, dtype="float16")
         right(case, *place)
+        lengths = np.random.default_rng(0).integers(0, 3, (2, b)).tolist()
+        right(replace(case, packed=tuple(map(tuple, lengths)), causal=True), *place)
 
 
 def test_promise_8_elements_more_than_2_to_the_31_apart():

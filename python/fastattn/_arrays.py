@@ -139,6 +139,12 @@ def has_tangent(tensor: Any) -> bool:
     return sys.modules["torch"].autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def draw_seed(tensor: Any) -> Any:
+    """A random int64 from torch's generator of tensor's device; drawn anew by a graph's replay."""
+    torch = sys.modules["torch"]
+    return torch.empty((), dtype=torch.int64, device=tensor.device).random_()
+
+
 def mark_written(tensor: Any) -> None:
     """Bumps a torch tensor's version, so that autograd notices that a saved tensor was written."""
     sys.modules["torch"].autograd.graph.increment_version(tensor)

@@ -1,7 +1,7 @@
 """The public functions: names, defaults, types and their specification; the work is in C.
 
-Stop 1 of 6. The two functions that are called for every layer of a model are builtins: _in_c()
-makes them from the definitions here, whose bodies never run.
+Stop 1 of 6. The functions that are called for every layer of a model are builtins: _in_c() makes
+them from the definitions here, whose bodies never run.
 """
 
 import inspect
@@ -57,7 +57,8 @@ def scaled_dot_product_attention(
         value: (..., hk, sk, dv). d and dv from 1 to 256.
         attn_mask: broadcastable to (..., hq, sq, sk). bool: True takes part. float32 or query's
             dtype: added to the scaled score.
-        dropout_p: not built yet: NotImplementedError above 0 (other than torch arrays: ValueError).
+        dropout_p: 0 to 1, as in attention, and applied whether training or not. The seed comes from
+            torch's generator; other than torch arrays: ValueError, attention takes a seed.
         is_causal: query i sees keys j <= i (top-left, also where sq != sk).
         scale: multiplies query . key; default d ** -0.5, any finite value.
         enable_gqa: hq may be a multiple of hk; query head h uses key head h // (hq / hk).
@@ -111,7 +112,9 @@ def attention(
         s_j = s_j - slope_h * |i' - j|               with alibi_slopes
         s_j = -inf                                   outside causal, window and lengths
         lse = log(exp(sink_h) + sum_j exp(s_j))      no first term without a sink
-        o_i = sum_j exp(s_j - lse) v_j
+        p_j = exp(s_j - lse)
+        p_j = p_j * keep_ij / (1 - dropout_p)        with dropout_p, which leaves lse as it is
+        o_i = sum_j p_j v_j
 
     A row that sees nothing has output 0 and lse -inf (the sink's value, if there is one).
 
@@ -132,8 +135,12 @@ def attention(
         alibi_slopes: (hq,) or (b, hq) float32.
         sink: (hq,) float32, an extra logit per head that carries no value.
         scale: default d ** -0.5; any finite value.
-        dropout_p: not built yet: NotImplementedError above 0.
-        seed: of dropout.
+        dropout_p: 0 (off) to 1 (output 0). keep_ij is 1 where 16 random bits are at least
+            65,536 * dropout_p, rounded. The bits are Philox4x32-10's, a function of the seed and of
+            b, h, i and j: the same on every backend, whatever the strides and the other arguments.
+        seed: of dropout; without meaning where dropout_p is 0. An int from -2^63 to 2^63 - 1, or an
+            int64 array () or (1,) on q's device. None: with torch tensors one is drawn from the
+            generator of their device, anew by each replay of a CUDA graph; with others ValueError.
         layout: "bhsd" or "bshd", of q, k, v and the output.
         return_lse: also return lse, float32 (b, hq, sq) whatever the layout, natural logarithm.
         out: the output is written here; same shape, dtype and device, overlapping no input.
@@ -153,7 +160,86 @@ def attention(
 
     Source: Vaswani et al., 2017, equation 1; online softmax: Milakov and Gimelshein, 2018; tiling:
     Dao et al., "FlashAttention", 2022, algorithm 1; ALiBi: Press et al., 2021; softcap: Gemma 2,
-    2024; sinks: gpt-oss, 2025.
+    2024; sinks: gpt-oss, 2025; Philox: Salmon et al., 2011, section 3.
+    """
+    raise NotImplementedError  # never runs
+
+
+@_in_c
+def attention_varlen(
+    q: Array,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    page_table: Any = None,
+    causal: bool | Literal["top-left"] = False,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Any = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sink: Any = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Any = None,
+    return_lse: bool = False,
+    out: Any = None,
+    deterministic: bool = False,
+    batch_invariant: bool = False,
+    backend: Literal["sm90", "sm80", "cpu"] | None = None,
+) -> Any:
+    """attention over b sequences of any lengths, packed end to end without padding.
+
+    Sequence n is the rows cu_seqlens_q[n] to cu_seqlens_q[n + 1] - 1 of q and the output, and those
+    of k and v that cu_seqlens_k says. Its result is attention's on these rows alone; i, j, sq and
+    sk are its own. Rows of q past seqused_q or in no sequence give output 0 and lse -inf.
+
+    On a GPU only the kernels see cu_seqlens; whatever they hold, nothing is read or written out of
+    bounds. The first number counts as 0, each other as the nearest from 0 to the total; a sequence
+    that ends before it starts is empty; of one longer than max_seqlen the first so many rows count,
+    and later ones are as past seqused. Rows of q that two sequences claim may hold anything.
+
+    Args:
+        q: (total_q, hq, d) of float64, float32, float16 or bfloat16. Any strides.
+        k: (total_k, hk, d); hq is a multiple of hk, query head h uses key head h // (hq / hk).
+        v: (total_k, hk, dv). d and dv from 1 to 256.
+        cu_seqlens_q: (b + 1,) int32, non-decreasing from 0 to at most total_q.
+        cu_seqlens_k: (b + 1,) int32, non-decreasing from 0 to at most total_k.
+        max_seqlen_q: no sequence has more queries; the time taken does not depend on it.
+        max_seqlen_k: no sequence has more keys.
+        seqused_q: (b,) int32, true query lengths; from 0 to the sequence's rows, or the nearest.
+        seqused_k: (b,) int32, true key lengths; i' counts from the true lengths.
+        page_table: not built yet: NotImplementedError.
+        causal: as in attention, by each sequence's own lengths.
+        window: likewise.
+        mask: broadcastable to (b, hq, max_seqlen_q, max_seqlen_k), where i and j are positions in
+            the sequence; dtypes as in attention.
+        softcap: as in attention.
+        alibi_slopes: (hq,) or (b, hq) float32.
+        sink: as in attention.
+        scale: as in attention.
+        dropout_p: as in attention; b of the random bits is the sequence, i and j positions in it.
+        seed: as in attention.
+        return_lse: also return lse, float32 (hq, total_q), natural logarithm.
+        out: the output is written here; same shape, dtype and device, overlapping no input.
+        deterministic: as in attention.
+        batch_invariant: as in attention.
+        backend: as in attention.
+
+    Returns:
+        out (total_q, hq, dv), or (out, lse), of the kind and on the device of q.
+
+    Raises:
+        ValueError: a shape or value; cu_seqlens on the CPU that do not start at 0, decrease, run
+            past the total or hold a sequence longer than max_seqlen.
+        TypeError, NotImplementedError, RuntimeError: as attention.
+
+    Source: as attention; the packed layout is flash-attn's.
     """
     raise NotImplementedError  # never runs
 
@@ -219,46 +305,6 @@ def attention_backward(
     raise NotImplementedError("attention_backward is not built yet: no backend has a backward pass")
 
 
-def attention_varlen(
-    q: Any,
-    k: Any,
-    v: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    seqused_q: Any = None,
-    seqused_k: Any = None,
-    page_table: Any = None,
-    causal: bool | Literal["top-left"] = False,
-    window: tuple[int | None, int | None] | None = None,
-    q_lengths: Any = None,
-    k_lengths: Any = None,
-    k_start: Any = None,
-    mask: Any = None,
-    softcap: float = 0.0,
-    alibi_slopes: Any = None,
-    sink: Any = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: Any = None,
-    return_lse: bool = False,
-    out: Any = None,
-    deterministic: bool = False,
-    batch_invariant: bool = False,
-    backend: Literal["sm90", "sm80", "cpu"] | None = None,
-) -> Any:
-    """attention over sequences packed end to end: q (total_q, hq, d), k and v (total_k, hk, d).
-
-    cu_seqlens are int32 (b + 1,) offsets; lse is (hq, total_q). Not built yet: raises
-    NotImplementedError; attention with q_lengths and k_lengths serves padded batches.
-    """
-    raise NotImplementedError(
-        "attention_varlen is not built yet: use attention with q_lengths and k_lengths"
-    )
-
-
 def attention_varlen_backward(
     dout: Any,
     q: Any,
@@ -281,9 +327,6 @@ def attention_varlen_backward(
     dv: Any = None,
     causal: bool | Literal["top-left"] = False,
     window: tuple[int | None, int | None] | None = None,
-    q_lengths: Any = None,
-    k_lengths: Any = None,
-    k_start: Any = None,
     mask: Any = None,
     softcap: float = 0.0,
     alibi_slopes: Any = None,
@@ -365,7 +408,7 @@ def explain(function: Callable[..., Any], *args: Any, **keywords: Any) -> Explan
     """Which backend and kernel `function(*args, **keywords)` would run. Nothing is computed.
 
     Args:
-        function: attention or scaled_dot_product_attention.
+        function: attention, attention_varlen or scaled_dot_product_attention.
 
     Returns:
         An Explanation with .backend, .kernel and .reasons.
@@ -375,18 +418,19 @@ def explain(function: Callable[..., Any], *args: Any, **keywords: Any) -> Explan
     """
     if function in (
         attention_backward,
-        attention_varlen,
         attention_varlen_backward,
         attention_kvcache,
     ):
         function(*args, **keywords)  # raises why it is not built
-    if function not in (attention, scaled_dot_product_attention):
-        name = getattr(function, "__name__", repr(function))
-        raise TypeError(f"`function` must be attention or scaled_dot_product_attention, got {name}")
+    name = getattr(function, "__name__", repr(function))
+    if function not in (attention, attention_varlen, scaled_dot_product_attention):
+        raise TypeError(
+            "`function` must be attention, attention_varlen or scaled_dot_product_attention, "
+            f"got {name}"
+        )
     bound = inspect.signature(function).bind(*args, **keywords)
     bound.apply_defaults()
-    sdpa = function is scaled_dot_product_attention
-    return Explanation(*_C.explain(sdpa, *bound.arguments.values()))
+    return Explanation(*_C.explain(name, *bound.arguments.values()))
 
 
 def info() -> dict[str, Any]:
