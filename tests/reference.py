@@ -205,7 +205,7 @@ def widen(v, rows):
     of 512 and more: the same P, with columns of v whose signs are drawn anew.
     """
     dv, rng = v.shape[3], np.random.default_rng(0)
-    copies = -(-512 // max(rows * dv, 1)) if rows * dv < 512 else 1
+    copies = -(-512 // (rows * dv)) if 0 < rows * dv < 512 else 1
     signs = 2 * rng.integers(0, 2, (v.shape[2], dv * copies), np.int8) - 1
     signs[:, :dv] = 1
     return np.tile(v, copies) * signs.astype(v.dtype)
