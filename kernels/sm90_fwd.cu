@@ -306,7 +306,11 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
             scale = -scale;
         }
         if (MASKED && cut) mask_scores(seen, s);
-        if (PLACE != BEHIND || __any_sync(~0u, softmax_exceeds(st.softmax, s)))
+        /* The first block of a tile sets the tops. A later one without a P V pending may belong to
+         * a tile that keeps them. */
+        bool first = PLACE == NEXT || (PLACE == ALONE && st.open < 0);
+        bool watch = PLACE == BEHIND || !KEPT || t.watch;
+        if (first || __any_sync(~0u, watch && softmax_exceeds(st.softmax, s)))
             softmax_raise<range, PLACE == NEXT>(st.softmax, s, st.o, scale);
         minus = softmax_center<range>(st.softmax, s);
     } else if (MASKED && cut) {
@@ -400,7 +404,11 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         if (DELAYED && st.open >= 0 && !next) {
             finish_tile(a, smem, st, warpgroup);
         }
-        if (last) return;
+        if (last) {
+            /* Shared memory must not go before it has been read. */
+            if (STAGED) cp_async_bulk_wait_group_read();
+            return;
+        }
         uint64_t q = wgmma_descriptor(smem_address(smem.q[slot][warpgroup]), 1);
         uint32_t q_empty = smem_address(&smem.q_empty[slot][warpgroup]);
         mbarrier_wait(smem_address(&smem.q_full[slot][warpgroup]), n / Q_BUFFERS & 1);
@@ -418,8 +426,10 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
             } else if (next) {
                 attend<NEXT, true, true>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup);
                 next = false;
+                st.open = n;
             } else if (DELAYED && !st.held) {
                 attend<ALONE, true, true>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup);
+                st.open = n;
             } else if (!watch) {
                 attend<BEHIND, true, false>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup);
             } else {
