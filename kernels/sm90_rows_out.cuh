@@ -42,23 +42,6 @@ PTX bool kept_well(const rows_state &st, const rows_out &o, const float (&l)[2],
     return well;
 }
 
-/* Four registers of four lanes are transposed: lane i of a quad has the i-th register of each. */
-PTX void transpose_quad(uint32_t (&x)[4]) {
-    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        uint32_t got = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
-        x[i] = odd ? got : x[i];
-        x[i + 1] = odd ? x[i + 1] : got;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        uint32_t got = __shfl_xor_sync(~0u, high ? x[i] : x[i + 2], 2);
-        x[i] = high ? got : x[i];
-        x[i + 2] = high ? x[i + 2] : got;
-    }
-}
-
 PTX uint16_t *out_row(const kernel_args &a, const item &t, int32_t i) {
     return (uint16_t *)a.out.data + t.b * a.out.stride[0] + t.h * a.out.stride[1] +
            i * a.out.stride[2];
@@ -132,7 +115,13 @@ PTX void end_rows(const kernel_args &a, smem_layout &smem, rows_state &st, int w
         fa_interval seen = fa_row_interval(&a.masks, t.lengths, row + 8 * r);
         live[r] = seen.begin < seen.end;
         l[r] = ONES ? st.o[DV / 2 * ONES + 2 * r] : softmax_row_sum(st.softmax.l[r]);
+#if ROW_GENERAL
+        live[r] &= l[r] != 0.f; /* the top gives 1, so 0 means that all scores are -inf */
+        float inverse = add_sink(a.scores, t.score, l[r], st.softmax.minus[r]);
+        inverse = live[r] ? inverse : 0.f;
+#else
         float inverse = l[r] != 0.f ? __fdividef(1.f, l[r]) : 0.f;
+#endif
 #pragma unroll
         for (int j = 0; j < DV / 8; ++j)
             o[2 * j + r] =
@@ -145,17 +134,31 @@ PTX void end_rows(const kernel_args &a, smem_layout &smem, rows_state &st, int w
             atomicOr(&smem.again[st.open % ITEMS], 1u << warpgroup);
         stores &= !bad;
     }
+#if ROW_GENERAL
+    bool zero[2] = {!live[0] || a.scores.gain == 0.f, !live[1] || a.scores.gain == 0.f};
+    if (__any_sync(~0u, zero[0] || zero[1]))
+#pragma unroll
+        for (int j = 0; j < DV / 4; ++j)
+            if (zero[j % 2]) o[j] = 0;
+#else
     if (__any_sync(~0u, !live[0] || !live[1])) /* one past its sequence may have read NaN as q */
 #pragma unroll
         for (int j = 0; j < DV / 4; ++j)
             if (!live[j % 2]) o[j] = 0;
+#endif
+    float empty[2] = {-INFINITY, -INFINITY}; /* lse of a row that sees nothing */
+#if ROW_GENERAL
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+        if (row + 8 * r < t.lengths.sq) empty[r] = t.score.sink;
+#endif
     int32_t rows = stores ? a.sq : 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r)
         if (row + 8 * r < rows && a.lse && threadIdx.x % 4 == 0)
             a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] + (row + 8 * r) * a.lse_stride[2]] =
                 !live[r] || l[r] == 0.f
-                    ? -INFINITY
+                    ? empty[r]
                     : (__log2f(l[r]) - st.softmax.minus[r]) * 0.6931471805599453f;
     store_rows(a, smem, t, o, row, rows);
     leave_item(smem, st.open);
