@@ -52,14 +52,16 @@ void mask_bits(int b, int hq, int sq, int sk, int64_t stride_b, int64_t stride_h
     fa_masks m = {.k_lengths = lengths ? &w.b : NULL};
     fa_tensor mask = {.stride = {stride_b, stride_h, sk, 1}};
     fa_mask_bits n = fa_mask_bits_make(&w, &m, &mask);
-    int64_t fields[] = {n.batches, n.heads, n.groups, n.blocks, n.words, n.columns, n.bits, n.bytes};
+    int64_t fields[] = {n.batches, n.heads,   n.groups, n.blocks,
+                        n.words,   n.columns, n.bits,   n.bytes};
     memcpy(layout, fields, sizeof fields);
     if (!uses) return;
     for (int i = 0; i < n.batches; ++i)
         for (int h = 0; h < n.heads; ++h) {
             int64_t plane = fa_bits_plane(&n, i, h);
             for (int group = 0; group < n.groups; ++group) {
-                for (int word = 0; word < n.words; ++word) uses[fa_map_at(&n, plane, word, group)]++;
+                for (int word = 0; word < n.words; ++word)
+                    uses[fa_map_at(&n, plane, word, group)]++;
                 for (int block = 0; block < n.blocks; ++block)
                     uses[n.columns / 16 + fa_columns_at(&n, plane, block, group)]++;
             }
@@ -292,7 +294,7 @@ def test_a_packed_mask_fits_its_workspace(host):
             layout,
             None,
         )
-        batches, heads, groups, blocks, words, columns, bits, size = layout
+        batches, heads, groups, blocks, words, _, _, size = layout
         assert batches == (b if stride_b or lengths else 1) and heads == (hq if stride_h else 1)
         assert 64 * groups >= sq and groups % 2 == 0 and 32 * words >= blocks
         assert 128 * (blocks - 1) < sk <= 128 * blocks and size % 256 == 0
