@@ -349,7 +349,8 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
     } else if (MASKED && cut) {
         mask_scores(a, t, s, first_row(t, warpgroup), key);
     }
-    if (!DELAYED || MASKED) mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
+    if (GENERAL ? cut : !DELAYED || MASKED)
+        mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
 #if ROW_GENERAL
     if (holes)
         clear_holes(a.scores, t.score, smem.v[kv.stage], t.row, key, warpgroup);
@@ -422,14 +423,14 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         const item &t = smem.items[n % ITEMS];
         mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
         int32_t slot = n % Q_BUFFERS, last = uniform(t.last), blocks = uniform(t.end - t.begin);
-        int32_t masked = uniform(t.left + t.right), watch = KEPT ? uniform(t.watch) : 1;
-        if (uniform(has_no_keys(t, warpgroup))) masked = blocks; /* it passes all of them */
 
         /* The tile before ends in passing if there is a block for it at once. */
 #if ROW_GENERAL
         uint32_t tag = blocks ? read_tag(smem, kv) : 0;
         bool next = st.held && blocks && see_tag(a, t, tag, warpgroup) != NONE;
 #else
+        int32_t masked = uniform(t.left + t.right), watch = KEPT ? uniform(t.watch) : 1;
+        if (uniform(has_no_keys(t, warpgroup))) masked = blocks; /* it passes all of them */
         bool next = DELAYED && st.held && blocks && see(t, key_block(t, 0), warpgroup) != NONE;
 #endif
         if (DELAYED && st.open >= 0 && !next) {
@@ -464,9 +465,7 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
             }
             if (more) tag = read_tag(smem, kv);
         }
-        st.open = n;
-        continue;
-#endif
+#else
         int32_t i = 0;
         for (; i < masked; ++i) {
             int32_t block = uniform(key_block(t, i)), key = block * BLOCK_N;
@@ -501,6 +500,7 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
             for (; i < blocks; ++i)
                 attend<BEHIND, false, true>(a, smem, t, st, kv, q, i == blocks - 1 ? q_empty : 0, 0,
                                             false, warpgroup);
+#endif
         st.open = n;
         if (!DELAYED) {
             finish_pv(st, smem);

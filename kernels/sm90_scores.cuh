@@ -44,7 +44,8 @@ struct score_args {
 struct score_item {
     const char *mask; /* element (0, 0) of its head */
     int64_t plane, seed;
-    int32_t b; /* as dropout counts */
+    int32_t b;   /* as dropout counts */
+    int32_t mid; /* the block to the left of which the walk begins */
     float slope, sink;
 };
 
@@ -63,11 +64,22 @@ PTX void describe_scores(const score_args &a, score_item &t, int32_t b, int32_t 
  * sees), and two bits for each warpgroup: how much of it its rows see, as enum seen counts. */
 enum { TAG_LAST = 128, TAG_HOLES = 64, TAG_BLOCK = 8 };
 
-/* The map's words for the 32 * 128 keys around a block, of every warpgroup's rows. */
+/* A walk over the blocks of an item, from right to left: those before `mid`, then the others. With
+ * ALiBi `mid` is behind the diagonal, where the highest scores are: offsets are raised least. */
 struct map_cursor {
-    int32_t word;
+    int32_t low, high, rest; /* to come: low .. high - 1, then mid .. rest - 1 */
+    int32_t word;            /* the map's words for 32 * 128 keys, of every warpgroup's rows: */
     uint4 map[WARPGROUPS];
 };
+
+PTX map_cursor start_walk(const score_item &t, int32_t begin, int32_t end) {
+    map_cursor c;
+    c.low = begin;
+    c.high = t.mid;
+    c.rest = end;
+    c.word = -1;
+    return c;
+}
 
 PTX int32_t map_bit(int32_t block) { return block * BLOCK_N / FA_BITS_KEYS; }
 
@@ -97,6 +109,20 @@ PTX int32_t last_block(const score_args &a, const score_item &t, map_cursor &c, 
         end = found * (FA_BITS_KEYS / BLOCK_N);
     }
     return -1;
+}
+
+PTX int32_t next_block(const score_args &a, const score_item &t, map_cursor &c, int32_t row) {
+    for (;;) {
+        int32_t block = last_block(a, t, c, row, c.low, c.high);
+        if (block >= 0) {
+            c.high = block;
+            return block;
+        }
+        if (c.rest <= t.mid) return -1;
+        c.low = t.mid;
+        c.high = c.rest;
+        c.rest = t.mid;
+    }
 }
 
 /* The tag of a block that the cursor has just found; of -1: nothing is seen. */
@@ -337,31 +363,25 @@ PTX void change_scores(const score_args &a, const score_item &t, float (&s)[BLOC
 }
 
 /* Zeros among P, rounded and packed: a lane of a quad asks Philox for one of four neighbouring
- * groups of 8 keys, and the quad exchanges the words. A loop, and bits in between: all at once
- * would need more registers than there are. */
+ * groups of 8 keys, and the quad exchanges the words. */
 PTX void drop_scores(const score_args &a, const score_item &t, uint32_t *p, int32_t h, int32_t row,
                      int32_t key) {
-    uint32_t kept[2] = {0, 0}; /* a bit per score, the latest four groups on top */
-#pragma unroll 1
-    for (int i = 0; i < BLOCK_N / 32; ++i)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            int32_t group = key / 8 + 4 * i + threadIdx.x % 4;
-            fa_random bits = fa_dropout_bits(t.seed, t.b, h, row + 8 * r, group);
-            transpose_quad(bits.word);
-            kept[r] >>= 8;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                if ((bits.word[j] & 0xffff) >= a.threshold) kept[r] |= 1u << (24 + 2 * j);
-                if (bits.word[j] >> 16 >= a.threshold) kept[r] |= 2u << (24 + 2 * j);
-            }
-        }
+    const int64_t seed = t.seed;
+    const uint32_t high = a.threshold << 16; /* 65,536, all of it: `gain` is 0 */
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
-        for (int i = 0; i < BLOCK_N / 4; ++i)
-            if (!(kept[r] >> (32 - BLOCK_N / 4 + i) & 1))
-                p[i / 2 * 2 + r] &= i % 2 ? 0x0000ffff : 0xffff0000;
+        for (int i = 0; i < BLOCK_N / 32; ++i) {
+            int32_t group = key / 8 + 4 * i + threadIdx.x % 4;
+            fa_random bits = fa_dropout_bits(seed, t.b, h, row + 8 * r, group);
+            transpose_quad(bits.word);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                uint32_t &pair = p[2 * (4 * i + j) + r];
+                if (bits.word[j] << 16 < high) pair &= 0xffff0000;
+                if (bits.word[j] < high) pair &= 0x0000ffff;
+            }
+        }
 }
 
 /* The sink joins a row's sum: l counts 2^minus; its weight may be beyond the row's. Returns what O

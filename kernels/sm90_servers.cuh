@@ -18,6 +18,7 @@ PTX void describe(const kernel_args &a, item &t, fa_tile tile) {
         t.h = tile.head / a.b;
     }
     describe_scores(a.scores, t.score, t.b, t.h);
+    t.score.mid = 0; /* where there is no block */
 #endif
     t.row = tile.m_block * BLOCK_M;
     t.lengths = fa_sequence_lengths(&a.masks, t.b, a.sq, a.sk);
@@ -46,6 +47,11 @@ PTX void describe(const kernel_args &a, item &t, fa_tile tile) {
     seen_end = fa_clamp(seen_end, seen_begin, t.end);
     t.right = t.end - seen_end;
     t.left = seen_begin - t.begin;
+#if ROW_GENERAL
+    int32_t bottom = min(t.row + BLOCK_M, t.lengths.sq) - 1;
+    int32_t diagonal = fa_row_position(&a.masks, t.lengths, bottom) / BLOCK_N + 1;
+    t.score.mid = a.scores.slopes ? fa_clamp(diagonal, t.begin, t.end) : t.end;
+#endif
 }
 
 /* How item n was voted on, once all have left it. */
@@ -156,13 +162,13 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
 #if ROW_GENERAL
         /* A tile with keys has a stage even if its mask hides them all: the warpgroups wait for
          * the tag that says so. */
-        map_cursor map = {-1};
-        int32_t block = last_block(a.scores, t.score, map, t.row, t.begin, t.end);
+        map_cursor walk = start_walk(t.score, t.begin, t.end);
+        int32_t block = next_block(a.scores, t.score, walk, t.row);
         for (bool more = t.end > t.begin; more; advance(kv)) {
-            uint32_t tag = block_tag(a.scores, map, block);
+            uint32_t tag = block_tag(a.scores, walk, block);
             int32_t first = max(block, 0) * BLOCK_N;
             bool nothing = block < 0;
-            block = nothing ? -1 : last_block(a.scores, t.score, map, t.row, t.begin, block);
+            if (!nothing) block = next_block(a.scores, t.score, walk, t.row);
             more = block >= 0;
             mbarrier_wait(smem_address(&empty[kv.stage]), kv.parity ^ 1);
             if (IS_K && threadIdx.x % 32 == 0)
