@@ -111,6 +111,11 @@ PTX float ex2_approx(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+PTX float rcp_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 /* Two floats rounded and packed, `low` in the low half (PTX names the high half first). */
 PTX uint32_t cvt_pack(float low, float high) {
     uint32_t y;

@@ -17,12 +17,13 @@ typedef struct fa_row {
     int32_t block_m, block_n; /* query rows and keys of a tile */
     int32_t ones;             /* its row sum is that of the rounded P: no lse */
     int32_t strided;          /* it takes arrays of any strides */
+    int32_t general;          /* it changes scores */
 } fa_row;
 
 static const fa_row fa_rows[] = {
 #define FA_ROW(name, source, arch, dtype, d, dv, warpgroups, block_n, stages, q_buffers, kept, \
-               ones, blocks_per_sm, strided, ...)                                              \
-    {#name, dtype, d, dv, 64 * (warpgroups), block_n, ones, strided},
+               ones, blocks_per_sm, strided, staged, general, ...)                             \
+    {#name, dtype, d, dv, 64 * (warpgroups), block_n, ones, strided, general},
 #include "variants.def"
 #undef FA_ROW
 };
@@ -45,6 +46,12 @@ static inline int32_t fa_tma_takes(const fa_tensor *t, int32_t element_bytes) {
 static inline int32_t fa_needs_strided(const fa_what *w) {
     return !(fa_tma_takes(&w->q, 2) && fa_tma_takes(&w->k, 2) && fa_tma_takes(&w->v, 2) &&
              fa_tma_takes(&w->out, 2) && w->dv % 8 == 0);
+}
+
+/* Whether something changes scores; which keys a row may see is every row's own business. */
+static inline int32_t fa_needs_general(const fa_params *p) {
+    const fa_scores *s = &p->scores;
+    return s->mask.data || s->softcap != 0 || s->alibi_slopes || s->sink || p->dropout.p > 0;
 }
 
 static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -73,28 +80,32 @@ static inline int64_t fa_row_cost(const fa_row *row, const fa_what *w, const fa_
     return fa_ceil_div(tiles * w->b * w->hq, sms) * tile;
 }
 
-static inline int32_t fa_row_takes(const fa_row *row, const fa_what *w, int32_t strided) {
+static inline int32_t fa_row_takes(const fa_row *row, const fa_what *w, int32_t strided,
+                                   int32_t general) {
     return row->dtype == w->dtype && row->d >= w->d && row->dv >= w->dv &&
-           row->strided == strided && !(row->ones && w->lse.data);
+           row->strided == strided && row->general == general && !(row->ones && w->lse.data);
 }
 
-/* Whether a row takes this dtype, these head sizes and strides: which one is a matter of cost. */
-static inline int32_t fa_has_row(const fa_what *w) {
-    int32_t strided = fa_needs_strided(w);
+/* Whether a row takes this dtype, these head sizes, strides and score changes: which one is a
+ * matter of cost. */
+static inline int32_t fa_has_row(const fa_params *p) {
+    int32_t strided = fa_needs_strided(&p->what), general = fa_needs_general(p);
     for (int32_t i = 0; i < FA_ROWS; ++i)
-        if (fa_row_takes(&fa_rows[i], w, strided)) return 1;
+        if (fa_row_takes(&fa_rows[i], &p->what, strided, general)) return 1;
     return 0;
 }
 
 /* The row's index in fa_rows, or -1: no row takes the request. Least padding first, then least
  * time, then the order of the table. */
-static inline int32_t fa_choose_row(const fa_what *w, const fa_masks *m, int32_t sms) {
-    int32_t best = -1, least = 0, strided = fa_needs_strided(w);
+static inline int32_t fa_choose_row(const fa_params *p, int32_t sms) {
+    const fa_what *w = &p->what;
+    const fa_masks *m = &p->masks;
+    int32_t best = -1, least = 0, strided = fa_needs_strided(w), general = fa_needs_general(p);
     int64_t cost = -1; /* of the best row so far, where it was needed */
     for (int32_t i = 0; i < FA_ROWS; ++i) {
         const fa_row *row = &fa_rows[i];
         int32_t size = row->d + row->dv;
-        if (!fa_row_takes(row, w, strided) || (best >= 0 && size > least)) continue;
+        if (!fa_row_takes(row, w, strided, general) || (best >= 0 && size > least)) continue;
         if (best >= 0 && size == least) {
             int64_t other = fa_row_cost(row, w, m, sms);
             if (cost < 0) cost = fa_row_cost(&fa_rows[best], w, m, sms);

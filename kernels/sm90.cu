@@ -4,6 +4,7 @@
 
 #include "driver.h"
 #include "launch.cuh"
+#include "mask_bits.cuh"
 #include "rows.h"
 
 static_assert(FA_CUDA_NO_DEVICE == (int)cudaErrorNoDevice, "driver.h");
@@ -149,15 +150,11 @@ static fa_status reject(const fa_params *p, fa_error *why) {
     if (w->dtype != FA_F16 && w->dtype != FA_BF16)
         return fa_fail(why, FA_UNSUPPORTED, "it takes float16 and bfloat16, not %s",
                        dtype_name(w->dtype));
-    const char *feature = s->mask.data       ? "`mask`"
-                          : s->softcap != 0  ? "`softcap`"
-                          : s->alibi_slopes  ? "`alibi_slopes`"
-                          : s->sink          ? "`sink`"
-                          : p->varlen.cu_q   ? "`cu_seqlens_q`"
-                          : p->dropout.p > 0 ? "`dropout_p`"
-                                             : NULL;
-    if (feature) return fa_fail(why, FA_UNSUPPORTED, "it does not take %s yet", feature);
-    if (!fa_has_row(w))
+    if (p->varlen.cu_q) return fa_fail(why, FA_UNSUPPORTED, "it does not take `cu_seqlens_q` yet");
+    if (s->mask.data && s->mask_dtype == FA_F64)
+        return fa_fail(why, FA_UNSUPPORTED,
+                       "it takes `mask` as bool, float32, float16 and bfloat16, not float64");
+    if (!fa_has_row(p))
         return fa_fail(why, FA_UNSUPPORTED, "it has no kernel for %s with d = %d and dv = %d",
                        dtype_name(w->dtype), w->d, w->dv);
     return FA_OK;
@@ -168,38 +165,60 @@ static int32_t chosen_row(const fa_params *p) {
     const fa_sm90_device *device;
     fa_error ignored;
     if (find_device(p->where.device_id, &device, &ignored) != FA_OK) return 0;
-    return fa_choose_row(&p->what, &p->masks, device->sms);
+    return fa_choose_row(p, device->sms);
 }
 
 static const char *kernel(const fa_params *p) { return fa_rows[chosen_row(p)].name; }
 
-static int64_t workspace(const fa_params *) { return 0; }
+/* A bool mask is packed there first. */
+static bool packs(const fa_params *p) {
+    return p->scores.mask.data && p->scores.mask_dtype == FA_BOOL && !is_empty(&p->what);
+}
 
-/* No key: every output row is 0 and every lse is -inf. Both 16-bit formats write 0 as 0. */
-static __global__ void write_empty_rows(fa_what w) {
+static int64_t workspace(const fa_params *p) {
+    return packs(p) ? fa_mask_bits_make(&p->what, &p->masks, &p->scores.mask).bytes : 0;
+}
+
+struct empty_args {
+    fa_what what;
+    fa_masks masks;
+    const float *sink;
+    int64_t sink_stride;
+};
+
+/* No key: every output row is 0 and every lse is the sink's value, -inf without one and for
+ * padding. Both 16-bit formats write 0 as 0. */
+static __global__ void write_empty_rows(const __grid_constant__ empty_args a) {
+    const fa_what &w = a.what;
     int64_t rows = (int64_t)w.b * w.hq * w.sq;
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
         int64_t i = row % w.sq, h = row / w.sq % w.hq, b = row / w.sq / w.hq;
         uint16_t *out = (uint16_t *)w.out.data + b * w.out.stride[0] + h * w.out.stride[1] +
                         i * w.out.stride[2];
         for (int32_t c = threadIdx.x; c < w.dv; c += blockDim.x) out[c * w.out.stride[3]] = 0;
-        if (w.lse.data && threadIdx.x == 0)
-            ((float *)w.lse.data)[b * w.lse.stride[0] + h * w.lse.stride[1] + i * w.lse.stride[2]] =
-                -INFINITY;
+        if (!w.lse.data || threadIdx.x != 0) continue;
+        const bool padding = i >= fa_sequence_lengths(&a.masks, b, w.sq, w.sk).sq;
+        ((float *)w.lse.data)[b * w.lse.stride[0] + h * w.lse.stride[1] + i * w.lse.stride[2]] =
+            a.sink && !padding ? a.sink[h * a.sink_stride] : -INFINITY;
     }
 }
 
 static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *workspace,
                         fa_error *error) {
     const fa_what *w = &p->what;
-    if (!is_empty(w))
-        return launchers[fa_choose_row(w, &p->masks, device->sms)](p, device, workspace, error);
+    if (!is_empty(w)) {
+        if (packs(p)) {
+            fa_status status = launch_pack_mask(p, device, workspace, error);
+            if (status != FA_OK) return status;
+        }
+        return launchers[fa_choose_row(p, device->sms)](p, device, workspace, error);
+    }
     int64_t rows = (int64_t)w->b * w->hq * w->sq;
     if (rows == 0) return FA_OK;
     int64_t blocks = rows < 8 * device->sms ? rows : 8 * device->sms;
-    fa_what copy = *w;
+    empty_args a = {*w, p->masks, p->scores.sink, p->scores.sink_stride};
     return fa_launch_kernel((const void *)write_empty_rows, (int32_t)blocks, 128, 0,
-                            p->where.stream, &copy, error);
+                            p->where.stream, &a, error);
 }
 
 /* Makes the tensors' device current for the launch and restores the caller's. A thread new to CUDA

@@ -12,6 +12,9 @@
  * warpgroup votes whether everything stayed finite and in range; if not, it stores nothing, and the
  * tile comes again for the warpgroups that need it, with the loop that watches every score.
  *
+ * GENERAL rows change scores (sm90_scores.cuh): they watch every score, always, and take their key
+ * blocks from the right to the left, those that a bool mask hides from all rows left out.
+ *
  * STRIDED rows take arrays that the copy engine cannot address: whole warps load in its place,
  * element by element, and O is stored likewise. Everything between is the same.
  */
@@ -31,7 +34,7 @@
 /* ---- the row ----------------------------------------------------------------------------------*/
 
 static constexpr bool IS_BF16 = ROW_DTYPE == FA_BF16, KEPT = ROW_KEPT, ONES = ROW_ONES,
-                      STRIDED = ROW_STRIDED;
+                      STRIDED = ROW_STRIDED, GENERAL = ROW_GENERAL;
 static constexpr int D = ROW_D, DV = ROW_DV, WARPGROUPS = ROW_WARPGROUPS, BLOCK_N = ROW_BLOCK_N,
                      STAGES = ROW_STAGES, Q_BUFFERS = ROW_Q_BUFFERS,
                      BLOCKS_PER_SM = ROW_BLOCKS_PER_SM;
@@ -41,6 +44,7 @@ typedef softmax_range<IS_BF16> range;
 
 static_assert(D % 16 == 0 && DV % 32 == 0 && BLOCK_N % 16 == 0, "wgmma takes k by 16");
 static_assert(BLOCK_N <= 128, "a mask has 32 bits");
+static_assert(!GENERAL || (!KEPT && !ONES && (BLOCK_N == 64 || BLOCK_N == 128)), "sm90_scores.cuh");
 static_assert(!ONES || DV == 64, "the block of ones is the second panel of V");
 
 /* P V of a block is issued behind Q K^T of the next (DELAYED), or, where registers are too few to
@@ -73,6 +77,10 @@ static constexpr int Q_BYTES = PANEL_Q * panels<D>;
 static constexpr int O_BYTES = 16 * 128; /* a panel of a warp's rows */
 static constexpr int K_BYTES = PANEL_N * panels<D>, V_BYTES = PANEL_N * panels<DV>;
 
+#if ROW_GENERAL
+#include "sm90_scores.cuh"
+#endif
+
 /* What the scheduler tells the others about a tile. */
 struct item {
     int32_t b, h, row;   /* batch, query head, first query row */
@@ -83,6 +91,9 @@ struct item {
     int32_t warpgroups;                              /* bit set of those that compute it */
     int32_t watch;                                   /* the offset is not kept */
     int32_t last; /* there is no tile, and there will be no more */
+#if ROW_GENERAL
+    score_item score;
+#endif
 };
 
 struct smem_layout {
@@ -96,6 +107,9 @@ struct smem_layout {
     uint64_t item_full[ITEMS], item_empty[ITEMS];
     item items[ITEMS];
     uint32_t again[ITEMS]; /* the votes: bit w, warpgroup w could not keep its offset */
+#if ROW_GENERAL
+    uint32_t tags[STAGES]; /* which block of K is in a stage, and who sees it */
+#endif
 };
 static_assert(offsetof(smem_layout, o) % 1024 == 0, "the copy engine's pattern");
 static_assert(!ONES || offsetof(smem_layout, ones) % 1024 == 0, "wgmma's pattern");
@@ -118,6 +132,10 @@ struct kernel_args {
     float scale;               /* times log2(e) */
     float *lse;                /* (b, hq, sq), strides in elements; NULL: not wanted */
     int64_t lse_stride[3];
+#if ROW_GENERAL
+    int32_t b;
+    score_args scores;
+#endif
 };
 
 /* A ring of stages; the parity flips each time around. */
@@ -257,6 +275,20 @@ PTX void issue_pv(rows_state &st, smem_layout &smem) {
 
 #include "sm90_rows_out.cuh"
 
+#if ROW_GENERAL
+/* The tag of the block of K in the next stage, once it is there. */
+PTX uint32_t read_tag(smem_layout &smem, const cursor &kv) {
+    mbarrier_wait(smem_address(&smem.k_full[kv.stage]), kv.parity);
+    return (uint32_t)uniform(*(volatile int32_t *)&smem.tags[kv.stage]);
+}
+
+/* As see(), for a block with this tag: the bits of a bool mask say more than the interval. */
+PTX enum seen see_tag(const kernel_args &a, const item &t, uint32_t tag, int warpgroup) {
+    if (a.scores.mask == BITS) return (enum seen)(tag >> 2 * warpgroup & 3);
+    return see(t, tag >> TAG_BLOCK, warpgroup);
+}
+#endif
+
 /* What comes before a block: nothing (ALONE), the block before it in its tile (BEHIND), or the last
  * block of the tile before (NEXT). If DELAYED, the P V of those two is issued behind Q K^T. */
 enum place { ALONE, BEHIND, NEXT };
@@ -267,11 +299,18 @@ enum place { ALONE, BEHIND, NEXT };
  * `q_done`: the barrier to tell that Q was read for the last time, or 0. */
 template <place PLACE, bool MASKED, bool WATCH>
 PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_state &st, cursor &kv,
-                uint64_t q, uint32_t q_done, int32_t key, bool cut, int warpgroup) {
+                uint64_t q, uint32_t q_done, int32_t key, bool cut, int warpgroup,
+                bool holes = false) {
     constexpr bool PENDING = DELAYED && PLACE != ALONE;
     float s[BLOCK_N / 2];
     uint64_t k = wgmma_descriptor(smem_address(smem.k[kv.stage]), 1);
     mbarrier_wait(smem_address(&smem.k_full[kv.stage]), kv.parity);
+#if ROW_GENERAL
+    mask_words mask; /* on its way while Q K^T runs; not where end_rows needs the registers */
+    const int32_t row = first_row(t, warpgroup);
+    const bool bits = a.scores.mask == BITS && cut;
+    if (PLACE == BEHIND) fetch_mask<0>(a.scores, t.score, mask, row, key, a.sq, a.sk, bits);
+#endif
     if (PENDING) mbarrier_wait(smem_address(&smem.v_full[st.v.stage]), st.v.parity);
     take_turn(warpgroup);
     wgmma_fence();
@@ -296,16 +335,32 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
     float scale = a.scale;
     float2 minus = make_float2(st.softmax.minus[0], st.softmax.minus[1]);
     if (WATCH) {
-        if (PLACE == BEHIND && PENDING) { /* O may have to shrink */
+        if (PENDING && (PLACE == BEHIND || GENERAL)) { /* O may have to shrink */
             wgmma_wait_group<0>();
             settle(st, smem);
         }
+        /* The words of a mask would not fit beside O. */
+        if (PLACE == NEXT && GENERAL) end_rows(a, smem, st, end, warpgroup);
+#if ROW_GENERAL
+        if (PLACE != BEHIND) fetch_mask<0>(a.scores, t.score, mask, row, key, a.sq, a.sk, bits);
+        change_scores(a.scores, t.score, s, mask, row, key, a.sq, a.sk,
+                      fa_row_position(&a.masks, t.lengths, t.row + 64 * warpgroup),
+                      row - t.row - 64 * warpgroup);
+        scale = a.scores.scale;
+#endif
         if (scale < 0.f) {
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
             scale = -scale;
         }
+#if ROW_GENERAL
+        if (bits)
+            hide_scores(s, mask);
+        else if (cut)
+            mask_scores(seen, s);
+#else
         if (MASKED && cut) mask_scores(seen, s);
+#endif
         /* The first block of a tile sets the tops. A later one without a P V pending may belong to
          * a tile that keeps them. */
         bool first = PLACE == NEXT || (PLACE == ALONE && st.open < 0);
@@ -318,17 +373,25 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
     }
     if (DELAYED) {
         softmax_exp<!ONES>(st.softmax, s, scale, minus);
-        if (PENDING && (PLACE == NEXT || !WATCH)) {
+        if (PENDING && !GENERAL && (PLACE == NEXT || !WATCH)) {
             wgmma_wait_group<0>();
             settle(st, smem);
         }
-        if (PLACE == NEXT) end_rows(a, smem, st, end, warpgroup);
+        if (PLACE == NEXT && !GENERAL) end_rows(a, smem, st, end, warpgroup);
         softmax_pack(s, &st.p[0][0]);
+#if ROW_GENERAL
+        if (a.scores.drops) drop_scores(a.scores, t.score, &st.p[0][0], t.h, row, key);
+#endif
         /* Not sooner: this V may be waiting for the stage of the one that has just been settled. */
-        if (MASKED && cut) {
-            mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
+        if (MASKED && cut) mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
+#if ROW_GENERAL
+        if (holes)
+            clear_holes(a.scores, t.score, smem.v[kv.stage], t.row, key, warpgroup);
+        else if (cut && !bits)
             clear_hidden_v(a, t, smem.v[kv.stage], key, warpgroup);
-        }
+#else
+        if (MASKED && cut) clear_hidden_v(a, t, smem.v[kv.stage], key, warpgroup);
+#endif
     } else {
         mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
         if (MASKED && cut) clear_hidden_v(a, t, smem.v[kv.stage], key, warpgroup);
@@ -392,15 +455,20 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         const item &t = smem.items[n % ITEMS];
         mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
         int32_t slot = n % Q_BUFFERS, last = uniform(t.last), blocks = uniform(t.end - t.begin);
-        int32_t masked = uniform(t.left + t.right), watch = KEPT ? uniform(t.watch) : 1;
-        if (uniform(has_no_keys(t, warpgroup))) masked = blocks; /* it passes all of them */
 
         /* The tile before ends in passing if there is a block for it before its V is needed. */
+#if ROW_GENERAL
+        uint32_t tag = blocks ? read_tag(smem, kv) : 0;
+        bool next = st.held && blocks && see_tag(a, t, tag, warpgroup) != NONE;
+#else
+        int32_t masked = uniform(t.left + t.right), watch = KEPT ? uniform(t.watch) : 1;
+        if (uniform(has_no_keys(t, warpgroup))) masked = blocks; /* it passes all of them */
         int32_t skip = 0;
         if (DELAYED && st.held)
             while (skip < masked && skip < STAGES && see(t, key_block(t, skip), warpgroup) == NONE)
                 ++skip;
         bool next = DELAYED && st.held && skip < masked && skip < STAGES;
+#endif
         if (DELAYED && st.open >= 0 && !next) {
             finish_tile(a, smem, st, warpgroup);
         }
@@ -414,6 +482,29 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         mbarrier_wait(smem_address(&smem.q_full[slot][warpgroup]), n / Q_BUFFERS & 1);
         if (blocks == 0) release(q_empty);
 
+#if ROW_GENERAL
+        for (bool more = blocks; more;) {
+            int32_t block = tag >> TAG_BLOCK, key = block * BLOCK_N;
+            more = !(tag & TAG_LAST);
+            uint32_t q_done = more ? 0 : q_empty;
+            enum seen seen = see_tag(a, t, tag, warpgroup);
+            bool cut = seen == PART, holes = tag & TAG_HOLES;
+            if (seen == NONE) {
+                finish_pv(st, smem);
+                pass(smem, kv, q_done, warpgroup);
+            } else if (next) {
+                attend<NEXT, true, true>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup, holes);
+                next = false;
+            } else if (!st.held) {
+                attend<ALONE, true, true>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup,
+                                          holes);
+            } else {
+                attend<BEHIND, true, true>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup,
+                                           holes);
+            }
+            if (more) tag = read_tag(smem, kv);
+        }
+#else
         int32_t i = 0;
         for (; i < masked; ++i) {
             int32_t block = uniform(key_block(t, i)), key = block * BLOCK_N;
@@ -450,6 +541,7 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
             for (; i < blocks; ++i)
                 attend<BEHIND, false, true>(a, smem, t, st, kv, q, i == blocks - 1 ? q_empty : 0, 0,
                                             false, warpgroup);
+#endif
         st.open = n;
         if (!DELAYED) {
             finish_tile(a, smem, st, warpgroup);
@@ -542,7 +634,7 @@ static bool encode(CUtensorMap *map, const fa_sm90_device *device, const fa_tens
 #endif
 
 extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm90_device *device,
-                                                 void *, fa_error *error) {
+                                                 void *workspace, fa_error *error) {
     const fa_what *w = &p->what;
     int64_t tiles = (int64_t)w->b * w->hq * ((w->sq + BLOCK_M - 1) / BLOCK_M);
     if (tiles > INT32_MAX)
@@ -565,6 +657,12 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
     a.scale = w->scale == 0 ? 1e-37f : (float)(w->scale * 1.4426950408889634);
     a.lse = (float *)w->lse.data;
     for (int i = 0; i < 3; ++i) a.lse_stride[i] = w->lse.stride[i];
+#if ROW_GENERAL
+    a.b = w->b;
+    a.scores = make_scores(p, workspace);
+#else
+    (void)workspace;
+#endif
     int32_t slots = device->sms * BLOCKS_PER_SM;
     int32_t blocks = tiles < slots ? (int32_t)tiles : slots;
     a.schedule = fa_schedule_make(w, &p->masks, BLOCK_M, blocks);

@@ -51,12 +51,19 @@ PTX ending begin_end(const kernel_args &a, const item &t, rows_state &st, int wa
         fa_interval seen = fa_row_interval(&a.masks, t.lengths, row);
         float l = ONES ? st.o[DV / 2 * ONES + 2 * r] : softmax_row_sum(st.softmax.l[r]);
         e.live[r] = seen.begin < seen.end;
+        float minus = st.softmax.minus[r], empty = -INFINITY; /* lse of a row that sees nothing */
+#if ROW_GENERAL
+        e.live[r] &= l != 0.f; /* the top gives 1, so 0 means that all scores are -inf */
+        if (row < t.lengths.sq) empty = t.score.sink;
+        e.inverse[r] = add_sink(a.scores, t.score, l, minus);
+        if (!e.live[r]) e.inverse[r] = 0.f;
+#else
         e.inverse[r] = l != 0.f ? __fdividef(1.f, l) : 0.f;
+#endif
         e.well &= t.watch || !e.live[r] || (l > 0x1p-50f && l < 0x1p120f);
         if (a.lse && row < e.rows && threadIdx.x % 4 == 0)
             a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] + row * a.lse_stride[2]] =
-                !e.live[r] || l == 0.f ? -INFINITY
-                                       : (__log2f(l) - st.softmax.minus[r]) * 0.6931471805599453f;
+                !e.live[r] || l == 0.f ? empty : (__log2f(l) - minus) * 0.6931471805599453f;
     }
     softmax_start(st.softmax);
     return e;
@@ -73,23 +80,6 @@ PTX bool is_finite(const rows_out &o, const bool (&live)[2]) {
         finite &= !live[r] || ((probe[0] | probe[1]) & 0x7FFF7FFF) == 0;
     }
     return finite;
-}
-
-/* Four registers of four lanes are transposed: lane i of a quad has the i-th register of each. */
-PTX void transpose_quad(uint32_t (&x)[4]) {
-    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        uint32_t got = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
-        x[i] = odd ? got : x[i];
-        x[i + 1] = odd ? x[i + 1] : got;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        uint32_t got = __shfl_xor_sync(~0u, high ? x[i] : x[i + 2], 2);
-        x[i] = high ? got : x[i];
-        x[i + 2] = high ? x[i + 2] : got;
-    }
 }
 
 /* This thread's rows, or, after an exchange with its warp's other threads, as much of others. */
@@ -158,11 +148,16 @@ PTX void end_rows(const kernel_args &a, smem_layout &smem, rows_state &st, const
     if (KEPT && __any_sync(~0u, !(e.well && (t.watch || is_finite(o, e.live)))) &&
         threadIdx.x % 32 == 0 && e.rows)
         atomicOr(&smem.again[st.open % ITEMS], 1u << warpgroup);
-    if (__any_sync(~0u,
-                   !e.live[0] || !e.live[1])) /* one past its sequence may have read NaN as q */
+    /* A row past its sequence may have read NaN as q; where dropout leaves none, V may be infinite.
+     */
+    bool zero[2] = {!e.live[0], !e.live[1]};
+#if ROW_GENERAL
+    if (a.scores.gain == 0.f) zero[0] = zero[1] = true;
+#endif
+    if (__any_sync(~0u, zero[0] || zero[1]))
 #pragma unroll
         for (int j = 0; j < DV / 4; ++j)
-            if (!e.live[j % 2]) o[j] = 0;
+            if (zero[j % 2]) o[j] = 0;
     __syncwarp();
     store_rows(a, smem, t, o, e);
     leave_item(smem, st.open);

@@ -12,6 +12,14 @@
 PTX void describe(const kernel_args &a, item &t, fa_tile tile) {
     t.b = tile.head / a.hq;
     t.h = tile.head % a.hq;
+#if ROW_GENERAL
+    if (a.scores.b_first) {
+        t.b = tile.head % a.b;
+        t.h = tile.head / a.b;
+    }
+    describe_scores(a.scores, t.score, t.b, t.h);
+    t.score.mid = 0; /* where there is no block */
+#endif
     t.row = tile.m_block * BLOCK_M;
     t.lengths = fa_sequence_lengths(&a.masks, t.b, a.sq, a.sk);
     t.begin = t.end = t.left = t.right = 0;
@@ -39,6 +47,11 @@ PTX void describe(const kernel_args &a, item &t, fa_tile tile) {
     seen_end = fa_clamp(seen_end, seen_begin, t.end);
     t.right = t.end - seen_end;
     t.left = seen_begin - t.begin;
+#if ROW_GENERAL
+    int32_t bottom = min(t.row + BLOCK_M, t.lengths.sq) - 1;
+    int32_t diagonal = fa_row_position(&a.masks, t.lengths, bottom) / BLOCK_N + 1;
+    t.score.mid = a.scores.slopes ? fa_clamp(diagonal, t.begin, t.end) : t.end;
+#endif
 }
 
 /* How item n was voted on, once all have left it. */
@@ -137,7 +150,7 @@ PTX void bring_q(const kernel_args &a, smem_layout &smem) {
 }
 
 /* K or V: the same blocks in the same order, into a ring of their own. */
-template <int COLUMNS, int BYTES>
+template <bool IS_K, int COLUMNS, int BYTES>
 PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
                const int32_t (&moves)[2], uint8_t (&stages)[STAGES][BYTES],
                uint64_t (&full)[STAGES], uint64_t (&empty)[STAGES]) {
@@ -146,6 +159,27 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
         const item &t = smem.items[n % ITEMS];
         mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
         if (t.last) return;
+#if ROW_GENERAL
+        /* A tile with keys has a stage even if its mask hides them all: the warpgroups wait for
+         * the tag that says so. */
+        map_cursor walk = start_walk(t.score, t.begin, t.end);
+        int32_t block = next_block(a.scores, t.score, walk, t.row);
+        for (bool more = t.end > t.begin; more; advance(kv)) {
+            uint32_t tag = block_tag(a.scores, walk, block);
+            int32_t first = max(block, 0) * BLOCK_N;
+            bool nothing = block < 0;
+            if (!nothing) block = next_block(a.scores, t.score, walk, t.row);
+            more = block >= 0;
+            mbarrier_wait(smem_address(&empty[kv.stage]), kv.parity ^ 1);
+            if (IS_K && threadIdx.x % 32 == 0)
+                *(volatile uint32_t *)&smem.tags[kv.stage] = more ? tag : tag | TAG_LAST;
+            if (nothing)
+                mbarrier_arrive(smem_address(&full[kv.stage]));
+            else
+                load<BLOCK_N, COLUMNS>(smem_address(stages[kv.stage]), from, first, t.h / a.group,
+                                       t.b, moves, smem_address(&full[kv.stage]), EVICT_LAST);
+        }
+#else
         int32_t blocks = t.end - t.begin;
         for (int32_t i = 0; i < blocks; ++i, advance(kv)) {
             mbarrier_wait(smem_address(&empty[kv.stage]), kv.parity ^ 1);
@@ -153,17 +187,18 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
                                    t.h / a.group, t.b, moves, smem_address(&full[kv.stage]),
                                    EVICT_LAST);
         }
+#endif
         __syncwarp(LOADERS == 32 ? ~0u : 1u); /* all have read the item, one without keys too */
         if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
     }
 }
 
 PTX void bring_k(const kernel_args &a, smem_layout &smem) {
-    bring<D>(a, smem, a.k, a.moves[1], smem.k, smem.k_full, smem.k_empty);
+    bring<true, D>(a, smem, a.k, a.moves[1], smem.k, smem.k_full, smem.k_empty);
 }
 
 PTX void bring_v(const kernel_args &a, smem_layout &smem) {
-    bring<DV>(a, smem, a.v, a.moves[2], smem.v, smem.v_full, smem.v_empty);
+    bring<false, DV>(a, smem, a.v, a.moves[2], smem.v, smem.v_full, smem.v_empty);
 }
 
 #endif

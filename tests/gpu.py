@@ -28,11 +28,37 @@ def inputs(b, hq, hk, sq, sk, d, dv=None, dtype=torch.bfloat16, seed=0):
     return [normal(*shape, dtype=dtype, seed=3 * seed + i) for i, shape in enumerate(shapes)]
 
 
-def formula(q, k, v, heads, scale=None, low=False, **limits):
+def kept(b, h, sq, sk, p, seed):
+    """What dropout leaves of those pairs, (pairs, sq, sk): as reference.kept."""
+    groups = -(-sk // 8)
+    pair, i, group = np.ogrid[: len(b), :sq, :groups]
+    counter = np.stack(np.broadcast_arrays(group, i, h[pair], b[pair]), axis=-1)
+    words = reference.philox(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    bits = np.stack([words & 0xFFFF, words >> 16], axis=-1).reshape(len(b), sq, 8 * groups)
+    return bits[..., :sk] >= round(p * 65536)
+
+
+def formula(
+    q,
+    k,
+    v,
+    heads,
+    scale=None,
+    low=False,
+    mask=None,
+    softcap=0.0,
+    alibi_slopes=None,
+    sink=None,
+    dropout_p=0.0,
+    seed=0,
+    **limits,
+):
     """reference.Result of those (sequence, query head) pairs, as a batch of one head each.
 
     `limits` are the keywords of reference.interval; lengths per sequence stay on the host.
     """
+    if mask is not None:
+        mask = mask.to(q.device).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     real = torch.float32 if low else torch.float64
     sq, sk, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -46,20 +72,40 @@ def formula(q, k, v, heads, scale=None, low=False, **limits):
     for first in range(0, len(heads), step):
         b, h = torch.tensor(heads[first : first + step], device=q.device).T
         mine = {n: np.asarray(x)[b.cpu()] if n in lengths else x for n, x in limits.items()}
-        inside, _ = reference.interval(len(b) if lengths else 1, sq, sk, **mine)
+        inside, position = reference.interval(len(b) if lengths else 1, sq, sk, **mine)
         seen = torch.from_numpy(np.ascontiguousarray(inside)).to(q.device)
+        if mask is not None and mask.dtype == torch.bool:
+            seen = seen & mask[b, h]
         s = scale * (q[b, h].to(real) @ k[b, h // group].to(real).mT)
         biggest = max(
             biggest, torch.where(seen, s, 0).abs().nan_to_num().max().item() if s.numel() else 0.0
         )
+        if softcap:
+            s = softcap * torch.tanh(s / softcap)
+        if mask is not None and mask.dtype != torch.bool:
+            s = s + mask[b, h].to(real)
+        if alibi_slopes is not None:
+            slopes = alibi_slopes.to(q.device, real).expand(q.shape[:2])[b, h]
+            distance = np.abs(position - np.arange(sk))
+            s = s - slopes[:, None, None] * torch.from_numpy(distance).to(q.device, real)
         s = s.masked_fill(~seen, -torch.inf)
         empty = (s == -torch.inf).all(2)
         peak = s.amax(2, keepdim=True) if s.shape[2] else s.new_full((*s.shape[:2], 1), -torch.inf)
+        first = peak.new_full((len(b), 1, 1), -torch.inf)
+        if sink is not None:
+            first = sink.to(q.device, real)[h][:, None, None]
+            peak = torch.maximum(peak, first)
         shift = torch.where(peak == -torch.inf, 0, peak)
         p = torch.exp(s - shift)
-        total = p.sum(2, keepdim=True)
+        total = p.sum(2, keepdim=True) + torch.exp(first - shift)
         lse = (torch.log(total) + shift)[..., 0]
+        if "q_lengths" in lengths:
+            padding = np.arange(sq) >= np.asarray(mine["q_lengths"])[:, None]
+            lse = lse.masked_fill(torch.from_numpy(padding).to(q.device), -torch.inf)
         p = torch.where(total == 0, 0, p / total)
+        if dropout_p:
+            stays = kept(b.cpu().numpy(), h.cpu().numpy(), sq, sk, dropout_p, seed)
+            p = torch.where(torch.from_numpy(stays).to(q.device), p / (1 - dropout_p), 0)
         if low:
             p = p.to(q.dtype).to(real)
         reached = torch.where(seen.any(1)[..., None], v[b, h // group].to(real), 0)

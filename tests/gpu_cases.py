@@ -32,13 +32,16 @@ def arrays(b, hq, hk, sq, sk, d, dv, dtype):
 
 
 def rows():
-    """(row name, head sizes, dtype, shape) for every row that some shape here is run by."""
+    """{row name: (head sizes, dtype, shape)} for every row that some shape here is run by, and of
+    the general rows, which run what changes scores."""
     found = {}
-    for (d, dv), dtype, shape in itertools.product(SIZES, DTYPES.values(), SHAPES):
+    for (d, dv), dtype, shape, softcap in itertools.product(
+        SIZES, DTYPES.values(), SHAPES, (0.0, 1.0)
+    ):
         b, h, sq, sk = shape
         shapes = (b, h, sq, d), (b, h, sk, d), (b, h, sk, dv)
         q, k, v = (torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes)
-        name = fastattn.explain(fastattn.attention, q, k, v).kernel
+        name = fastattn.explain(fastattn.attention, q, k, v, softcap=softcap).kernel
         if name:
             found.setdefault(name, ((d, dv), dtype, shape))
     return found
@@ -49,6 +52,12 @@ def odd(x):
     room = torch.full((*x.shape[:3], x.shape[3] + 1), torch.nan, dtype=x.dtype)
     room[..., :-1] = x
     return room.cuda()[..., :-1]
+
+
+def placed(x):
+    """On the GPU with the strides that it has: a copy would be contiguous."""
+    base = x if x._base is None else x._base
+    return base.cuda().as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def lengths(b, s):
@@ -65,6 +74,39 @@ def features(b, hq, sq, sk):
     yield "peaked", {"factor": 100}, {"causal": True}  # tiles that are done again
 
 
+def changes(b, hq, sq, sk):
+    """As features(), of general rows."""
+
+    def mask(*shape, kind=None):
+        x = gpu.normal(*shape, dtype=torch.float32, seed=5, device="cpu")
+        if kind:
+            return torch.where(x < -1.5, -torch.inf, x).to(kind)
+        return (x > 0) & (torch.arange(sk) // 64 % 3 != 1)
+
+    limits = {"q_lengths": lengths(b, sq), "k_lengths": lengths(b, sk), "k_start": [1] * b}
+    slopes, sink = 0.5 ** torch.arange(1.0, hq + 1), torch.linspace(-3, 3, hq)
+    yield "softcap", {}, {"softcap": 5.0}
+    yield "softcap, far", {}, {"softcap": 0.5, "causal": True}
+    yield "alibi", {"hk": 1}, {"alibi_slopes": slopes, "causal": True}
+    yield "sink", {}, {"sink": sink, **limits}
+    yield "dropout", {}, {"dropout_p": 0.1, "seed": 2**40 + 3}
+    yield "bool mask", {}, {"mask": mask(sq, sk), **limits}
+    yield "bool mask of each head", {}, {"mask": mask(b, hq, sq, sk), "causal": True}
+    yield "bool mask of keys", {}, {"mask": mask(b, 1, 1, sk)}
+    for kind in (torch.bfloat16, torch.float16, torch.float32):
+        of = str(kind).removeprefix("torch.")
+        yield f"{of} mask", {}, {"mask": mask(hq, sq, sk, kind=kind)}
+        yield f"odd {of} mask", {}, {"mask": odd_on_host(mask(sq, sk, kind=kind)), **limits}
+    everything = {"softcap": 5.0, "alibi_slopes": slopes, "sink": sink, "dropout_p": 0.5, "seed": 1}
+    yield "everything", {"odd": True}, {**everything, "mask": mask(b, 1, sq, sk), "causal": True}
+    yield "peaked", {"factor": 100}, {"mask": mask(sq, sk, kind=torch.bfloat16)}
+
+
+def odd_on_host(x):
+    """The same values, one element more between the rows."""
+    return torch.nn.functional.pad(x, (0, 1), value=torch.nan)[..., :-1]
+
+
 def run(name, feature, sizes, dtype, shape, change, keywords):
     (d, dv), (b, h, sq, sk) = sizes, shape
     q, k, v = arrays(b, h, change.get("hk", h), sq, sk, d, dv, dtype)
@@ -74,6 +116,7 @@ def run(name, feature, sizes, dtype, shape, change, keywords):
         n: torch.tensor(x, dtype=torch.int32).cuda() if isinstance(x, list) else x
         for n, x in keywords.items()
     }
+    sent = {n: placed(x) if isinstance(x, torch.Tensor) else x for n, x in sent.items()}
     # The output holds something already: initcheck does not see what the copy engine writes.
     out = move(torch.full((b, h, sq, dv), torch.nan, dtype=dtype))
     want_lse = feature != "full"  # some rows give none
@@ -91,8 +134,8 @@ def main():
     print(f"{torch.cuda.get_device_name()}; {fastattn.info()}")
     right = []
     for name, (sizes, dtype, shape) in rows().items():
-        for feature, change, keywords in features(shape[0], *shape[1:]):
-            if not smoke or feature in ("full", "peaked"):
+        for feature, change, keywords in (changes if "general" in name else features)(*shape):
+            if not smoke or feature in ("full", "peaked", "softcap", "bool mask"):
                 right.append(run(name, feature, sizes, dtype, shape, change, keywords))
     print(f"{sum(right)} of {len(right)} right")
     sys.exit(not right or not all(right))

@@ -25,24 +25,56 @@ pytestmark = pytest.mark.skipif(
 SHIM = r"""
 #include <string.h>
 #include "driver.h"
+#include "mask_bits.h"
 #include "rows.h"
 #include "schedule.h"
 
 int choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int invariant,
            int odd, int flags,
-           int lse, int sms) {
-    fa_what w = {.dtype = dtype, .b = b, .hq = hq, .hk = hk, .sq = sq, .sk = sk, .d = d, .dv = dv,
-                 .batch_invariant = invariant};
-    fa_masks m = {.flags = flags};
-    w.v.data = (void *)(int64_t)odd;
-    w.lse.data = lse ? &w : NULL;
-    return fa_choose_row(&w, &m, sms);
+           int lse, int change, int sms) {
+    fa_params p = {.what = {.dtype = dtype, .b = b, .hq = hq, .hk = hk, .sq = sq, .sk = sk, .d = d,
+                            .dv = dv, .batch_invariant = invariant},
+                   .masks = {.flags = flags}};
+    p.what.v.data = (void *)(int64_t)odd;
+    p.what.lse.data = lse ? &p : NULL;
+    p.scores.mask.data = change == 1 ? &p : NULL;
+    p.scores.softcap = change == 2 ? 50 : 0;
+    p.scores.alibi_slopes = change == 3 ? (const float *)&p : NULL;
+    p.scores.sink = change == 4 ? (const float *)&p : NULL;
+    p.dropout.p = change == 5 ? 0.1 : 0;
+    return fa_choose_row(&p, sms);
+}
+/* The layout of a packed mask as {batches, heads, groups, blocks, words, columns, bits, bytes}, and
+ * how often each 16 bytes of it belong to something (`uses`, of bytes / 16 elements). */
+void mask_bits(int b, int hq, int sq, int sk, int64_t stride_b, int64_t stride_h, int lengths,
+               int64_t *layout, unsigned char *uses) {
+    fa_what w = {.b = b, .hq = hq, .sq = sq, .sk = sk};
+    fa_masks m = {.k_lengths = lengths ? &w.b : NULL};
+    fa_tensor mask = {.stride = {stride_b, stride_h, sk, 1}};
+    fa_mask_bits n = fa_mask_bits_make(&w, &m, &mask);
+    int64_t fields[] = {n.batches, n.heads,   n.groups, n.blocks,
+                        n.words,   n.columns, n.bits,   n.bytes};
+    memcpy(layout, fields, sizeof fields);
+    if (!uses) return;
+    for (int i = 0; i < n.batches; ++i)
+        for (int h = 0; h < n.heads; ++h) {
+            int64_t plane = fa_bits_plane(&n, i, h);
+            for (int group = 0; group < n.groups; ++group) {
+                for (int word = 0; word < n.words; ++word)
+                    uses[fa_map_at(&n, plane, word, group)]++;
+                for (int block = 0; block < n.blocks; ++block)
+                    uses[n.columns / 16 + fa_columns_at(&n, plane, block, group)]++;
+            }
+            for (int block = 0; block < n.blocks; ++block)
+                for (int row = 0; row < 64 * n.groups; ++row)
+                    uses[n.bits / 16 + fa_bits_at(&n, plane, block, row)]++;
+        }
 }
 int rows(void) { return FA_ROWS; }
 const char *row_name(int i) { return fa_rows[i].name; }
 int row_field(int i, int field) {
     const fa_row *r = &fa_rows[i];
-    int fields[] = {r->dtype, r->d, r->dv, r->strided, r->ones};
+    int fields[] = {r->dtype, r->d, r->dv, r->strided, r->ones, r->general};
     return fields[field];
 }
 int tma_takes(int64_t base, const int64_t *shape, const int64_t *stride) {
@@ -159,10 +191,12 @@ def shapes(n):
         yield int(2 ** rng.uniform(0, 8)), hq, hk, sq, sk
 
 
+@pytest.mark.parametrize("change", range(6))
 @pytest.mark.parametrize("odd", [0, 2])
-def test_every_head_size_has_its_row(host, odd):
+def test_every_head_size_has_its_row(host, odd, change):
     """The tightest row that holds d and dv, whatever the rest of the shape; none: -1. `odd` is the
-    address of v: 2 is one that the copy engine cannot load from."""
+    address of v: 2 is one that the copy engine cannot load from. What changes scores (`change`, 0:
+    nothing) has general rows of its own."""
     dtypes = {"FA_F16": F16, "FA_BF16": BF16}
     for (name, dtype), d, dv in itertools.product(
         dtypes.items(), range(1, 257, 5), (64, 128, 192, 256)
@@ -171,17 +205,19 @@ def test_every_head_size_has_its_row(host, odd):
             int(row["d"]) + int(row["dv"])
             for row in ROWS
             if (row["dtype"], row["strided"]) == (name, str(int(odd > 0)))
+            and row["general"] == str(int(change > 0))
             and (int(row["d"]) >= d and int(row["dv"]) >= dv)
         ]
         for (b, hq, hk, sq, sk), flags, lse in zip(
             shapes(4), (0, 2, 3, 6), (0, 1, 1, 0), strict=True
         ):
-            i = host.choose(dtype, b, hq, hk, sq, sk, d, dv, 0, odd, flags, lse, SMS)
+            i = host.choose(dtype, b, hq, hk, sq, sk, d, dv, 0, odd, flags, lse, change, SMS)
             if not fits:
                 assert i == -1
                 continue
-            got = [host.row_field(i, field) for field in range(5)]
+            got = [host.row_field(i, field) for field in range(6)]
             assert got[0] == dtype and got[1] >= d and got[2] >= dv and got[3] == (odd > 0)
+            assert got[5] == (change > 0)
             assert got[1] + got[2] == min(fits) and not (lse and got[4])
 
 
@@ -211,22 +247,68 @@ BEST = [  # (b, h, s, d, causal): the row that was fastest, or nearly, when all 
 @pytest.mark.parametrize(("shape", "expected"), BEST)
 def test_the_fastest_row_is_chosen(host, shape, expected):
     b, h, s, d, flags = shape
-    i = host.choose(BF16, b, h, h, s, s, d, d, 0, 0, flags, 0, SMS)
+    i = host.choose(BF16, b, h, h, s, s, d, d, 0, 0, flags, 0, 0, SMS)
     assert host.row_name(i).decode() == f"sm90_fwd_bf16_{expected}"
 
 
 def test_no_row_for_other_dtypes(host):
     for dtype in (1, 2, 5):
-        assert host.choose(dtype, 1, 1, 1, 64, 64, 64, 64, 0, 0, 0, 0, SMS) == -1
+        assert host.choose(dtype, 1, 1, 1, 64, 64, 64, 64, 0, 0, 0, 0, 0, SMS) == -1
 
 
 def test_batch_invariant_choice_sees_one_sequence(host):
     for b, hq, hk, sq, sk in shapes(500):
         for d in (64, 128, 256):
-            rows = {
-                host.choose(BF16, n, hq, hk, sq, sk, d, d, 1, 0, 0, 0, SMS) for n in (1, 2, b, 4096)
-            }
-            assert len(rows) == 1
+            for change in (0, 1):
+                rows = {
+                    host.choose(BF16, n, hq, hk, sq, sk, d, d, 1, 0, 0, 0, change, SMS)
+                    for n in (1, 2, b, 4096)
+                }
+                assert len(rows) == 1
+
+
+def test_general_rows_watch(host):
+    """They keep no offset, which a float mask could move by more than its range, and their key
+    blocks are 64 or 128, the units of a packed mask."""
+    general = [row for row in ROWS if row["general"] == "1"]
+    assert {(row["dtype"], row["d"], row["strided"]) for row in general} == set(
+        itertools.product(("FA_BF16", "FA_F16"), ("64", "128", "256"), "01")
+    )
+    for row in general:
+        assert (row["kept"], row["ones"]) == ("0", "0") and row["block_n"] in ("64", "128")
+
+
+def test_a_packed_mask_fits_its_workspace(host):
+    """Every piece has its own 16 bytes, and all lie inside."""
+    layout = (ctypes.c_int64 * 8)()
+    strides = (0, 0), (0, 1 << 20), (1 << 20, 0), (1 << 24, 1 << 20)
+    for (b, _, _, sq, sk), (stride_b, stride_h), lengths in itertools.product(
+        itertools.islice(shapes(20), 20), strides, (0, 1)
+    ):
+        b, hq, sq, sk = min(b, 3), 2, min(sq, 700), min(sk, 9000)
+        host.mask_bits(
+            *map(ctypes.c_int, (b, hq, sq, sk)),
+            ctypes.c_int64(stride_b),
+            ctypes.c_int64(stride_h),
+            lengths,
+            layout,
+            None,
+        )
+        batches, heads, groups, blocks, words, _, _, size = layout
+        assert batches == (b if stride_b or lengths else 1) and heads == (hq if stride_h else 1)
+        assert 64 * groups >= sq and groups % 2 == 0 and 32 * words >= blocks
+        assert 128 * (blocks - 1) < sk <= 128 * blocks and size % 256 == 0
+        uses = np.zeros(size // 16, np.uint8)
+        host.mask_bits(
+            *map(ctypes.c_int, (b, hq, sq, sk)),
+            ctypes.c_int64(stride_b),
+            ctypes.c_int64(stride_h),
+            lengths,
+            layout,
+            ctypes.c_void_p(uses.ctypes.data),
+        )
+        used = batches * heads * groups * (words + blocks + 64 * blocks)
+        assert uses.max() == 1 and uses.sum() == used and (uses[:used] == 1).all()
 
 
 def test_tma_limits(host):

@@ -47,11 +47,12 @@ class Cell:
     s: int  # sq = sk
     d: int
     dtype: str = "bf16"
-    mask: str = "full"  # "full", "causal" or "bool" (a random (sq, sk) mask, half of it True)
+    mask: str = "full"  # or "causal", "window" (the last WINDOW keys), or a key of DENSE
     hk: int = 0  # 0: hq
     dv: int = 0  # 0: d
     inputs: str = "normal"  # or "qx16", "qx40", "qx100", "spike": one huge key late in the row
     clock: str = "call"  # or "host": Python to launch; "sustained": one second without a pause
+    change: str = ""  # of the scores: "softcap", "alibi", "sink", "dropout"
 
     @property
     def kv(self):
@@ -62,23 +63,44 @@ class Cell:
     def label(self):
         (hk, dv), hq, d = self.kv, self.hq, self.d
         extra = [x for x in (self.inputs, self.clock) if x not in ("normal", "call")]
+        extra += [self.change] if self.change else []
         heads, size = f"{hq}:{hk}" if hk != hq else hq, f"{d}/{dv}" if dv != d else d
         words = (self.dtype, f"b{self.b}", f"h{heads}", f"s{self.s}", f"d{size}", self.mask, *extra)
         return " ".join(words)
 
     @property
     def flops(self):
-        per_score = 2 * (self.d + self.kv[1])
-        return per_score * self.b * self.hq * self.s**2 / (2 if self.mask == "causal" else 1)
+        per_score, scores = 2 * (self.d + self.kv[1]), self.s**2
+        if self.mask == "causal":
+            scores /= 2
+        elif self.mask == "window":
+            scores = sum(min(i + 1, WINDOW) for i in range(self.s))
+        return per_score * self.b * self.hq * scores
 
     @property
     def bytes(self):
         """Each input read once, the output written once."""
         hk, dv = self.kv
         elements = self.b * self.s * (self.hq * (self.d + dv) + hk * (self.d + dv))
-        return elements * SIZE[self.dtype] + (self.s**2 if self.mask == "bool" else 0)
+        return elements * SIZE[self.dtype] + math.prod(self.mask_shape) * self.mask_bytes
+
+    @property
+    def mask_shape(self):
+        """(b, h, sq, sk) of a dense mask, 1 where it is broadcast; all 0 without one."""
+        if self.mask not in DENSE:
+            return (0, 0, 0, 0)
+        axes = DENSE[self.mask]
+        return (self.b if "b" in axes else 1, self.hq if "h" in axes else 1, self.s, self.s)
+
+    @property
+    def mask_bytes(self):
+        return 1 if self.mask in ("bool", "blocks") else 2
 
 
+WINDOW = 1024  # keys that a row of a "window" cell sees: window=(1023, 0)
+# Dense masks, and what of b and h they have: half of the elements, half of the blocks of 128 x 128
+# are True; normal numbers that are added
+DENSE = {"bool": "", "blocks": "", "bf16": "", "bf16-b": "b", "bf16-h": "h"}
 UNITS = {"cuda": ("TFLOP/s", 1e-12), "cpu": ("GFLOP/s", 1e-9)}
 SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASKS = ("full", "causal")
@@ -130,6 +152,13 @@ def _suites():
             Cell("gpu-hostile", "cuda", 4, 16, 4096, 128, dtype, m, inputs=x)
             for dtype, m, x in product(("bf16", "fp16"), MASKS, ("qx16", "qx40", "qx100", "spike"))
         ],
+        # the dense masks against whoever takes them, and against ours without one
+        "gpu-mask": [Cell("gpu-mask", "cuda", 4, 16, 4096, 128, mask=m) for m in DENSE],
+        "gpu-scores": [
+            Cell("gpu-scores", "cuda", 4, 16, 4096, 128, dtype, change=x)
+            for dtype, x in product(("bf16", "fp16"), ("softcap", "alibi", "sink", "dropout"))
+        ],
+        "gpu-window": [Cell("gpu-window", "cuda", 1, 16, 16384, 128, mask="window")],
         "gpu-flex": [
             Cell("gpu-flex", "cuda", 16384 // s, 16, s, 128, mask=m)
             for m, s in product(MASKS, (1024, 4096, 16384))
@@ -317,15 +346,39 @@ class Peer:
     context: object = contextlib.nullcontext  # entered around its turns
 
 
+def changes(cell):
+    """The keywords of attention that change a cell's scores; arrays as NumPy's."""
+    heads = np.arange(cell.hq, dtype=np.float32)
+    return {
+        "": {},
+        "softcap": {"softcap": 50.0},
+        "alibi": {"alibi_slopes": 2 ** (-8 * (heads + 1) / cell.hq)},
+        "sink": {"sink": heads % 7 - 3},
+        "dropout": {"dropout_p": 0.1, "seed": 2**40 + 3},
+    }[cell.change]
+
+
+def refuse_changes(cell):
+    if cell.change:
+        raise NotImplementedError(f"no {cell.change} here")
+
+
 def _ours(backend=None, package=fastattn):
     def build(cell, q, k, v, mask):
         causal = cell.mask == "causal"
         if cell.clock == "host":  # the drop-in against what it replaces
             sdpa = package.scaled_dot_product_attention
             return lambda: sdpa(q, k, v, is_causal=causal)
-        return lambda out=None: package.attention(
-            q, k, v, causal=causal, mask=mask, backend=backend, out=out
-        )
+        keywords = {"causal": causal, "mask": mask, "backend": backend}
+        if cell.mask == "window":
+            keywords["window"] = (WINDOW - 1, 0)
+        keywords |= {
+            name: q.new_tensor(x.tolist(), dtype=arrays_for(cell.device).dtypes["fp32"])
+            if isinstance(x, np.ndarray)
+            else x
+            for name, x in changes(cell).items()
+        }
+        return lambda out=None: package.attention(q, k, v, out=out, **keywords)
 
     return build
 
@@ -333,6 +386,9 @@ def _ours(backend=None, package=fastattn):
 def _sdpa(cell, q, k, v, mask):
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+    refuse_changes(cell)
+    if cell.mask == "window":
+        raise NotImplementedError("no window")
     keywords = {"is_causal": cell.mask == "causal", "attn_mask": mask}
     if cell.kv[0] != cell.hq:
         keywords["enable_gqa"] = True
@@ -356,11 +412,13 @@ def _flash_attn(module):
     def build(cell, q, k, v, mask):
         call = importlib.import_module(module).flash_attn_func
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+        refuse_changes(cell)
         if mask is not None:
             raise NotImplementedError("no mask")
+        window = {"window_size": (WINDOW - 1, 0)} if cell.mask == "window" else {}
 
         def run():
-            out = call(q, k, v, causal=cell.mask == "causal")
+            out = call(q, k, v, causal=cell.mask == "causal", **window)
             return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
         return run
@@ -432,6 +490,14 @@ def _unmasked(cell):
     return dataclasses.replace(cell, mask="full")
 
 
+def _plain(cell):
+    return dataclasses.replace(cell, change="")
+
+
+def _causal(cell):
+    return dataclasses.replace(cell, mask="causal")
+
+
 def _ordinary(cell):
     return dataclasses.replace(cell, inputs="normal")
 
@@ -465,6 +531,9 @@ def peers(backend=None, modules=()):
         Peer("jax", "cpu", _jax),
         Peer("fastattn", "cuda", ours),
         Peer("ordinary", "cuda", ours, ("gpu-hostile",), _ordinary),
+        Peer("unmasked", "cuda", ours, ("gpu-mask",), _unmasked),
+        Peer("plain", "cuda", ours, ("gpu-scores",), _plain),
+        Peer("causal", "cuda", ours, ("gpu-window",), _causal),
         Peer("32 kv heads", "cuda", ours, ("gpu-gqa",), _mha),
         Peer("cudnn", "cuda", _sdpa, context=_only("CUDNN_ATTENTION")),
         Peer("fa3", "cuda", _flash_attn("fa3_fwd_interface")),
@@ -476,7 +545,7 @@ def peers(backend=None, modules=()):
     ]
 
 
-VARIANTS = ["fastattn", "unmasked", "1 thread", "ordinary", "32 kv heads"]
+VARIANTS = ["fastattn", "unmasked", "1 thread", "ordinary", "32 kv heads", "plain", "causal"]
 
 # -------------------------------------------------------------------------- inputs and reference
 
@@ -491,7 +560,15 @@ def make_inputs(arrays, cell, seed=0):
         q *= int(cell.inputs[2:])
     elif cell.inputs == "spike":
         k[:, :, s * 7 // 8] *= 100
-    mask = arrays.bool(rng.random((s, s)) < 0.5) if cell.mask == "bool" else None
+    mask = None
+    if cell.mask == "bool":
+        mask = arrays.bool(rng.random((s, s)) < 0.5)
+    elif cell.mask == "blocks":
+        i = np.arange(s) // 128
+        mask = arrays.bool((i[:, None] + i) % 2 == 0)
+    elif cell.mask in DENSE:
+        lead = {"": (), "b": (cell.b, 1), "h": (cell.hq,)}[DENSE[cell.mask]]
+        mask = arrays.normal(rng, (*lead, s, s), "bf16")
     return q, k, v, mask
 
 
@@ -504,14 +581,35 @@ def rounded(x, dtype):
     return bits.view(np.float32).astype(np.float64)
 
 
-def reference(q, k, v, seen, dtype):
+def dropped(p, seed, b, h, rows, sk):
+    """(rows, sk): 0 where dropout takes an element, 1 / (1 - p) elsewhere (philox.h)."""
+    groups = np.arange(-(-sk // 8), dtype=np.uint64)
+    i = rows.astype(np.uint64)[:, None]
+    x = [np.broadcast_to(np.uint64(n), (len(rows), len(groups))) for n in (groups, i, h, b)]
+    for n in range(10):  # Philox4x32-10
+        keys = (seed + n * 0x9E3779B9) % 2**32, ((seed >> 32) + n * 0xBB67AE85) % 2**32
+        first, third = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
+        high, low = [y >> np.uint64(32) for y in (third, first)], np.uint64(2**32 - 1)
+        even = high[0] ^ x[1] ^ np.uint64(keys[0]), high[1] ^ x[3] ^ np.uint64(keys[1])
+        x = [even[0], third & low, even[1], first & low]
+    bits = np.stack([half for y in x for half in (y & np.uint64(0xFFFF), y >> np.uint64(16))], -1)
+    return (bits.reshape(len(rows), -1)[:, :sk] >= round(p * 65536)) / (1 - p)
+
+
+def reference(q, k, v, seen, dtype, added=0.0, softcap=0.0, sink=-np.inf, kept=1.0):
     """Rows of one head, q (rows, d), k (sk, d), v (sk, dv), seen (rows, sk): the float64 result and
-    what a careful unfused path in `dtype` gives."""
+    what a careful unfused path in `dtype` gives. `added` to the scores, after softcap; of the
+    probabilities `kept`."""
 
     def probabilities(kind):
-        s = np.where(seen, q.astype(kind) @ k.T.astype(kind) * kind(q.shape[1] ** -0.5), -np.inf)
-        p = np.exp(s - np.maximum(s.max(-1, keepdims=True), np.finfo(kind).min))
-        return p / np.maximum(p.sum(-1, keepdims=True), np.finfo(kind).tiny)
+        s = q.astype(kind) @ k.T.astype(kind) * kind(q.shape[1] ** -0.5)
+        if softcap:
+            s = kind(softcap) * np.tanh(s / kind(softcap))
+        s = np.where(seen, s + np.asarray(added, kind), -np.inf)
+        top = np.maximum(np.maximum(s.max(-1, keepdims=True), kind(sink)), np.finfo(kind).min)
+        p = np.exp(s - top)
+        total = p.sum(-1, keepdims=True) + np.exp(kind(sink) - top)
+        return p / np.maximum(total, np.finfo(kind).tiny) * np.asarray(kept, kind)
 
     p = rounded(probabilities(np.float32), dtype).astype(np.float32)
     return probabilities(np.float64) @ v, rounded(p @ v.astype(np.float32), dtype)
@@ -528,12 +626,26 @@ def sampled(arrays, cell, inputs):
     seen = np.ones((len(rows), cell.s), bool)
     if cell.mask == "causal":
         seen = rows[:, None] >= np.arange(cell.s)
-    elif mask is not None:
+    elif cell.mask == "window":
+        distance = rows[:, None] - np.arange(cell.s)
+        seen = (distance >= 0) & (distance < WINDOW)
+    elif cell.mask in ("bool", "blocks"):
         seen = arrays.float64(mask)[rows] > 0
-    samples = []
+    change, samples = changes(cell), []
     for b, h in sorted(heads):
         qi, kj, vj = (arrays.float64(x[b, h * x.shape[1] // cell.hq]) for x in (q, k, v))
-        samples.append((b, h, rows, *reference(qi[rows], kj, vj, seen, cell.dtype)))
+        more = {"softcap": change.get("softcap", 0.0)}
+        if cell.mask_bytes == 2 and cell.mask in DENSE:
+            at = {"": (), "b": (b, 0), "h": (h,)}[DENSE[cell.mask]]
+            more["added"] = arrays.float64(mask[at])[rows]
+        if "alibi_slopes" in change:
+            distance = np.abs(rows[:, None] - np.arange(cell.s))
+            more["added"] = -change["alibi_slopes"][h].astype(np.float64) * distance
+        if "sink" in change:
+            more["sink"] = change["sink"][h]
+        if "dropout_p" in change:
+            more["kept"] = dropped(change["dropout_p"], change["seed"], b, h, rows, cell.s)
+        samples.append((b, h, rows, *reference(qi[rows], kj, vj, seen, cell.dtype, **more)))
     return samples
 
 
