@@ -277,6 +277,24 @@ PTX enum seen see_tag(const kernel_args &a, const item &t, uint32_t tag, int war
 }
 #endif
 
+#if ROW_GENERAL
+/* Scores as the definition has them, of the sign that `scale` would have, and -inf where a row does
+ * not see a key. */
+PTX void final_scores(const kernel_args &a, const item &t, float (&s)[BLOCK_N / 2],
+                      mask_words &mask, int32_t key, bool cut, int warpgroup) {
+    const int32_t row = first_row(t, warpgroup), top = t.row + 64 * warpgroup;
+    change_scores(a.scores, t.score, s, mask, row, key, a.sq, a.sk,
+                  fa_row_position(&a.masks, t.lengths, top), row - top);
+    if (a.scores.scale < 0.f)
+#pragma unroll
+        for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
+    if (cut && a.scores.mask == BITS)
+        hide_scores(s, mask);
+    else if (cut)
+        mask_scores(a, t, s, row, key);
+}
+#endif
+
 /* What comes before a block: nothing (ALONE), the block before it in its tile (BEHIND), or the last
  * block of the tile before (NEXT). If DELAYED, the P V of those two is issued behind Q K^T. */
 enum place { ALONE, BEHIND, NEXT };
@@ -315,7 +333,13 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
     if (q_done) release(q_done);
     if (!DELAYED) settle(st, smem);
 
+#if ROW_GENERAL
+    /* It needs no O, so that it runs beside P V of the block before. */
+    if (PLACE == BEHIND) final_scores(a, t, s, mask, key, cut, warpgroup);
+    float scale = fabsf(a.scores.scale);
+#else
     float scale = a.scale;
+#endif
     float2 minus = make_float2(st.softmax.minus[0], st.softmax.minus[1]);
     if (WATCH) {
         if (PENDING) {
@@ -324,23 +348,16 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
         }
         if (PLACE == NEXT) end_rows(a, smem, st, warpgroup);
 #if ROW_GENERAL
-        if (PLACE != BEHIND) fetch_mask<0>(a.scores, t.score, mask, row, key, a.sq, a.sk, bits);
-        change_scores(a.scores, t.score, s, mask, row, key, a.sq, a.sk,
-                      fa_row_position(&a.masks, t.lengths, t.row + 64 * warpgroup),
-                      row - t.row - 64 * warpgroup);
-        scale = a.scores.scale;
-#endif
+        if (PLACE != BEHIND) {
+            fetch_mask<0>(a.scores, t.score, mask, row, key, a.sq, a.sk, bits);
+            final_scores(a, t, s, mask, key, cut, warpgroup);
+        }
+#else
         if (scale < 0.f) {
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
             scale = -scale;
         }
-#if ROW_GENERAL
-        if (bits)
-            hide_scores(s, mask);
-        else if (cut)
-            mask_scores(a, t, s, row, key);
-#else
         if (MASKED && cut) mask_scores(a, t, s, first_row(t, warpgroup), key);
 #endif
         if (PLACE != BEHIND || __any_sync(~0u, softmax_exceeds(st.softmax, s)))
