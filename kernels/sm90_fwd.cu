@@ -88,6 +88,7 @@ struct item {
     fa_interval some[WARPGROUPS], whole[WARPGROUPS]; /* keys that one row, that all rows see */
     int32_t warpgroups;                              /* bit set of those that compute it */
     int32_t watch;                                   /* the offset is not kept */
+    float sink;                                      /* one more score of every row; -inf: none */
     int32_t last; /* there is no tile, and there will be no more */
 #if ROW_GENERAL
     score_item score;
@@ -128,6 +129,8 @@ struct kernel_args {
     float scale;               /* times log2(e) */
     float *lse;                /* (b, hq, sq), strides in elements; NULL: not wanted */
     int64_t lse_stride[3];
+    const float *sink; /* (hq,), or NULL */
+    int64_t sink_stride;
 #if ROW_GENERAL
     int32_t b;
     score_args scores;
@@ -632,6 +635,8 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
     a.scale = w->scale == 0 ? 1e-37f : (float)(w->scale * 1.4426950408889634);
     a.lse = (float *)w->lse.data;
     for (int i = 0; i < 3; ++i) a.lse_stride[i] = w->lse.stride[i];
+    a.sink = p->scores.sink;
+    a.sink_stride = p->scores.sink_stride;
 #if ROW_GENERAL
     a.b = w->b;
     a.scores = make_scores(p, workspace);

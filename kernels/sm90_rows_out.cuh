@@ -102,26 +102,40 @@ PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, cons
 #endif
 }
 
+/* The sink joins a row's sum `l` of 2^minus; its weight may be far beyond the row's. Returns what O
+ * is multiplied by. */
+PTX float add_sink(float sink, float &l, float &minus) {
+    float over = fmaf(sink, 1.4426950408889634f, minus);
+    float shrink = over > 0.f ? ex2_approx(-over) : 1.f;
+    l = fmaf(l, shrink, over > 0.f ? 1.f : ex2_approx(over));
+    minus -= fmaxf(over, 0.f);
+    return __fdividef(shrink, l);
+}
+
 /* The open tile's rows leave, and the warpgroup its item; O and l are 0 again. All P V must have
  * ended. */
 PTX void end_rows(const kernel_args &a, smem_layout &smem, rows_state &st, int warpgroup) {
     const item &t = smem.items[st.open % ITEMS];
     int32_t row = first_row(t, warpgroup);
-    bool live[2];
-    float l[2];
+    bool live[2], zero[2];
+    float l[2], lse[2];
     rows_out o;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         fa_interval seen = fa_row_interval(&a.masks, t.lengths, row + 8 * r);
-        live[r] = seen.begin < seen.end;
         l[r] = ONES ? st.o[DV / 2 * ONES + 2 * r] : softmax_row_sum(st.softmax.l[r]);
+        live[r] = seen.begin < seen.end;
+        zero[r] = !live[r];
+        float sum = l[r], minus = st.softmax.minus[r];
+        bool empty = !live[r] || l[r] == 0.f; /* the top gives 1: 0 means that no score is finite */
+        float inverse = add_sink(t.sink, sum, minus);
 #if ROW_GENERAL
-        live[r] &= l[r] != 0.f; /* the top gives 1, so 0 means that all scores are -inf */
-        float inverse = add_sink(a.scores, t.score, l[r], st.softmax.minus[r]);
-        inverse = live[r] ? inverse : 0.f;
-#else
-        float inverse = l[r] != 0.f ? __fdividef(1.f, l[r]) : 0.f;
+        inverse *= a.scores.gain;
+        zero[r] = empty || a.scores.gain == 0.f;
 #endif
+        lse[r] = empty ? t.sink : (__log2f(sum) - minus) * 0.6931471805599453f;
+        if (row + 8 * r >= t.lengths.sq) lse[r] = -INFINITY;
+        if (l[r] == 0.f) inverse = 0.f;
 #pragma unroll
         for (int j = 0; j < DV / 8; ++j)
             o[2 * j + r] =
@@ -134,32 +148,16 @@ PTX void end_rows(const kernel_args &a, smem_layout &smem, rows_state &st, int w
             atomicOr(&smem.again[st.open % ITEMS], 1u << warpgroup);
         stores &= !bad;
     }
-#if ROW_GENERAL
-    bool zero[2] = {!live[0] || a.scores.gain == 0.f, !live[1] || a.scores.gain == 0.f};
-    if (__any_sync(~0u, zero[0] || zero[1]))
+    if (__any_sync(~0u, zero[0] || zero[1])) /* one past its sequence may have read NaN as q */
 #pragma unroll
         for (int j = 0; j < DV / 4; ++j)
             if (zero[j % 2]) o[j] = 0;
-#else
-    if (__any_sync(~0u, !live[0] || !live[1])) /* one past its sequence may have read NaN as q */
-#pragma unroll
-        for (int j = 0; j < DV / 4; ++j)
-            if (!live[j % 2]) o[j] = 0;
-#endif
-    float empty[2] = {-INFINITY, -INFINITY}; /* lse of a row that sees nothing */
-#if ROW_GENERAL
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-        if (row + 8 * r < t.lengths.sq) empty[r] = t.score.sink;
-#endif
     int32_t rows = stores ? a.sq : 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r)
         if (row + 8 * r < rows && a.lse && threadIdx.x % 4 == 0)
             a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] + (row + 8 * r) * a.lse_stride[2]] =
-                !live[r] || l[r] == 0.f
-                    ? empty[r]
-                    : (__log2f(l[r]) - st.softmax.minus[r]) * 0.6931471805599453f;
+                lse[r];
     store_rows(a, smem, t, o, row, rows);
     leave_item(smem, st.open);
     open_rows(st, -1);
