@@ -61,7 +61,7 @@ typedef struct module_state {
     PyObject *is_grad_enabled;  /* torch.is_grad_enabled */
     PyObject *forward_ad;       /* the dict of torch.autograd.forward_ad */
     PyCFunction is_neg; /* the C function of torch.Tensor.is_neg: half the time of a method call */
-    torch_c c;                       /* all 0 where this torch lacks one of them */
+    torch_c c;          /* all 0 where this torch lacks one of them */
     PyTypeObject *ndarray;           /* numpy.ndarray; NULL until NumPy is there */
     PyObject *arrays;                /* fastattn._arrays: the frameworks without a C table */
     signature signatures[FUNCTIONS]; /* in the order of module.c's table */

@@ -30,7 +30,7 @@ static __device__ __forceinline__ uint32_t bits_word(const uint32_t (&ballot)[4]
     return (even >> odd_lanes & 0x55555555) | (odd >> odd_lanes & 0x55555555) << 1;
 }
 
-static __global__ void __launch_bounds__(1024) pack_mask(const __grid_constant__ pack_args a) {
+static __global__ void __launch_bounds__(1024) sm90_pack_mask(const __grid_constant__ pack_args a) {
     constexpr int BATCH = 16; /* rows whose loads are in flight at once */
     __shared__ uint32_t states[3];
     const fa_mask_bits &n = a.layout;
@@ -114,7 +114,8 @@ static inline fa_status launch_pack_mask(const fa_params *p, const fa_sm90_devic
     a.bits = (uint32_t *)((char *)workspace + a.layout.bits);
     const int64_t most = 2 * (int64_t)device->sms;
     const int32_t blocks = (int32_t)(a.tasks < most ? a.tasks : most);
-    return fa_launch_kernel((const void *)pack_mask, blocks, 1024, 0, p->where.stream, &a, error);
+    return fa_launch_kernel((const void *)sm90_pack_mask, blocks, 1024, 0, p->where.stream, &a,
+                            error);
 }
 
 #endif

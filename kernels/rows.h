@@ -48,10 +48,11 @@ static inline int32_t fa_needs_strided(const fa_what *w) {
              fa_tma_takes(&w->out, 2) && w->dv % 8 == 0);
 }
 
-/* Whether something changes scores; which keys a row may see is every row's own business. */
+/* Whether something changes scores. Which keys a row may see, and a sink, which joins at the end of
+ * a tile, is every row's business. */
 static inline int32_t fa_needs_general(const fa_params *p) {
     const fa_scores *s = &p->scores;
-    return s->mask.data || s->softcap != 0 || s->alibi_slopes || s->sink || p->dropout.p > 0;
+    return s->mask.data || s->softcap != 0 || s->alibi_slopes || p->dropout.p > 0;
 }
 
 static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

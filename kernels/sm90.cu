@@ -134,7 +134,6 @@ static const char *dtype_name(fa_dtype dtype) {
 
 static fa_status reject(const fa_params *p, fa_error *why) {
     const fa_what *w = &p->what;
-    const fa_scores *s = &p->scores;
     if (p->where.device_type != FA_CUDA)
         return fa_fail(why, FA_UNSUPPORTED, "it takes CUDA arrays");
 
@@ -151,9 +150,6 @@ static fa_status reject(const fa_params *p, fa_error *why) {
         return fa_fail(why, FA_UNSUPPORTED, "it takes float16 and bfloat16, not %s",
                        dtype_name(w->dtype));
     if (p->varlen.cu_q) return fa_fail(why, FA_UNSUPPORTED, "it does not take `cu_seqlens_q` yet");
-    if (s->mask.data && s->mask_dtype == FA_F64)
-        return fa_fail(why, FA_UNSUPPORTED,
-                       "it takes `mask` as bool, float32, float16 and bfloat16, not float64");
     if (!fa_has_row(p))
         return fa_fail(why, FA_UNSUPPORTED, "it has no kernel for %s with d = %d and dv = %d",
                        dtype_name(w->dtype), w->d, w->dv);

@@ -90,6 +90,7 @@ struct item {
     fa_interval some[WARPGROUPS], whole[WARPGROUPS]; /* keys that one row, that all rows see */
     int32_t warpgroups;                              /* bit set of those that compute it */
     int32_t watch;                                   /* the offset is not kept */
+    float sink;                                      /* one more score of every row; -inf: none */
     int32_t last; /* there is no tile, and there will be no more */
 #if ROW_GENERAL
     score_item score;
@@ -132,6 +133,8 @@ struct kernel_args {
     float scale;               /* times log2(e) */
     float *lse;                /* (b, hq, sq), strides in elements; NULL: not wanted */
     int64_t lse_stride[3];
+    const float *sink; /* (hq,), or NULL */
+    int64_t sink_stride;
 #if ROW_GENERAL
     int32_t b;
     score_args scores;
@@ -289,6 +292,24 @@ PTX enum seen see_tag(const kernel_args &a, const item &t, uint32_t tag, int war
 }
 #endif
 
+#if ROW_GENERAL
+/* Scores as the definition has them, of the sign that `scale` would have, and -inf where a row does
+ * not see a key. */
+PTX void final_scores(const kernel_args &a, const item &t, float (&s)[BLOCK_N / 2],
+                      mask_words &mask, int32_t key, bool cut, int warpgroup) {
+    const int32_t row = first_row(t, warpgroup), top = t.row + 64 * warpgroup;
+    change_scores(a.scores, t.score, s, mask, row, key, a.sq, a.sk,
+                  fa_row_position(&a.masks, t.lengths, top), row - top);
+    if (a.scores.scale < 0.f)
+#pragma unroll
+        for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
+    if (cut && a.scores.mask == BITS)
+        hide_scores(s, mask);
+    else if (cut)
+        mask_scores(look(a, t, row, key), s);
+}
+#endif
+
 /* What comes before a block: nothing (ALONE), the block before it in its tile (BEHIND), or the last
  * block of the tile before (NEXT). If DELAYED, the P V of those two is issued behind Q K^T. */
 enum place { ALONE, BEHIND, NEXT };
@@ -324,7 +345,7 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
     ending end;
     sight seen;
     if (PLACE == NEXT) end = begin_end(a, smem.items[st.open % ITEMS], st, warpgroup);
-    if (MASKED) seen = look(a, t, first_row(t, warpgroup), key);
+    if (MASKED && !GENERAL) seen = look(a, t, first_row(t, warpgroup), key);
     wgmma_wait_group<PENDING>();
     pass_turn(warpgroup);
     wgmma_accumulators(s);
@@ -332,7 +353,13 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
     if (q_done) release(q_done);
     if (!DELAYED) settle(st, smem);
 
+#if ROW_GENERAL
+    /* It needs no O, so that it runs beside P V of the block before. */
+    if (PLACE == BEHIND) final_scores(a, t, s, mask, key, cut, warpgroup);
+    float scale = fabsf(a.scores.scale);
+#else
     float scale = a.scale;
+#endif
     float2 minus = make_float2(st.softmax.minus[0], st.softmax.minus[1]);
     if (WATCH) {
         if (PENDING && (PLACE == BEHIND || GENERAL)) { /* O may have to shrink */
@@ -342,23 +369,16 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
         /* The words of a mask would not fit beside O. */
         if (PLACE == NEXT && GENERAL) end_rows(a, smem, st, end, warpgroup);
 #if ROW_GENERAL
-        if (PLACE != BEHIND) fetch_mask<0>(a.scores, t.score, mask, row, key, a.sq, a.sk, bits);
-        change_scores(a.scores, t.score, s, mask, row, key, a.sq, a.sk,
-                      fa_row_position(&a.masks, t.lengths, t.row + 64 * warpgroup),
-                      row - t.row - 64 * warpgroup);
-        scale = a.scores.scale;
-#endif
+        if (PLACE != BEHIND) {
+            fetch_mask<0>(a.scores, t.score, mask, row, key, a.sq, a.sk, bits);
+            final_scores(a, t, s, mask, key, cut, warpgroup);
+        }
+#else
         if (scale < 0.f) {
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
             scale = -scale;
         }
-#if ROW_GENERAL
-        if (bits)
-            hide_scores(s, mask);
-        else if (cut)
-            mask_scores(seen, s);
-#else
         if (MASKED && cut) mask_scores(seen, s);
 #endif
         /* The first block of a tile sets the tops. A later one without a P V pending may belong to
@@ -657,6 +677,8 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
     a.scale = w->scale == 0 ? 1e-37f : (float)(w->scale * 1.4426950408889634);
     a.lse = (float *)w->lse.data;
     for (int i = 0; i < 3; ++i) a.lse_stride[i] = w->lse.stride[i];
+    a.sink = p->scores.sink;
+    a.sink_stride = p->scores.sink_stride;
 #if ROW_GENERAL
     a.b = w->b;
     a.scores = make_scores(p, workspace);

@@ -27,8 +27,8 @@ typedef uint32_t rows_out[DV / 4];
 
 /* What the end of a tile needs besides O: known as soon as the last exponentials are. */
 struct ending {
-    float inverse[2];   /* 1 / l, or 0 */
-    bool live[2], well; /* the rows see a key; l is in range and top precise, where that matters */
+    float inverse[2];   /* what O is multiplied by: 1 / l, or 0 */
+    bool live[2], well; /* the rows are not 0; l is in range and top precise, where that matters */
     int32_t row,
         rows; /* the first of this thread's two rows; those at or past `rows` are not stored */
 };
@@ -36,6 +36,16 @@ struct ending {
 PTX uint16_t *out_row(const kernel_args &a, const item &t, int32_t i) {
     return (uint16_t *)a.out.data + t.b * a.out.stride[0] + t.h * a.out.stride[1] +
            i * a.out.stride[2];
+}
+
+/* The sink joins a row's sum `l` of 2^minus; its weight may be far beyond the row's. Returns what O
+ * is multiplied by. */
+PTX float add_sink(float sink, float &l, float &minus) {
+    float over = fmaf(sink, 1.4426950408889634f, minus);
+    float shrink = over > 0.f ? ex2_approx(-over) : 1.f;
+    l = fmaf(l, shrink, over > 0.f ? 1.f : ex2_approx(over));
+    minus -= fmaxf(over, 0.f);
+    return __fdividef(shrink, l);
 }
 
 /* Writes lse. (It may be wrong, like the rows, if the tile comes again: then it is written again,
@@ -50,20 +60,20 @@ PTX ending begin_end(const kernel_args &a, const item &t, rows_state &st, int wa
         int32_t row = e.row + 8 * r;
         fa_interval seen = fa_row_interval(&a.masks, t.lengths, row);
         float l = ONES ? st.o[DV / 2 * ONES + 2 * r] : softmax_row_sum(st.softmax.l[r]);
+        float sum = l, minus = st.softmax.minus[r];
         e.live[r] = seen.begin < seen.end;
-        float minus = st.softmax.minus[r], empty = -INFINITY; /* lse of a row that sees nothing */
-#if ROW_GENERAL
-        e.live[r] &= l != 0.f; /* the top gives 1, so 0 means that all scores are -inf */
-        if (row < t.lengths.sq) empty = t.score.sink;
-        e.inverse[r] = add_sink(a.scores, t.score, l, minus);
-        if (!e.live[r]) e.inverse[r] = 0.f;
-#else
-        e.inverse[r] = l != 0.f ? __fdividef(1.f, l) : 0.f;
-#endif
         e.well &= t.watch || !e.live[r] || (l > 0x1p-50f && l < 0x1p120f);
+        bool empty = !e.live[r] || l == 0.f; /* the top gives 1: 0 means that no score is finite */
+        e.inverse[r] = add_sink(t.sink, sum, minus);
+#if ROW_GENERAL
+        e.inverse[r] *= a.scores.gain;
+        e.live[r] = !empty && a.scores.gain != 0.f; /* where nothing is kept, V may be infinite */
+#endif
+        if (l == 0.f) e.inverse[r] = 0.f;
+        float lse = empty ? t.sink : (__log2f(sum) - minus) * 0.6931471805599453f;
         if (a.lse && row < e.rows && threadIdx.x % 4 == 0)
             a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] + row * a.lse_stride[2]] =
-                !e.live[r] || l == 0.f ? empty : (__log2f(l) - minus) * 0.6931471805599453f;
+                row < t.lengths.sq ? lse : -INFINITY;
     }
     softmax_start(st.softmax);
     return e;
@@ -148,16 +158,10 @@ PTX void end_rows(const kernel_args &a, smem_layout &smem, rows_state &st, const
     if (KEPT && __any_sync(~0u, !(e.well && (t.watch || is_finite(o, e.live)))) &&
         threadIdx.x % 32 == 0 && e.rows)
         atomicOr(&smem.again[st.open % ITEMS], 1u << warpgroup);
-    /* A row past its sequence may have read NaN as q; where dropout leaves none, V may be infinite.
-     */
-    bool zero[2] = {!e.live[0], !e.live[1]};
-#if ROW_GENERAL
-    if (a.scores.gain == 0.f) zero[0] = zero[1] = true;
-#endif
-    if (__any_sync(~0u, zero[0] || zero[1]))
+    if (__any_sync(~0u, !e.live[0] || !e.live[1])) /* past its sequence q may hold NaN */
 #pragma unroll
         for (int j = 0; j < DV / 4; ++j)
-            if (zero[j % 2]) o[j] = 0;
+            if (!e.live[j % 2]) o[j] = 0;
     __syncwarp();
     store_rows(a, smem, t, o, e);
     leave_item(smem, st.open);

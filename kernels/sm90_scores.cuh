@@ -1,4 +1,4 @@
-/* sm90_scores.cuh - what changes scores: softcap, masks, ALiBi, dropout, sinks. General rows only.
+/* sm90_scores.cuh - what changes scores: softcap, masks, ALiBi, dropout. General rows only.
  *
  * A part of sm90_fwd.cu, which includes it behind the row's constants. All branches are the same
  * for the whole block: they are on the arguments.
@@ -31,8 +31,8 @@ struct score_args {
     fa_mask_bits bits;      /* a bool mask, packed: */
     const uint4 *map, *columns;
     const uint32_t *words;
-    const float *slopes, *sink;
-    int64_t slope_stride[2], sink_stride;
+    const float *slopes;
+    int64_t slope_stride[2];
     int32_t drops, first_b;
     uint32_t threshold;
     float gain;
@@ -46,7 +46,7 @@ struct score_item {
     int64_t plane, seed;
     int32_t b;   /* as dropout counts */
     int32_t mid; /* the block to the left of which the walk begins */
-    float slope, sink;
+    float slope;
 };
 
 PTX void describe_scores(const score_args &a, score_item &t, int32_t b, int32_t h) {
@@ -55,7 +55,6 @@ PTX void describe_scores(const score_args &a, score_item &t, int32_t b, int32_t 
     t.seed = a.seed_data ? *a.seed_data : a.seed;
     t.b = a.first_b + b;
     t.slope = a.slopes ? a.slopes[b * a.slope_stride[0] + h * a.slope_stride[1]] : 0.f;
-    t.sink = a.sink ? a.sink[h * a.sink_stride] : -INFINITY;
 }
 
 /* ---- which blocks: the loaders walk, and tell the warpgroups what they found -----------------*/
@@ -384,16 +383,6 @@ PTX void drop_scores(const score_args &a, const score_item &t, uint32_t *p, int3
         }
 }
 
-/* The sink joins a row's sum: l counts 2^minus; its weight may be beyond the row's. Returns what O
- * is multiplied by. */
-PTX float add_sink(const score_args &a, const score_item &t, float &l, float &minus) {
-    float over = fmaf(t.sink, 1.4426950408889634f, minus);
-    float shrink = over > 0.f ? ex2_approx(-over) : 1.f;
-    l = fmaf(l, shrink, over > 0.f ? 1.f : ex2_approx(over));
-    minus -= fmaxf(over, 0.f);
-    return __fdividef(shrink * a.gain, l);
-}
-
 /* ---- the launcher's part ---------------------------------------------------------------------*/
 
 static score_args make_scores(const fa_params *p, void *workspace) {
@@ -406,8 +395,6 @@ static score_args make_scores(const fa_params *p, void *workspace) {
     a.unit = a.caps ? s->softcap : (float)scale;
     a.slopes = s->alibi_slopes;
     for (int i = 0; i < 2; ++i) a.slope_stride[i] = s->alibi_stride[i];
-    a.sink = s->sink;
-    a.sink_stride = s->sink_stride;
     a.drops = d->p > 0;
     a.first_b = d->first_b;
     a.threshold = d->threshold;

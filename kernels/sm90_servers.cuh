@@ -22,6 +22,7 @@ PTX void describe(const kernel_args &a, item &t, fa_tile tile) {
 #endif
     t.row = tile.m_block * BLOCK_M;
     t.lengths = fa_sequence_lengths(&a.masks, t.b, a.sq, a.sk);
+    t.sink = a.sink ? a.sink[t.h * a.sink_stride] : -INFINITY;
     t.begin = t.end = t.left = t.right = 0;
     t.warpgroups = (1 << WARPGROUPS) - 1;
     t.watch = a.watch || !KEPT;

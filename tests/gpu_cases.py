@@ -72,6 +72,7 @@ def features(b, hq, sq, sk):
     yield "window and lengths", {}, {"window": (50, 20), **limits}
     yield "odd strides", {"odd": True}, {"causal": "top-left"}
     yield "peaked", {"factor": 100}, {"causal": True}  # tiles that are done again
+    yield "sink", {}, {"sink": torch.linspace(-3, 3, hq), **limits}
 
 
 def changes(b, hq, sq, sk):
@@ -88,7 +89,6 @@ def changes(b, hq, sq, sk):
     yield "softcap", {}, {"softcap": 5.0}
     yield "softcap, far", {}, {"softcap": 0.5, "causal": True}
     yield "alibi", {"hk": 1}, {"alibi_slopes": slopes, "causal": True}
-    yield "sink", {}, {"sink": sink, **limits}
     yield "dropout", {}, {"dropout_p": 0.1, "seed": 2**40 + 3}
     yield "bool mask", {}, {"mask": mask(sq, sk), **limits}
     yield "bool mask of each head", {}, {"mask": mask(b, hq, sq, sk), "causal": True}

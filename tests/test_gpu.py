@@ -425,7 +425,7 @@ def test_explain_names_the_general_row(change):
     if not changes:
         changes = {"mask": masks(change, (100, 200))}
     row = fastattn.explain(fastattn.attention, q, k, v, **changes).kernel
-    assert row == "sm90_fwd_bf16_d128_general"
+    assert (row == "sm90_fwd_bf16_d128_general") == ("sink" not in change)
 
 
 # ----------------------------------------------------------------------------------- hostile inputs

@@ -1,5 +1,6 @@
 """How a call behaves on a GPU: streams, graphs, devices, memory, errors, other frameworks."""
 
+import itertools
 import os
 import re
 
@@ -249,12 +250,15 @@ def test_cpu_backend_refuses_gpu_arrays():
 def test_explain_names_the_kernel_that_is_launched():
     from torch.profiler import ProfilerActivity, profile
 
-    for d in (64, 128, 256):
+    mask = torch.ones(512, 512, dtype=torch.bool, device="cuda").tril(7)
+    changes = {}, {"softcap": 20.0}, {"mask": mask}, {"mask": mask.half()}
+    changes += {"dropout_p": 0.1, "seed": 1}, {"alibi_slopes": torch.ones(4, device="cuda")}
+    for d, change in itertools.product((64, 128, 256), changes):
         q, k, v = inputs(1, 4, 4, 512, 512, d)
-        said = fastattn.explain(fastattn.attention, q, k, v)
+        said = fastattn.explain(fastattn.attention, q, k, v, **change)
         assert said.backend == "sm90" and said.kernel.startswith("sm90")
         with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-            fastattn.attention(q, k, v)
+            fastattn.attention(q, k, v, **change)
             torch.cuda.synchronize()
         launched = [event.name for event in recorded.events() if "mem" not in event.name.lower()]
         assert any(said.kernel in name for name in launched), (said.kernel, launched)
