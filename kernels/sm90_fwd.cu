@@ -500,7 +500,10 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         uint64_t q = wgmma_descriptor(smem_address(smem.q[slot][warpgroup]), 1);
         uint32_t q_empty = smem_address(&smem.q_empty[slot][warpgroup]);
         mbarrier_wait(smem_address(&smem.q_full[slot][warpgroup]), n / Q_BUFFERS & 1);
-        if (blocks == 0) release(q_empty);
+        if (blocks == 0) { /* all warps have met this Q, or one could miss two of its phases */
+            bar_sync(1 + warpgroup, 128);
+            release(q_empty);
+        }
 
 #if ROW_GENERAL
         for (bool more = blocks; more;) {
