@@ -1,15 +1,17 @@
 /* mask_bits.cuh - packs a bool mask for the general rows: stop 5 of 6, the launch before the
  * kernel's, in the same stream. mask_bits.h says what comes out.
  *
- * A block of 32 warps packs 64 rows of 32 * 128 keys, each warp one block of keys: a lane loads 4
- * neighbouring bytes of a row, a ballot makes 32 lanes' bytes one word. One read of the mask from
- * memory, an eighth of it written.
+ * A block of 8 warps packs 64 rows of 8 * 128 keys, a byte of the map, each warp one block of keys:
+ * a lane loads 4 neighbouring bytes of a row, a ballot makes 32 lanes' bytes one word. One read of
+ * the mask from memory, an eighth of it written.
  */
 #ifndef FASTATTN_MASK_BITS_CUH
 #define FASTATTN_MASK_BITS_CUH
 
 #include "launch.cuh"
 #include "mask_bits.h"
+
+enum { PACK_THREADS = 256 };
 
 struct pack_args {
     fa_tensor mask;
@@ -18,7 +20,7 @@ struct pack_args {
     int32_t sq, sk;
     int32_t vectors; /* 4 keys of a row can be read at once */
     int64_t tasks;
-    uint4 *map;
+    uint8_t *map;
     uint32_t *columns, *bits;
 };
 
@@ -30,20 +32,21 @@ static __device__ __forceinline__ uint32_t bits_word(const uint32_t (&ballot)[4]
     return (even >> odd_lanes & 0x55555555) | (odd >> odd_lanes & 0x55555555) << 1;
 }
 
-static __global__ void __launch_bounds__(1024) sm90_pack_mask(const __grid_constant__ pack_args a) {
+static __global__ void __launch_bounds__(PACK_THREADS)
+    sm90_pack_mask(const __grid_constant__ pack_args a) {
     constexpr int BATCH = 16; /* rows whose loads are in flight at once */
-    __shared__ uint32_t states[3];
+    __shared__ uint32_t states[4];
     const fa_mask_bits &n = a.layout;
     const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int64_t task = blockIdx.x; task < a.tasks; task += gridDim.x) {
-        const int32_t group = task % n.groups, word = task / n.groups % n.words;
-        const int64_t plane = task / n.groups / n.words;
+        const int32_t group = task % n.groups, part = task / n.groups % (4 * n.words);
+        const int64_t plane = task / n.groups / (4 * n.words);
         const int32_t b = plane / n.heads, h = plane % n.heads;
         const fa_lengths lengths = fa_sequence_lengths(&a.masks, b, a.sq, a.sk);
-        const int32_t block = 32 * word + warp, key = block * FA_BITS_KEYS + 4 * lane;
+        const int32_t block = 8 * part + warp, key = block * FA_BITS_KEYS + 4 * lane;
         const uint8_t *mask =
             (const uint8_t *)a.mask.data + b * a.mask.stride[0] + h * a.mask.stride[1];
-        if (threadIdx.x < 3) states[threadIdx.x] = 0;
+        if (threadIdx.x < 4) states[threadIdx.x] = 0;
         __syncthreads();
         if (block < n.blocks) {
             uint32_t any = 0, all = ~0u;
@@ -89,9 +92,9 @@ static __global__ void __launch_bounds__(1024) sm90_pack_mask(const __grid_const
                 atomicOr(&states[lane], 1u << warp);
         }
         __syncthreads();
-        if (threadIdx.x == 0)
-            a.map[fa_map_at(&n, plane, word, group)] =
-                make_uint4(states[0], states[1], states[2], 0);
+        if (threadIdx.x < 4)
+            a.map[16 * fa_map_at(&n, plane, part / 4, group) + 4 * threadIdx.x + part % 4] =
+                (uint8_t)states[threadIdx.x];
         __syncthreads();
     }
 }
@@ -108,14 +111,14 @@ static inline fa_status launch_pack_mask(const fa_params *p, const fa_sm90_devic
     a.vectors =
         mask->stride[3] == 1 && a.sk % 4 == 0 &&
         ((uintptr_t)mask->data | mask->stride[0] | mask->stride[1] | mask->stride[2]) % 4 == 0;
-    a.tasks = (int64_t)a.layout.batches * a.layout.heads * a.layout.words * a.layout.groups;
-    a.map = (uint4 *)workspace;
+    a.tasks = (int64_t)a.layout.batches * a.layout.heads * a.layout.words * 4 * a.layout.groups;
+    a.map = (uint8_t *)workspace;
     a.columns = (uint32_t *)((char *)workspace + a.layout.columns);
     a.bits = (uint32_t *)((char *)workspace + a.layout.bits);
-    const int64_t most = 2 * (int64_t)device->sms;
+    const int64_t most = 4 * (int64_t)device->sms; /* as many as are resident */
     const int32_t blocks = (int32_t)(a.tasks < most ? a.tasks : most);
-    return fa_launch_kernel((const void *)sm90_pack_mask, blocks, 1024, 0, p->where.stream, &a,
-                            error);
+    return fa_launch_kernel((const void *)sm90_pack_mask, blocks, PACK_THREADS, 0, p->where.stream,
+                            &a, error);
 }
 
 #endif
