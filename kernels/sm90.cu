@@ -4,6 +4,7 @@
 
 #include "driver.h"
 #include "launch.cuh"
+#include "packed.cuh"
 #include "rows.h"
 
 static_assert(FA_CUDA_NO_DEVICE == (int)cudaErrorNoDevice, "driver.h");
@@ -113,7 +114,8 @@ static fa_status find_device(int32_t id, const fa_sm90_device **device, fa_error
 
 /* A request without a score to compute: no query row, or no key for any of them. */
 static bool is_empty(const fa_what *w) {
-    return w->b == 0 || w->hq == 0 || w->sq == 0 || w->sk == 0;
+    return w->b == 0 || w->hq == 0 || w->sq == 0 || w->sk == 0 || w->q.shape[2] == 0 ||
+           w->k.shape[2] == 0;
 }
 
 static const char *dtype_name(fa_dtype dtype) {
@@ -153,7 +155,6 @@ static fa_status reject(const fa_params *p, fa_error *why) {
                           : s->softcap != 0  ? "`softcap`"
                           : s->alibi_slopes  ? "`alibi_slopes`"
                           : s->sink          ? "`sink`"
-                          : p->varlen.cu_q   ? "`cu_seqlens_q`"
                           : p->dropout.p > 0 ? "`dropout_p`"
                                              : NULL;
     if (feature) return fa_fail(why, FA_UNSUPPORTED, "it does not take %s yet", feature);
@@ -168,18 +169,21 @@ static int32_t chosen_row(const fa_params *p) {
     const fa_sm90_device *device;
     fa_error ignored;
     if (find_device(p->where.device_id, &device, &ignored) != FA_OK) return 0;
-    return fa_choose_row(&p->what, &p->masks, device->sms);
+    return fa_choose_row(p, device->sms);
 }
 
 static const char *kernel(const fa_params *p) { return fa_rows[chosen_row(p)].name; }
 
-static int64_t workspace(const fa_params *) { return 0; }
+static int64_t workspace(const fa_params *p) {
+    if (!p->varlen.cu_q || is_empty(&p->what)) return 0;
+    return fa_packed_bytes(&p->varlen, p->what.b, fa_rows[chosen_row(p)].block_m);
+}
 
 /* No key: every output row is 0 and every lse is -inf. Both 16-bit formats write 0 as 0. */
 static __global__ void write_empty_rows(fa_what w) {
-    int64_t rows = (int64_t)w.b * w.hq * w.sq;
+    int64_t sq = w.out.shape[2], rows = w.out.shape[0] * w.hq * sq;
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-        int64_t i = row % w.sq, h = row / w.sq % w.hq, b = row / w.sq / w.hq;
+        int64_t i = row % sq, h = row / sq % w.hq, b = row / sq / w.hq;
         uint16_t *out = (uint16_t *)w.out.data + b * w.out.stride[0] + h * w.out.stride[1] +
                         i * w.out.stride[2];
         for (int32_t c = threadIdx.x; c < w.dv; c += blockDim.x) out[c * w.out.stride[3]] = 0;
@@ -192,9 +196,13 @@ static __global__ void write_empty_rows(fa_what w) {
 static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *workspace,
                         fa_error *error) {
     const fa_what *w = &p->what;
-    if (!is_empty(w))
-        return launchers[fa_choose_row(w, &p->masks, device->sms)](p, device, workspace, error);
-    int64_t rows = (int64_t)w->b * w->hq * w->sq;
+    if (!is_empty(w)) {
+        int32_t row = fa_choose_row(p, device->sms);
+        fa_status status = FA_OK;
+        if (p->varlen.cu_q) status = launch_list(p, fa_rows[row].block_m, workspace, error);
+        return status == FA_OK ? launchers[row](p, device, workspace, error) : status;
+    }
+    int64_t rows = w->out.shape[0] * w->hq * w->out.shape[2];
     if (rows == 0) return FA_OK;
     int64_t blocks = rows < 8 * device->sms ? rows : 8 * device->sms;
     fa_what copy = *w;

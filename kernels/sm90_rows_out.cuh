@@ -35,7 +35,7 @@ struct ending {
 
 PTX uint16_t *out_row(const kernel_args &a, const item &t, int32_t i) {
     return (uint16_t *)a.out.data + t.b * a.out.stride[0] + t.h * a.out.stride[1] +
-           i * a.out.stride[2];
+           (t.q + i) * a.out.stride[2];
 }
 
 /* Writes lse. (It may be wrong, like the rows, if the tile comes again: then it is written again,
@@ -43,7 +43,7 @@ PTX uint16_t *out_row(const kernel_args &a, const item &t, int32_t i) {
 PTX ending begin_end(const kernel_args &a, const item &t, rows_state &st, int warpgroup) {
     ending e;
     e.row = first_row(t, warpgroup);
-    e.rows = t.warpgroups >> warpgroup & 1 ? a.sq : 0;
+    e.rows = t.warpgroups >> warpgroup & 1 ? t.rows : 0;
     e.well = !softmax_is_coarse(st.softmax) || t.watch;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -54,7 +54,8 @@ PTX ending begin_end(const kernel_args &a, const item &t, rows_state &st, int wa
         e.inverse[r] = l != 0.f ? __fdividef(1.f, l) : 0.f;
         e.well &= t.watch || !e.live[r] || (l > 0x1p-50f && l < 0x1p120f);
         if (a.lse && row < e.rows && threadIdx.x % 4 == 0)
-            a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] + row * a.lse_stride[2]] =
+            a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] +
+                  (t.q + row) * a.lse_stride[2]] =
                 !e.live[r] || l == 0.f ? -INFINITY
                                        : (__log2f(l) - st.softmax.minus[r]) * 0.6931471805599453f;
     }
@@ -117,12 +118,23 @@ PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, cons
     for (int j = 0; j < DV / 8; j += 2)
         stmatrix_x4(row + j / 8 * O_BYTES + ((j % 8 + lane / 16 ^ lane % 8) << 4), o[2 * j],
                     o[2 * j + 1], o[2 * j + 2], o[2 * j + 3]);
+    int32_t first = e.row - lane / 4;
+    if (!uniform(first + 16 <= t.boxed)) { /* the next sequence's rows are not ours to write */
+        __syncwarp();
+        for (int i = lane; i < 16 * 8 * panels<DV>; i += 32) {
+            int32_t r = i / 8 % 16, column = i / 128 * 64 + i % 8 * 8;
+            uint4 chunk = *(uint4 *)&staged[i / 128][r * 128 + ((i % 8 ^ r % 8) << 4)];
+            if (first + r < e.rows && column < a.out.shape[3])
+                *(uint4 *)(out_row(a, t, first + r) + column) = chunk;
+        }
+        return;
+    }
     fence_proxy_async();
     __syncwarp();
     if (lane == 0 && e.rows) {
         for (int c = 0; c < panels<DV>; ++c)
-            cp_async_bulk_tensor_store(&a.out_map, smem_address(staged[c]), 64 * c, e.row, t.h,
-                                       t.b);
+            cp_async_bulk_tensor_store(&a.out_map, smem_address(staged[c]), 64 * c, t.q + e.row,
+                                       t.h, t.b * a.moves[3][1]);
         cp_async_bulk_commit_group();
     }
 #else
