@@ -1,8 +1,8 @@
-/* packed.cuh - writes the list of tiles (packed.h): one block, a part of sm90.cu.
+/* packed.cuh - the kernel that writes the list of tiles (packed.h): one block.
  *
  * A counting sort in two passes over the sequences, 32 to a warp and step. Each warp has
  * neighbouring sequences and counters of its own for each class, so that the order is the same
- * every time.
+ * every time. A part of sm90.cu; tests/fibers.h runs it on the host.
  */
 #ifndef FASTATTN_PACKED_CUH
 #define FASTATTN_PACKED_CUH
@@ -56,8 +56,8 @@ static __global__ void __launch_bounds__(PACKED_THREADS)
                 const int32_t one = __shfl_sync(~0u, its_class, __ffs(left) - 1);
                 const bool mine = tiles > 0 && its_class == one;
                 const int32_t place = places[one][warp];
-                const int32_t end = fa_packed_add(place, warp_sum(mine ? tiles : 0, capacity),
-                                                  capacity);
+                const int32_t end =
+                    fa_packed_add(place, warp_sum(mine ? tiles : 0, capacity), capacity);
                 const int32_t before = __shfl_up_sync(~0u, end, 1);
                 if (mine) first = lane ? before : place;
                 __syncwarp();
@@ -89,28 +89,12 @@ static __global__ void __launch_bounds__(PACKED_THREADS)
         const int32_t classes = warp_sum(totals[lane], capacity);
         const int32_t start = __shfl_sync(~0u, classes, warp ? warp - 1 : 0);
         const int32_t before = __shfl_up_sync(~0u, sum, 1);
-        places[warp][lane] =
-            fa_packed_add(warp ? start : 0, lane ? before : 0, capacity);
+        places[warp][lane] = fa_packed_add(warp ? start : 0, lane ? before : 0, capacity);
         if (threadIdx.x == PACKED_THREADS - 1) *p.counts = fa_packed_counts{classes, 0};
         __syncthreads();
     }
 }
 
 static_assert(FA_PACKED_CLASSES == 32 && PACKED_WARPS == 32, "a class per warp, a warp per lane");
-
-static fa_status launch_list(const fa_params *p, int32_t block_m, void *workspace,
-                             fa_error *error) {
-    const fa_what *w = &p->what;
-    if (fa_packed_capacity(&p->varlen, w->b, block_m) > INT32_MAX)
-        return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 tiles of %d rows", block_m);
-    packed_args a = {};
-    a.packed = fa_packed_make(w, &p->masks, &p->varlen, block_m, workspace);
-    a.varlen = p->varlen;
-    a.masks = p->masks;
-    a.sq = w->sq;
-    a.sk = w->sk;
-    return fa_launch_kernel((const void *)list_tiles, 1, PACKED_THREADS, 0, p->where.stream, &a,
-                            error);
-}
 
 #endif

@@ -89,7 +89,8 @@ FA_INLINE int32_t fa_packed_add(int32_t a, int32_t b, int32_t capacity) {
 }
 
 /* The tile of this number among those of one sequence with m_blocks >= 1. Under a causal mask the
- * longest tiles of a section of heads come first, side by side; elsewhere one head after another. */
+ * longest tiles of a section of heads come first, side by side; elsewhere one head after another.
+ */
 FA_INLINE fa_tile fa_packed_tile(const fa_packed *p, int32_t number, int32_t m_blocks, int32_t sk) {
     int32_t section = 1;
     if (p->section_keys) {

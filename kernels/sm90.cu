@@ -193,6 +193,18 @@ static __global__ void write_empty_rows(fa_what w) {
     }
 }
 
+/* Before the forward kernel, in the same stream: the list of its tiles. */
+static fa_status launch_list(const fa_params *p, int32_t block_m, void *workspace,
+                             fa_error *error) {
+    const fa_what *w = &p->what;
+    if (fa_packed_capacity(&p->varlen, w->b, block_m) > INT32_MAX)
+        return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 tiles of %d rows", block_m);
+    packed_args a = {fa_packed_make(w, &p->masks, &p->varlen, block_m, workspace), p->varlen,
+                     p->masks, w->sq, w->sk};
+    return fa_launch_kernel((const void *)list_tiles, 1, PACKED_THREADS, 0, p->where.stream, &a,
+                            error);
+}
+
 static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *workspace,
                         fa_error *error) {
     const fa_what *w = &p->what;

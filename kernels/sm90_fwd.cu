@@ -407,7 +407,10 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         if (DELAYED && st.open >= 0 && !next) {
             finish_tile(a, smem, st, warpgroup);
         }
-        if (last) return;
+        if (last) { /* the copy engine may not have read all that has been stored */
+            if (STAGED && threadIdx.x % 32 == 0) cp_async_bulk_wait_group_read();
+            return;
+        }
         uint64_t q = wgmma_descriptor(smem_address(smem.q[slot][warpgroup]), 1);
         uint32_t q_empty = smem_address(&smem.q_empty[slot][warpgroup]);
         mbarrier_wait(smem_address(&smem.q_full[slot][warpgroup]), n / Q_BUFFERS & 1);

@@ -54,8 +54,7 @@ PTX ending begin_end(const kernel_args &a, const item &t, rows_state &st, int wa
         e.inverse[r] = l != 0.f ? __fdividef(1.f, l) : 0.f;
         e.well &= t.watch || !e.live[r] || (l > 0x1p-50f && l < 0x1p120f);
         if (a.lse && row < e.rows && threadIdx.x % 4 == 0)
-            a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] +
-                  (t.q + row) * a.lse_stride[2]] =
+            a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] + (t.q + row) * a.lse_stride[2]] =
                 !e.live[r] || l == 0.f ? -INFINITY
                                        : (__log2f(l) - st.softmax.minus[r]) * 0.6931471805599453f;
     }

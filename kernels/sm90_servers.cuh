@@ -80,8 +80,7 @@ PTX uint32_t read_vote(smem_layout &smem, int32_t n) {
  * tiles there are, nor how long: blocks claim them one by one. Only who computes a tile depends on
  * that, never its bits. `n`: the item that it is for. */
 PTX int32_t next_tile(const kernel_args &a, smem_layout &smem, int32_t n, int32_t *round) {
-    if (!a.packed.counts)
-        return fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, round);
+    if (!a.packed.counts) return fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, round);
     if (n == 0) return blockIdx.x; /* so that nobody's second tile is another's first */
     int32_t left = n - a.ahead;    /* the item that must be done with */
     if (left >= 0) mbarrier_wait(smem_address(&smem.item_empty[left % ITEMS]), left / ITEMS & 1);
