@@ -86,7 +86,7 @@ def complaints(out, lse, q, k, v, most=16, **keywords):
     return reference.judge(numpy(out[b, h])[:, None], lse, exact, low)
 
 
-# ---------------------------------------------------------------------------------- packed sequences
+# --------------------------------------------------------------------------------- packed sequences
 
 
 def packed(lengths, hq, hk, d, dv=None, dtype=torch.bfloat16, tail=(0, 0), seed=0, device="cuda"):
@@ -103,7 +103,7 @@ def packed(lengths, hq, hk, d, dv=None, dtype=torch.bfloat16, tail=(0, 0), seed=
 
 def offsets(lengths, device="cuda"):
     """cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k."""
-    lengths = np.asarray(lengths).reshape(-1, 2)
+    lengths = np.asarray(lengths, np.int64).reshape(-1, 2)
     ends = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(lengths, axis=0)])
     cu = torch.from_numpy(ends.astype(np.int32)).to(device)
     return cu[:, 0].contiguous(), cu[:, 1].contiguous(), *lengths.max(axis=0, initial=0).tolist()
@@ -111,12 +111,11 @@ def offsets(lengths, device="cuda"):
 
 def packed_complaints(out, lse, q, k, v, lengths, sequences=None, most=16, **keywords):
     """`complaints` of each sequence (or of some), and of the rows that belong to none."""
-    ends, wrong = np.cumsum(np.asarray(lengths).reshape(-1, 2), axis=0), []
+    ends, wrong = np.cumsum(np.asarray(lengths, np.int64).reshape(-1, 2), axis=0), []
     for n in range(len(lengths)) if sequences is None else sequences:
         sq, sk = (int(x) for x in lengths[n])
-        rows, keys = (
-            slice(int(end) - s, int(end)) for end, s in zip(ends[n], (sq, sk), strict=True)
-        )
+        end_q, end_k = (int(x) for x in ends[n])
+        rows, keys = slice(end_q - sq, end_q), slice(end_k - sk, end_k)
         own_out, own_lse = out[rows], None if lse is None else lse[:, rows]
         if sq and not sk:
             right = (own_out == 0).all() and (lse is None or (own_lse == -torch.inf).all())

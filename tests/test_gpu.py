@@ -362,7 +362,7 @@ def test_packed_100000_short_sequences(d):
     lengths = np.stack([n, n], 1)
     q, k, v = gpu.packed(lengths, 2, 2, d, tail=(100, 100))
     some = [0, 1, 33_333, 50_001, 99_999]
-    out, lse = check_packed(q, k, v, lengths, some, causal=True)
+    out, _ = check_packed(q, k, v, lengths, some, causal=True)
     at = torch.from_numpy(n).cuda()
     inside = torch.arange(64, device="cuda") < at[:, None]
     q, k, v = (
@@ -474,7 +474,7 @@ def test_packed_in_a_graph():
 
 def test_packed_refuses_score_changes():
     q, k, v = gpu.packed(MIXED, 2, 2, 64)
-    with pytest.raises(NotImplementedError, match="sm90.*`softcap`"):
+    with pytest.raises(NotImplementedError, match=r"sm90.*`softcap`"):
         fastattn.attention_varlen(q, k, v, *gpu.offsets(MIXED), softcap=5.0)
 
 

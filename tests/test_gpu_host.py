@@ -328,7 +328,7 @@ def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     (folder / "packed.cpp").write_text(PACKED_SHIM)
     includes = f"-I{KERNELS} -I{Path(__file__).parent}".split()
-    flags = "-std=c++17 -O1 -Wall -Wextra -Wno-unused-function -shared -fPIC".split()
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unused-function", "-shared", "-fPIC"]
     command = ["g++", *flags, *includes, "packed.cpp", "-o", "packed.so"]
     subprocess.run(command, cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "packed.so"))
@@ -371,7 +371,8 @@ def test_packed_rows_come_exactly_once(packed, flags):
         hk, group = int(rng.integers(1, 4)), int(rng.integers(1, 4))
         entries, visits, keys = list_tiles(
             packed, ends(nq), ends(nk), int(nq.sum()) + tail, int(nk.sum()), (hk * group, hk),
-            (int(rng.integers(1, 2 * most)), max(1, int(nk.max()))), flags, (64, 128, 192)[case % 3],
+            (int(rng.integers(1, 2 * most)), max(1, int(nk.max()))), flags,
+            (64, 128, 192)[case % 3],
         )  # fmt: skip
         assert (visits == 1).all()
         # By classes of the number of keys, then as they come; the list of a sequence is one piece.
