@@ -45,7 +45,7 @@ def formula(q, k, v, heads, scale=None, low=False, **limits):
     step = max(1, 2**27 // max(sq * sk, 1))
     for first in range(0, len(heads), step):
         b, h = torch.tensor(heads[first : first + step], device=q.device).T
-        mine = {n: np.asarray(x)[b.cpu()] if n in lengths else x for n, x in limits.items()}
+        mine = {n: np.asarray(x)[b.cpu().numpy()] if n in lengths else x for n, x in limits.items()}
         inside, _ = reference.interval(len(b) if lengths else 1, sq, sk, **mine)
         seen = torch.from_numpy(np.ascontiguousarray(inside)).to(q.device)
         s = scale * (q[b, h].to(real) @ k[b, h // group].to(real).mT)
