@@ -87,6 +87,21 @@ static inline int32_t fa_row_takes(const fa_row *row, const fa_what *w, int32_t 
            row->strided == strided && row->general == general && !(row->ones && w->lse.data);
 }
 
+/* The shape that a row is chosen for. Of packed sequences only the mean length is known, and, where
+ * a sequence's bits may not depend on the others, not even that: then the row is that of 1,024 rows
+ * and keys, whatever the lengths. */
+static inline fa_what fa_typical_shape(const fa_params *p) {
+    fa_what w = p->what;
+    if (!p->varlen.cu_q) return w;
+    int64_t sq = 1024, sk = 1024;
+    if (!w.batch_invariant && w.b > 0) {
+        sq = fa_ceil_div(p->varlen.total_q, w.b), sk = fa_ceil_div(p->varlen.total_k, w.b);
+        sq = sq < w.sq ? sq : w.sq, sk = sk < w.sk ? sk : w.sk;
+    }
+    w.sq = (int32_t)sq, w.sk = (int32_t)sk;
+    return w;
+}
+
 /* Whether a row takes this dtype, these head sizes, strides and score changes: which one is a
  * matter of cost. */
 static inline int32_t fa_has_row(const fa_params *p) {
@@ -99,7 +114,7 @@ static inline int32_t fa_has_row(const fa_params *p) {
 /* The row's index in fa_rows, or -1: no row takes the request. Least padding first, then least
  * time, then the order of the table. */
 static inline int32_t fa_choose_row(const fa_params *p, int32_t sms) {
-    const fa_what *w = &p->what;
+    const fa_what shape = fa_typical_shape(p), *w = &shape;
     const fa_masks *m = &p->masks;
     int32_t best = -1, least = 0, strided = fa_needs_strided(w), general = fa_needs_general(p);
     int64_t cost = -1; /* of the best row so far, where it was needed */

@@ -5,6 +5,7 @@
 #include "driver.h"
 #include "launch.cuh"
 #include "mask_bits.cuh"
+#include "packed.cuh"
 #include "rows.h"
 
 static_assert(FA_CUDA_NO_DEVICE == (int)cudaErrorNoDevice, "driver.h");
@@ -114,7 +115,8 @@ static fa_status find_device(int32_t id, const fa_sm90_device **device, fa_error
 
 /* A request without a score to compute: no query row, or no key for any of them. */
 static bool is_empty(const fa_what *w) {
-    return w->b == 0 || w->hq == 0 || w->sq == 0 || w->sk == 0;
+    return w->b == 0 || w->hq == 0 || w->sq == 0 || w->sk == 0 || w->q.shape[2] == 0 ||
+           w->k.shape[2] == 0;
 }
 
 static const char *dtype_name(fa_dtype dtype) {
@@ -149,7 +151,10 @@ static fa_status reject(const fa_params *p, fa_error *why) {
     if (w->dtype != FA_F16 && w->dtype != FA_BF16)
         return fa_fail(why, FA_UNSUPPORTED, "it takes float16 and bfloat16, not %s",
                        dtype_name(w->dtype));
-    if (p->varlen.cu_q) return fa_fail(why, FA_UNSUPPORTED, "it does not take `cu_seqlens_q` yet");
+    if (p->varlen.cu_q && (fa_needs_general(p) || p->scores.sink))
+        return fa_fail(why, FA_UNSUPPORTED,
+                       "it does not take masks, score changes or `dropout_p` with `cu_seqlens_q` "
+                       "yet");
     if (!fa_has_row(p))
         return fa_fail(why, FA_UNSUPPORTED, "it has no kernel for %s with d = %d and dv = %d",
                        dtype_name(w->dtype), w->d, w->dv);
@@ -172,6 +177,8 @@ static bool packs(const fa_params *p) {
 }
 
 static int64_t workspace(const fa_params *p) {
+    if (p->varlen.cu_q && !is_empty(&p->what))
+        return fa_packed_bytes(&p->varlen, p->what.b, fa_rows[chosen_row(p)].block_m);
     return packs(p) ? fa_mask_bits_make(&p->what, &p->masks, &p->scores.mask).bytes : 0;
 }
 
@@ -186,30 +193,42 @@ struct empty_args {
  * padding. Both 16-bit formats write 0 as 0. */
 static __global__ void write_empty_rows(const __grid_constant__ empty_args a) {
     const fa_what &w = a.what;
-    int64_t rows = (int64_t)w.b * w.hq * w.sq;
+    int64_t sq = w.out.shape[2], rows = w.out.shape[0] * w.hq * sq;
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-        int64_t i = row % w.sq, h = row / w.sq % w.hq, b = row / w.sq / w.hq;
+        int64_t i = row % sq, h = row / sq % w.hq, b = row / sq / w.hq;
         uint16_t *out = (uint16_t *)w.out.data + b * w.out.stride[0] + h * w.out.stride[1] +
                         i * w.out.stride[2];
         for (int32_t c = threadIdx.x; c < w.dv; c += blockDim.x) out[c * w.out.stride[3]] = 0;
         if (!w.lse.data || threadIdx.x != 0) continue;
-        const bool padding = i >= fa_sequence_lengths(&a.masks, b, w.sq, w.sk).sq;
+        const bool padding = a.sink && i >= fa_sequence_lengths(&a.masks, b, w.sq, w.sk).sq;
         ((float *)w.lse.data)[b * w.lse.stride[0] + h * w.lse.stride[1] + i * w.lse.stride[2]] =
             a.sink && !padding ? a.sink[h * a.sink_stride] : -INFINITY;
     }
+}
+
+/* Before the forward kernel, in the same stream: the list of its tiles. */
+static fa_status launch_list(const fa_params *p, int32_t block_m, void *workspace,
+                             fa_error *error) {
+    const fa_what *w = &p->what;
+    if (fa_packed_capacity(&p->varlen, w->b, block_m) > INT32_MAX)
+        return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 tiles of %d rows", block_m);
+    packed_args a = {fa_packed_make(w, &p->masks, &p->varlen, block_m, workspace), p->varlen,
+                     p->masks, w->sq, w->sk};
+    return fa_launch_kernel((const void *)list_tiles, 1, PACKED_THREADS, 0, p->where.stream, &a,
+                            error);
 }
 
 static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *workspace,
                         fa_error *error) {
     const fa_what *w = &p->what;
     if (!is_empty(w)) {
-        if (packs(p)) {
-            fa_status status = launch_pack_mask(p, device, workspace, error);
-            if (status != FA_OK) return status;
-        }
-        return launchers[fa_choose_row(p, device->sms)](p, device, workspace, error);
+        int32_t row = fa_choose_row(p, device->sms);
+        fa_status status = FA_OK;
+        if (p->varlen.cu_q) status = launch_list(p, fa_rows[row].block_m, workspace, error);
+        if (packs(p)) status = launch_pack_mask(p, device, workspace, error);
+        return status == FA_OK ? launchers[row](p, device, workspace, error) : status;
     }
-    int64_t rows = (int64_t)w->b * w->hq * w->sq;
+    int64_t rows = w->out.shape[0] * w->hq * w->out.shape[2];
     if (rows == 0) return FA_OK;
     int64_t blocks = rows < 8 * device->sms ? rows : 8 * device->sms;
     empty_args a = {*w, p->masks, p->scores.sink, p->scores.sink_stride};

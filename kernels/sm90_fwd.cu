@@ -21,6 +21,7 @@
 #include <stddef.h>
 
 #include "launch.cuh"
+#include "packed.h"
 #include "rows.h"
 #include "schedule.h"
 
@@ -85,6 +86,9 @@ static constexpr int K_BYTES = PANEL_N * panels<D>, V_BYTES = PANEL_N * panels<D
 struct item {
     int32_t b, h, row;   /* batch, query head, first query row */
     fa_lengths lengths;  /* of this sequence */
+    int32_t q, k;        /* packed: its first rows in the arrays; else 0 */
+    int32_t rows, keys;  /* rows to store, padding included; keys up to the array's end */
+    int32_t boxed;       /* rows that may leave in boxes of 16, which only the array's end clips */
     int32_t begin, end;  /* key blocks that some row sees */
     int32_t left, right; /* how many of them, from either side, not every row sees whole */
     fa_interval some[WARPGROUPS], whole[WARPGROUPS]; /* keys that one row, that all rows see */
@@ -126,10 +130,13 @@ struct kernel_args {
     array q, k, v, out_map;
     fa_tensor out;
     fa_schedule schedule;
+    fa_packed packed;
+    fa_varlen varlen;
     fa_masks masks;
     int32_t sq, sk, hq, group; /* group: query heads per key head */
     int32_t watch;             /* 1: keep no offset anywhere */
-    int32_t moves[3][2];       /* q, k, v: 0 where the stride of heads, of batches is 0 */
+    int32_t ahead;             /* packed: items that a block may have claimed, at most ITEMS */
+    int32_t moves[4][2];       /* q, k, v, out: 0 where the stride of heads, of batches is 0 */
     float scale;               /* times log2(e) */
     float *lse;                /* (b, hq, sq), strides in elements; NULL: not wanted */
     int64_t lse_stride[3];
@@ -243,7 +250,7 @@ PTX void clear_hidden_v(const kernel_args &a, const item &t, uint8_t *v, int32_t
                         int warpgroup) {
     int32_t begin = fa_row_interval(&a.masks, t.lengths, 0).begin;
     int32_t end = fa_row_interval(&a.masks, t.lengths, t.lengths.sq - 1).end;
-    if (key >= begin && min(key + BLOCK_N, a.sk) <= end) return;
+    if (key >= begin && min(key + BLOCK_N, t.keys) <= end) return;
     for (int i = threadIdx.x % 128; i < V_BYTES / 16; i += 128) {
         int32_t row = key + i / 8 % BLOCK_N;
         if (row < begin || row >= end) ((uint4 *)v)[i] = make_uint4(0, 0, 0, 0);
@@ -492,9 +499,8 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         if (DELAYED && st.open >= 0 && !next) {
             finish_tile(a, smem, st, warpgroup);
         }
-        if (last) {
-            /* Shared memory must not go before it has been read. */
-            if (STAGED) cp_async_bulk_wait_group_read();
+        if (last) { /* the copy engine may not have read all that has been stored */
+            if (STAGED && threadIdx.x % 32 == 0) cp_async_bulk_wait_group_read();
             return;
         }
         uint64_t q = wgmma_descriptor(smem_address(smem.q[slot][warpgroup]), 1);
@@ -659,15 +665,17 @@ static bool encode(CUtensorMap *map, const fa_sm90_device *device, const fa_tens
 extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm90_device *device,
                                                  void *workspace, fa_error *error) {
     const fa_what *w = &p->what;
-    int64_t tiles = (int64_t)w->b * w->hq * ((w->sq + BLOCK_M - 1) / BLOCK_M);
-    if (tiles > INT32_MAX)
+    const bool packed = p->varlen.cu_q != NULL;
+    int64_t tiles = packed ? w->hq * fa_packed_capacity(&p->varlen, w->b, BLOCK_M)
+                           : (int64_t)w->b * w->hq * ((w->sq + BLOCK_M - 1) / BLOCK_M);
+    int32_t slots = device->sms * BLOCKS_PER_SM;
+    if (tiles > INT32_MAX - slots)
         return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 tiles of %d rows", BLOCK_M);
     kernel_args a = {};
-    int32_t out_moves[2];
     if (!encode(&a.q, device, &w->q, 64, a.moves[0]) ||
         !encode(&a.k, device, &w->k, BLOCK_N, a.moves[1]) ||
         !encode(&a.v, device, &w->v, BLOCK_N, a.moves[2]) ||
-        (STAGED && !encode(&a.out_map, device, &w->out, 16, out_moves)))
+        (STAGED && !encode(&a.out_map, device, &w->out, 16, a.moves[3])))
         return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected q, k, v or out");
     a.out = w->out;
     a.masks = p->masks;
@@ -685,12 +693,18 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
 #if ROW_GENERAL
     a.b = w->b;
     a.scores = make_scores(p, workspace);
-#else
-    (void)workspace;
 #endif
-    int32_t slots = device->sms * BLOCKS_PER_SM;
     int32_t blocks = tiles < slots ? (int32_t)tiles : slots;
-    a.schedule = fa_schedule_make(w, &p->masks, BLOCK_M, blocks);
+    if (packed) {
+        a.packed = fa_packed_make(w, &p->masks, &p->varlen, BLOCK_M, workspace);
+        a.varlen = p->varlen;
+        /* Who claims far ahead takes the last tiles from blocks that have nothing left; but where
+         * tiles are short or many, only the time to find them counts. */
+        bool few = tiles < 16 * (int64_t)slots && p->varlen.total_k / w->b >= 4 * BLOCK_N;
+        a.ahead = few ? 2 : ITEMS;
+    } else {
+        a.schedule = fa_schedule_make(w, &p->masks, BLOCK_M, blocks);
+    }
 
     static uint64_t allowed;
     fa_status status = fa_allow_smem(&allowed, device, (const void *)ROW_NAME, SMEM_BYTES, error);

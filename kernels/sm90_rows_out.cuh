@@ -35,7 +35,7 @@ struct ending {
 
 PTX uint16_t *out_row(const kernel_args &a, const item &t, int32_t i) {
     return (uint16_t *)a.out.data + t.b * a.out.stride[0] + t.h * a.out.stride[1] +
-           i * a.out.stride[2];
+           (t.q + i) * a.out.stride[2];
 }
 
 /* The sink joins a row's sum `l` of 2^minus; its weight may be far beyond the row's. Returns what O
@@ -53,7 +53,7 @@ PTX float add_sink(float sink, float &l, float &minus) {
 PTX ending begin_end(const kernel_args &a, const item &t, rows_state &st, int warpgroup) {
     ending e;
     e.row = first_row(t, warpgroup);
-    e.rows = t.warpgroups >> warpgroup & 1 ? a.sq : 0;
+    e.rows = t.warpgroups >> warpgroup & 1 ? t.rows : 0;
     e.well = !softmax_is_coarse(st.softmax) || t.watch;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -72,7 +72,7 @@ PTX ending begin_end(const kernel_args &a, const item &t, rows_state &st, int wa
         if (l == 0.f) e.inverse[r] = 0.f;
         float lse = empty ? t.sink : (__log2f(sum) - minus) * 0.6931471805599453f;
         if (a.lse && row < e.rows && threadIdx.x % 4 == 0)
-            a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] + row * a.lse_stride[2]] =
+            a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] + (t.q + row) * a.lse_stride[2]] =
                 row < t.lengths.sq ? lse : -INFINITY;
     }
     softmax_start(st.softmax);
@@ -117,12 +117,23 @@ PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, cons
     for (int j = 0; j < DV / 8; j += 2)
         stmatrix_x4(row + j / 8 * O_BYTES + ((j % 8 + lane / 16 ^ lane % 8) << 4), o[2 * j],
                     o[2 * j + 1], o[2 * j + 2], o[2 * j + 3]);
+    int32_t first = e.row - lane / 4;
+    if (!uniform(first + 16 <= t.boxed)) { /* the next sequence's rows are not ours to write */
+        __syncwarp();
+        for (int i = lane; i < 16 * 8 * panels<DV>; i += 32) {
+            int32_t r = i / 8 % 16, column = i / 128 * 64 + i % 8 * 8;
+            uint4 chunk = *(uint4 *)&staged[i / 128][r * 128 + ((i % 8 ^ r % 8) << 4)];
+            if (first + r < e.rows && column < a.out.shape[3])
+                *(uint4 *)(out_row(a, t, first + r) + column) = chunk;
+        }
+        return;
+    }
     fence_proxy_async();
     __syncwarp();
     if (lane == 0 && e.rows) {
         for (int c = 0; c < panels<DV>; ++c)
-            cp_async_bulk_tensor_store(&a.out_map, smem_address(staged[c]), 64 * c, e.row, t.h,
-                                       t.b);
+            cp_async_bulk_tensor_store(&a.out_map, smem_address(staged[c]), 64 * c, t.q + e.row,
+                                       t.h, t.b * a.moves[3][1]);
         cp_async_bulk_commit_group();
     }
 #else

@@ -9,20 +9,48 @@
 #ifndef FASTATTN_SM90_SERVERS_CUH
 #define FASTATTN_SM90_SERVERS_CUH
 
-PTX void describe(const kernel_args &a, item &t, fa_tile tile) {
-    t.b = tile.head / a.hq;
-    t.h = tile.head % a.hq;
+/* Where the tile of this number lies. */
+PTX void locate(const kernel_args &a, item &t, int32_t number) {
+    fa_tile tile;
+    if (a.packed.counts) {
+        fa_packed_entry entry = a.packed.entries[number / a.hq];
+        fa_sequence s =
+            fa_packed_sequence(&a.packed, &a.varlen, &a.masks, entry.sequence, a.sq, a.sk);
+        tile = fa_packed_tile(&a.packed, number - entry.first * a.hq,
+                              max(fa_packed_m_blocks(&a.packed, s), 1), s.lengths.sk);
+        t.b = entry.sequence;
+        t.h = tile.head;
+        t.lengths = s.lengths;
+        t.q = s.q;
+        t.k = s.k;
+        t.rows = t.boxed = s.q_end - s.q;
+        t.keys = a.varlen.total_k - s.k;
+    } else {
+        tile = fa_schedule_tile(&a.schedule, number);
+        t.b = tile.head / a.hq;
+        t.h = tile.head % a.hq;
 #if ROW_GENERAL
-    if (a.scores.b_first) {
-        t.b = tile.head % a.b;
-        t.h = tile.head / a.b;
+        if (a.scores.b_first) {
+            t.b = tile.head % a.b;
+            t.h = tile.head / a.b;
+        }
+#endif
+        t.lengths = fa_sequence_lengths(&a.masks, t.b, a.sq, a.sk);
+        t.q = t.k = 0;
+        t.rows = a.sq;
+        t.keys = a.sk;
+        t.boxed = INT32_MAX;
     }
+    t.row = tile.m_block * BLOCK_M;
+}
+
+PTX void describe(const kernel_args &a, item &t, int32_t number) {
+    locate(a, t, number);
+    t.sink = a.sink ? a.sink[t.h * a.sink_stride] : -INFINITY;
+#if ROW_GENERAL
     describe_scores(a.scores, t.score, t.b, t.h);
     t.score.mid = 0; /* where there is no block */
 #endif
-    t.row = tile.m_block * BLOCK_M;
-    t.lengths = fa_sequence_lengths(&a.masks, t.b, a.sq, a.sk);
-    t.sink = a.sink ? a.sink[t.h * a.sink_stride] : -INFINITY;
     t.begin = t.end = t.left = t.right = 0;
     t.warpgroups = (1 << WARPGROUPS) - 1;
     t.watch = a.watch || !KEPT;
@@ -64,12 +92,24 @@ PTX uint32_t read_vote(smem_layout &smem, int32_t n) {
     return again;
 }
 
+/* The next tile's number for this block. Of packed sequences nobody knows on the host how many
+ * tiles there are, nor how long: blocks claim them one by one. Only who computes a tile depends on
+ * that, never its bits. `n`: the item that it is for. */
+PTX int32_t next_tile(const kernel_args &a, smem_layout &smem, int32_t n, int32_t *round) {
+    if (!a.packed.counts) return fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, round);
+    if (n == 0) return blockIdx.x; /* so that nobody's second tile is another's first */
+    int32_t left = n - a.ahead;    /* the item that must be done with */
+    if (left >= 0) mbarrier_wait(smem_address(&smem.item_empty[left % ITEMS]), left / ITEMS & 1);
+    return gridDim.x + atomicAdd(&a.packed.counts->claimed, 1);
+}
+
 /* Decides what comes next; runs ahead of the others, divisions and all. A tile ends when the
  * warpgroups meet the item behind it, so the last votes need one, of no rows, to be read. */
 PTX void schedule(const kernel_args &a, smem_layout &smem) {
     int32_t round = 0, read = 0;   /* read: items whose votes have been */
     int32_t flush = KEPT ? 0 : -1; /* the item of no rows; 0: not yet */
-    int32_t tile = fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, &round);
+    int32_t tiles = a.packed.counts ? a.packed.counts->entries * a.hq : a.schedule.tiles;
+    int32_t tile = next_tile(a, smem, 0, &round);
     for (int32_t n = 0;; ++n) {
         /* Votes are read where their slot is needed, all of them before the end. */
         uint32_t again = 0;
@@ -78,13 +118,14 @@ PTX void schedule(const kernel_args &a, smem_layout &smem) {
         item &t = smem.items[n % ITEMS];
         mbarrier_wait(smem_address(&smem.item_empty[n % ITEMS]), n / ITEMS & 1 ^ 1);
         t.last = 0;
+        bool taken = false;
         if (again) {
             t = smem.items[(read - 1) % ITEMS];
             t.warpgroups = again;
             t.watch = 1;
-        } else if (tile < a.schedule.tiles) {
-            describe(a, t, fa_schedule_tile(&a.schedule, tile));
-            tile = fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, &round);
+        } else if (tile < tiles) {
+            describe(a, t, tile);
+            taken = true;
         } else {
             t = item{}; /* no blocks, no warpgroups */
             t.last = flush != 0;
@@ -92,6 +133,7 @@ PTX void schedule(const kernel_args &a, smem_layout &smem) {
         }
         mbarrier_arrive(smem_address(&smem.item_full[n % ITEMS]));
         if (t.last) return;
+        if (taken) tile = next_tile(a, smem, n + 1, &round);
     }
 }
 
@@ -142,7 +184,7 @@ PTX void bring_q(const kernel_args &a, smem_layout &smem) {
             uint32_t full = smem_address(&smem.q_full[slot][w]);
             mbarrier_wait(smem_address(&smem.q_empty[slot][w]), n / Q_BUFFERS & 1 ^ 1);
             if (t.warpgroups >> w & 1)
-                load<64, D>(smem_address(smem.q[slot][w]), a.q, t.row + 64 * w, t.h, t.b,
+                load<64, D>(smem_address(smem.q[slot][w]), a.q, t.q + t.row + 64 * w, t.h, t.b,
                             a.moves[0], full, EVICT_FIRST);
             else
                 mbarrier_arrive(full);
@@ -184,9 +226,9 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
         int32_t blocks = t.end - t.begin;
         for (int32_t i = 0; i < blocks; ++i, advance(kv)) {
             mbarrier_wait(smem_address(&empty[kv.stage]), kv.parity ^ 1);
-            load<BLOCK_N, COLUMNS>(smem_address(stages[kv.stage]), from, key_block(t, i) * BLOCK_N,
-                                   t.h / a.group, t.b, moves, smem_address(&full[kv.stage]),
-                                   EVICT_LAST);
+            load<BLOCK_N, COLUMNS>(smem_address(stages[kv.stage]), from,
+                                   t.k + key_block(t, i) * BLOCK_N, t.h / a.group, t.b, moves,
+                                   smem_address(&full[kv.stage]), EVICT_LAST);
         }
 #endif
         __syncwarp(LOADERS == 32 ? ~0u : 1u); /* all have read the item, one without keys too */

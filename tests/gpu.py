@@ -71,7 +71,7 @@ def formula(
     step = max(1, 2**27 // max(sq * sk, 1))
     for first in range(0, len(heads), step):
         b, h = torch.tensor(heads[first : first + step], device=q.device).T
-        mine = {n: np.asarray(x)[b.cpu()] if n in lengths else x for n, x in limits.items()}
+        mine = {n: np.asarray(x)[b.cpu().numpy()] if n in lengths else x for n, x in limits.items()}
         inside, position = reference.interval(len(b) if lengths else 1, sq, sk, **mine)
         seen = torch.from_numpy(np.ascontiguousarray(inside)).to(q.device)
         if mask is not None and mask.dtype == torch.bool:
@@ -130,3 +130,53 @@ def complaints(out, lse, q, k, v, most=16, **keywords):
     b, h = torch.tensor(heads, device=q.device).T
     lse = None if lse is None else numpy(lse[b, h])[:, None]
     return reference.judge(numpy(out[b, h])[:, None], lse, exact, low)
+
+
+# --------------------------------------------------------------------------------- packed sequences
+
+
+def packed(lengths, hq, hk, d, dv=None, dtype=torch.bfloat16, tail=(0, 0), seed=0, device="cuda"):
+    """q, k, v of sequences with (query, key) rows each, and `tail` rows of NaN behind them."""
+    totals = np.sum(lengths, axis=0, dtype=np.int64).tolist()
+    arrays = []
+    for i, (h, size) in enumerate(((hq, d), (hk, d), (hk, dv or d))):
+        rows, rest = totals[i > 0], tail[i > 0]
+        x = normal(rows + rest, h, size, dtype=dtype, seed=3 * seed + i, device=device)
+        x[rows:] = torch.nan
+        arrays.append(x)
+    return arrays
+
+
+def offsets(lengths, device="cuda"):
+    """cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k."""
+    lengths = np.asarray(lengths, np.int64).reshape(-1, 2)
+    ends = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(lengths, axis=0)])
+    cu = torch.from_numpy(ends.astype(np.int32)).to(device)
+    return cu[:, 0].contiguous(), cu[:, 1].contiguous(), *lengths.max(axis=0, initial=0).tolist()
+
+
+def packed_complaints(out, lse, q, k, v, lengths, sequences=None, most=16, **keywords):
+    """`complaints` of each sequence (or of some), and of the rows that belong to none."""
+    ends, wrong = np.cumsum(np.asarray(lengths, np.int64).reshape(-1, 2), axis=0), []
+    for n in range(len(lengths)) if sequences is None else sequences:
+        sq, sk = (int(x) for x in lengths[n])
+        end_q, end_k = (int(x) for x in ends[n])
+        rows, keys = slice(end_q - sq, end_q), slice(end_k - sk, end_k)
+        own_out, own_lse = out[rows], None if lse is None else lse[:, rows]
+        if sq and not sk:
+            right = (own_out == 0).all() and (lse is None or (own_lse == -torch.inf).all())
+            wrong += [] if right else [f"sequence {n}: without keys, and not 0 and -inf"]
+        elif sq:
+            own = [x.transpose(0, 1)[None] for x in (own_out, q[rows], k[keys], v[keys])]
+            mine = {
+                name: x[n : n + 1] if name in ("q_lengths", "k_lengths") else x
+                for name, x in keywords.items()
+            }
+            said = complaints(
+                own[0], None if lse is None else own_lse[None], *own[1:], most=most, **mine
+            )
+            wrong += [f"sequence {n} of {sq}, {sk}: {x}" for x in said]
+    none = slice(int(ends[-1, 0]) if len(ends) else 0, None)
+    if (out[none] != 0).any() or (lse is not None and (lse[:, none] != -torch.inf).any()):
+        wrong.append("rows of no sequence are not 0 and -inf")
+    return wrong

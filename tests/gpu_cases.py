@@ -49,7 +49,7 @@ def rows():
 
 def odd(x):
     """The same values, one element more between the rows: not for the copy engine."""
-    room = torch.full((*x.shape[:3], x.shape[3] + 1), torch.nan, dtype=x.dtype)
+    room = torch.full((*x.shape[:-1], x.shape[-1] + 1), torch.nan, dtype=x.dtype)
     room[..., :-1] = x
     return room.cuda()[..., :-1]
 
@@ -73,6 +73,9 @@ def features(b, hq, sq, sk):
     yield "odd strides", {"odd": True}, {"causal": "top-left"}
     yield "peaked", {"factor": 100}, {"causal": True}  # tiles that are done again
     yield "sink", {}, {"sink": torch.linspace(-3, 3, hq), **limits}
+    yield "packed, full", {"packed": True}, {}
+    yield "packed, causal", {"packed": True}, {"causal": True}
+    yield "packed, odd strides", {"packed": True, "odd": True}, {"causal": "top-left"}
 
 
 def changes(b, hq, sq, sk):
@@ -109,6 +112,8 @@ def odd_on_host(x):
 
 def run(name, feature, sizes, dtype, shape, change, keywords):
     (d, dv), (b, h, sq, sk) = sizes, shape
+    if change.get("packed"):
+        return run_packed(name, feature, sizes, dtype, shape, change, keywords)
     q, k, v = arrays(b, h, change.get("hk", h), sq, sk, d, dv, dtype)
     q = q * change.get("factor", 1)
     move = odd if change.get("odd") else torch.Tensor.cuda
@@ -124,7 +129,31 @@ def run(name, feature, sizes, dtype, shape, change, keywords):
     lse = result[1].cpu() if want_lse else None
     whole = out if out._base is None else out._base
     got = whole.cpu()[..., :dv]
-    wrong = gpu.complaints(got, lse, q, k, v, most=8, **keywords)
+    return report(name, feature, gpu.complaints(got, lse, q, k, v, most=8, **keywords))
+
+
+def run_packed(name, feature, sizes, dtype, shape, change, keywords):
+    """As many rows in b sequences whose mean length, by which the row is chosen, is the shape's."""
+    (d, dv), (b, h, sq, sk) = sizes, shape
+    steps = [7 * (-1) ** n if n ^ 1 < b else 0 for n in range(b)]
+    lengths = [(sq + n, sk - n) for n in steps]
+    lengths[-1] = (lengths[-1][0] - 3, lengths[-1][1] - 3)  # three rows belong to none
+    q, k, v = gpu.packed(lengths, h, h, d, dv, dtype, (3, 3), device="cpu")
+    move = odd if change.get("odd") else torch.Tensor.cuda
+    out = move(torch.full((*q.shape[:2], dv), torch.nan, dtype=dtype))
+    want_lse = "full" not in feature
+    result = fastattn.attention_varlen(
+        *map(move, (q, k, v)), *gpu.offsets(lengths), **keywords, out=out, return_lse=want_lse
+    )
+    lse = result[1].cpu() if want_lse else None
+    got = (out if out._base is None else out._base).cpu()[..., :dv]
+    some = range(0, b, max(1, b // 4))
+    return report(
+        name, feature, gpu.packed_complaints(got, lse, q, k, v, lengths, some, 8, **keywords)
+    )
+
+
+def report(name, feature, wrong):
     print(f"{'WRONG' if wrong else 'ok   '}    {name} {feature} {'; '.join(wrong)}", flush=True)
     return not wrong
 
@@ -135,7 +164,13 @@ def main():
     right = []
     for name, (sizes, dtype, shape) in rows().items():
         for feature, change, keywords in (changes if "general" in name else features)(*shape):
-            if not smoke or feature in ("full", "peaked", "softcap", "bool mask"):
+            if not smoke or feature in (
+                "full",
+                "peaked",
+                "packed, causal",
+                "softcap",
+                "bool mask",
+            ):
                 right.append(run(name, feature, sizes, dtype, shape, change, keywords))
     print(f"{sum(right)} of {len(right)} right")
     sys.exit(not right or not all(right))

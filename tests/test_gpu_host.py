@@ -70,6 +70,14 @@ void mask_bits(int b, int hq, int sq, int sk, int64_t stride_b, int64_t stride_h
                     uses[n.bits / 16 + fa_bits_at(&n, plane, block, row)]++;
         }
 }
+int choose_packed(int b, int h, int total, int longest, int d, int invariant, int flags, int sms) {
+    static const int32_t cu;
+    fa_params p = {.what = {.dtype = FA_BF16, .b = b, .hq = h, .hk = h, .sq = longest,
+                            .sk = longest, .d = d, .dv = d, .batch_invariant = invariant}};
+    p.masks.flags = flags;
+    p.varlen = (fa_varlen){&cu, &cu, 0, 0, total, total};
+    return fa_choose_row(&p, sms);
+}
 int rows(void) { return FA_ROWS; }
 const char *row_name(int i) { return fa_rows[i].name; }
 int row_field(int i, int field) {
@@ -110,6 +118,45 @@ int64_t visit(int b, int hq, int hk, int sq, int sk, int d, int flags, int block
         }
     return outside;
 }
+"""
+
+# The kernel that lists the tiles of packed sequences, and what blocks then find by number.
+PACKED_SHIM = r"""
+#include <string.h>
+#include "fibers.h"
+#include "packed.cuh"
+
+static packed_args arguments;
+
+/* Returns the number of entries; `visits` (hq, total_q) counts how often a row is in a tile. */
+extern "C" int64_t list(int b, int hq, int hk, int total_q, int total_k, int sq, int sk,
+                        const int32_t *cu_q, const int32_t *cu_k, int flags, int block_m,
+                        int32_t *workspace, int64_t bytes, unsigned char *visits,
+                        int32_t *keys) {
+    fa_what w = {};
+    w.b = b, w.hq = hq, w.hk = hk, w.sq = sq, w.sk = sk, w.d = w.dv = 128;
+    fa_masks m = {};
+    m.flags = flags;
+    fa_varlen v = {cu_q, cu_k, 1, 1, total_q, total_k};
+    if (fa_packed_bytes(&v, b, block_m) > bytes) return -1;
+    fa_packed p = fa_packed_make(&w, &m, &v, block_m, workspace);
+    arguments = packed_args{p, v, m, sq, sk};
+    run_block([] { list_tiles(arguments); });
+    if (p.counts->claimed != 0) return -2;
+    int32_t tiles = p.counts->entries * hq;
+    for (int32_t n = 0; n < tiles; ++n) {
+        fa_packed_entry entry = p.entries[n / hq];
+        fa_sequence s = fa_packed_sequence(&p, &v, &m, entry.sequence, sq, sk);
+        int32_t m_blocks = fa_packed_m_blocks(&p, s);
+        fa_tile t = fa_packed_tile(&p, n - entry.first * hq, m_blocks, s.lengths.sk);
+        if (t.head < 0 || t.head >= hq || t.m_block < 0 || t.m_block >= m_blocks) return -3;
+        keys[n / hq] = s.lengths.sk;
+        for (int32_t i = t.m_block * block_m; i < (t.m_block + 1) * block_m; ++i)
+            if (i < s.q_end - s.q) visits[(int64_t)t.head * total_q + s.q + i]++;
+    }
+    return p.counts->entries;
+}
+extern "C" int length_class(int sk) { return fa_packed_class(sk); }
 """
 F16, BF16 = 3, 4
 
@@ -353,6 +400,106 @@ def test_each_tile_comes_exactly_once(host, flags):
             b, hq, hk, sq, sk, (64, 128, 256)[sk % 3], flags, block_m, blocks, *pointers
         )
         assert outside == 0 and (visits == 1).all(), (b, hq, hk, sq, sk, flags, block_m, blocks)
+
+
+# --------------------------------------------------------------------------------- packed sequences
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    (folder / "packed.cpp").write_text(PACKED_SHIM)
+    includes = f"-I{KERNELS} -I{Path(__file__).parent}".split()
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unused-function", "-shared", "-fPIC"]
+    command = ["g++", *flags, *includes, "packed.cpp", "-o", "packed.so"]
+    subprocess.run(command, cwd=folder, check=True)
+    library = ctypes.CDLL(str(folder / "packed.so"))
+    library.list.restype = ctypes.c_int64
+    return library
+
+
+def list_tiles(packed, cu_q, cu_k, total_q, total_k, heads=(4, 2), longest=None, flags=2, block=64):
+    """The list's entries, the visits of each row by each head, and the keys of each entry."""
+    b, capacity = len(cu_q) - 1, total_q // block + len(cu_q)
+    cu = [np.ascontiguousarray(x, np.int32) for x in (cu_q, cu_k)]
+    longest = longest or (total_q, total_k)
+    workspace = np.full(4 + 2 * capacity + 64 + 1000, -7, np.int32)
+    visits, keys = np.zeros((heads[0], total_q), np.uint8), np.zeros(capacity, np.int32)
+    pointers = [ctypes.c_void_p(x.ctypes.data) for x in (*cu, workspace, visits, keys)]
+    entries = packed.list(
+        b, *heads, total_q, total_k, *longest, *pointers[:2], flags, block, pointers[2],
+        ctypes.c_int64(4 * (len(workspace) - 1000)), *pointers[3:],
+    )  # fmt: skip
+    assert 0 <= entries <= capacity, entries
+    assert (workspace[4 + 2 * capacity :] == -7).all()  # nothing behind the list
+    return workspace[4 : 4 + 2 * entries].reshape(-1, 2), visits, keys[:entries]
+
+
+def ends(lengths):
+    return np.append(0, np.cumsum(lengths))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.parametrize("flags", [0, HAS_RIGHT, HAS_LEFT | HAS_RIGHT])
+def test_packed_rows_come_exactly_once(packed, flags):
+    rng = np.random.default_rng(5)
+    for case in range(25):
+        b = int(2 ** rng.uniform(0, 12))
+        most = (3, 64, 700, 5000)[case % 4] if b < 300 else 40
+        nq, nk = (rng.integers(0, most + 1, b) for _ in range(2))
+        if case % 5 == 0:
+            nq[rng.integers(b)] = nk[rng.integers(b)] = 9000
+        tail = int(rng.choice([0, 1, 300]))
+        hk, group = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+        entries, visits, keys = list_tiles(
+            packed, ends(nq), ends(nk), int(nq.sum()) + tail, int(nk.sum()), (hk * group, hk),
+            (int(rng.integers(1, 2 * most)), max(1, int(nk.max()))), flags,
+            (64, 128, 192)[case % 3],
+        )  # fmt: skip
+        assert (visits == 1).all()
+        # By classes of the number of keys, then as they come; the list of a sequence is one piece.
+        order = [packed.length_class(int(n)) for n in keys]
+        assert order == sorted(order)
+        for one in set(order):
+            mine = entries[np.array(order) == one, 0]
+            assert (np.diff(mine) >= 0).all()
+        firsts = {}
+        for i, (sequence, first) in enumerate(entries):
+            assert first == firsts.setdefault(sequence, i)
+
+
+def test_packed_classes(packed):
+    got = [packed.length_class(n) for n in range(5000)]
+    assert got == sorted(got, reverse=True) and got[0] == got[63] == 31 and got[64] == 30
+    assert [packed.length_class(n) for n in (2**16, 2**20, 2**30 - 1)] == [10, 2, 1]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_packed_offsets_that_make_no_sense(packed):
+    big, total = 2**31 - 1, 100_000
+    for cu in (
+        [0, total, 0, total, 0, total] * 100,
+        [0, 500, 300, total],
+        [7, -5, 2 * total, big],
+        [0, big, -big - 1, big, 1000],
+        [-big - 1] * 100,
+        [big] * 100,
+        np.random.default_rng(0).integers(-2000, 3 * total, 3000),
+    ):
+        list_tiles(packed, cu, cu, total, total)
+
+
+def test_packed_row_choice(host):
+    """By the mean length; with batch_invariant by no length at all."""
+
+    def name(*arguments):
+        return host.row_name(host.choose_packed(*arguments, SMS)).decode().split("bf16_")[1]
+
+    assert name(64, 16, 64 * 2048, 8192, 128, 0, CAUSAL) == "d128_2x128"
+    assert name(100_000, 2, 100_000 * 32, 64, 128, 0, 0) == "d128_1x64"
+    assert name(100_000, 2, 100_000 * 32, 20_000, 64, 0, 0) == "d64_1x64"
+    for d in (64, 128, 256):
+        assert len({name(b, 8, t, s, d, 1, 2) for b, t, s in [(1, 9, 9), (64, 10**6, 10**5)]}) == 1
 
 
 # -------------------------------------------------------------------------- sentences of the driver

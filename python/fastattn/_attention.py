@@ -202,7 +202,7 @@ def attention_varlen(
     On a GPU only the kernels see cu_seqlens; whatever they hold, nothing is read or written out of
     bounds. The first number counts as 0, each other as the nearest from 0 to the total; a sequence
     that ends before it starts is empty; of one longer than max_seqlen the first so many rows count,
-    and later ones are as past seqused. Rows of q that two sequences claim may hold anything.
+    and later ones are as past seqused. Where two sequences claim rows of q, out may hold anything.
 
     Args:
         q: (total_q, hq, d) of float64, float32, float16 or bfloat16. Any strides.

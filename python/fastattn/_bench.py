@@ -53,6 +53,26 @@ class Cell:
     inputs: str = "normal"  # or "qx16", "qx40", "qx100", "spike": one huge key late in the row
     clock: str = "call"  # or "host": Python to launch; "sustained": one second without a pause
     change: str = ""  # of the scores: "softcap", "alibi", "sink", "dropout"
+    lengths: str = ""  # packed sequences: a name in LENGTHS; s is the longest that there may be
+
+    @functools.cached_property
+    def packed(self):
+        """The lengths of the b packed sequences, or None."""
+        return LENGTHS[self.lengths](np.random.default_rng(0), self) if self.lengths else None
+
+    @property
+    def scores(self):
+        """Visible ones, of one head of all sequences."""
+        if self.packed is not None:
+            n = self.packed.astype(float)
+            return float((n * (n + 1) / 2 if self.mask == "causal" else n * n).sum())
+        if self.mask == "window":
+            return float(self.b * sum(min(i + 1, WINDOW) for i in range(self.s)))
+        return self.b * self.s**2 / (2 if self.mask == "causal" else 1)
+
+    @property
+    def rows(self):
+        return self.b * self.s if self.packed is None else int(self.packed.sum())
 
     @property
     def kv(self):
@@ -62,26 +82,21 @@ class Cell:
     @property
     def label(self):
         (hk, dv), hq, d = self.kv, self.hq, self.d
-        extra = [x for x in (self.inputs, self.clock) if x not in ("normal", "call")]
-        extra += [self.change] if self.change else []
+        extra = [x for x in (self.lengths, self.inputs, self.clock, self.change) if x]
+        extra = [x for x in extra if x not in ("normal", "call")]
         heads, size = f"{hq}:{hk}" if hk != hq else hq, f"{d}/{dv}" if dv != d else d
         words = (self.dtype, f"b{self.b}", f"h{heads}", f"s{self.s}", f"d{size}", self.mask, *extra)
         return " ".join(words)
 
     @property
     def flops(self):
-        per_score, scores = 2 * (self.d + self.kv[1]), self.s**2
-        if self.mask == "causal":
-            scores /= 2
-        elif self.mask == "window":
-            scores = sum(min(i + 1, WINDOW) for i in range(self.s))
-        return per_score * self.b * self.hq * scores
+        return 2 * (self.d + self.kv[1]) * self.hq * self.scores
 
     @property
     def bytes(self):
         """Each input read once, the output written once."""
         hk, dv = self.kv
-        elements = self.b * self.s * (self.hq * (self.d + dv) + hk * (self.d + dv))
+        elements = self.rows * (self.hq * (self.d + dv) + hk * (self.d + dv))
         return elements * SIZE[self.dtype] + math.prod(self.mask_shape) * self.mask_bytes
 
     @property
@@ -101,6 +116,10 @@ WINDOW = 1024  # keys that a row of a "window" cell sees: window=(1023, 0)
 # Dense masks, and what of b and h they have: half of the elements, half of the blocks of 128 x 128
 # are True; normal numbers that are added
 DENSE = {"bool": "", "blocks": "", "bf16": "", "bf16-b": "b", "bf16-h": "h"}
+LENGTHS = {  # of packed sequences
+    "exp2048": lambda rng, cell: np.minimum(cell.s, 1 + rng.exponential(2048, cell.b)).astype(int),
+    "uniform": lambda rng, cell: rng.integers(1, cell.s + 1, cell.b),
+}
 UNITS = {"cuda": ("TFLOP/s", 1e-12), "cpu": ("GFLOP/s", 1e-9)}
 SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASKS = ("full", "causal")
@@ -162,6 +181,10 @@ def _suites():
         "gpu-flex": [
             Cell("gpu-flex", "cuda", 16384 // s, 16, s, 128, mask=m)
             for m, s in product(MASKS, (1024, 4096, 16384))
+        ],
+        "gpu-varlen": [
+            Cell("gpu-varlen", "cuda", 64, 16, 8192, 128, mask="causal", lengths="exp2048"),
+            Cell("gpu-varlen", "cuda", 100_000, 2, 64, 128, lengths="uniform"),
         ],
         "gpu-host": [Cell("gpu-host", "cuda", 1, 8, 128, 64, clock="host")],
     }
@@ -336,7 +359,7 @@ def arrays_for(device):
 @dataclasses.dataclass(frozen=True)
 class Peer:
     """`build(cell, q, k, v, mask)` gives a function without arguments, or raises: not installed,
-    or not for this cell. Arrays are (b, h, s, d)."""
+    or not for this cell. Arrays are (b, h, s, d); of packed sequences (1, h, total, d)."""
 
     name: str
     device: str
@@ -366,6 +389,8 @@ def refuse_changes(cell):
 def _ours(backend=None, package=fastattn):
     def build(cell, q, k, v, mask):
         causal = cell.mask == "causal"
+        if cell.lengths:
+            return _packed_call(package.attention_varlen, cell, q, k, v, backend=backend)
         if cell.clock == "host":  # the drop-in against what it replaces
             sdpa = package.scaled_dot_product_attention
             return lambda: sdpa(q, k, v, is_causal=causal)
@@ -381,6 +406,24 @@ def _ours(backend=None, package=fastattn):
         return lambda out=None: package.attention(q, k, v, out=out, **keywords)
 
     return build
+
+
+def _packed_call(function, cell, q, k, v, **keywords):
+    """A call of flash-attn's packed interface, (total, h, d), which is ours too."""
+    cu = np.append(0, np.cumsum(cell.packed)).astype(np.int32)
+    cu = importlib.import_module("torch").from_numpy(cu).to(q.device)
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    most = int(cell.packed.max())
+    keywords |= dict(zip(names, (cu, cu, most, most), strict=True))
+    keywords["causal"] = cell.mask == "causal"
+
+    def run(out=None):
+        more = {} if out is None else {"out": out[0].transpose(0, 1)}
+        out = function(q, k, v, **keywords, **more)
+        return (out[0] if isinstance(out, tuple) else out).transpose(0, 1)[None]
+
+    return run
 
 
 def _sdpa(cell, q, k, v, mask):
@@ -410,7 +453,10 @@ def _flash_attn(module):
     """The packages that speak flash-attn's interface: (b, s, h, d), causal=."""
 
     def build(cell, q, k, v, mask):
-        call = importlib.import_module(module).flash_attn_func
+        package = importlib.import_module(module)
+        if cell.lengths:
+            return _packed_call(package.flash_attn_varlen_func, cell, q, k, v)
+        call = package.flash_attn_func
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
         refuse_changes(cell)
         if mask is not None:
@@ -517,6 +563,14 @@ def _package(name, module):
     return importlib.import_module(name)
 
 
+def _dense(cell):
+    """Padded where that is the same order of work; else as much work in sequences of 4,096."""
+    if cell.s <= 64:
+        return dataclasses.replace(cell, lengths="")
+    b = max(1, round(2 * cell.scores / 4096**2))
+    return dataclasses.replace(cell, lengths="", b=b, s=4096)
+
+
 def peers(backend=None, modules=()):
     """Everyone who may be asked, ours first; the variants of ours run beside it like peers.
     `modules`: (name, file) of other builds, to be measured against this one."""
@@ -535,6 +589,7 @@ def peers(backend=None, modules=()):
         Peer("plain", "cuda", ours, ("gpu-scores",), _plain),
         Peer("causal", "cuda", ours, ("gpu-window",), _causal),
         Peer("32 kv heads", "cuda", ours, ("gpu-gqa",), _mha),
+        Peer("dense", "cuda", ours, ("gpu-varlen",), _dense),
         Peer("cudnn", "cuda", _sdpa, context=_only("CUDNN_ATTENTION")),
         Peer("fa3", "cuda", _flash_attn("fa3_fwd_interface")),
         Peer("fa4", "cuda", _flash_attn("flash_attn.cute")),
@@ -545,7 +600,17 @@ def peers(backend=None, modules=()):
     ]
 
 
-VARIANTS = ["fastattn", "unmasked", "1 thread", "ordinary", "32 kv heads", "plain", "causal"]
+VARIANTS = [
+    "fastattn",
+    "unmasked",
+    "1 thread",
+    "ordinary",
+    "32 kv heads",
+    "plain",
+    "causal",
+    "dense",
+]
+PACKED = ["fa3", "fa4"]  # the others who take packed sequences
 
 # -------------------------------------------------------------------------- inputs and reference
 
@@ -553,6 +618,10 @@ VARIANTS = ["fastattn", "unmasked", "1 thread", "ordinary", "32 kv heads", "plai
 def make_inputs(arrays, cell, seed=0):
     """q, k, v, mask of a cell; normal numbers, never zeros: those are faster than real ones."""
     rng, (hk, dv), s = np.random.default_rng(seed), cell.kv, cell.s
+    if cell.lengths:
+        shapes = (cell.rows, cell.hq, cell.d), (cell.rows, hk, cell.d), (cell.rows, hk, dv)
+        q, k, v = (arrays.normal(rng, x, cell.dtype).transpose(0, 1)[None] for x in shapes)
+        return q, k, v, None
     q = arrays.normal(rng, (cell.b, cell.hq, s, cell.d), cell.dtype)
     k = arrays.normal(rng, (cell.b, hk, s, cell.d), cell.dtype)
     v = arrays.normal(rng, (cell.b, hk, s, dv), cell.dtype)
@@ -620,6 +689,8 @@ def sampled(arrays, cell, inputs):
     [(b, h, rows, exact, low)]."""
     q, k, v, mask = inputs
     rng = np.random.default_rng(1)
+    if cell.lengths:
+        return sampled_packed(arrays, cell, q, k, v)
     heads = {(0, 0), (cell.b - 1, cell.hq - 1)}
     heads |= {(int(rng.integers(cell.b)), int(rng.integers(cell.hq))) for _ in range(2)}
     rows = np.unique(np.r_[0, cell.s - 1, rng.integers(0, cell.s, 62)])
@@ -646,6 +717,21 @@ def sampled(arrays, cell, inputs):
         if "dropout_p" in change:
             more["kept"] = dropped(change["dropout_p"], change["seed"], b, h, rows, cell.s)
         samples.append((b, h, rows, *reference(qi[rows], kj, vj, seen, cell.dtype, **more)))
+    return samples
+
+
+def sampled_packed(arrays, cell, q, k, v):
+    """The same of the longest sequence, the first, the last and one more; b is 0."""
+    rng, n, samples = np.random.default_rng(1), cell.packed, []
+    for b in sorted({0, cell.b - 1, int(n.argmax()), int(rng.integers(cell.b))}):
+        h, mine = int(rng.integers(cell.hq)), slice(int(n[:b].sum()), int(n[: b + 1].sum()))
+        rows = np.unique(np.r_[0, n[b] - 1, rng.integers(0, n[b], 62)])
+        seen = np.ones((len(rows), n[b]), bool)
+        if cell.mask == "causal":
+            seen = rows[:, None] >= np.arange(n[b])
+        qi, kj, vj = (arrays.float64(x[0, h * x.shape[1] // cell.hq, mine]) for x in (q, k, v))
+        rest = reference(qi[rows], kj, vj, seen, cell.dtype)
+        samples.append((0, h, mine.start + rows, *rest))
     return samples
 
 
@@ -685,9 +771,11 @@ def measure(arrays, cell, everyone, options):
             continue
         if options.peers and peer.name not in (*VARIANTS, *options.peers):
             continue
+        if cell.lengths and peer.name not in (*VARIANTS, *PACKED):
+            continue
         own = peer.of(cell) if peer.of else cell
         row = {"implementation": peer.name, "label": cell.label, **dataclasses.asdict(cell)}
-        row |= {"work": cell.flops, "traffic": cell.bytes}
+        row |= {"work": own.flops, "traffic": own.bytes}
         try:
             mine, expected = copies, samples
             if own != cell:
