@@ -159,12 +159,14 @@ PTX void advance(cursor &c) {
     c.parity ^= wrap;
 }
 
+#if !ROW_GENERAL
 /* The i-th key block of an item: the masked ones first, from the right, then from the left. */
 PTX int32_t key_block(const item &t, int32_t i) {
     if (i < t.right) return t.end - 1 - i;
     if (i < t.right + t.left) return t.begin + i - t.right;
     return t.end - 1 - (i - t.left);
 }
+#endif
 
 #include "sm90_servers.cuh"
 
