@@ -368,6 +368,12 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
     float scale = fabsf(a.scores.scale);
 #else
     float scale = a.scale;
+    if ((WATCH || MASKED) && scale < 0.f) { /* the greatest score must give the greatest P */
+#pragma unroll
+        for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
+        scale = -scale;
+    }
+    if (MASKED && cut) mask_scores(seen, s);
 #endif
     float2 minus = make_float2(st.softmax.minus[0], st.softmax.minus[1]);
     if (WATCH) {
@@ -382,13 +388,6 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
             fetch_mask<0>(a.scores, t.score, mask, row, key, a.sq, a.sk, bits);
             final_scores(a, t, s, mask, key, cut, warpgroup);
         }
-#else
-        if (scale < 0.f) {
-#pragma unroll
-            for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
-            scale = -scale;
-        }
-        if (MASKED && cut) mask_scores(seen, s);
 #endif
         /* The first block of a tile sets the tops. A later one without a P V pending may belong to
          * a tile that keeps them. */
@@ -397,8 +396,12 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
         if (first || __any_sync(~0u, watch && softmax_exceeds(st.softmax, s)))
             softmax_raise<range, PLACE == NEXT>(st.softmax, s, st.o, scale);
         minus = softmax_center<range>(st.softmax, s);
-    } else if (MASKED && cut) {
-        mask_scores(seen, s);
+    } else if (MASKED) {
+        /* Rows that see their first key here: a row of few is exact only with a top of its own. */
+        if (__any_sync(~0u, fminf(st.softmax.top[0], st.softmax.top[1]) == -INFINITY)) {
+            softmax_raise<range, true>(st.softmax, s, st.o, scale);
+            minus = make_float2(st.softmax.minus[0], st.softmax.minus[1]);
+        }
     }
     if (DELAYED) {
         softmax_exp<!ONES>(st.softmax, s, scale, minus);

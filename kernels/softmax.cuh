@@ -50,8 +50,8 @@ PTX bool softmax_exceeds(const softmax_rows &rows, const float (&s)[N]) {
     return top[0] > rows.limit[0] || top[1] > rows.limit[1];
 }
 
-/* Raises the tops of the rows that need it; their O and l shrink by the same factor (FIRST: they
- * are 0 still). */
+/* Raises the tops of the rows that need it; their O and l shrink by the same factor. FIRST: only of
+ * rows that have none yet, whose O and l are 0. */
 template <class RANGE, bool FIRST, int N, int M>
 PTX void softmax_raise(softmax_rows &rows, const float (&s)[N], float (&o)[M], float scale) {
     float slack = (RANGE::MARGIN + RANGE::SLACK) / scale;
@@ -63,7 +63,7 @@ PTX void softmax_raise(softmax_rows &rows, const float (&s)[N], float (&o)[M], f
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
         float before = rows.top[r];
-        bool raise = top > before + slack;
+        bool raise = top > (FIRST && before != -INFINITY ? INFINITY : before + slack);
         top = raise ? top : before;
         float shrink = raise ? ex2_approx((before - top) * scale) : 1.f;
         float limit = top + slack;
