@@ -5,12 +5,13 @@
  *
  * A block stays on its SM and works through tiles of 64 * WARPGROUPS query rows of one head. Each
  * MMA warpgroup owns 64 rows of a tile and keeps S, P and O in registers. Four more warps serve
- * them, one thread each: one decides what comes next, one brings Q and K, one V, one takes O away.
+ * them, one thread each: one decides what comes next, one brings Q, one K, one V. A tile ends while
+ * the next one's first block is under way (NEXT, below).
  *
  * The softmax offset (softmax.cuh) comes from the first, masked key blocks of a tile. KEPT rows
- * never look at it again: their main loop has no maximum at all. At the end of a tile each
- * warpgroup votes whether everything stayed finite and in range; if not, it stores nothing, and the
- * tile comes again for the warpgroups that need it, with the loop that watches every score.
+ * never look at it again: their main loop has no maximum at all. At the end of a tile each warp
+ * votes whether everything stayed finite and in range; if not, the tile comes again for its
+ * warpgroup, with the loop that watches every score, and what was stored is stored once more.
  *
  * GENERAL rows change scores (sm90_scores.cuh): they watch every score, always, and take their key
  * blocks from the right to the left, those that a bool mask hides from all rows left out.
