@@ -761,7 +761,12 @@ def test_batch_invariant(d):
 # ------------------------------------------------------------------------------------ against cuDNN
 
 
-@pytest.mark.xfail(reason="P of a row's largest score is no power of 2: kernels/README.md")
+# Strict: when one of them passes, its part of the bar is met, and the mark must go.
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="P of a row's largest score is no power of 2: kernels/README.md",
+)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d", "s"), [(64, 512), (64, 4096), (128, 512), (128, 4096)])
