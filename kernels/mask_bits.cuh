@@ -15,9 +15,8 @@ enum { PACK_THREADS = 256 };
 
 struct pack_args {
     fa_tensor mask;
-    fa_masks masks;
+    fa_masks masks; /* nothing where the mask alone is packed */
     fa_mask_bits layout;
-    int32_t sq, sk;
     int32_t vectors; /* 4 keys of a row can be read at once */
     int64_t tasks;
     uint8_t *map;
@@ -42,7 +41,7 @@ static __global__ void __launch_bounds__(PACK_THREADS)
         const int32_t group = task % n.groups, part = task / n.groups % (4 * n.words);
         const int64_t plane = task / n.groups / (4 * n.words);
         const int32_t b = plane / n.heads, h = plane % n.heads;
-        const fa_lengths lengths = fa_sequence_lengths(&a.masks, b, a.sq, a.sk);
+        const fa_lengths lengths = fa_sequence_lengths(&a.masks, b, n.rows, n.keys);
         const int32_t block = 8 * part + warp, key = block * FA_BITS_KEYS + 4 * lane;
         const uint8_t *mask =
             (const uint8_t *)a.mask.data + b * a.mask.stride[0] + h * a.mask.stride[1];
@@ -59,11 +58,11 @@ static __global__ void __launch_bounds__(PACK_THREADS)
                     bytes[r] = 0;
                     if (top + r >= lengths.sq) continue;
                     if (a.vectors) {
-                        if (key < a.sk) bytes[r] = *(const uint32_t *)(from + key);
+                        if (key < n.keys) bytes[r] = *(const uint32_t *)(from + key);
                     } else {
 #pragma unroll
                         for (int p = 0; p < 4; ++p)
-                            if (key + p < a.sk)
+                            if (key + p < n.keys)
                                 bytes[r] |= (uint32_t)from[(key + p) * a.mask.stride[3]] << 8 * p;
                     }
                 }
@@ -104,12 +103,10 @@ static inline fa_status launch_pack_mask(const fa_params *p, const fa_sm90_devic
     const fa_tensor *mask = &p->scores.mask;
     pack_args a = {};
     a.mask = *mask;
-    a.masks = p->masks;
-    a.layout = fa_mask_bits_make(&p->what, &p->masks, mask);
-    a.sq = p->what.sq;
-    a.sk = p->what.sk;
+    a.layout = fa_mask_bits_make(&p->what, &p->masks, &p->varlen, mask);
+    if (!a.layout.bare) a.masks = p->masks;
     a.vectors =
-        mask->stride[3] == 1 && a.sk % 4 == 0 &&
+        mask->stride[3] == 1 && a.layout.keys % 4 == 0 &&
         ((uintptr_t)mask->data | mask->stride[0] | mask->stride[1] | mask->stride[2]) % 4 == 0;
     a.tasks = (int64_t)a.layout.batches * a.layout.heads * a.layout.words * 4 * a.layout.groups;
     a.map = (uint8_t *)workspace;

@@ -42,7 +42,9 @@ FA_INLINE int64_t fa_packed_capacity(const fa_varlen *v, int32_t b, int32_t bloc
     return (int64_t)v->total_q / block_m + b + 1;
 }
 
+/* Of the workspace; a bool mask is packed behind them (mask_bits.h). None if nothing is packed. */
 FA_INLINE int64_t fa_packed_bytes(const fa_varlen *v, int32_t b, int32_t block_m) {
+    if (!v->cu_q) return 0;
     int64_t entries = fa_packed_capacity(v, b, block_m);
     return (FA_PACKED_COUNTS_BYTES + entries * (int64_t)sizeof(fa_packed_entry) + 255) / 256 * 256;
 }
@@ -69,6 +71,19 @@ FA_INLINE fa_sequence fa_packed_sequence(const fa_packed *p, const fa_varlen *v,
     fa_sequence rest = {{0, 0, 0}, 0, v->total_q, 0};
     rest.q = fa_first_row(v->cu_q, v->cu_q_stride, p->b, v->total_q);
     return rest;
+}
+
+/* The last of b >= 1 sequences that starts at this row of q or before: it has it, if any has. */
+FA_INLINE int32_t fa_packed_at(const fa_varlen *v, int32_t b, int32_t row) {
+    int32_t first = 0;
+    for (int32_t end = b; end - first > 1;) {
+        int32_t middle = first + (end - first) / 2;
+        if (fa_first_row(v->cu_q, v->cu_q_stride, middle, v->total_q) <= row)
+            first = middle;
+        else
+            end = middle;
+    }
+    return first;
 }
 
 FA_INLINE int32_t fa_packed_m_blocks(const fa_packed *p, fa_sequence s) {

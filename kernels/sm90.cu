@@ -171,15 +171,18 @@ static int32_t chosen_row(const fa_params *p) {
 
 static const char *kernel(const fa_params *p) { return fa_rows[chosen_row(p)].name; }
 
-/* A bool mask is packed there first. */
+/* A bool mask is packed in the workspace first. */
 static bool packs(const fa_params *p) {
     return p->scores.mask.data && p->scores.mask_dtype == FA_BOOL && !is_empty(&p->what);
 }
 
 static int64_t workspace(const fa_params *p) {
+    int64_t bytes = 0;
     if (p->varlen.cu_q && !is_empty(&p->what))
-        return fa_packed_bytes(&p->varlen, p->what.b, fa_rows[chosen_row(p)].block_m);
-    return packs(p) ? fa_mask_bits_make(&p->what, &p->masks, &p->scores.mask).bytes : 0;
+        bytes = fa_packed_bytes(&p->varlen, p->what.b, fa_rows[chosen_row(p)].block_m);
+    if (packs(p))
+        bytes += fa_mask_bits_make(&p->what, &p->masks, &p->varlen, &p->scores.mask).bytes;
+    return bytes;
 }
 
 struct empty_args {
@@ -224,8 +227,9 @@ static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *
     if (!is_empty(w)) {
         int32_t row = fa_choose_row(p, device->sms);
         fa_status status = FA_OK;
+        char *mask = (char *)workspace + fa_packed_bytes(&p->varlen, w->b, fa_rows[row].block_m);
         if (p->varlen.cu_q) status = launch_list(p, fa_rows[row].block_m, workspace, error);
-        if (packs(p)) status = launch_pack_mask(p, device, workspace, error);
+        if (packs(p) && status == FA_OK) status = launch_pack_mask(p, device, mask, error);
         return status == FA_OK ? launchers[row](p, device, workspace, error) : status;
     }
     int64_t rows = w->out.shape[0] * w->hq * w->out.shape[2];

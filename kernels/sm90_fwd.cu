@@ -114,7 +114,8 @@ struct smem_layout {
     item items[ITEMS];
     uint32_t again[ITEMS]; /* the votes: bit w, warpgroup w could not keep its offset */
 #if ROW_GENERAL
-    uint32_t tags[STAGES]; /* which block of K is in a stage, and who sees it */
+    uint32_t tags[STAGES];        /* which block of K is in a stage, and who sees it */
+    uint4 columns[WARPGROUPS][4]; /* keys of a block that some row of a tile's quarter sees */
 #endif
 };
 static_assert(offsetof(smem_layout, o) % 1024 == 0, "the copy engine's pattern");
@@ -169,6 +170,22 @@ PTX int32_t key_block(const item &t, int32_t i) {
 }
 #endif
 
+/* The warpgroup does not compute this item, or its rows see nothing. */
+PTX bool has_no_keys(const item &t, int warpgroup) {
+    fa_interval some = t.some[warpgroup];
+    return !(t.warpgroups >> warpgroup & 1) || some.begin >= some.end;
+}
+
+/* How much of a block of keys a warpgroup's rows see. */
+enum seen { NONE, PART, WHOLE };
+PTX enum seen see_interval(const item &t, int32_t block, int warpgroup) {
+    fa_interval some = t.some[warpgroup], whole = t.whole[warpgroup];
+    int32_t key = block * BLOCK_N;
+    bool none = has_no_keys(t, warpgroup) || key >= some.end || key + BLOCK_N <= some.begin;
+    bool part = key < whole.begin || key + BLOCK_N > whole.end;
+    return none ? NONE : part ? PART : WHOLE;
+}
+
 #include "sm90_servers.cuh"
 
 /* ---- an MMA warpgroup -------------------------------------------------------------------------*/
@@ -209,20 +226,8 @@ PTX uint32_t first_scores(int32_t columns) {
     return scores < 32 ? (1u << scores) - 1 : ~0u;
 }
 
-/* The warpgroup does not compute this item, or its rows see nothing. */
-PTX bool has_no_keys(const item &t, int warpgroup) {
-    fa_interval some = t.some[warpgroup];
-    return !(t.warpgroups >> warpgroup & 1) || some.begin >= some.end;
-}
-
-/* How much of a block of keys a warpgroup's rows see. */
-enum seen { NONE, PART, WHOLE };
 PTX enum seen see(const item &t, int32_t block, int warpgroup) {
-    fa_interval some = t.some[warpgroup], whole = t.whole[warpgroup];
-    int32_t key = block * BLOCK_N;
-    bool none = has_no_keys(t, warpgroup) || key >= some.end || key + BLOCK_N <= some.begin;
-    bool part = key < whole.begin || key + BLOCK_N > whole.end;
-    return (enum seen)uniform(none ? NONE : part ? PART : WHOLE);
+    return (enum seen)uniform(see_interval(t, block, warpgroup));
 }
 
 /* Which scores of a block this thread's two rows see, a bit each. */
@@ -303,20 +308,68 @@ PTX enum seen see_tag(const kernel_args &a, const item &t, uint32_t tag, int war
 #endif
 
 #if ROW_GENERAL
+/* How a warp caps its scores depends on the largest. Where bits may not depend on other sequences,
+ * whose rows and keys a tile may run into, only its own count; elsewhere -1. */
+PTX int32_t are_far(const kernel_args &a, const item &t, const float (&s)[BLOCK_N / 2], int32_t row,
+                    int32_t key) {
+    if (!(a.watch && a.packed.counts && a.scores.caps)) return -1;
+    sight own = look(a, t, row, key);
+    float top = 0.f;
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 2; ++i)
+        if (own.rows[i / 2 & 1] >> (i / 4 * 2 + i % 2) & 1) top = fmaxf(top, fabsf(s[i]));
+    return __any_sync(~0u, top * fabsf(a.scores.cap_scale) > 0.5f) != 0;
+}
+
 /* Scores as the definition has them, of the sign that `scale` would have, and -inf where a row does
  * not see a key. */
 PTX void final_scores(const kernel_args &a, const item &t, float (&s)[BLOCK_N / 2],
                       mask_words &mask, int32_t key, bool cut, int warpgroup) {
     const int32_t row = first_row(t, warpgroup), top = t.row + 64 * warpgroup;
     change_scores(a.scores, t.score, s, mask, row, key, a.sq, a.sk,
-                  fa_row_position(&a.masks, t.lengths, top), row - top);
+                  fa_row_position(&a.masks, t.lengths, top), row - top, are_far(a, t, s, row, key));
     if (a.scores.scale < 0.f)
 #pragma unroll
         for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
-    if (cut && a.scores.mask == BITS)
+    if (cut && a.scores.mask == BITS) {
+        if (a.scores.bits.bare && see(t, key / BLOCK_N, warpgroup) != WHOLE) {
+            sight inside = look(a, t, row, key);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) mask[r] &= inside.rows[r];
+        }
         hide_scores(s, mask);
-    else if (cut)
+    } else if (cut) {
         mask_scores(look(a, t, row, key), s);
+    }
+}
+
+/* clear_holes() where a bool mask and intervals hide keys, each its own: a row and a thread of the
+ * warpgroup at a time, for what both together leave to the tile's rows is in no array. */
+PTX void clear_bare_holes(const kernel_args &a, const item &t, smem_layout &smem, uint8_t *v,
+                          int32_t key, int warpgroup) {
+    static_assert(BLOCK_M == 128, "a row a thread");
+    const int32_t row = t.row + threadIdx.x % 128, warp = threadIdx.x % 128 / 32;
+    const int32_t skip = key % FA_BITS_KEYS;
+    const uint4 mask = load_v4(
+        a.scores.words + 4 * fa_bits_at(&a.scores.bits, t.score.plane, key / FA_BITS_KEYS, row));
+    const fa_interval inside = fa_row_interval(&a.masks, t.lengths, row);
+    uint32_t seen[4] = {mask.x, mask.y, mask.z, mask.w};
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        const int32_t column = key + 2 * c;
+        const uint32_t keys =
+            first_scores(inside.end - column) & ~first_scores(inside.begin - column);
+        seen[c] = __reduce_or_sync(~0u, seen[c] & keys << skip / 4);
+    }
+    uint4(&columns)[4] = smem.columns[warpgroup];
+    if (threadIdx.x % 32 == 0) columns[warp] = make_uint4(seen[0], seen[1], seen[2], seen[3]);
+    bar_sync(1 + warpgroup, 128);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+        const uint4 x = columns[w];
+        seen[0] |= x.x, seen[1] |= x.y, seen[2] |= x.z, seen[3] |= x.w;
+    }
+    clear_unseen(seen, v, key, warpgroup);
 }
 #endif
 
@@ -418,7 +471,9 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
         /* Not sooner: this V may be waiting for the stage of the one that has just been settled. */
         if (MASKED && cut) mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
 #if ROW_GENERAL
-        if (holes)
+        if (holes && a.scores.bits.bare)
+            clear_bare_holes(a, t, smem, smem.v[kv.stage], key, warpgroup);
+        else if (holes)
             clear_holes(a.scores, t.score, smem.v[kv.stage], t.row, key, warpgroup);
         else if (cut && !bits)
             clear_hidden_v(a, t, smem.v[kv.stage], key, warpgroup);
@@ -698,7 +753,7 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
     a.sink_stride = p->scores.sink_stride;
 #if ROW_GENERAL
     a.b = w->b;
-    a.scores = make_scores(p, workspace);
+    a.scores = make_scores(p, (char *)workspace + fa_packed_bytes(&p->varlen, w->b, BLOCK_M));
 #endif
     int32_t blocks = tiles < slots ? (int32_t)tiles : slots;
     if (packed) {

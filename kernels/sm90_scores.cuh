@@ -92,7 +92,7 @@ PTX void read_map(const score_args &a, const score_item &t, map_cursor &c, int32
 }
 
 /* The last block before `end` that some row of the tile sees, or -1: there is none from `begin`
- * on. Without a bool mask every one counts. */
+ * on. Without a bool mask every one counts, and a bare one may leave some that no row sees. */
 PTX int32_t last_block(const score_args &a, const score_item &t, map_cursor &c, int32_t row,
                        int32_t begin, int32_t end) {
     if (a.mask != BITS) return end > begin ? end - 1 : -1;
@@ -122,22 +122,6 @@ PTX int32_t next_block(const score_args &a, const score_item &t, map_cursor &c, 
         c.high = c.rest;
         c.rest = t.mid;
     }
-}
-
-/* The tag of a block that the cursor has just found; of -1: nothing is seen. */
-PTX uint32_t block_tag(const score_args &a, const map_cursor &c, int32_t block) {
-    if (block < 0) return 0;
-    uint32_t tag = (uint32_t)block << TAG_BLOCK;
-    if (a.mask != BITS) return tag;
-    int32_t bit = map_bit(block) % 32;
-    uint32_t whole_columns = 0;
-#pragma unroll
-    for (int w = 0; w < WARPGROUPS; ++w) {
-        uint32_t any = c.map[w].x >> bit & 1, all = c.map[w].y >> bit & 1;
-        tag |= (any ? 1 + all : 0) << 2 * w;
-        whole_columns |= c.map[w].z >> bit & 1;
-    }
-    return whole_columns ? tag : tag | TAG_HOLES;
 }
 
 /* ---- a float mask or a bool mask's bits, in registers ----------------------------------------*/
@@ -265,6 +249,17 @@ PTX void hide_scores(float (&s)[BLOCK_N / 2], const mask_words &m) {
             if (!(m[r] >> i & 1)) s[i / 2 * 4 + 2 * r + i % 2] = -INFINITY;
 }
 
+/* Writes zeros over the rows of V whose bit in `seen`, as words of the packed mask, is clear. */
+PTX void clear_unseen(const uint32_t (&seen)[4], uint8_t *v, int32_t key, int warpgroup) {
+    for (int i = threadIdx.x % 128; i < V_BYTES / 16; i += 128) {
+        int32_t n = i / 8 % BLOCK_N + key % FA_BITS_KEYS, c = n / 2 % 4;
+        uint32_t word = c == 0 ? seen[0] : c == 1 ? seen[1] : c == 2 ? seen[2] : seen[3];
+        if (!(word >> (n / 8 * 2 + n % 2) & 1)) ((uint4 *)v)[i] = make_uint4(0, 0, 0, 0);
+    }
+    fence_proxy_async();
+    bar_sync(1 + warpgroup, 128);
+}
+
 /* Writes zeros over the rows of V that no row of the tile sees: 0 * NaN is NaN. As clear_hidden_v
  * in sm90_fwd.cu; both warpgroups write the same. */
 PTX void clear_holes(const score_args &a, const score_item &t, uint8_t *v, int32_t row, int32_t key,
@@ -276,27 +271,22 @@ PTX void clear_holes(const score_args &a, const score_item &t, uint8_t *v, int32
                                                     row / FA_BITS_ROWS + w));
         seen[0] |= x.x, seen[1] |= x.y, seen[2] |= x.z, seen[3] |= x.w;
     }
-    for (int i = threadIdx.x % 128; i < V_BYTES / 16; i += 128) {
-        int32_t n = i / 8 % BLOCK_N + key % FA_BITS_KEYS, c = n / 2 % 4;
-        uint32_t word = c == 0 ? seen[0] : c == 1 ? seen[1] : c == 2 ? seen[2] : seen[3];
-        if (!(word >> (n / 8 * 2 + n % 2) & 1)) ((uint4 *)v)[i] = make_uint4(0, 0, 0, 0);
-    }
-    fence_proxy_async();
-    bar_sync(1 + warpgroup, 128);
+    clear_unseen(seen, v, key, warpgroup);
 }
 
 /* ---- the scores ------------------------------------------------------------------------------*/
 
 /* tanh(s * scale), to 3e-8 of itself where all of a warp's are below a half: y + y^3 p(y^2) with p
- * of least error there, no MUFU. Else 1 - 2 / (1 + e^2y), to 2e-7, which is little beside them. */
-PTX void cap_scores(float (&s)[BLOCK_N / 2], float scale) {
+ * of least error there, no MUFU. Else 1 - 2 / (1 + e^2y), to 2e-7, which is little beside them.
+ * `far`: whether it is the latter; -1: as the scores say. */
+PTX void cap_scores(float (&s)[BLOCK_N / 2], float scale, int32_t far) {
     float top = 0.f;
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 2; ++i) {
         s[i] *= scale;
         top = fmaxf(top, fabsf(s[i]));
     }
-    if (__any_sync(~0u, top > 0.5f)) {
+    if (far < 0 ? __any_sync(~0u, top > 0.5f) : far) {
 #pragma unroll
         for (int i = 0; i < BLOCK_N / 2; ++i)
             s[i] = fmaf(-2.f, rcp_approx(1.f + ex2_approx(2.885390081777927f * s[i])), 1.f);
@@ -340,9 +330,9 @@ PTX void add_alibi(float (&s)[BLOCK_N / 2], float unit, float slope, int32_t pos
  * have ended: a float32 mask's second half takes the place of its first. */
 PTX void change_scores(const score_args &a, const score_item &t, float (&s)[BLOCK_N / 2],
                        mask_words &m, int32_t row, int32_t key, int32_t sq, int32_t sk,
-                       int32_t position, int32_t row_of_64) {
+                       int32_t position, int32_t row_of_64, int32_t far) {
     float unit = a.unit;
-    if (a.caps) cap_scores(s, a.cap_scale);
+    if (a.caps) cap_scores(s, a.cap_scale, far);
     if (a.mask == ADD_F32) {
         add_floats<0>(s, m, unit);
         fetch_mask<1>(a, t, m, row, key, sq, sk, false);
@@ -385,7 +375,8 @@ PTX void drop_scores(const score_args &a, const score_item &t, uint32_t *p, int3
 
 /* ---- the launcher's part ---------------------------------------------------------------------*/
 
-static score_args make_scores(const fa_params *p, void *workspace) {
+/* `packed`: where the mask is packed, of a bool one. */
+static score_args make_scores(const fa_params *p, const char *packed) {
     const fa_scores *s = &p->scores;
     const fa_dropout *d = &p->dropout;
     const double scale = p->what.scale;
@@ -420,10 +411,10 @@ static score_args make_scores(const fa_params *p, void *workspace) {
         a.b_first = s->mask.stride[0] == 0 && s->mask.stride[1] != 0;
     }
     if (a.mask == BITS) {
-        a.bits = fa_mask_bits_make(&p->what, &p->masks, &s->mask);
-        a.map = (const uint4 *)workspace;
-        a.columns = (const uint4 *)((const char *)workspace + a.bits.columns);
-        a.words = (const uint32_t *)((const char *)workspace + a.bits.bits);
+        a.bits = fa_mask_bits_make(&p->what, &p->masks, &p->varlen, &s->mask);
+        a.map = (const uint4 *)packed;
+        a.columns = (const uint4 *)(packed + a.bits.columns);
+        a.words = (const uint32_t *)(packed + a.bits.bits);
     }
     const bool natural = a.mask > BITS || a.slopes;
     /* A scale of 0 must not meet the -inf of a hidden score: 1e-37 of any score is 0 too. */

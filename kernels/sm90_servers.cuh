@@ -48,7 +48,8 @@ PTX void describe(const kernel_args &a, item &t, int32_t number) {
     locate(a, t, number);
     t.sink = a.sink ? a.sink[t.h * a.sink_stride] : -INFINITY;
 #if ROW_GENERAL
-    describe_scores(a.scores, t.score, t.b, t.h);
+    /* The rows of no sequence, number b, have the last one's: nobody looks, they see no key. */
+    describe_scores(a.scores, t.score, min(t.b, a.b - 1), t.h);
     t.score.mid = 0; /* where there is no block */
 #endif
     t.begin = t.end = t.left = t.right = 0;
@@ -192,6 +193,30 @@ PTX void bring_q(const kernel_args &a, smem_layout &smem) {
     }
 }
 
+#if ROW_GENERAL
+/* The tag of a block that the walk has just found; of -1: nothing is seen. */
+PTX uint32_t block_tag(const score_args &a, const item &t, const map_cursor &c, int32_t block) {
+    if (block < 0) return 0;
+    if (a.mask != BITS) return (uint32_t)block << TAG_BLOCK;
+    int32_t bit = map_bit(block) % 32;
+    uint32_t tag = (uint32_t)block << TAG_BLOCK, holes = TAG_HOLES;
+#pragma unroll
+    for (int w = 0; w < WARPGROUPS; ++w) {
+        uint32_t any = c.map[w].x >> bit & 1, all = c.map[w].y >> bit & 1;
+        uint32_t columns = c.map[w].z >> bit & 1;
+        if (a.bits.bare) { /* the interval's part, and rows that are not the sequence's */
+            enum seen inside = see_interval(t, block, w);
+            any &= inside != NONE;
+            all &= inside == WHOLE;
+            columns &= inside == WHOLE && (all || t.row + 64 * (w + 1) <= t.lengths.sq);
+        }
+        tag |= (any ? 1 + all : 0) << 2 * w;
+        if (columns) holes = 0;
+    }
+    return tag | holes;
+}
+#endif
+
 /* K or V: the same blocks in the same order, into a ring of their own. */
 template <bool IS_K, int COLUMNS, int BYTES>
 PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
@@ -208,8 +233,8 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
         map_cursor walk = start_walk(t.score, t.begin, t.end);
         int32_t block = next_block(a.scores, t.score, walk, t.row);
         for (bool more = t.end > t.begin; more; advance(kv)) {
-            uint32_t tag = block_tag(a.scores, walk, block);
-            int32_t first = max(block, 0) * BLOCK_N;
+            uint32_t tag = block_tag(a.scores, t, walk, block);
+            int32_t first = t.k + max(block, 0) * BLOCK_N;
             bool nothing = block < 0;
             if (!nothing) block = next_block(a.scores, t.score, walk, t.row);
             more = block >= 0;

@@ -26,6 +26,7 @@ SHIM = r"""
 #include <string.h>
 #include "driver.h"
 #include "mask_bits.h"
+#include "packed.h"
 #include "rows.h"
 #include "schedule.h"
 
@@ -44,16 +45,18 @@ int choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int 
     p.dropout.p = change == 5 ? 0.1 : 0;
     return fa_choose_row(&p, sms);
 }
-/* The layout of a packed mask as {batches, heads, groups, blocks, words, columns, bits, bytes}, and
- * how often each 16 bytes of it belong to something (`uses`, of bytes / 16 elements). */
-void mask_bits(int b, int hq, int sq, int sk, int64_t stride_b, int64_t stride_h, int lengths,
-               int64_t *layout, unsigned char *uses) {
+/* The layout of a packed mask as {batches, heads, groups, blocks, words, columns, bits, bytes,
+ * bare, rows, keys}, and how often each 16 bytes of it belong to something (`uses`, of bytes / 16
+ * elements). `total_q`, `total_k`: of packed sequences, or 0. */
+void mask_bits(int b, int hq, int sq, int sk, int64_t stride_b, int64_t stride_h, int stride_q,
+               int lengths, int total_q, int total_k, int64_t *layout, unsigned char *uses) {
     fa_what w = {.b = b, .hq = hq, .sq = sq, .sk = sk};
     fa_masks m = {.k_lengths = lengths ? &w.b : NULL};
-    fa_tensor mask = {.stride = {stride_b, stride_h, sk, 1}};
-    fa_mask_bits n = fa_mask_bits_make(&w, &m, &mask);
-    int64_t fields[] = {n.batches, n.heads,   n.groups, n.blocks,
-                        n.words,   n.columns, n.bits,   n.bytes};
+    fa_varlen v = {.cu_q = total_q ? &w.b : NULL, .total_q = total_q, .total_k = total_k};
+    fa_tensor mask = {.stride = {stride_b, stride_h, stride_q, 1}};
+    fa_mask_bits n = fa_mask_bits_make(&w, &m, &v, &mask);
+    int64_t fields[] = {n.batches, n.heads, n.groups, n.blocks, n.words, n.columns,
+                        n.bits,    n.bytes, n.bare,   n.rows,   n.keys};
     memcpy(layout, fields, sizeof fields);
     if (!uses) return;
     for (int i = 0; i < n.batches; ++i)
@@ -70,11 +73,30 @@ void mask_bits(int b, int hq, int sq, int sk, int64_t stride_b, int64_t stride_h
                     uses[n.bits / 16 + fa_bits_at(&n, plane, block, row)]++;
         }
 }
-int choose_packed(int b, int h, int total, int longest, int d, int invariant, int flags, int sms) {
+/* A row of the mask that is packed where row i's bits are, of a plane of `sq` rows in all. */
+int64_t bits_row(int sq, int stride_q, int total_q, int i) {
+    fa_what w = {.b = 1, .hq = 1, .sq = sq, .sk = 1};
+    fa_masks m = {0};
+    fa_varlen v = {.cu_q = total_q ? &w.b : NULL, .total_q = total_q, .total_k = 1};
+    fa_tensor mask = {.stride = {0, 0, stride_q, 1}};
+    fa_mask_bits n = fa_mask_bits_make(&w, &m, &v, &mask);
+    if (fa_map_at(&n, 0, 0, i / 64) != fa_bits_at(&n, 0, 0, i) / 64 ||
+        fa_columns_at(&n, 0, 0, i / 64) != fa_bits_at(&n, 0, 0, i) / 64)
+        return -1;
+    return fa_bits_at(&n, 0, 0, i);
+}
+int64_t packed_bytes(int b, int total, int block_m, int is_packed) {
+    fa_varlen v = {.cu_q = is_packed ? &b : NULL, .total_q = total};
+    return fa_packed_bytes(&v, b, block_m);
+}
+int choose_packed(int b, int h, int total, int longest, int d, int invariant, int flags,
+                  int softcap, int odd, int sms) {
     static const int32_t cu;
     fa_params p = {.what = {.dtype = FA_BF16, .b = b, .hq = h, .hk = h, .sq = longest,
                             .sk = longest, .d = d, .dv = d, .batch_invariant = invariant}};
     p.masks.flags = flags;
+    p.scores.softcap = softcap;
+    p.what.v.data = (void *)(int64_t)odd;
     p.varlen = (fa_varlen){&cu, &cu, 0, 0, total, total};
     return fa_choose_row(&p, sms);
 }
@@ -155,6 +177,10 @@ extern "C" int64_t list(int b, int hq, int hk, int total_q, int total_k, int sq,
             if (i < s.q_end - s.q) visits[(int64_t)t.head * total_q + s.q + i]++;
     }
     return p.counts->entries;
+}
+extern "C" int sequence_at(const int32_t *cu_q, int b, int total, int row) {
+    fa_varlen v = {cu_q, cu_q, 1, 1, total, total};
+    return fa_packed_at(&v, b, row);
 }
 extern "C" int length_class(int sk) { return fa_packed_class(sk); }
 """
@@ -325,37 +351,75 @@ def test_general_rows_watch(host):
         assert (row["kept"], row["ones"]) == ("0", "0") and row["block_n"] in ("64", "128")
 
 
-def test_a_packed_mask_fits_its_workspace(host):
+def mask_bits(host, b, hq, sq, sk, strides, lengths=0, totals=(0, 0)):
+    """The layout as {name: number}, and how often each of its 16 bytes are used."""
+    layout, uses = (ctypes.c_int64 * 11)(), None
+    for _ in range(2):
+        host.mask_bits(
+            *map(ctypes.c_int, (b, hq, sq, sk)),
+            *map(ctypes.c_int64, strides[:2]),
+            *map(ctypes.c_int, (strides[2], lengths, *totals)),
+            layout,
+            uses if uses is None else ctypes.c_void_p(uses.ctypes.data),
+        )
+        if uses is None:
+            uses = np.zeros(layout[7] // 16, np.uint8)
+    names = ("batches", "heads", "groups", "blocks", "words", "columns", "bits", "bytes", "bare")
+    return dict(zip((*names, "rows", "keys"), layout, strict=True)), uses
+
+
+def check_pieces(n, uses):
     """Every piece has its own 16 bytes, and all lie inside."""
-    layout = (ctypes.c_int64 * 8)()
+    assert 64 * n["groups"] >= n["rows"] and n["groups"] % 2 == 0 and 32 * n["words"] >= n["blocks"]
+    assert 128 * (n["blocks"] - 1) < n["keys"] <= 128 * n["blocks"] and n["bytes"] % 256 == 0
+    planes = n["batches"] * n["heads"]
+    used = planes * n["groups"] * (n["words"] + n["blocks"] + 64 * n["blocks"])
+    assert uses.max() == 1 and uses.sum() == used and (uses[:used] == 1).all()
+
+
+def test_a_packed_mask_fits_its_workspace(host):
     strides = (0, 0), (0, 1 << 20), (1 << 20, 0), (1 << 24, 1 << 20)
     for (b, _, _, sq, sk), (stride_b, stride_h), lengths in itertools.product(
         itertools.islice(shapes(20), 20), strides, (0, 1)
     ):
         b, hq, sq, sk = min(b, 3), 2, min(sq, 700), min(sk, 9000)
-        host.mask_bits(
-            *map(ctypes.c_int, (b, hq, sq, sk)),
-            ctypes.c_int64(stride_b),
-            ctypes.c_int64(stride_h),
-            lengths,
-            layout,
-            None,
-        )
-        batches, heads, groups, blocks, words, _, _, size = layout
-        assert batches == (b if stride_b or lengths else 1) and heads == (hq if stride_h else 1)
-        assert 64 * groups >= sq and groups % 2 == 0 and 32 * words >= blocks
-        assert 128 * (blocks - 1) < sk <= 128 * blocks and size % 256 == 0
-        uses = np.zeros(size // 16, np.uint8)
-        host.mask_bits(
-            *map(ctypes.c_int, (b, hq, sq, sk)),
-            ctypes.c_int64(stride_b),
-            ctypes.c_int64(stride_h),
-            lengths,
-            layout,
-            ctypes.c_void_p(uses.ctypes.data),
-        )
-        used = batches * heads * groups * (words + blocks + 64 * blocks)
-        assert uses.max() == 1 and uses.sum() == used and (uses[:used] == 1).all()
+        for stride_q in (0, sk):
+            n, uses = mask_bits(host, b, hq, sq, sk, (stride_b, stride_h, stride_q), lengths)
+            assert n["batches"] == (b if stride_b or lengths else 1)
+            assert n["heads"] == (hq if stride_h else 1)
+            assert (n["bare"], n["rows"], n["keys"]) == (0, sq, sk)
+            check_pieces(n, uses)
+
+
+def test_the_mask_of_packed_sequences_has_planes_of_its_own(host):
+    """As many as the mask itself, whatever the lengths, and no longer than all rows and keys."""
+    rng = np.random.default_rng(4)
+    strides = (0, 0), (0, 1 << 20), (1 << 20, 0), (1 << 24, 1 << 20)
+    for (stride_b, stride_h), lengths, alike in itertools.product(strides, (0, 1), (0, 1)):
+        sq, sk, total_q, total_k = (int(2 ** rng.uniform(0, 11)) for _ in range(4))
+        planes = (stride_b, stride_h, 0 if alike else sk)
+        n, uses = mask_bits(host, 3, 2, sq, sk, planes, lengths, (total_q, total_k))
+        assert n["batches"] == (3 if stride_b else 1) and n["heads"] == (2 if stride_h else 1)
+        rows = 128 if alike else min(sq, total_q)
+        assert (n["bare"], n["rows"], n["keys"]) == (1, rows, min(sk, total_k))
+        check_pieces(n, uses)
+        for i in range(0, min(sq, total_q), 7):
+            assert host.bits_row(sq, planes[2], total_q, i) == (i % 128 if alike else i)
+            assert host.bits_row(sq, planes[2], 0, i) == i
+    # 100,000 sequences, one of them long: one mask, one plane.
+    n, _ = mask_bits(host, 100_000, 8, 12_000, 12_000, (0, 0, 12_000), 1, (10**6, 10**6))
+    assert n["bytes"] < 12_000 * 12_000 / 4
+    n, _ = mask_bits(host, 1, 8, 1 << 20, 1 << 20, (0, 0, 0), 1, (1 << 20, 1 << 20))
+    assert n["bytes"] < 32 << 20  # a mask of keys
+
+
+def test_a_packed_mask_lies_behind_the_list(host):
+    """The list's own bytes end where the mask begins, on 256 bytes; without a list, at 0."""
+    host.packed_bytes.restype = ctypes.c_int64
+    for b, total, block_m in itertools.product((1, 7, 100_000), (1, 999, 10**7), (64, 128, 192)):
+        size, entries = host.packed_bytes(b, total, block_m, 1), total // block_m + b + 1
+        assert size % 256 == 0 and 16 + 8 * entries <= size < 16 + 8 * entries + 256
+        assert host.packed_bytes(b, total, block_m, 0) == 0
 
 
 def test_tma_limits(host):
@@ -489,17 +553,46 @@ def test_packed_offsets_that_make_no_sense(packed):
         list_tiles(packed, cu, cu, total, total)
 
 
-def test_packed_row_choice(host):
-    """By the mean length; with batch_invariant by no length at all."""
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_the_sequence_of_a_row(packed):
+    """The one that has it, where any has."""
+    rng = np.random.default_rng(6)
+    for case in range(200):
+        lengths = rng.integers(0, (2, 5, 60)[case % 3], int(rng.integers(1, 40)))
+        cu, total = ends(lengths).astype(np.int32), int(lengths.sum()) + 3
+        got = [
+            packed.sequence_at(ctypes.c_void_p(cu.ctypes.data), len(lengths), total, row)
+            for row in range(total)
+        ]
+        assert got[:-3] == np.repeat(np.arange(len(lengths)), lengths).tolist()
+        assert all(0 <= b < len(lengths) for b in got)
+    for cu in ([5, -9, 2**31 - 1, 3, -(2**31)], [-1, -1], [2**31 - 1, 7]):
+        cu = np.array(cu, np.int32)
+        for row in range(10):
+            assert (
+                0
+                <= packed.sequence_at(ctypes.c_void_p(cu.ctypes.data), len(cu) - 1, 10, row)
+                < len(cu) - 1
+            )
 
-    def name(*arguments):
-        return host.row_name(host.choose_packed(*arguments, SMS)).decode().split("bf16_")[1]
+
+def test_packed_row_choice(host):
+    """By the mean length; with batch_invariant by no length at all. Score changes have one row per
+    head size and strides."""
+
+    def name(*arguments, softcap=0, odd=0):
+        row = host.choose_packed(*arguments, softcap, odd, SMS)
+        return host.row_name(row).decode().split("bf16_")[1]
 
     assert name(64, 16, 64 * 2048, 8192, 128, 0, CAUSAL) == "d128_2x128"
     assert name(100_000, 2, 100_000 * 32, 64, 128, 0, 0) == "d128_1x64"
     assert name(100_000, 2, 100_000 * 32, 20_000, 64, 0, 0) == "d64_1x64"
     for d in (64, 128, 256):
         assert len({name(b, 8, t, s, d, 1, 2) for b, t, s in [(1, 9, 9), (64, 10**6, 10**5)]}) == 1
+        for b, total, longest in [(1, 9, 9), (64, 10**6, 10**5), (100_000, 10**6, 64)]:
+            shape = b, 8, total, longest, d, 0, CAUSAL
+            assert name(*shape, softcap=5) == f"d{d}_general"
+            assert name(*shape, softcap=5, odd=2) == f"d{d}_general_strided"
 
 
 # -------------------------------------------------------------------------- sentences of the driver
