@@ -151,10 +151,6 @@ static fa_status reject(const fa_params *p, fa_error *why) {
     if (w->dtype != FA_F16 && w->dtype != FA_BF16)
         return fa_fail(why, FA_UNSUPPORTED, "it takes float16 and bfloat16, not %s",
                        dtype_name(w->dtype));
-    if (p->varlen.cu_q && (fa_needs_general(p) || p->scores.sink))
-        return fa_fail(why, FA_UNSUPPORTED,
-                       "it does not take masks, score changes or `dropout_p` with `cu_seqlens_q` "
-                       "yet");
     if (!fa_has_row(p))
         return fa_fail(why, FA_UNSUPPORTED, "it has no kernel for %s with d = %d and dv = %d",
                        dtype_name(w->dtype), w->d, w->dv);
@@ -188,9 +184,19 @@ static int64_t workspace(const fa_params *p) {
 struct empty_args {
     fa_what what;
     fa_masks masks;
+    fa_varlen varlen;
     const float *sink;
     int64_t sink_stride;
 };
+
+/* Whether row i of q, packed or of batch b, is no query. */
+static __device__ bool is_padding(const empty_args &a, int64_t b, int32_t i) {
+    const fa_what &w = a.what;
+    if (w.b == 0) return true;
+    if (a.varlen.cu_q) b = fa_packed_at(&a.varlen, w.b, i);
+    const fa_sequence s = fa_find_sequence(&a.varlen, &a.masks, b, w.sq, w.sk);
+    return i - s.q >= s.lengths.sq;
+}
 
 /* No key: every output row is 0 and every lse is the sink's value, -inf without one and for
  * padding. Both 16-bit formats write 0 as 0. */
@@ -203,7 +209,7 @@ static __global__ void write_empty_rows(const __grid_constant__ empty_args a) {
                         i * w.out.stride[2];
         for (int32_t c = threadIdx.x; c < w.dv; c += blockDim.x) out[c * w.out.stride[3]] = 0;
         if (!w.lse.data || threadIdx.x != 0) continue;
-        const bool padding = a.sink && i >= fa_sequence_lengths(&a.masks, b, w.sq, w.sk).sq;
+        const bool padding = a.sink && is_padding(a, b, (int32_t)i);
         ((float *)w.lse.data)[b * w.lse.stride[0] + h * w.lse.stride[1] + i * w.lse.stride[2]] =
             a.sink && !padding ? a.sink[h * a.sink_stride] : -INFINITY;
     }
@@ -235,7 +241,7 @@ static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *
     int64_t rows = w->out.shape[0] * w->hq * w->out.shape[2];
     if (rows == 0) return FA_OK;
     int64_t blocks = rows < 8 * device->sms ? rows : 8 * device->sms;
-    empty_args a = {*w, p->masks, p->scores.sink, p->scores.sink_stride};
+    empty_args a = {*w, p->masks, p->varlen, p->scores.sink, p->scores.sink_stride};
     return fa_launch_kernel((const void *)write_empty_rows, (int32_t)blocks, 128, 0,
                             p->where.stream, &a, error);
 }

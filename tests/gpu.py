@@ -51,11 +51,13 @@ def formula(
     sink=None,
     dropout_p=0.0,
     seed=0,
+    first_b=0,
     **limits,
 ):
     """reference.Result of those (sequence, query head) pairs, as a batch of one head each.
 
     `limits` are the keywords of reference.interval; lengths per sequence stay on the host.
+    `first_b`: from which dropout counts the sequences.
     """
     if mask is not None:
         mask = mask.to(q.device).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
@@ -104,7 +106,7 @@ def formula(
             lse = lse.masked_fill(torch.from_numpy(padding).to(q.device), -torch.inf)
         p = torch.where(total == 0, 0, p / total)
         if dropout_p:
-            stays = kept(b.cpu().numpy(), h.cpu().numpy(), sq, sk, dropout_p, seed)
+            stays = kept(first_b + b.cpu().numpy(), h.cpu().numpy(), sq, sk, dropout_p, seed)
             p = torch.where(torch.from_numpy(stays).to(q.device), p / (1 - dropout_p), 0)
         if low:
             p = p.to(q.dtype).to(real)
@@ -155,6 +157,23 @@ def offsets(lengths, device="cuda"):
     return cu[:, 0].contiguous(), cu[:, 1].contiguous(), *lengths.max(axis=0, initial=0).tolist()
 
 
+def of_sequence(n, sq, sk, keywords):
+    """What a packed call says of sequence n alone."""
+    mine = keywords | {"first_b": n}
+    for name in mine.keys() & {"q_lengths", "k_lengths"}:
+        mine[name] = mine[name][n : n + 1]
+    if mine.get("alibi_slopes") is not None and mine["alibi_slopes"].ndim == 2:
+        mine["alibi_slopes"] = mine["alibi_slopes"][n : n + 1]
+    if mine.get("mask") is not None:
+        mask = mine["mask"][(None,) * (4 - mine["mask"].ndim)]
+        wanted = slice(n, n + 1), slice(None), slice(sq), slice(sk)
+        whole = (
+            slice(None) if size == 1 else x for size, x in zip(mask.shape, wanted, strict=True)
+        )
+        mine["mask"] = mask[tuple(whole)]
+    return mine
+
+
 def packed_complaints(out, lse, q, k, v, lengths, sequences=None, most=16, **keywords):
     """`complaints` of each sequence (or of some), and of the rows that belong to none."""
     ends, wrong = np.cumsum(np.asarray(lengths, np.int64).reshape(-1, 2), axis=0), []
@@ -163,15 +182,18 @@ def packed_complaints(out, lse, q, k, v, lengths, sequences=None, most=16, **key
         end_q, end_k = (int(x) for x in ends[n])
         rows, keys = slice(end_q - sq, end_q), slice(end_k - sk, end_k)
         own_out, own_lse = out[rows], None if lse is None else lse[:, rows]
+        mine = of_sequence(n, sq, sk, keywords)
         if sq and not sk:
-            right = (own_out == 0).all() and (lse is None or (own_lse == -torch.inf).all())
-            wrong += [] if right else [f"sequence {n}: without keys, and not 0 and -inf"]
+            want = torch.full((q.shape[1], sq), -torch.inf, device=out.device)
+            if mine.get("sink") is not None:
+                used = int(mine["q_lengths"][0]) if "q_lengths" in mine else sq
+                want[:, : max(used, 0)] = mine["sink"].to(want)[:, None]
+            right = (own_out == 0).all() and (lse is None or torch.equal(own_lse, want))
+            wrong += (
+                [] if right else [f"sequence {n}: without keys, and not 0 and -inf or the sink"]
+            )
         elif sq:
             own = [x.transpose(0, 1)[None] for x in (own_out, q[rows], k[keys], v[keys])]
-            mine = {
-                name: x[n : n + 1] if name in ("q_lengths", "k_lengths") else x
-                for name, x in keywords.items()
-            }
             said = complaints(
                 own[0], None if lse is None else own_lse[None], *own[1:], most=most, **mine
             )

@@ -13,6 +13,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each array on its own, so 
 
 import fastattn
 import gpu
+import numpy as np
 from gpu import DTYPES, torch
 
 SIZES = ((64, 64), (128, 128), (256, 256), (96, 96), (192, 192), (192, 128))
@@ -76,6 +77,8 @@ def features(b, hq, sq, sk):
     yield "packed, full", {"packed": True}, {}
     yield "packed, causal", {"packed": True}, {"causal": True}
     yield "packed, odd strides", {"packed": True, "odd": True}, {"causal": "top-left"}
+    used = {name: limits[name] for name in ("q_lengths", "k_lengths")}
+    yield "packed, sink", {"packed": True}, {"sink": torch.linspace(-3, 3, hq), **used}
 
 
 def changes(b, hq, sq, sk):
@@ -85,7 +88,7 @@ def changes(b, hq, sq, sk):
         x = gpu.normal(*shape, dtype=torch.float32, seed=5, device="cpu")
         if kind:
             return torch.where(x < -1.5, -torch.inf, x).to(kind)
-        return (x > 0) & (torch.arange(sk) // 64 % 3 != 1)
+        return (x > 0) & (torch.arange(shape[-1]) // 64 % 3 != 1)
 
     limits = {"q_lengths": lengths(b, sq), "k_lengths": lengths(b, sk), "k_start": [1] * b}
     slopes, sink = 0.5 ** torch.arange(1.0, hq + 1), torch.linspace(-3, 3, hq)
@@ -103,11 +106,36 @@ def changes(b, hq, sq, sk):
     everything = {"softcap": 5.0, "alibi_slopes": slopes, "sink": sink, "dropout_p": 0.5, "seed": 1}
     yield "everything", {"odd": True}, {**everything, "mask": mask(b, 1, sq, sk), "causal": True}
     yield "peaked", {"factor": 100}, {"mask": mask(sq, sk, kind=torch.bfloat16)}
+    packed, used = {"packed": True}, {n: limits[n] for n in ("q_lengths", "k_lengths")}
+    sq, sk = np.max(packed_lengths(b, sq, sk), axis=0).tolist()
+    both = {"causal": True, "window": (sk // 2, None)}
+    yield "packed, softcap", packed, {"softcap": 5.0}
+    yield "packed, alibi and dropout", packed, {"alibi_slopes": slopes, "dropout_p": 0.5, "seed": 1}
+    yield "packed, bool mask", packed, {"mask": mask(sq, sk), **both}
+    yield "packed, bool mask of each sequence", packed, {"mask": mask(b, hq, sq, sk), **used}
+    yield "packed, bool mask of keys", packed | {"hk": 1}, {"mask": mask(b, 1, 1, sk), **both}
+    for kind in (torch.bfloat16, torch.float32):
+        of = str(kind).removeprefix("torch.")
+        yield f"packed, {of} mask", packed, {"mask": mask(b, 1, sq, sk, kind=kind), **both}
+        yield f"packed, odd {of} mask", packed, {"mask": odd_on_host(mask(sq, sk, kind=kind))}
+    strided = packed | {"odd": True, "hk": 1}
+    everything |= {"alibi_slopes": slopes.expand(b, hq).contiguous(), **both, **used}
+    yield "packed, everything", strided, {**everything, "mask": mask(b, 1, sq, sk)}
+    added = mask(hq, sq, sk, kind=torch.float16)
+    yield "packed, everything, added", strided, {**everything, "mask": added}
 
 
 def odd_on_host(x):
     """The same values, one element more between the rows."""
     return torch.nn.functional.pad(x, (0, 1), value=torch.nan)[..., :-1]
+
+
+def on_gpu(keywords):
+    sent = {
+        n: torch.tensor(x, dtype=torch.int32).cuda() if isinstance(x, list) else x
+        for n, x in keywords.items()
+    }
+    return {n: placed(x) if isinstance(x, torch.Tensor) else x for n, x in sent.items()}
 
 
 def run(name, feature, sizes, dtype, shape, change, keywords):
@@ -117,14 +145,10 @@ def run(name, feature, sizes, dtype, shape, change, keywords):
     q, k, v = arrays(b, h, change.get("hk", h), sq, sk, d, dv, dtype)
     q = q * change.get("factor", 1)
     move = odd if change.get("odd") else torch.Tensor.cuda
-    sent = {
-        n: torch.tensor(x, dtype=torch.int32).cuda() if isinstance(x, list) else x
-        for n, x in keywords.items()
-    }
-    sent = {n: placed(x) if isinstance(x, torch.Tensor) else x for n, x in sent.items()}
     # The output holds something already: initcheck does not see what the copy engine writes.
     out = move(torch.full((b, h, sq, dv), torch.nan, dtype=dtype))
     want_lse = feature != "full"  # some rows give none
+    sent = on_gpu(keywords)
     result = fastattn.attention(*map(move, (q, k, v)), **sent, out=out, return_lse=want_lse)
     lse = result[1].cpu() if want_lse else None
     whole = out if out._base is None else out._base
@@ -132,18 +156,26 @@ def run(name, feature, sizes, dtype, shape, change, keywords):
     return report(name, feature, gpu.complaints(got, lse, q, k, v, most=8, **keywords))
 
 
-def run_packed(name, feature, sizes, dtype, shape, change, keywords):
-    """As many rows in b sequences whose mean length, by which the row is chosen, is the shape's."""
-    (d, dv), (b, h, sq, sk) = sizes, shape
+def packed_lengths(b, sq, sk):
+    """Of b sequences whose mean length, by which the row is chosen, is the shape's."""
     steps = [7 * (-1) ** n if n ^ 1 < b else 0 for n in range(b)]
     lengths = [(sq + n, sk - n) for n in steps]
     lengths[-1] = (lengths[-1][0] - 3, lengths[-1][1] - 3)  # three rows belong to none
-    q, k, v = gpu.packed(lengths, h, h, d, dv, dtype, (3, 3), device="cpu")
+    return lengths
+
+
+def run_packed(name, feature, sizes, dtype, shape, change, keywords):
+    (d, dv), (b, h, sq, sk) = sizes, shape
+    lengths = packed_lengths(b, sq, sk)
+    q, k, v = gpu.packed(lengths, h, change.get("hk", h), d, dv, dtype, (3, 3), device="cpu")
     move = odd if change.get("odd") else torch.Tensor.cuda
     out = move(torch.full((*q.shape[:2], dv), torch.nan, dtype=dtype))
     want_lse = "full" not in feature
+    sent = on_gpu(keywords)
+    used = {n: sent.pop(n) for n in ("q_lengths", "k_lengths") if n in sent}
+    sent |= {f"seqused_{n[0]}": x for n, x in used.items()}
     result = fastattn.attention_varlen(
-        *map(move, (q, k, v)), *gpu.offsets(lengths), **keywords, out=out, return_lse=want_lse
+        *map(move, (q, k, v)), *gpu.offsets(lengths), **sent, out=out, return_lse=want_lse
     )
     lse = result[1].cpu() if want_lse else None
     got = (out if out._base is None else out._base).cpu()[..., :dv]
@@ -170,6 +202,7 @@ def main():
                 "packed, causal",
                 "softcap",
                 "bool mask",
+                "packed, everything",
             ):
                 right.append(run(name, feature, sizes, dtype, shape, change, keywords))
     print(f"{sum(right)} of {len(right)} right")

@@ -210,7 +210,8 @@ def attention_varlen(
         v: (total_k, hk, dv). d and dv from 1 to 256.
         cu_seqlens_q: (b + 1,) int32, non-decreasing from 0 to at most total_q.
         cu_seqlens_k: (b + 1,) int32, non-decreasing from 0 to at most total_k.
-        max_seqlen_q: no sequence has more queries; the time taken does not depend on it.
+        max_seqlen_q: no sequence has more queries; the time taken does not depend on it, but for a
+            bool mask on a GPU, which is read whole.
         max_seqlen_k: no sequence has more keys.
         seqused_q: (b,) int32, true query lengths; from 0 to the sequence's rows, or the nearest.
         seqused_k: (b,) int32, true key lengths; i' counts from the true lengths.
