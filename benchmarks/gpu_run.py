@@ -10,7 +10,8 @@ the others nothing:
 
     smoke     python -m fastattn, and a few calls of every row; the others are skipped if it fails
     tests     pytest -m gpu
-    sanitize  compute-sanitizer's four tools at once, over one small case per row and feature
+    sanitize  compute-sanitizer's four tools at once, over one small case per row and feature, the
+              rows dealt to several processes
     bench     python benchmarks
 
 `run --module a=build/gpu/a.so --module b=build/gpu/b.so` repeats the parts for each module.
@@ -123,7 +124,9 @@ def commands(part, options, out, name):
     elif part == "sanitize":
         flags = shlex.split("--error-exitcode 99 --kernel-name kernel_substring=sm90 --tool")
         for tool in options.tools.split(",") if sanitizer() else []:
-            yield tool, [sanitizer(), *flags, tool, *python, cases]
+            for i in range(options.shards):
+                part = ["--part", f"{i}/{options.shards}"]
+                yield f"{tool}-{i}", [sanitizer(), *flags, tool, *python, cases, *part]
     elif part == "bench":
         file = out / f"{name}-bench.json"
         yield "bench", [*python, ROOT / "benchmarks", "--json", file, *shlex.split(options.bench)]
@@ -166,10 +169,11 @@ def run(options):
         }
         for part in options.parts.split(","):
             left = min(getattr(options, f"{part}_seconds"), deadline - time.perf_counter())
+            many = {} if part == "bench" else {"OMP_NUM_THREADS": "2"}  # processes
             if left < 5:
                 print(f"==== {name}-{part}: no time left")
                 fine = False
-            elif not run_all(part, options, out, name, left, environment):
+            elif not run_all(part, options, out, name, left, environment | many):
                 fine = False
                 if part == "smoke":
                     break
@@ -201,6 +205,9 @@ def main():
     verb.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
     verb.add_argument(
         "--tools", default=",".join(TOOLS), help="of the sanitizer; default: %(default)s"
+    )
+    verb.add_argument(
+        "--shards", type=int, default=4, help="processes a tool, each with some of the rows"
     )
     verb.add_argument("--pytest", default="", help="more arguments for pytest")
     verb.add_argument("--bench", default="", help="more arguments for the benchmark")

@@ -6,6 +6,7 @@ as it takes to still fail.
 """
 
 import argparse
+import multiprocessing
 import os
 import sys
 import time
@@ -70,7 +71,8 @@ def main():
         return int(bool(result))
 
     if options.jobs > 1:  # the processes share the cores; one thread each
-        os.environ.setdefault("FASTATTN_NUM_THREADS", "1")
+        for name in ("FASTATTN_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ.setdefault(name, "1")
     print(
         f"campaign: {options.cases} cases, seed {options.seed}, {options.framework}, "
         f"{options.jobs} jobs",
@@ -78,7 +80,8 @@ def main():
     )
     began, done, wrong, refused = time.monotonic(), 0, 0, 0
     stop = options.seed + options.cases
-    with ProcessPoolExecutor(options.jobs) as pool:
+    fresh = multiprocessing.get_context("spawn")  # libraries count their threads when they load
+    with ProcessPoolExecutor(options.jobs, fresh) as pool:
         chunks = [(s, min(s + CHUNK, stop)) for s in range(options.seed, stop, CHUNK)]
         jobs = [
             pool.submit(check_range, *chunk, options.framework, options.backend) for chunk in chunks

@@ -1,6 +1,6 @@
 """One small call per kernel row and feature, for `compute-sanitizer` and as a first smoke test.
 
-python tests/gpu_cases.py [--smoke]
+python tests/gpu_cases.py [--smoke] [--part I/N]   # rows I, I + N, I + 2N ...
 
 Inputs are made on the host and judged there, so that ours are the only kernels that run.
 """
@@ -192,9 +192,13 @@ def report(name, feature, wrong):
 
 def main():
     smoke = "--smoke" in sys.argv
+    part, parts = 0, 1
+    if "--part" in sys.argv:
+        part, parts = map(int, sys.argv[sys.argv.index("--part") + 1].split("/"))
+        torch.set_num_threads(max(1, os.cpu_count() // parts))
     print(f"{torch.cuda.get_device_name()}; {fastattn.info()}")
     right = []
-    for name, (sizes, dtype, shape) in rows().items():
+    for name, (sizes, dtype, shape) in itertools.islice(rows().items(), part, None, parts):
         for feature, change, keywords in (changes if "general" in name else features)(*shape):
             if not smoke or feature in (
                 "full",
