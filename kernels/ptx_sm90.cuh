@@ -62,7 +62,8 @@ PTX bool bar_red_or(uint32_t id, uint32_t threads, bool mine) {
 /* ---- the copy engine: 4-dimensional boxes {columns, rows, head, batch} ----------------------- */
 
 /* Cache policies as createpolicy makes them: Q is read once, K and V by every tile of a head. */
-static constexpr uint64_t EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
+static constexpr uint64_t EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000,
+                          EVICT_NORMAL = 0x1000000000000000;
 
 PTX void prefetch_tensormap(const void *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -88,9 +89,14 @@ PTX void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group
 PTX void cp_async_bulk_wait_group_read() {
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
+/* This thread's stores have been made. */
+PTX void cp_async_bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 /* Ordinary writes to shared memory become visible to wgmma and the copy engine. */
 PTX void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+PTX void st_shared(uint32_t smem, uint32_t x) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem), "r"(x) : "memory");
+}
 PTX void st_shared_v4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
                  :
@@ -98,9 +104,23 @@ PTX void st_shared_v4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_
                  : "memory");
 }
 
+PTX float2 ld_shared_v2(uint32_t smem) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(smem) : "memory");
+    return x;
+}
+
 PTX void stmatrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
                  "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
+/* Four matrices of 8 x 8 pairs of bytes: lanes 8i .. 8i + 7 give the rows of the i-th. */
+PTX void ldmatrix_x4(uint32_t (&x)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.x4.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(row)
                  : "memory");
 }
 
@@ -128,6 +148,14 @@ PTX uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t y;
     asm("fma.rn." FA_PTX_TYPE "x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
     return y;
+}
+
+/* threadIdx.x, read where it is asked for: what is computed from it is not kept around a loop, in
+ * registers that the loop needs. */
+PTX int32_t thread_here() {
+    int32_t x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
 }
 
 template <int N>

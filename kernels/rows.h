@@ -68,13 +68,16 @@ static inline int32_t fa_row_weight(const fa_row *row, int32_t causal, int32_t s
 
 /* The time of a request on one row, in units of one query row times one key on one SM. A tile is
  * as long as its keys, rounded up to blocks, plus a prologue and an epilogue that weigh about as
- * much as one block, and one more where the diagonal cuts blocks askew; the SMs work through the
- * tiles in rounds, of which the last may be ragged. */
+ * much as one block, two if it has 192 rows, and one more where the diagonal cuts blocks askew; the
+ * SMs work through the tiles in rounds, of which the last may be ragged. */
 static inline int64_t fa_row_cost(const fa_row *row, const fa_what *w, const fa_masks *m,
                                   int32_t sms) {
-    int32_t causal = (m->flags & FA_HAS_RIGHT) != 0;
-    int64_t blocks = fa_ceil_div(w->sk, row->block_n) + 1 + (causal && row->block_m % row->block_n);
-    int64_t tile = row->block_m * blocks * row->block_n * fa_row_weight(row, causal, w->sk);
+    int32_t causal = (m->flags & FA_HAS_RIGHT) != 0, sk = w->sk;
+    if (causal && m->flags & FA_HAS_LEFT && sk > (int64_t)m->left + m->right + row->block_m)
+        sk = m->left + m->right + row->block_m; /* of the tile's rows, through a window */
+    int32_t more = 1 + (row->block_m == 192) + (causal && row->block_m % row->block_n);
+    int64_t blocks = fa_ceil_div(sk, row->block_n) + more;
+    int64_t tile = row->block_m * blocks * row->block_n * fa_row_weight(row, causal, sk);
     int64_t tiles = fa_ceil_div(w->sq, row->block_m);
     /* A batch-invariant choice sees one sequence only: as if every SM were always busy. */
     if (w->batch_invariant) return tiles * tile;

@@ -53,6 +53,10 @@ static_assert(!ONES || DV == 64, "the block of ones is the second panel of V");
  * keep P beside S, 16 keys at a time as soon as their exponentials are there, P a ring of two. */
 static constexpr bool DELAYED = WARPGROUPS < 4;
 static constexpr int P_PIECES = DELAYED ? BLOCK_N / 16 : 2;
+/* Where a score raises its row's top, O shrinks once P V of the block before has ended, and the
+ * exponentials need not wait for that. The factors take registers, which not all rows have. */
+static constexpr bool SHRINKS_LATE =
+    !KEPT && (WARPGROUPS == 2 ? DV <= 192 : DELAYED && BLOCK_N <= 80);
 /* Two or three warpgroups take turns at Q K^T; four find their rhythm alone. */
 static constexpr bool TURNS = WARPGROUPS == 2 || WARPGROUPS == 3;
 
@@ -80,12 +84,15 @@ static constexpr int O_BYTES = 16 * 128; /* a panel of a warp's rows */
 static constexpr int K_BYTES = PANEL_N * panels<D>, V_BYTES = PANEL_N * panels<DV>;
 
 #if ROW_GENERAL
+/* Loops for one change of scores alone, where registers and the time to compile them allow. */
+static constexpr bool SPECIAL = !STRIDED && DV <= 128;
 #include "sm90_scores.cuh"
 #endif
 
 /* What the scheduler tells the others about a tile. */
 struct item {
     int32_t b, h, row;   /* batch, query head, first query row */
+    int32_t h_k;         /* key head */
     fa_lengths lengths;  /* of this sequence */
     int32_t q, k;        /* packed: its first rows in the arrays; else 0 */
     int32_t rows, keys;  /* rows to store, padding included; keys up to the array's end */
@@ -106,6 +113,9 @@ struct smem_layout {
     uint8_t q[Q_BUFFERS][WARPGROUPS][Q_BYTES];
     uint8_t k[STAGES][K_BYTES];
     uint8_t v[STAGES][V_BYTES];
+#if ROW_GENERAL
+    uint8_t mask[WARPGROUPS][MASK_BYTES];
+#endif
     uint8_t o[STAGED ? 4 * WARPGROUPS : 1][STAGED ? panels<DV> : 1][STAGED ? O_BYTES : 16];
     uint8_t ones[ONES ? PANEL_N : 16]; /* 64 more columns of V: O's column 64 becomes the row sum */
     uint64_t q_full[Q_BUFFERS][WARPGROUPS], q_empty[Q_BUFFERS][WARPGROUPS];
@@ -114,11 +124,15 @@ struct smem_layout {
     item items[ITEMS];
     uint32_t again[ITEMS]; /* the votes: bit w, warpgroup w could not keep its offset */
 #if ROW_GENERAL
-    uint32_t tags[STAGES];        /* which block of K is in a stage, and who sees it */
+    uint32_t tags[STAGES]; /* of a bool mask: which block of K is in a stage, and who sees it */
+    uint64_t mask_full[WARPGROUPS], mask_empty[WARPGROUPS];
     uint4 columns[WARPGROUPS][4]; /* keys of a block that some row of a tile's quarter sees */
 #endif
 };
 static_assert(offsetof(smem_layout, o) % 1024 == 0, "the copy engine's pattern");
+#if ROW_GENERAL
+static_assert(offsetof(smem_layout, mask) % 1024 == 0, "the copy engine's pattern");
+#endif
 static_assert(!ONES || offsetof(smem_layout, ones) % 1024 == 0, "wgmma's pattern");
 static constexpr int SMEM_BYTES = sizeof(smem_layout) + 1024; /* room to align the base */
 
@@ -140,6 +154,7 @@ struct kernel_args {
     int32_t ahead;             /* packed: items that a block may have claimed, at most ITEMS */
     int32_t moves[4][2];       /* q, k, v, out: 0 where the stride of heads, of batches is 0 */
     float scale;               /* times log2(e) */
+    float slack;               /* softmax_slack of it */
     float *lse;                /* (b, hq, sq), strides in elements; NULL: not wanted */
     int64_t lse_stride[3];
     const float *sink; /* (hq,), or NULL */
@@ -161,7 +176,14 @@ PTX void advance(cursor &c) {
     c.parity ^= wrap;
 }
 
-#if !ROW_GENERAL
+#if ROW_GENERAL
+/* The i-th key block of an item: from right to left those before `mid`, then the others. With ALiBi
+ * `mid` is behind the diagonal, where the highest scores are: offsets are raised least. */
+PTX int32_t key_block(const item &t, int32_t i) {
+    int32_t left = t.score.mid - t.begin;
+    return i < left ? t.score.mid - 1 - i : t.end - 1 - (i - left);
+}
+#else
 /* The i-th key block of an item: the masked ones first, from the right, then from the left. */
 PTX int32_t key_block(const item &t, int32_t i) {
     if (i < t.right) return t.end - 1 - i;
@@ -195,9 +217,10 @@ struct rows_state {
     float o[(DV + 8 * ONES) / 2];
     uint32_t p[P_PIECES][4];
     softmax_rows softmax;
-    cursor v;     /* the stage of V that P V reads, or will */
-    bool held;    /* it has not been handed back */
-    int32_t open; /* the item whose rows these are; -1: none, and O and l are 0 */
+    cursor v;  /* the stage of V that P V reads, or will */
+    bool held; /* it has not been handed back */
+    bool open; /* these are rows of the item, or, where one begins, of that before; else O, l are 0
+                */
 };
 
 PTX int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
@@ -259,7 +282,7 @@ PTX void clear_hidden_v(const kernel_args &a, const item &t, uint8_t *v, int32_t
     int32_t begin = fa_row_interval(&a.masks, t.lengths, 0).begin;
     int32_t end = fa_row_interval(&a.masks, t.lengths, t.lengths.sq - 1).end;
     if (key >= begin && min(key + BLOCK_N, t.keys) <= end) return;
-    for (int i = threadIdx.x % 128; i < V_BYTES / 16; i += 128) {
+    for (int i = thread_here() % 128; i < V_BYTES / 16; i += 128) {
         int32_t row = key + i / 8 % BLOCK_N;
         if (row < begin || row >= end) ((uint4 *)v)[i] = make_uint4(0, 0, 0, 0);
     }
@@ -294,53 +317,64 @@ PTX void issue_pv(rows_state &st, smem_layout &smem) {
 #include "sm90_rows_out.cuh"
 
 #if ROW_GENERAL
+/* The tag of the i-th block of an item, as a loader would have written it. */
+PTX uint32_t interval_tag(const item &t, int32_t i, int warpgroup) {
+    int32_t block = key_block(t, i), last = i + 1 == t.end - t.begin;
+    uint32_t tag = (uint32_t)block << TAG_BLOCK | (last ? TAG_LAST : 0);
+    return (uint32_t)uniform(tag | see_interval(t, block, warpgroup) << 2 * warpgroup);
+}
+
 /* The tag of the block of K in the next stage, once it is there. */
-PTX uint32_t read_tag(smem_layout &smem, const cursor &kv) {
+PTX uint32_t peek_tag(smem_layout &smem, const cursor &kv) {
     mbarrier_wait(smem_address(&smem.k_full[kv.stage]), kv.parity);
     return (uint32_t)uniform(*(volatile int32_t *)&smem.tags[kv.stage]);
 }
 
-/* As see(), for a block with this tag: the bits of a bool mask say more than the interval. */
-PTX enum seen see_tag(const kernel_args &a, const item &t, uint32_t tag, int warpgroup) {
-    if (a.scores.mask == BITS) return (enum seen)(tag >> 2 * warpgroup & 3);
-    return see(t, tag >> TAG_BLOCK, warpgroup);
-}
-#endif
-
-#if ROW_GENERAL
-/* How a warp caps its scores depends on the largest. Where bits may not depend on other sequences,
- * whose rows and keys a tile may run into, only its own count; elsewhere -1. */
-PTX int32_t are_far(const kernel_args &a, const item &t, const float (&s)[BLOCK_N / 2], int32_t row,
-                    int32_t key) {
-    if (!(a.watch && a.packed.counts && a.scores.caps)) return -1;
-    sight own = look(a, t, row, key);
-    float top = 0.f;
-#pragma unroll
-    for (int i = 0; i < BLOCK_N / 2; ++i)
-        if (own.rows[i / 2 & 1] >> (i / 4 * 2 + i % 2) & 1) top = fmaxf(top, fabsf(s[i]));
-    return __any_sync(~0u, top * fabsf(a.scores.cap_scale) > 0.5f) != 0;
+/* The tag of the next block: the i-th, unless a bool mask hides some. */
+PTX uint32_t read_tag(const kernel_args &a, smem_layout &smem, const item &t, const cursor &kv,
+                      int32_t i, int warpgroup) {
+    return a.scores.mask == BITS ? peek_tag(smem, kv) : interval_tag(t, i, warpgroup);
 }
 
-/* Scores as the definition has them, of the sign that `scale` would have, and -inf where a row does
- * not see a key. */
+PTX enum seen see_tag(uint32_t tag, int warpgroup) { return (enum seen)(tag >> 2 * warpgroup & 3); }
+
+/* How many blocks, from the i-th on, lie side by side and are seen whole, if that one is. */
+PTX int32_t whole_blocks(const item &t, int32_t i, int32_t block, int warpgroup) {
+    int32_t low = i < t.score.mid - t.begin ? t.begin : t.score.mid;
+    int32_t whole = (t.whole[warpgroup].begin + BLOCK_N - 1) / BLOCK_N;
+    return uniform(block - max(low, whole) + 1);
+}
+
+/* The tile of a mask of 16 bits that comes with a block: there is one, so that its phase is the
+ * block's number's parity. */
+PTX mask_tile tile_of(smem_layout &smem, const cursor &kv, int warpgroup) {
+    mask_tile m = {smem_address(smem.mask[warpgroup]), smem_address(&smem.mask_full[warpgroup]),
+                   smem_address(&smem.mask_empty[warpgroup]), (kv.stage + STAGES * kv.parity) & 1};
+    return m;
+}
+
+/* Scores as the definition has them, of the sign that `scale` would have. */
+template <enum changes ONLY>
 PTX void final_scores(const kernel_args &a, const item &t, float (&s)[BLOCK_N / 2],
-                      mask_words &mask, int32_t key, bool cut, int warpgroup) {
+                      const mask_tile &tile, int32_t key, int warpgroup) {
     const int32_t row = first_row(t, warpgroup), top = t.row + 64 * warpgroup;
-    change_scores(a.scores, t.score, s, mask, row, key, a.sq, a.sk,
-                  fa_row_position(&a.masks, t.lengths, top), row - top, are_far(a, t, s, row, key));
-    if (a.scores.scale < 0.f)
+    change_scores<ONLY>(a.scores, t.score, s, tile, row, key, a.sq, a.sk,
+                        fa_row_position(&a.masks, t.lengths, top), row - top);
+    if (ONLY == ANY && a.scores.scale < 0.f)
 #pragma unroll
         for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
-    if (cut && a.scores.mask == BITS) {
-        if (a.scores.bits.bare && see(t, key / BLOCK_N, warpgroup) != WHOLE) {
-            sight inside = look(a, t, row, key);
+}
+
+/* As look(), of a bool mask. */
+PTX sight look_up(const kernel_args &a, const item &t, int32_t row, int32_t key, int warpgroup) {
+    sight seen;
+    look_up_bits(a.scores, t.score, seen.rows, row, key);
+    if (a.scores.bits.bare && see(t, key / BLOCK_N, warpgroup) != WHOLE) {
+        const sight inside = look(a, t, row, key);
 #pragma unroll
-            for (int r = 0; r < 2; ++r) mask[r] &= inside.rows[r];
-        }
-        hide_scores(s, mask);
-    } else if (cut) {
-        mask_scores(look(a, t, row, key), s);
+        for (int r = 0; r < 2; ++r) seen.rows[r] &= inside.rows[r];
     }
+    return seen;
 }
 
 /* clear_holes() where a bool mask and intervals hide keys, each its own: a row and a thread of the
@@ -348,7 +382,8 @@ PTX void final_scores(const kernel_args &a, const item &t, float (&s)[BLOCK_N / 
 PTX void clear_bare_holes(const kernel_args &a, const item &t, smem_layout &smem, uint8_t *v,
                           int32_t key, int warpgroup) {
     static_assert(BLOCK_M == 128, "a row a thread");
-    const int32_t row = t.row + threadIdx.x % 128, warp = threadIdx.x % 128 / 32;
+    const int32_t thread = thread_here();
+    const int32_t row = t.row + thread % 128, warp = thread % 128 / 32;
     const int32_t skip = key % FA_BITS_KEYS;
     const uint4 mask = load_v4(
         a.scores.words + 4 * fa_bits_at(&a.scores.bits, t.score.plane, key / FA_BITS_KEYS, row));
@@ -362,7 +397,7 @@ PTX void clear_bare_holes(const kernel_args &a, const item &t, smem_layout &smem
         seen[c] = __reduce_or_sync(~0u, seen[c] & keys << skip / 4);
     }
     uint4(&columns)[4] = smem.columns[warpgroup];
-    if (threadIdx.x % 32 == 0) columns[warp] = make_uint4(seen[0], seen[1], seen[2], seen[3]);
+    if (thread % 32 == 0) columns[warp] = make_uint4(seen[0], seen[1], seen[2], seen[3]);
     bar_sync(1 + warpgroup, 128);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
@@ -380,20 +415,27 @@ enum place { ALONE, BEHIND, NEXT };
 /* One key block: S = Q K^T, P = 2^(S scale - offset), O += P V. On return P V may still run, or, if
  * DELAYED, has not begun. NEXT ends the tile before in passing, so that the tensor cores have work
  * while its rows are divided and stored. MASKED: rows see the block in part; WATCH: the offset.
- * `q_done`: the barrier to tell that Q was read for the last time, or 0. */
-template <place PLACE, bool MASKED, bool WATCH>
-PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_state &st, cursor &kv,
+ * `q_done`: the barrier to tell that Q was read for the last time, or 0. ONLY: enum changes, of
+ * general rows. */
+template <place PLACE, bool MASKED, bool WATCH, int ONLY = 0>
+PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st, cursor &kv,
                 uint64_t q, uint32_t q_done, int32_t key, bool cut, int warpgroup,
                 bool holes = false) {
     constexpr bool PENDING = DELAYED && PLACE != ALONE;
+    const item &t = smem.items[n % ITEMS];
     float s[BLOCK_N / 2];
     uint64_t k = wgmma_descriptor(smem_address(smem.k[kv.stage]), 1);
     mbarrier_wait(smem_address(&smem.k_full[kv.stage]), kv.parity);
 #if ROW_GENERAL
-    mask_words mask; /* on its way while Q K^T runs; not where end_rows needs the registers */
+    constexpr enum changes CHANGES = (enum changes)ONLY;
     const int32_t row = first_row(t, warpgroup);
-    const bool bits = a.scores.mask == BITS && cut;
-    if (PLACE == BEHIND) fetch_mask<0>(a.scores, t.score, mask, row, key, a.sq, a.sk, bits);
+    const bool drops = CHANGES == ANY ? a.scores.drops : CHANGES == DROPS;
+    const mask_tile tile = tile_of(smem, kv, warpgroup);
+    sight seen = {};
+    if (MASKED && cut && a.scores.mask == BITS) seen = look_up(a, t, row, key, warpgroup);
+    /* Whoever has the turn has 500 clocks: what takes longer comes before. */
+    if (CHANGES == ANY)
+        begin_tile(a.scores, t.score, tile, row - threadIdx.x % 32 / 4, key, a.sq, a.sk);
 #endif
     if (PENDING) mbarrier_wait(smem_address(&smem.v_full[st.v.stage]), st.v.parity);
     take_turn(warpgroup);
@@ -406,9 +448,13 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
     if (PENDING) issue_pv(st, smem);
     /* While the tensor cores work: what does not depend on them. */
     ending end;
+    if (PLACE == NEXT) end = begin_end(a, smem.items[(n - 1) % ITEMS], st, warpgroup);
+#if ROW_GENERAL
+    if (MASKED && cut && a.scores.mask != BITS) seen = look(a, t, row, key);
+#else
     sight seen;
-    if (PLACE == NEXT) end = begin_end(a, smem.items[st.open % ITEMS], st, warpgroup);
-    if (MASKED && !GENERAL) seen = look(a, t, first_row(t, warpgroup), key);
+    if (MASKED) seen = look(a, t, first_row(t, warpgroup), key);
+#endif
     wgmma_wait_group<PENDING>();
     pass_turn(warpgroup);
     wgmma_accumulators(s);
@@ -417,8 +463,7 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
     if (!DELAYED) settle(st, smem);
 
 #if ROW_GENERAL
-    /* It needs no O, so that it runs beside P V of the block before. */
-    if (PLACE == BEHIND) final_scores(a, t, s, mask, key, cut, warpgroup);
+    final_scores<CHANGES>(a, t, s, tile, key, warpgroup);
     float scale = fabsf(a.scores.scale);
 #else
     float scale = a.scale;
@@ -427,55 +472,53 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
         for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
         scale = -scale;
     }
-    if (MASKED && cut) mask_scores(seen, s);
 #endif
-    float2 minus = make_float2(st.softmax.minus[0], st.softmax.minus[1]);
+    if (MASKED && cut) mask_scores(seen, s);
+    float2 minus = make_float2(st.softmax.minus[0], st.softmax.minus[1]), factor;
+    bool raised = false; /* O must shrink, when P V of the block before has ended */
     if (WATCH) {
-        if (PENDING && (PLACE == BEHIND || GENERAL)) { /* O may have to shrink */
+        if (PENDING && PLACE == BEHIND && !SHRINKS_LATE) {
             wgmma_wait_group<0>();
             settle(st, smem);
         }
-        /* The words of a mask would not fit beside O. */
-        if (PLACE == NEXT && GENERAL) end_rows(a, smem, st, end, warpgroup);
-#if ROW_GENERAL
-        if (PLACE != BEHIND) {
-            fetch_mask<0>(a.scores, t.score, mask, row, key, a.sq, a.sk, bits);
-            final_scores(a, t, s, mask, key, cut, warpgroup);
-        }
-#endif
         /* The first block of a tile sets the tops. A later one without a P V pending may belong to
          * a tile that keeps them. */
-        bool first = PLACE == NEXT || (PLACE == ALONE && st.open < 0);
+        bool first = PLACE == NEXT || (PLACE == ALONE && KEPT && !st.open);
         bool watch = PLACE == BEHIND || !KEPT || t.watch;
-        if (first || __any_sync(~0u, watch && softmax_exceeds(st.softmax, s)))
-            softmax_raise<range, PLACE == NEXT>(st.softmax, s, st.o, scale);
+        if (first || __any_sync(~0u, watch && softmax_exceeds(st.softmax, s, a.slack))) {
+            factor = softmax_raise<range, PLACE == NEXT>(st.softmax, s, scale, a.slack);
+            raised = PLACE != NEXT;
+            if (PLACE != NEXT && !SHRINKS_LATE) softmax_shrink(st.o, factor);
+        }
         minus = softmax_center<range>(st.softmax, s);
     } else if (MASKED) {
         /* Rows that see their first key here: a row of few is exact only with a top of its own. */
         if (__any_sync(~0u, fminf(st.softmax.top[0], st.softmax.top[1]) == -INFINITY)) {
-            softmax_raise<range, true>(st.softmax, s, st.o, scale);
+            softmax_raise<range, true>(st.softmax, s, scale, a.slack);
             minus = make_float2(st.softmax.minus[0], st.softmax.minus[1]);
         }
     }
     if (DELAYED) {
         softmax_exp<!ONES>(st.softmax, s, scale, minus);
-        if (PENDING && !GENERAL && (PLACE == NEXT || !WATCH)) {
+        if (PENDING && (PLACE == NEXT || !WATCH || SHRINKS_LATE)) {
             wgmma_wait_group<0>();
             settle(st, smem);
         }
-        if (PLACE == NEXT && !GENERAL) end_rows(a, smem, st, end, warpgroup);
+        if (SHRINKS_LATE && raised) softmax_shrink(st.o, factor);
+        if (PLACE == NEXT) end_rows(a, smem, n - 1, st, end, warpgroup);
         softmax_pack(s, &st.p[0][0]);
 #if ROW_GENERAL
-        if (a.scores.drops) drop_scores(a.scores, t.score, &st.p[0][0], t.h, row, key);
+        if (drops) drop_scores(a.scores, t.score, &st.p[0][0], t.h, row, key);
 #endif
         /* Not sooner: this V may be waiting for the stage of the one that has just been settled. */
         if (MASKED && cut) mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
 #if ROW_GENERAL
-        if (holes && a.scores.bits.bare)
+        if (!MASKED || CHANGES == WORDS) {
+        } else if (holes && a.scores.bits.bare)
             clear_bare_holes(a, t, smem, smem.v[kv.stage], key, warpgroup);
         else if (holes)
             clear_holes(a.scores, t.score, smem.v[kv.stage], t.row, key, warpgroup);
-        else if (cut && !bits)
+        else if (cut && a.scores.mask != BITS)
             clear_hidden_v(a, t, smem.v[kv.stage], key, warpgroup);
 #else
         if (MASKED && cut) clear_hidden_v(a, t, smem.v[kv.stage], key, warpgroup);
@@ -500,6 +543,55 @@ PTX void attend(const kernel_args &a, smem_layout &smem, const item &t, rows_sta
     advance(kv);
 }
 
+#if ROW_GENERAL
+template <enum changes ONLY>
+PTX void attend_run(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st, cursor &kv,
+                    uint64_t q, uint32_t q_last, int32_t key, int32_t run, int warpgroup) {
+    for (; run > 0; --run, key -= BLOCK_N)
+        attend<BEHIND, false, true, ONLY>(a, smem, n, st, kv, q, run == 1 ? q_last : 0, key, false,
+                                          warpgroup);
+}
+
+/* The block of this tag and those behind it, while they have no holes and some row sees them, with
+ * a bool mask; returns the last one's tag. */
+PTX uint32_t attend_words(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
+                          cursor &kv, uint64_t q, uint32_t q_empty, uint32_t tag, int warpgroup) {
+    for (;;) {
+        attend<BEHIND, true, true, WORDS>(a, smem, n, st, kv, q, tag & TAG_LAST ? q_empty : 0,
+                                          (int32_t)(tag >> TAG_BLOCK) * BLOCK_N,
+                                          see_tag(tag, warpgroup) == PART, warpgroup);
+        if (tag & TAG_LAST) return tag;
+        uint32_t next = peek_tag(smem, kv);
+        if (next & TAG_HOLES || see_tag(next, warpgroup) == NONE) return tag;
+        tag = next;
+    }
+}
+
+/* The blocks from the i-th on, at `key`, that lie side by side and are seen whole, with the one
+ * change that there is; returns their number. */
+PTX int32_t attend_whole(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
+                         cursor &kv, uint64_t q, uint32_t q_empty, int32_t i, int32_t key,
+                         int warpgroup) {
+    const item &t = smem.items[n % ITEMS];
+    const int32_t run = whole_blocks(t, i, key / BLOCK_N, warpgroup);
+    const uint32_t q_last = i + run == t.end - t.begin ? q_empty : 0;
+    switch (a.scores.only) {
+        case CAPS:
+            attend_run<CAPS>(a, smem, n, st, kv, q, q_last, key, run, warpgroup);
+            break;
+        case TILES:
+            attend_run<TILES>(a, smem, n, st, kv, q, q_last, key, run, warpgroup);
+            break;
+        case ALIBI:
+            attend_run<ALIBI>(a, smem, n, st, kv, q, q_last, key, run, warpgroup);
+            break;
+        default:
+            attend_run<DROPS>(a, smem, n, st, kv, q, q_last, key, run, warpgroup);
+    }
+    return run;
+}
+#endif
+
 /* Ends P V of the last block. */
 PTX void finish_pv(rows_state &st, smem_layout &smem) {
     if (DELAYED && !st.held) return;
@@ -512,10 +604,11 @@ PTX void finish_pv(rows_state &st, smem_layout &smem) {
 }
 
 /* Ends the open tile where no block does so in passing. */
-PTX void finish_tile(const kernel_args &a, smem_layout &smem, rows_state &st, int warpgroup) {
+PTX void finish_tile(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
+                     int warpgroup) {
     finish_pv(st, smem);
-    ending end = begin_end(a, smem.items[st.open % ITEMS], st, warpgroup);
-    end_rows(a, smem, st, end, warpgroup);
+    ending end = begin_end(a, smem.items[n % ITEMS], st, warpgroup);
+    end_rows(a, smem, n, st, end, warpgroup);
 }
 
 /* A block that this warpgroup has no use for: it must still be handed back, once it is there. The
@@ -546,8 +639,8 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
 
         /* The tile before ends in passing if there is a block for it before its V is needed. */
 #if ROW_GENERAL
-        uint32_t tag = blocks ? read_tag(smem, kv) : 0;
-        bool next = st.held && blocks && see_tag(a, t, tag, warpgroup) != NONE;
+        uint32_t tag = blocks ? read_tag(a, smem, t, kv, 0, warpgroup) : 0;
+        bool next = st.held && blocks && see_tag(tag, warpgroup) != NONE;
 #else
         int32_t masked = uniform(t.left + t.right), watch = KEPT ? uniform(t.watch) : 1;
         if (uniform(has_no_keys(t, warpgroup))) masked = blocks; /* it passes all of them */
@@ -557,9 +650,7 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
                 ++skip;
         bool next = DELAYED && st.held && skip < masked && skip < STAGES;
 #endif
-        if (DELAYED && st.open >= 0 && !next) {
-            finish_tile(a, smem, st, warpgroup);
-        }
+        if (DELAYED && st.open && !next) finish_tile(a, smem, n - 1, st, warpgroup);
         if (last) { /* the copy engine may not have read all that has been stored */
             if (STAGED && threadIdx.x % 32 == 0) cp_async_bulk_wait_group_read();
             return;
@@ -573,26 +664,34 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         }
 
 #if ROW_GENERAL
-        for (bool more = blocks; more;) {
-            int32_t block = tag >> TAG_BLOCK, key = block * BLOCK_N;
-            more = !(tag & TAG_LAST);
-            uint32_t q_done = more ? 0 : q_empty;
-            enum seen seen = see_tag(a, t, tag, warpgroup);
-            bool cut = seen == PART, holes = tag & TAG_HOLES;
+        for (int32_t i = 0; blocks;) {
+            const int32_t key = (int32_t)(tag >> TAG_BLOCK) * BLOCK_N;
+            const uint32_t q_done = tag & TAG_LAST ? q_empty : 0;
+            const enum seen seen = see_tag(tag, warpgroup);
+            const bool cut = seen == PART, holes = tag & TAG_HOLES;
             if (seen == NONE) {
                 finish_pv(st, smem);
+                pass_tiles(a.scores, tile_of(smem, kv, warpgroup));
                 pass(smem, kv, q_done, warpgroup);
             } else if (next) {
-                attend<NEXT, true, true>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup, holes);
+                attend<NEXT, true, true>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup, holes);
                 next = false;
             } else if (!st.held) {
-                attend<ALONE, true, true>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup,
+                attend<ALONE, true, true>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup,
                                           holes);
+            } else if (SPECIAL && a.scores.only == WORDS && !holes) {
+                tag = attend_words(a, smem, n, st, kv, q, q_empty, tag, warpgroup);
+            } else if (SPECIAL && a.scores.only && a.scores.only != WORDS && !cut) {
+                i += attend_whole(a, smem, n, st, kv, q, q_empty, i, key, warpgroup);
+                if (i == t.end - t.begin) break;
+                tag = interval_tag(t, i, warpgroup);
+                continue;
             } else {
-                attend<BEHIND, true, true>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup,
+                attend<BEHIND, true, true>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup,
                                            holes);
             }
-            if (more) tag = read_tag(smem, kv);
+            if (tag & TAG_LAST) break;
+            tag = read_tag(a, smem, t, kv, ++i, warpgroup);
         }
 #else
         int32_t i = 0;
@@ -605,37 +704,35 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
                 if (!next) finish_pv(st, smem);
                 pass(smem, kv, q_done, warpgroup);
             } else if (next) {
-                attend<NEXT, true, true>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup);
+                attend<NEXT, true, true>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup);
                 next = false;
-                st.open = n;
+                st.open = true;
             } else if (DELAYED && !st.held) {
-                attend<ALONE, true, true>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup);
-                st.open = n;
+                attend<ALONE, true, true>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup);
+                st.open = true;
             } else if (!watch) {
-                attend<BEHIND, true, false>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup);
+                attend<BEHIND, true, false>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup);
             } else {
-                attend<BEHIND, true, true>(a, smem, t, st, kv, q, q_done, key, cut, warpgroup);
+                attend<BEHIND, true, true>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup);
             }
         }
         if (DELAYED && i < blocks && !st.held) {
             int32_t key = uniform(key_block(t, i)) * BLOCK_N;
             uint32_t q_done = i == blocks - 1 ? q_empty : 0;
-            attend<ALONE, true, true>(a, smem, t, st, kv, q, q_done, key, false, warpgroup);
+            attend<ALONE, true, true>(a, smem, n, st, kv, q, q_done, key, false, warpgroup);
             ++i;
         }
         if (!watch)
             for (; i < blocks; ++i)
-                attend<BEHIND, false, false>(a, smem, t, st, kv, q, i == blocks - 1 ? q_empty : 0,
+                attend<BEHIND, false, false>(a, smem, n, st, kv, q, i == blocks - 1 ? q_empty : 0,
                                              0, false, warpgroup);
         else
             for (; i < blocks; ++i)
-                attend<BEHIND, false, true>(a, smem, t, st, kv, q, i == blocks - 1 ? q_empty : 0, 0,
+                attend<BEHIND, false, true>(a, smem, n, st, kv, q, i == blocks - 1 ? q_empty : 0, 0,
                                             false, warpgroup);
 #endif
-        st.open = n;
-        if (!DELAYED) {
-            finish_tile(a, smem, st, warpgroup);
-        }
+        st.open = true;
+        if (!DELAYED) finish_tile(a, smem, n, st, warpgroup);
     }
 }
 
@@ -667,6 +764,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
             mbarrier_init(smem_address(&smem.k_empty[i]), WARPGROUPS);
             mbarrier_init(smem_address(&smem.v_empty[i]), WARPGROUPS);
         }
+#if ROW_GENERAL
+        for (int w = 0; w < WARPGROUPS; ++w) {
+            mbarrier_init(smem_address(&smem.mask_full[w]), 1);
+            mbarrier_init(smem_address(&smem.mask_empty[w]), 4);
+        }
+#endif
         fence_mbarrier_init();
     }
     if (ONES) {
@@ -692,34 +795,39 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 
 /* ---- the launcher -----------------------------------------------------------------------------*/
 
-#if ROW_STRIDED
-static bool encode(fa_tensor *array, const fa_sm90_device *, const fa_tensor *t, int, int32_t[2]) {
-    *array = *t;
-    return true;
-}
-#else
-/* Panels of 64 columns by `rows` rows; dimensions of stride 0 are one long, and not moved along. */
+#if !ROW_STRIDED || ROW_GENERAL
+/* Panels of 128 bytes by `rows` rows; dimensions of stride 0 are one long, and not moved along. */
 static bool encode(CUtensorMap *map, const fa_sm90_device *device, const fa_tensor *t, int rows,
-                   int32_t moves[2]) {
+                   int32_t moves[2], int element_bytes = 2) {
     cuuint64_t shape[4] = {(cuuint64_t)t->shape[3], (cuuint64_t)t->shape[2],
                            (cuuint64_t)t->shape[1], (cuuint64_t)t->shape[0]};
     cuuint64_t strides[3] = {16, 16, 16};
     for (int i = 0; i < 3; ++i) {
         int axis = 2 - i;
         if (t->shape[axis] > 1 && t->stride[axis] != 0) {
-            strides[i] = (cuuint64_t)t->stride[axis] * 2;
+            strides[i] = (cuuint64_t)(t->stride[axis] * element_bytes);
         } else {
             if (i == 0 && t->shape[axis] > 1) return false; /* one row, repeated */
             shape[1 + i] = 1;
         }
         if (i) moves[i - 1] = shape[1 + i] > 1;
     }
-    const cuuint32_t box[4] = {64, (cuuint32_t)rows, 1, 1}, steps[4] = {1, 1, 1, 1};
-    return device->encode(
-               map, IS_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-               t->data, shape, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    const cuuint32_t box[4] = {(cuuint32_t)(128 / element_bytes), (cuuint32_t)rows, 1, 1};
+    const cuuint32_t steps[4] = {1, 1, 1, 1};
+    return device->encode(map,
+                          element_bytes == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                          : IS_BF16          ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                          4, t->data, shape, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+#endif
+
+#if ROW_STRIDED
+static bool encode(fa_tensor *array, const fa_sm90_device *, const fa_tensor *t, int, int32_t[2]) {
+    *array = *t;
+    return true;
 }
 #endif
 
@@ -747,6 +855,7 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
     a.watch = w->batch_invariant;
     /* A scale of 0 must not meet the -inf of a hidden score: 1e-37 of any score is 0 too. */
     a.scale = w->scale == 0 ? 1e-37f : (float)(w->scale * 1.4426950408889634);
+    a.slack = softmax_slack<range>(a.scale);
     a.lse = (float *)w->lse.data;
     for (int i = 0; i < 3; ++i) a.lse_stride[i] = w->lse.stride[i];
     a.sink = p->scores.sink;
@@ -754,6 +863,14 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
 #if ROW_GENERAL
     a.b = w->b;
     a.scores = make_scores(p, (char *)workspace + fa_packed_bytes(&p->varlen, w->b, BLOCK_M));
+    a.slack = softmax_slack<range>(a.scores.scale);
+    if (a.scores.tiles) {
+        fa_tensor mask = p->scores.mask;
+        if (!a.scores.tile_rows) mask.shape[2] = 1;
+        if (!encode(&a.scores.mask_map, device, &mask, a.scores.tile_rows ? 64 : 1,
+                    a.scores.mask_moves, a.scores.mask == ADD_F32 ? 4 : 2))
+            return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected the mask");
+    }
 #endif
     int32_t blocks = tiles < slots ? (int32_t)tiles : slots;
     if (packed) {

@@ -12,7 +12,7 @@ PTX void close_rows(rows_state &st) {
 #pragma unroll
     for (int j = 0; j < (DV + 8 * ONES) / 2; ++j) st.o[j] = 0.f;
     wgmma_accumulators(st.o);
-    st.open = -1;
+    st.open = false;
 }
 
 /* This warp has read item n for the last time. */
@@ -27,11 +27,15 @@ typedef uint32_t rows_out[DV / 4];
 
 /* What the end of a tile needs besides O: known as soon as the last exponentials are. */
 struct ending {
-    float inverse[2];   /* what O is multiplied by: 1 / l, or 0 */
-    bool live[2], well; /* the rows are not 0; l is in range and top precise, where that matters */
-    int32_t row,
-        rows; /* the first of this thread's two rows; those at or past `rows` are not stored */
+    float inverse[2]; /* what O is multiplied by: 1 / l; 0: the row is 0 whatever O holds */
+    bool well;        /* l is in range and top precise, where that matters */
+    int32_t row;      /* the first of this thread's two */
 };
+
+/* Rows at or past this one are not stored. */
+PTX int32_t end_of_rows(const item &t, int warpgroup) {
+    return t.warpgroups >> warpgroup & 1 ? t.rows : 0;
+}
 
 PTX uint16_t *out_row(const kernel_args &a, const item &t, int32_t i) {
     return (uint16_t *)a.out.data + t.b * a.out.stride[0] + t.h * a.out.stride[1] +
@@ -53,7 +57,7 @@ PTX float add_sink(float sink, float &l, float &minus) {
 PTX ending begin_end(const kernel_args &a, const item &t, rows_state &st, int warpgroup) {
     ending e;
     e.row = first_row(t, warpgroup);
-    e.rows = t.warpgroups >> warpgroup & 1 ? t.rows : 0;
+    const int32_t rows = end_of_rows(t, warpgroup);
     e.well = !softmax_is_coarse(st.softmax) || t.watch;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -61,17 +65,16 @@ PTX ending begin_end(const kernel_args &a, const item &t, rows_state &st, int wa
         fa_interval seen = fa_row_interval(&a.masks, t.lengths, row);
         float l = ONES ? st.o[DV / 2 * ONES + 2 * r] : softmax_row_sum(st.softmax.l[r]);
         float sum = l, minus = st.softmax.minus[r];
-        e.live[r] = seen.begin < seen.end;
-        e.well &= t.watch || !e.live[r] || (l > 0x1p-50f && l < 0x1p120f);
-        bool empty = !e.live[r] || l == 0.f; /* the top gives 1: 0 means that no score is finite */
+        bool sees = seen.begin < seen.end;
+        e.well &= t.watch || !sees || (l > 0x1p-50f && l < 0x1p120f);
+        bool empty = !sees || l == 0.f; /* the top gives 1: 0 means that no score is finite */
         e.inverse[r] = add_sink(t.sink, sum, minus);
 #if ROW_GENERAL
         e.inverse[r] *= a.scores.gain;
-        e.live[r] = !empty && a.scores.gain != 0.f; /* where nothing is kept, V may be infinite */
 #endif
-        if (l == 0.f) e.inverse[r] = 0.f;
+        if (empty) e.inverse[r] = 0.f;
         float lse = empty ? t.sink : (__log2f(sum) - minus) * 0.6931471805599453f;
-        if (a.lse && row < e.rows && threadIdx.x % 4 == 0)
+        if (a.lse && row < rows && threadIdx.x % 4 == 0)
             a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] + (t.q + row) * a.lse_stride[2]] =
                 row < t.lengths.sq ? lse : -INFINITY;
     }
@@ -80,27 +83,28 @@ PTX ending begin_end(const kernel_args &a, const item &t, rows_state &st, int wa
 }
 
 /* The other half of the vote: whether every O is finite (x * 0 is NaN if x is not). */
-PTX bool is_finite(const rows_out &o, const bool (&live)[2]) {
+PTX bool is_finite(const rows_out &o, const ending &e) {
     bool finite = true;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         uint32_t probe[2] = {0, 0};
 #pragma unroll
         for (int j = 0; j < DV / 8; ++j) probe[j % 2] = fma_pair(o[2 * j + r], 0, probe[j % 2]);
-        finite &= !live[r] || ((probe[0] | probe[1]) & 0x7FFF7FFF) == 0;
+        finite &= e.inverse[r] == 0.f || ((probe[0] | probe[1]) & 0x7FFF7FFF) == 0;
     }
     return finite;
 }
 
 /* This thread's rows, or, after an exchange with its warp's other threads, as much of others. */
 PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, const rows_out &o,
-                    const ending &e) {
+                    const ending &e, int warpgroup) {
+    const int32_t rows = end_of_rows(t, warpgroup);
     int32_t lane = threadIdx.x % 32;
 #if ROW_STRIDED
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         uint16_t *to = out_row(a, t, e.row + 8 * r);
-        int32_t columns = e.row + 8 * r < e.rows ? (int32_t)a.out.shape[3] : 0;
+        int32_t columns = e.row + 8 * r < rows ? (int32_t)a.out.shape[3] : 0;
 #pragma unroll
         for (int j = 0; j < DV / 8; ++j) {
             int32_t column = 8 * j + lane % 4 * 2;
@@ -123,14 +127,14 @@ PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, cons
         for (int i = lane; i < 16 * 8 * panels<DV>; i += 32) {
             int32_t r = i / 8 % 16, column = i / 128 * 64 + i % 8 * 8;
             uint4 chunk = *(uint4 *)&staged[i / 128][r * 128 + ((i % 8 ^ r % 8) << 4)];
-            if (first + r < e.rows && column < a.out.shape[3])
+            if (first + r < rows && column < a.out.shape[3])
                 *(uint4 *)(out_row(a, t, first + r) + column) = chunk;
         }
         return;
     }
     fence_proxy_async();
     __syncwarp();
-    if (lane == 0 && e.rows) {
+    if (lane == 0 && rows) {
         for (int c = 0; c < panels<DV>; ++c)
             cp_async_bulk_tensor_store(&a.out_map, smem_address(staged[c]), 64 * c, t.q + e.row,
                                        t.h, t.b * a.moves[3][1]);
@@ -140,7 +144,7 @@ PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, cons
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         uint16_t *to = out_row(a, t, e.row + 8 * r) + lane % 4 * 8;
-        int32_t columns = e.row + 8 * r < e.rows ? (int32_t)a.out.shape[3] - lane % 4 * 8 : 0;
+        int32_t columns = e.row + 8 * r < rows ? (int32_t)a.out.shape[3] - lane % 4 * 8 : 0;
 #pragma unroll
         for (int j = 0; j < DV / 8; j += 4) {
             uint32_t x[4];
@@ -153,29 +157,36 @@ PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, cons
 #endif
 }
 
-/* The open tile's rows leave, and the warpgroup its item; O and l are 0 again. All P V must have
+/* The rows of item n leave, and the warpgroup the item; O and l are 0 again. All P V must have
  * ended. A warp that could not keep its tops says so: its warpgroup's rows come again. */
-PTX void end_rows(const kernel_args &a, smem_layout &smem, rows_state &st, const ending &e,
-                  int warpgroup) {
-    const item &t = smem.items[st.open % ITEMS];
+PTX void end_rows(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
+                  const ending &e, int warpgroup) {
+    const item &t = smem.items[n % ITEMS];
     rows_out o;
-    if (STAGED && threadIdx.x % 32 == 0) cp_async_bulk_wait_group_read(); /* of the tile before */
+    if (STAGED && threadIdx.x % 32 == 0) {
+        /* The tile before must have been read; this tile's first store, if it comes again, must be
+         * there: nothing else orders the two. */
+        if (KEPT && t.watch)
+            cp_async_bulk_wait_group();
+        else
+            cp_async_bulk_wait_group_read();
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
         for (int j = 0; j < DV / 8; ++j)
             o[2 * j + r] = cvt_pack(st.o[4 * j + 2 * r] * e.inverse[r],
                                     st.o[4 * j + 2 * r + 1] * e.inverse[r]);
-    if (KEPT && __any_sync(~0u, !(e.well && (t.watch || is_finite(o, e.live)))) &&
-        threadIdx.x % 32 == 0 && e.rows)
-        atomicOr(&smem.again[st.open % ITEMS], 1u << warpgroup);
-    if (__any_sync(~0u, !e.live[0] || !e.live[1])) /* past its sequence q may hold NaN */
+    if (KEPT && __any_sync(~0u, !(e.well && (t.watch || is_finite(o, e)))) &&
+        threadIdx.x % 32 == 0 && end_of_rows(t, warpgroup))
+        atomicOr(&smem.again[n % ITEMS], 1u << warpgroup);
+    if (__any_sync(~0u, e.inverse[0] == 0.f || e.inverse[1] == 0.f)) /* of padding O may be NaN */
 #pragma unroll
         for (int j = 0; j < DV / 4; ++j)
-            if (!e.live[j % 2]) o[j] = 0;
+            if (e.inverse[j % 2] == 0.f) o[j] = 0;
     __syncwarp();
-    store_rows(a, smem, t, o, e);
-    leave_item(smem, st.open);
+    store_rows(a, smem, t, o, e, warpgroup);
+    leave_item(smem, n);
     close_rows(st);
 }
 

@@ -4,10 +4,12 @@
  * for the whole block: they are on the arguments.
  *
  * Scores come as q.k and leave so that `scale` times a score is in units of log2: every step folds
- * the factor of what came before it into its own FFMA. A float mask is fetched into registers
- * before Q K^T and is there when that has ended: 32 of them, for 16-bit masks a whole block in
- * rows of 16 bytes a thread, which the four lanes of a quad exchange. A bool mask was packed by the
- * launch before (mask_bits.h): one word for a thread's scores of a row.
+ * the factor of what came before it into its own FFMA. A float mask comes by the copy engine, as K
+ * does, into a tile of each warpgroup's own. A bool mask was packed by the launch before
+ * (mask_bits.h): one word for a thread's scores of a row.
+ *
+ * One change alone has a loop of its own over the blocks that need nothing else; branches on all
+ * that there might be take as long as the change (kernels/README.md).
  */
 #ifndef FASTATTN_SM90_SCORES_CUH
 #define FASTATTN_SM90_SCORES_CUH
@@ -18,14 +20,25 @@
 
 enum mask_kind { NO_MASK, BITS, ADD_BF16, ADD_F16, ADD_F32 };
 
+/* What a loop is compiled for: one change alone, or whatever the arguments say. */
+enum changes { ANY, CAPS, WORDS, TILES, ALIBI, DROPS };
+
+static constexpr int MASK_BYTES = 64 * BLOCK_N * 2; /* of a tile of a float mask */
+
 struct score_args {
-    float unit;  /* what a score counts before masks and ALiBi: `scale`, or softcap's c */
-    float scale; /* what it counts in the end, times log2(e) */
+    enum changes only; /* the one change that there is; ANY: several, or one without a loop */
+    float unit;        /* what a score counts before masks and ALiBi: `scale`, or softcap's c */
+    float scale;       /* what it counts in the end, times log2(e) */
     int32_t caps;
-    float cap_scale; /* scale / c */
-    int32_t mask;    /* enum mask_kind */
-    int32_t vectors; /* rows of a float mask can be read by 16 bytes a thread (float32: by 8) */
-    int32_t b_first; /* tiles of one head and all batches are neighbours: they share a mask */
+    float cap_scale;   /* scale / c */
+    uint32_t cap_near; /* bits of a float: scores up to here take a polynomial in their squares, */
+    float cap_series[4]; /* constant first */
+    CUtensorMap mask_map;
+    int32_t mask;          /* enum mask_kind */
+    int32_t tiles;         /* a float mask comes by the copy engine: so many tiles a block; or 0 */
+    int32_t tile_rows;     /* 0: its rows are all the same one */
+    int32_t mask_moves[2]; /* as kernel_args' moves */
+    int32_t b_first;       /* tiles of one head and all batches are neighbours: they share a mask */
     const char *mask_data;
     int64_t mask_stride[4]; /* bytes */
     fa_mask_bits bits;      /* a bool mask, packed: */
@@ -45,7 +58,7 @@ struct score_item {
     const char *mask; /* element (0, 0) of its head */
     int64_t plane, seed;
     int32_t b;   /* as dropout counts */
-    int32_t mid; /* the block to the left of which the walk begins */
+    int32_t mid; /* the block to the left of which the order begins */
     float slope;
 };
 
@@ -63,82 +76,47 @@ PTX void describe_scores(const score_args &a, score_item &t, int32_t b, int32_t 
  * sees), and two bits for each warpgroup: how much of it its rows see, as enum seen counts. */
 enum { TAG_LAST = 128, TAG_HOLES = 64, TAG_BLOCK = 8 };
 
-/* A walk over the blocks of an item, from right to left: those before `mid`, then the others. With
- * ALiBi `mid` is behind the diagonal, where the highest scores are: offsets are raised least. */
-struct map_cursor {
-    int32_t low, high, rest; /* to come: low .. high - 1, then mid .. rest - 1 */
-    int32_t word;            /* the map's words for 32 * 128 keys, of every warpgroup's rows: */
-    uint4 map[WARPGROUPS];
+/* A walk over the blocks of an item that a bool mask does not hide, from right to left. */
+struct block_walk {
+    uint32_t end;                               /* blocks before this one are to come */
+    uint32_t word;                              /* of the map, 32 * 128 keys; bits of its blocks: */
+    uint32_t some[WARPGROUPS], all[WARPGROUPS]; /* a warpgroup's rows see a key, all keys */
+    uint32_t columns[WARPGROUPS];               /* each key is seen by some row */
 };
 
-PTX map_cursor start_walk(const score_item &t, int32_t begin, int32_t end) {
-    map_cursor c;
-    c.low = begin;
-    c.high = t.mid;
-    c.rest = end;
-    c.word = -1;
-    return c;
-}
+PTX uint32_t map_bit(uint32_t block) { return block / (FA_BITS_KEYS / BLOCK_N); }
 
-PTX int32_t map_bit(int32_t block) { return block * BLOCK_N / FA_BITS_KEYS; }
-
-PTX void read_map(const score_args &a, const score_item &t, map_cursor &c, int32_t row,
-                  int32_t word) {
-    if (c.word == word) return;
-    c.word = word;
+/* The next block, not before `begin`, that some row of the tile sees, or -1. */
+PTX int32_t next_block(const score_args &a, const score_item &t, block_walk &c, uint32_t row,
+                       uint32_t begin) {
+    constexpr uint32_t BLOCKS = FA_BITS_KEYS / BLOCK_N; /* of a bit */
+    while (c.end > begin) {
+        uint32_t bit = map_bit(c.end - 1), word = bit / 32;
+        if (word != c.word) {
+            c.word = word;
 #pragma unroll
-    for (int w = 0; w < WARPGROUPS; ++w)
-        c.map[w] = a.map[fa_map_at(&a.bits, t.plane, word, row / FA_BITS_ROWS + w)];
-}
-
-/* The last block before `end` that some row of the tile sees, or -1: there is none from `begin`
- * on. Without a bool mask every one counts, and a bare one may leave some that no row sees. */
-PTX int32_t last_block(const score_args &a, const score_item &t, map_cursor &c, int32_t row,
-                       int32_t begin, int32_t end) {
-    if (a.mask != BITS) return end > begin ? end - 1 : -1;
-    while (end > begin) {
-        int32_t bit = map_bit(end - 1), word = bit / 32;
-        read_map(a, t, c, row, word);
-        uint32_t any = 0;
+            for (int w = 0; w < WARPGROUPS; ++w) {
+                uint4 map = a.map[fa_map_at(&a.bits, t.plane, word, row / FA_BITS_ROWS + w)];
+                c.some[w] = map.x, c.all[w] = map.y, c.columns[w] = map.z;
+            }
+        }
+        uint32_t left = 0;
 #pragma unroll
-        for (int w = 0; w < WARPGROUPS; ++w) any |= c.map[w].x;
-        any &= ~0u >> (31 - bit % 32);
-        if (any >> bit % 32 & 1) return end - 1;
-        int32_t found = any ? 32 * word + 32 - __clz(any) : 32 * word; /* one past it */
-        end = found * (FA_BITS_KEYS / BLOCK_N);
+        for (int w = 0; w < WARPGROUPS; ++w) left |= c.some[w];
+        left &= ~0u >> (31 - bit % 32);
+        uint32_t last = (32 * word + 32 - __clz(left)) * BLOCKS - 1; /* of the bit found */
+        c.end = left ? min(c.end - 1, last) : 32 * word * BLOCKS;
+        if (left) return c.end >= begin ? (int32_t)c.end : -1;
     }
     return -1;
 }
 
-PTX int32_t next_block(const score_args &a, const score_item &t, map_cursor &c, int32_t row) {
-    for (;;) {
-        int32_t block = last_block(a, t, c, row, c.low, c.high);
-        if (block >= 0) {
-            c.high = block;
-            return block;
-        }
-        if (c.rest <= t.mid) return -1;
-        c.low = t.mid;
-        c.high = c.rest;
-        c.rest = t.mid;
-    }
-}
-
-/* ---- a float mask or a bool mask's bits, in registers ----------------------------------------*/
-
-typedef uint32_t mask_words[BLOCK_N / 4];
+/* ---- a float mask, by tiles of 64 rows in shared memory -------------------------------------*/
 
 PTX uint4 load_v4(const void *from) {
     uint4 x;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(from));
-    return x;
-}
-PTX uint2 load_v2(const void *from) {
-    uint2 x;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(x.x), "=r"(x.y)
                  : "l"(from));
     return x;
 }
@@ -153,58 +131,74 @@ PTX uint32_t load_u16(const void *from) {
     return x;
 }
 
-/* Starts the loads of a block's mask for rows `row` and 8 below. Keys and rows past the ends read
- * the last one's: the interval hides them. Word r * N/8 + j of a 16-bit mask is columns 8j + 2c and
- * the next of row r (VECTORS: transposed among the quad). A float32 mask comes in two HALFs. */
-template <int HALF>
-PTX void fetch_mask(const score_args &a, const score_item &t, mask_words &m, int32_t row,
-                    int32_t key, int32_t sq, int32_t sk, bool part) {
-    const int32_t c = threadIdx.x % 4;
-    if (HALF == 0 && a.mask <= BITS) {
-        /* Or the registers would count as in use all around the loop, for ptxas does not see that
-         * nobody reads them. */
-#pragma unroll
-        for (int i = 0; i < BLOCK_N / 4; ++i) m[i] = 0;
-        if (!part) return;
-        const uint32_t *words =
-            a.words + 4 * fa_bits_at(&a.bits, t.plane, key / FA_BITS_KEYS, row) + c;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) m[r] = load_u32(words + 32 * r) >> key % FA_BITS_KEYS / 4;
-        return;
+/* A warpgroup's tile, swizzled, 128 bytes of a row in a panel: the block's columns of 16 bits, or
+ * half of them of 32. */
+struct mask_tile {
+    uint32_t at, full, empty, parity;
+};
+
+PTX void enter_tile(const score_args &a, const mask_tile &m) {
+    if (a.tiles) mbarrier_wait(m.full, m.parity);
+}
+
+/* This warp has read the tile, or has no use for it. */
+PTX void leave_tile(const score_args &a, const mask_tile &m) {
+    __syncwarp();
+    if (a.tiles && threadIdx.x % 32 == 0) mbarrier_arrive(m.empty);
+}
+
+PTX void pass_tiles(const score_args &a, mask_tile m) {
+    for (int i = 0; i < a.tiles; ++i) {
+        if (a.tiles == 2) m.parity = i;
+        enter_tile(a, m);
+        leave_tile(a, m);
     }
+}
+
+/* Where the copy engine does not take the mask, each warp writes its own 16 rows of the tile, from
+ * `row` and `key` on. Rows and keys past the ends are the last one's: the interval hides them. */
+template <mask_kind KIND>
+PTX void fill_tile(const score_args &a, const score_item &t, const mask_tile &m, int32_t row,
+                   int32_t key, int32_t sq, int32_t sk) {
+    constexpr int COLUMNS = KIND == ADD_F32 ? 1 : 2; /* in 4 bytes */
+    const int32_t thread = thread_here(), lane = thread % 32, warp = thread % 128 / 32;
+    constexpr int BATCH = 8; /* rows whose loads are in flight at once */
+#pragma unroll 1
+    for (int first = 0; first < 16 * (BLOCK_N / 64); first += BATCH) {
+        const int32_t j = key + (first / 16 * 32 + lane) * COLUMNS;
+        const int64_t left = min(j, sk - 1) * a.mask_stride[3];
+        const int64_t right = min(j + 1, sk - 1) * a.mask_stride[3];
+        uint32_t x[BATCH], y[BATCH];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const char *from = t.mask + min(row + 8 * r, sq - 1) * a.mask_stride[2];
-        if (a.mask == ADD_F32) {
+        for (int i = 0; i < BATCH; ++i) {
+            const char *from = t.mask + min(row + (first + i) % 16, sq - 1) * a.mask_stride[2];
+            x[i] = KIND == ADD_F32 ? load_u32(from + left) : load_u16(from + left);
+            y[i] = COLUMNS == 2 ? load_u16(from + right) : 0;
+        }
 #pragma unroll
-            for (int i = 0; i < BLOCK_N / 16; ++i) {
-                int32_t at = key + 8 * (HALF * (BLOCK_N / 16) + i) + 2 * c;
-                uint32_t (&pair)[2] = *(uint32_t (*)[2])(m + 2 * (r * (BLOCK_N / 16) + i));
-                if (a.vectors) {
-                    uint2 x = load_v2(from + 4 * (int64_t)min(at, sk - 2));
-                    pair[0] = x.x, pair[1] = x.y;
-                } else {
-                    for (int e = 0; e < 2; ++e)
-                        pair[e] = load_u32(from + min(at + e, sk - 1) * a.mask_stride[3]);
-                }
-            }
-        } else if (a.vectors) {
-#pragma unroll
-            for (int i = 0; i < BLOCK_N / 32; ++i) {
-                uint4 x = load_v4(from + 2 * (int64_t)min(key + 32 * i + 8 * c, sk - 8));
-                uint32_t *to = m + 4 * (r * (BLOCK_N / 32) + i);
-                to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-            }
-        } else {
-#pragma unroll
-            for (int j = 0; j < BLOCK_N / 8; ++j) {
-                int32_t at = key + 8 * j + 2 * c;
-                m[r * (BLOCK_N / 8) + j] = load_u16(from + min(at, sk - 1) * a.mask_stride[3]) |
-                                           load_u16(from + min(at + 1, sk - 1) * a.mask_stride[3])
-                                               << 16;
-            }
+        for (int i = 0; i < BATCH; ++i) {
+            const int32_t r = (first + i) % 16;
+            st_shared(m.at + first / 16 * PANEL_Q + (warp * 16 + r) * 128 +
+                          ((lane / 4 ^ r % 8) << 4) + lane % 4 * 4,
+                      x[i] | y[i] << 16);
         }
     }
+    __syncwarp();
+}
+
+/* A block's first tile, before its scores. */
+PTX void begin_tile(const score_args &a, const score_item &t, const mask_tile &m, int32_t row,
+                    int32_t key, int32_t sq, int32_t sk) {
+    if (a.mask <= BITS || a.tiles) return;
+    if (a.mask == ADD_F32)
+        fill_tile<ADD_F32>(a, t, m, row, key, sq, sk);
+    else
+        fill_tile<ADD_F16>(a, t, m, row, key, sq, sk);
+}
+
+/* The warp's first row in a tile whose rows may all be the same one. */
+PTX int32_t tile_row(const score_args &a, int32_t thread) {
+    return a.tile_rows ? thread % 128 / 32 * 16 : 0;
 }
 
 /* The two halves of a 16-bit mask's word. */
@@ -220,38 +214,66 @@ PTX float2 widen(uint32_t x) {
 }
 
 template <bool IS_BF16_MASK>
-PTX void add_words(float (&s)[BLOCK_N / 2], const mask_words &m, float unit) {
+PTX void add_tile(const score_args &a, float (&s)[BLOCK_N / 2], const mask_tile &m, float unit) {
+    const int32_t thread = thread_here(), lane = thread % 32;
+    const int32_t row = tile_row(a, thread) + (a.tile_rows ? lane % 16 : 0);
+    enter_tile(a, m);
 #pragma unroll
-    for (int i = 0; i < BLOCK_N / 4; ++i) {
-        float2 x = widen<IS_BF16_MASK>(m[i]);
-        int at = i % (BLOCK_N / 8) * 4 + i / (BLOCK_N / 8) * 2;
-        s[at] = fmaf(s[at], unit, x.x);
-        s[at + 1] = fmaf(s[at + 1], unit, x.y);
+    for (int j = 0; j < BLOCK_N / 8; j += 2) {
+        uint32_t x[4];
+        ldmatrix_x4(x, m.at + j / 8 * PANEL_Q + row * 128 + ((j % 8 + lane / 16 ^ row % 8) << 4));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float2 y = widen<IS_BF16_MASK>(x[i]);
+            s[4 * j + 2 * i] = fmaf(s[4 * j + 2 * i], unit, y.x);
+            s[4 * j + 2 * i + 1] = fmaf(s[4 * j + 2 * i + 1], unit, y.y);
+        }
+    }
+    leave_tile(a, m);
+}
+
+/* Of float32, in halves. `row`: the warp's first. */
+PTX void add_float_tiles(const score_args &a, const score_item &t, float (&s)[BLOCK_N / 2],
+                         mask_tile m, int32_t row, int32_t key, int32_t sq, int32_t sk,
+                         float unit) {
+    const int32_t thread = thread_here(), lane = thread % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        if (half && !a.tiles) fill_tile<ADD_F32>(a, t, m, row, key + BLOCK_N / 2, sq, sk);
+        m.parity = half;
+        enter_tile(a, m);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int32_t place = a.tile_rows ? tile_row(a, thread) + lane / 4 + 8 * r : 0;
+#pragma unroll
+            for (int j = 0; j < BLOCK_N / 16; ++j) {
+                float &left = s[4 * (half * (BLOCK_N / 16) + j) + 2 * r];
+                float &right = s[4 * (half * (BLOCK_N / 16) + j) + 2 * r + 1];
+                float2 x =
+                    ld_shared_v2(m.at + j / 4 * PANEL_Q + place * 128 +
+                                 ((j % 4 * 2 + lane % 4 / 2 ^ place % 8) << 4) + lane % 2 * 8);
+                left = fmaf(left, unit, x.x);
+                right = fmaf(right, unit, x.y);
+            }
+        }
+        leave_tile(a, m);
     }
 }
 
-template <int HALF>
-PTX void add_floats(float (&s)[BLOCK_N / 2], const mask_words &m, float unit) {
-#pragma unroll
-    for (int i = 0; i < BLOCK_N / 8; ++i) {
-        int at = (HALF * (BLOCK_N / 16) + i % (BLOCK_N / 16)) * 4 + i / (BLOCK_N / 16) * 2;
-        s[at] = fmaf(s[at], unit, __uint_as_float(m[2 * i]));
-        s[at + 1] = fmaf(s[at + 1], unit, __uint_as_float(m[2 * i + 1]));
-    }
-}
+/* ---- the bits of a bool mask ----------------------------------------------------------------*/
 
-/* -inf where a row's bit is clear. */
-PTX void hide_scores(float (&s)[BLOCK_N / 2], const mask_words &m) {
+/* Which scores of a block this thread's two rows see, a bit each. */
+PTX void look_up_bits(const score_args &a, const score_item &t, uint32_t (&seen)[2], int32_t row,
+                      int32_t key) {
+    const uint32_t *words =
+        a.words + 4 * fa_bits_at(&a.bits, t.plane, key / FA_BITS_KEYS, row) + threadIdx.x % 4;
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int i = 0; i < BLOCK_N / 4; ++i)
-            if (!(m[r] >> i & 1)) s[i / 2 * 4 + 2 * r + i % 2] = -INFINITY;
+    for (int r = 0; r < 2; ++r) seen[r] = load_u32(words + 32 * r) >> key % FA_BITS_KEYS / 4;
 }
 
 /* Writes zeros over the rows of V whose bit in `seen`, as words of the packed mask, is clear. */
 PTX void clear_unseen(const uint32_t (&seen)[4], uint8_t *v, int32_t key, int warpgroup) {
-    for (int i = threadIdx.x % 128; i < V_BYTES / 16; i += 128) {
+    for (int i = thread_here() % 128; i < V_BYTES / 16; i += 128) {
         int32_t n = i / 8 % BLOCK_N + key % FA_BITS_KEYS, c = n / 2 % 4;
         uint32_t word = c == 0 ? seen[0] : c == 1 ? seen[1] : c == 2 ? seen[2] : seen[3];
         if (!(word >> (n / 8 * 2 + n % 2) & 1)) ((uint4 *)v)[i] = make_uint4(0, 0, 0, 0);
@@ -276,27 +298,27 @@ PTX void clear_holes(const score_args &a, const score_item &t, uint8_t *v, int32
 
 /* ---- the scores ------------------------------------------------------------------------------*/
 
-/* tanh(s * scale), to 3e-8 of itself where all of a warp's are below a half: y + y^3 p(y^2) with p
- * of least error there, no MUFU. Else 1 - 2 / (1 + e^2y), to 2e-7, which is little beside them.
- * `far`: whether it is the latter; -1: as the scores say. */
-PTX void cap_scores(float (&s)[BLOCK_N / 2], float scale, int32_t far) {
-    float top = 0.f;
+/* tanh(s * cap_scale), to 1e-7 of itself where all of a warp's are below 0.4: s times a polynomial
+ * in its square, no MUFU. Else 1 - 2 / (1 + e^2y), to 2e-7, which is little beside them. */
+PTX void cap_scores(const score_args &a, float (&s)[BLOCK_N / 2]) {
+    /* As integers the greatest float is the greatest, as unsigned ones the least is, NaN above. */
+    int32_t top = 0;
+    uint32_t bottom = 0;
 #pragma unroll
-    for (int i = 0; i < BLOCK_N / 2; ++i) {
-        s[i] *= scale;
-        top = fmaxf(top, fabsf(s[i]));
+    for (int i = 0; i < BLOCK_N / 2; i += 2) {
+        top = __vimax3_s32(top, __float_as_int(s[i]), __float_as_int(s[i + 1]));
+        bottom = __vimax3_u32(bottom, __float_as_uint(s[i]), __float_as_uint(s[i + 1]));
     }
-    if (far < 0 ? __any_sync(~0u, top > 0.5f) : far) {
+    if (__any_sync(~0u, max((uint32_t)top, bottom & 0x7fffffff) > a.cap_near)) {
 #pragma unroll
         for (int i = 0; i < BLOCK_N / 2; ++i)
-            s[i] = fmaf(-2.f, rcp_approx(1.f + ex2_approx(2.885390081777927f * s[i])), 1.f);
+            s[i] = fmaf(-2.f, rcp_approx(1.f + ex2_approx(2.885390081777927f * a.cap_scale * s[i])),
+                        1.f);
     } else {
 #pragma unroll
         for (int i = 0; i < BLOCK_N / 2; ++i) {
-            float y = s[i], u = y * y;
-            float p =
-                fmaf(fmaf(fmaf(0.01725699f, u, -0.05305295f), u, 0.13325988f), u, -0.3333315f);
-            s[i] = fmaf(y, u * p, y);
+            float u = s[i] * s[i], p = fmaf(a.cap_series[3], u, a.cap_series[2]);
+            s[i] *= fmaf(fmaf(p, u, a.cap_series[1]), u, a.cap_series[0]);
         }
     }
 }
@@ -326,33 +348,28 @@ PTX void add_alibi(float (&s)[BLOCK_N / 2], float unit, float slope, int32_t pos
     }
 }
 
-/* Everything that changes scores, in the order of the definition, but what hides keys. All P V must
- * have ended: a float32 mask's second half takes the place of its first. */
+/* Everything that changes scores, in the order of the definition, but what hides keys. */
+template <enum changes ONLY>
 PTX void change_scores(const score_args &a, const score_item &t, float (&s)[BLOCK_N / 2],
-                       mask_words &m, int32_t row, int32_t key, int32_t sq, int32_t sk,
-                       int32_t position, int32_t row_of_64, int32_t far) {
+                       const mask_tile &tile, int32_t row, int32_t key, int32_t sq, int32_t sk,
+                       int32_t position, int32_t row_of_64) {
     float unit = a.unit;
-    if (a.caps) cap_scores(s, a.cap_scale, far);
-    if (a.mask == ADD_F32) {
-        add_floats<0>(s, m, unit);
-        fetch_mask<1>(a, t, m, row, key, sq, sk, false);
-        add_floats<1>(s, m, unit);
-        unit = 1.f;
-    } else if (a.mask > BITS) {
-        if (a.vectors)
-#pragma unroll
-            for (int i = 0; i < BLOCK_N / 4; i += 4) transpose_quad(*(uint32_t (*)[4])(m + i));
+    if (ONLY == ANY ? a.caps : ONLY == CAPS) cap_scores(a, s);
+    if (ONLY == ANY ? a.mask > BITS : ONLY == TILES) {
         if (a.mask == ADD_BF16)
-            add_words<true>(s, m, unit);
-        else
-            add_words<false>(s, m, unit);
+            add_tile<true>(a, s, tile, unit);
+        else if (a.mask == ADD_F16)
+            add_tile<false>(a, s, tile, unit);
+        else if (ONLY == ANY)
+            add_float_tiles(a, t, s, tile, row - threadIdx.x % 32 / 4, key, sq, sk, unit);
         unit = 1.f;
     }
-    if (a.slopes) add_alibi(s, unit, t.slope, position, row_of_64, key);
+    if (ONLY == ANY ? a.slopes != NULL : ONLY == ALIBI)
+        add_alibi(s, unit, t.slope, position, row_of_64, key);
 }
 
-/* Zeros among P, rounded and packed: a lane of a quad asks Philox for one of four neighbouring
- * groups of 8 keys, and the quad exchanges the words. */
+/* Zeros among P, rounded and packed, its sum taken: a lane of a quad asks Philox for one of four
+ * neighbouring groups of 8 keys, and the quad exchanges the words. */
 PTX void drop_scores(const score_args &a, const score_item &t, uint32_t *p, int32_t h, int32_t row,
                      int32_t key) {
     const int64_t seed = t.seed;
@@ -382,7 +399,18 @@ static score_args make_scores(const fa_params *p, const char *packed) {
     const double scale = p->what.scale;
     score_args a = {};
     a.caps = s->softcap != 0;
-    a.cap_scale = a.caps ? (float)(scale / s->softcap) : 0.f;
+    if (a.caps) {
+        const double series[4] = {0.9999999, -0.33331362, 0.13270977, -0.0475536};
+        const double y = scale / s->softcap;
+        const float near = (float)(0.4 / fabs(y));
+        double power = y;
+        for (int i = 0; i < 4; ++i, power *= y * y) a.cap_series[i] = (float)(series[i] * power);
+        /* Where a float would not hold y^7, only 0 is near. And where bits may not depend on other
+         * sequences, whose rows may share a warp and its vote. */
+        const bool alone = p->what.batch_invariant && p->varlen.cu_q;
+        if (near > 1e-4f && near < 1e4f && !alone) memcpy(&a.cap_near, &near, sizeof near);
+        a.cap_scale = (float)y;
+    }
     a.unit = a.caps ? s->softcap : (float)scale;
     a.slopes = s->alibi_slopes;
     for (int i = 0; i < 2; ++i) a.slope_stride[i] = s->alibi_stride[i];
@@ -400,14 +428,14 @@ static score_args make_scores(const fa_params *p, const char *packed) {
                                             : ADD_F32;
         a.mask_data = (const char *)s->mask.data;
         size = a.mask == BITS ? 1 : a.mask == ADD_F32 ? 4 : 2;
-        int64_t together = (int64_t)(uintptr_t)a.mask_data;
-        for (int i = 0; i < 4; ++i) {
-            a.mask_stride[i] = s->mask.stride[i] * size;
-            if (i < 3) together |= a.mask_stride[i];
+        for (int i = 0; i < 4; ++i) a.mask_stride[i] = s->mask.stride[i] * size;
+        if (a.mask != BITS) {
+            fa_tensor mask = s->mask;
+            a.tile_rows = mask.shape[2] > 1 && mask.stride[2] != 0;
+            if (!a.tile_rows) mask.shape[2] = 1;
+            a.tiles = !fa_tma_takes(&mask, size) ? 0 : a.mask == ADD_F32 ? 2 : 1;
+            a.tile_rows |= !a.tiles; /* as the warps write it */
         }
-        const int32_t chunk = a.mask == ADD_F32 ? 8 : 16; /* bytes */
-        a.vectors =
-            s->mask.stride[3] == 1 && together % chunk == 0 && p->what.sk % (chunk / size) == 0;
         a.b_first = s->mask.stride[0] == 0 && s->mask.stride[1] != 0;
     }
     if (a.mask == BITS) {
@@ -417,6 +445,13 @@ static score_args make_scores(const fa_params *p, const char *packed) {
         a.words = (const uint32_t *)(packed + a.bits.bits);
     }
     const bool natural = a.mask > BITS || a.slopes;
+    if (scale > 0 && a.caps + (a.mask != NO_MASK) + (a.slopes != NULL) + a.drops == 1)
+        a.only = a.caps           ? CAPS
+                 : a.slopes       ? ALIBI
+                 : a.drops        ? DROPS
+                 : a.mask == BITS ? WORDS
+                 : a.tiles == 1   ? TILES
+                                  : ANY;
     /* A scale of 0 must not meet the -inf of a hidden score: 1e-37 of any score is 0 too. */
     const double end = natural ? 1 : a.caps ? (double)s->softcap : scale == 0 ? 1e-37 : scale;
     a.scale = (float)(end * 1.4426950408889634);

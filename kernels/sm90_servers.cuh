@@ -46,6 +46,7 @@ PTX void locate(const kernel_args &a, item &t, int32_t number) {
 
 PTX void describe(const kernel_args &a, item &t, int32_t number) {
     locate(a, t, number);
+    t.h_k = t.h / a.group;
     t.sink = a.sink ? a.sink[t.h * a.sink_stride] : -INFINITY;
 #if ROW_GENERAL
     /* The rows of no sequence, number b, have the last one's: nobody looks, they see no key. */
@@ -80,7 +81,8 @@ PTX void describe(const kernel_args &a, item &t, int32_t number) {
 #if ROW_GENERAL
     int32_t bottom = min(t.row + BLOCK_M, t.lengths.sq) - 1;
     int32_t diagonal = fa_row_position(&a.masks, t.lengths, bottom) / BLOCK_N + 1;
-    t.score.mid = a.scores.slopes ? fa_clamp(diagonal, t.begin, t.end) : t.end;
+    bool by_distance = a.scores.slopes && a.scores.mask != BITS;
+    t.score.mid = by_distance ? fa_clamp(diagonal, t.begin, t.end) : t.end;
 #endif
 }
 
@@ -194,24 +196,41 @@ PTX void bring_q(const kernel_args &a, smem_layout &smem) {
 }
 
 #if ROW_GENERAL
-/* The tag of a block that the walk has just found; of -1: nothing is seen. */
-PTX uint32_t block_tag(const score_args &a, const item &t, const map_cursor &c, int32_t block) {
+/* A block's tiles of a float mask, for each warpgroup; n of them went before. */
+PTX void bring_mask(const kernel_args &a, smem_layout &smem, const item &t, int32_t key,
+                    uint32_t &n) {
+    const score_args &s = a.scores;
+    const int columns = s.tiles == 2 ? 32 : 64; /* of a panel */
+    for (int i = 0; i < s.tiles; ++i, ++n)
+        for (int w = 0; w < WARPGROUPS; ++w) {
+            uint32_t full = smem_address(&smem.mask_full[w]), to = smem_address(smem.mask[w]);
+            mbarrier_wait(smem_address(&smem.mask_empty[w]), n & 1 ^ 1);
+            mbarrier_arrive_expect_tx(full, BLOCK_N / 64 * (s.tile_rows ? PANEL_Q : 128));
+            for (int c = 0; c < BLOCK_N / 64; ++c)
+                cp_async_bulk_tensor_load(to + c * PANEL_Q, &s.mask_map,
+                                          key + (i * (BLOCK_N / 64) + c) * columns,
+                                          s.tile_rows ? t.row + 64 * w : 0, t.h * s.mask_moves[0],
+                                          t.b * s.mask_moves[1], full, EVICT_NORMAL);
+        }
+}
+
+/* The tag of the block that was found last; of -1: nothing is seen. */
+PTX uint32_t block_tag(const score_args &a, const item &t, const block_walk &c, int32_t block) {
     if (block < 0) return 0;
-    if (a.mask != BITS) return (uint32_t)block << TAG_BLOCK;
-    int32_t bit = map_bit(block) % 32;
+    uint32_t bit = map_bit(block) % 32;
     uint32_t tag = (uint32_t)block << TAG_BLOCK, holes = TAG_HOLES;
 #pragma unroll
     for (int w = 0; w < WARPGROUPS; ++w) {
-        uint32_t any = c.map[w].x >> bit & 1, all = c.map[w].y >> bit & 1;
-        uint32_t columns = c.map[w].z >> bit & 1;
+        uint32_t any = c.some[w] >> bit & 1, all = c.all[w] >> bit & 1;
+        uint32_t columns = c.columns[w] >> bit & 1;
         if (a.bits.bare) { /* the interval's part, and rows that are not the sequence's */
             enum seen inside = see_interval(t, block, w);
             any &= inside != NONE;
             all &= inside == WHOLE;
             columns &= inside == WHOLE && (all || t.row + 64 * (w + 1) <= t.lengths.sq);
         }
-        tag |= (any ? 1 + all : 0) << 2 * w;
         if (columns) holes = 0;
+        tag |= (any ? 1 + all : 0) << 2 * w;
     }
     return tag | holes;
 }
@@ -223,39 +242,47 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
                const int32_t (&moves)[2], uint8_t (&stages)[STAGES][BYTES],
                uint64_t (&full)[STAGES], uint64_t (&empty)[STAGES]) {
     cursor kv = {0, 0};
+#if ROW_GENERAL
+    uint32_t tiles = 0; /* of the mask, so far */
+#endif
     for (int32_t n = 0;; ++n) {
         const item &t = smem.items[n % ITEMS];
         mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
         if (t.last) return;
-#if ROW_GENERAL
-        /* A tile with keys has a stage even if its mask hides them all: the warpgroups wait for
-         * the tag that says so. */
-        map_cursor walk = start_walk(t.score, t.begin, t.end);
-        int32_t block = next_block(a.scores, t.score, walk, t.row);
-        for (bool more = t.end > t.begin; more; advance(kv)) {
-            uint32_t tag = block_tag(a.scores, t, walk, block);
-            int32_t first = t.k + max(block, 0) * BLOCK_N;
-            bool nothing = block < 0;
-            if (!nothing) block = next_block(a.scores, t.score, walk, t.row);
-            more = block >= 0;
-            mbarrier_wait(smem_address(&empty[kv.stage]), kv.parity ^ 1);
-            if (IS_K && threadIdx.x % 32 == 0)
-                *(volatile uint32_t *)&smem.tags[kv.stage] = more ? tag : tag | TAG_LAST;
-            if (nothing)
-                mbarrier_arrive(smem_address(&full[kv.stage]));
-            else
-                load<BLOCK_N, COLUMNS>(smem_address(stages[kv.stage]), from, first, t.h / a.group,
-                                       t.b, moves, smem_address(&full[kv.stage]), EVICT_LAST);
-        }
-#else
         int32_t blocks = t.end - t.begin;
-        for (int32_t i = 0; i < blocks; ++i, advance(kv)) {
-            mbarrier_wait(smem_address(&empty[kv.stage]), kv.parity ^ 1);
-            load<BLOCK_N, COLUMNS>(smem_address(stages[kv.stage]), from,
-                                   t.k + key_block(t, i) * BLOCK_N, t.h / a.group, t.b, moves,
-                                   smem_address(&full[kv.stage]), EVICT_LAST);
+#if ROW_GENERAL
+        if (a.scores.mask == BITS) {
+            /* A tile with keys has a stage even if its mask hides them all: the warpgroups wait for
+             * the tag that says so. */
+            block_walk walk = {(uint32_t)t.end, ~0u};
+            int32_t block = next_block(a.scores, t.score, walk, t.row, t.begin);
+            for (bool more = blocks; more; advance(kv)) {
+                uint32_t tag = IS_K ? block_tag(a.scores, t, walk, block) : 0;
+                int32_t first = t.k + max(block, 0) * BLOCK_N;
+                bool nothing = block < 0;
+                if (!nothing) block = next_block(a.scores, t.score, walk, t.row, t.begin);
+                more = block >= 0;
+                mbarrier_wait(smem_address(&empty[kv.stage]), kv.parity ^ 1);
+                if (IS_K && threadIdx.x % 32 == 0)
+                    *(volatile uint32_t *)&smem.tags[kv.stage] = more ? tag : tag | TAG_LAST;
+                if (nothing)
+                    mbarrier_arrive(smem_address(&full[kv.stage]));
+                else
+                    load<BLOCK_N, COLUMNS>(smem_address(stages[kv.stage]), from, first, t.h_k, t.b,
+                                           moves, smem_address(&full[kv.stage]), EVICT_LAST);
+            }
+            blocks = 0;
         }
 #endif
+        for (int32_t i = 0; i < blocks; ++i, advance(kv)) {
+            int32_t key = key_block(t, i) * BLOCK_N;
+            mbarrier_wait(smem_address(&empty[kv.stage]), kv.parity ^ 1);
+            load<BLOCK_N, COLUMNS>(smem_address(stages[kv.stage]), from, t.k + key, t.h_k, t.b,
+                                   moves, smem_address(&full[kv.stage]), EVICT_LAST);
+#if ROW_GENERAL
+            if (IS_K && a.scores.tiles && threadIdx.x % 32 == 0) bring_mask(a, smem, t, key, tiles);
+#endif
+        }
         __syncwarp(LOADERS == 32 ? ~0u : 1u); /* all have read the item, one without keys too */
         if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
     }

@@ -22,39 +22,49 @@ struct softmax_range {
 };
 
 struct softmax_rows {
-    float top[2];     /* a raw score; -inf until the row has seen a finite one */
-    float minus[2];   /* what the FFMA adds: -(top * scale + MARGIN), or 0 where top is -inf */
-    int32_t limit[2]; /* bits of the raw score that raises top; negative limits: INT_MIN */
-    float l[2];       /* this thread's part of the row sum of P */
+    float top[2];   /* a raw score; -inf until the row has seen a finite one */
+    float minus[2]; /* what the FFMA adds: -(top * scale + MARGIN), or 0 where top is -inf */
+    float l[2];     /* this thread's part of the row sum of P */
 };
+
+/* How far a raw score may be above its top: softmax_slack(scale) on the host, an argument here. */
+template <class RANGE>
+static float softmax_slack(float scale) {
+    return (RANGE::MARGIN + RANGE::SLACK) / (scale < 0.f ? -scale : scale);
+}
 
 PTX void softmax_start(softmax_rows &rows) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         rows.top[r] = -INFINITY;
         rows.minus[r] = 0.f;
-        rows.limit[r] = INT32_MIN;
         rows.l[r] = 0.f;
     }
 }
 
 /* Whether a score of these two rows passes its limit. */
 template <int N>
-PTX bool softmax_exceeds(const softmax_rows &rows, const float (&s)[N]) {
+PTX bool softmax_exceeds(const softmax_rows &rows, const float (&s)[N], float slack) {
     int32_t top[2] = {__float_as_int(s[0]), __float_as_int(s[2])};
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
         top[0] = __vimax3_s32(top[0], __float_as_int(s[i]), __float_as_int(s[i + 1]));
         top[1] = __vimax3_s32(top[1], __float_as_int(s[i + 2]), __float_as_int(s[i + 3]));
     }
-    return top[0] > rows.limit[0] || top[1] > rows.limit[1];
+    bool exceeds = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) { /* a negative limit is passed by all: the branch looks closer */
+        float limit = rows.top[r] + slack;
+        exceeds |= __int_as_float(top[r]) > limit || limit < 0.f;
+    }
+    return exceeds;
 }
 
-/* Raises the tops of the rows that need it; their O and l shrink by the same factor. FIRST: only of
- * rows that have none yet, whose O and l are 0. */
-template <class RANGE, bool FIRST, int N, int M>
-PTX void softmax_raise(softmax_rows &rows, const float (&s)[N], float (&o)[M], float scale) {
-    float slack = (RANGE::MARGIN + RANGE::SLACK) / scale;
+/* Raises the tops of the rows that need it, and shrinks their l; returns the factor by which O must
+ * shrink before it grows again. FIRST: only of rows that have none yet, whose O and l are 0. */
+template <class RANGE, bool FIRST, int N>
+PTX float2 softmax_raise(softmax_rows &rows, const float (&s)[N], float scale, float slack) {
+    float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         float top = s[2 * r];
@@ -65,16 +75,18 @@ PTX void softmax_raise(softmax_rows &rows, const float (&s)[N], float (&o)[M], f
         float before = rows.top[r];
         bool raise = top > (FIRST && before != -INFINITY ? INFINITY : before + slack);
         top = raise ? top : before;
-        float shrink = raise ? ex2_approx((before - top) * scale) : 1.f;
-        float limit = top + slack;
+        factor[r] = raise ? ex2_approx((before - top) * scale) : 1.f;
         rows.top[r] = top;
         rows.minus[r] = top == -INFINITY ? 0.f : -fmaf(top, scale, RANGE::MARGIN);
-        rows.limit[r] = limit >= 0.f ? __float_as_int(limit) : INT32_MIN;
-        if (FIRST) continue;
-        rows.l[r] *= shrink;
-#pragma unroll
-        for (int i = 2 * r; i < M; i += 4) o[i] *= shrink, o[i + 1] *= shrink;
+        if (!FIRST) rows.l[r] *= factor[r];
     }
+    return make_float2(factor[0], factor[1]);
+}
+
+template <int N>
+PTX void softmax_shrink(float (&o)[N], float2 factor) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) o[i] *= i / 2 & 1 ? factor.y : factor.x;
 }
 
 /* Whether `minus` is rounded so coarsely that P of the top is no power of 2: the rounding of P

@@ -284,6 +284,7 @@ def masks(kind, shape, seed=5):
 
 CHANGES = {
     "softcap": {"softcap": 5.0},
+    "softcap, near": {"softcap": 50.0},
     "softcap, far": {"softcap": 0.5},
     "alibi": {"alibi_slopes": lambda b, h, *_: slopes(h)},
     "alibi of each sequence": {"alibi_slopes": lambda b, h, *_: slopes(b, h)},
@@ -307,10 +308,23 @@ def test_score_changes(change, d, dtype, causal):
     check(q, k, v, causal=causal, **sent(CHANGES[change], q, k))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("change", [*CHANGES, "bool", "bf16", "fp32"])
+def test_scores_that_rise_along_the_keys(change, d, dtype):
+    """From right to left, as blocks come: the offset is raised in the midst of a tile, twice."""
+    q, k, v = inputs(1, 4, 2, 200, 1100, d, dtype=DTYPES[dtype])
+    k[:, :, :600] *= 8
+    k[:, :, 7] *= 20
+    is_mask = change not in CHANGES
+    changes = {"mask": masks(change, (200, 1100))} if is_mask else sent(CHANGES[change], q, k)
+    check(q, k, v, **changes)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("d", SIZES)
 @pytest.mark.parametrize("kind", ["bool", "bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("sk", [512, 1000, 517, 64, 1])  # 517: no vectors
+@pytest.mark.parametrize("sk", [512, 1000, 517, 64, 1])  # 517: not for the copy engine
 @pytest.mark.parametrize("axes", ["b h q k", "q k", "b k", "h q k", "b q k", "k", "q", ""])
 def test_masks(axes, sk, kind, d, causal):
     q, k, v = inputs(2, 4, 2, 300, sk, d)
