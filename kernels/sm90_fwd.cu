@@ -151,7 +151,7 @@ struct kernel_args {
     fa_masks masks;
     int32_t sq, sk, hq, group; /* group: query heads per key head */
     int32_t watch;             /* 1: keep no offset anywhere */
-    int32_t ahead;             /* packed: items that a block may have claimed, at most ITEMS */
+    int32_t ahead;             /* items that a block may have claimed, at most ITEMS */
     int32_t moves[4][2];       /* q, k, v, out: 0 where the stride of heads, of batches is 0 */
     float scale;               /* times log2(e) */
     float slack;               /* softmax_slack of it */
@@ -873,16 +873,17 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
     }
 #endif
     int32_t blocks = tiles < slots ? (int32_t)tiles : slots;
+    a.ahead = ITEMS;
     if (packed) {
         a.packed = fa_packed_make(w, &p->masks, &p->varlen, BLOCK_M, workspace);
         a.varlen = p->varlen;
-        /* Who claims far ahead takes the last tiles from blocks that have nothing left; but where
-         * tiles are short or many, only the time to find them counts. */
-        bool few = tiles < 16 * (int64_t)slots && p->varlen.total_k / w->b >= 4 * BLOCK_N;
-        a.ahead = few ? 2 : ITEMS;
     } else {
         a.schedule = fa_schedule_make(w, &p->masks, BLOCK_M, blocks);
     }
+    /* Who claims far ahead takes the last tiles from blocks that have nothing left; but where tiles
+     * are short or many, only the time to find them counts. */
+    const int64_t keys = packed ? p->varlen.total_k / w->b : w->sk;
+    if (tiles < 16 * (int64_t)slots && keys >= 4 * BLOCK_N) a.ahead = 2;
 
     static uint64_t allowed;
     fa_status status = fa_allow_smem(&allowed, device, (const void *)ROW_NAME, SMEM_BYTES, error);

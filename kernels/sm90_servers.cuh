@@ -95,15 +95,24 @@ PTX uint32_t read_vote(smem_layout &smem, int32_t n) {
     return again;
 }
 
-/* The next tile's number for this block. Of packed sequences nobody knows on the host how many
- * tiles there are, nor how long: blocks claim them one by one. Only who computes a tile depends on
- * that, never its bits. `n`: the item that it is for. */
+/* Where blocks claim tiles, or NULL. */
+PTX int32_t *claims(const kernel_args &a) {
+#if ROW_GENERAL
+    if (a.scores.mask == BITS && !a.packed.counts) return (int32_t *)&a.scores.map[0].w;
+#endif
+    return a.packed.counts ? &a.packed.counts->claimed : NULL;
+}
+
+/* The next tile's number for this block. How long tiles are that a bool mask thins out, and of
+ * packed sequences even how many there are, nobody knows on the host: blocks claim them one by one.
+ * Only who computes a tile depends on that, never its bits. `n`: the item that it is for. */
 PTX int32_t next_tile(const kernel_args &a, smem_layout &smem, int32_t n, int32_t *round) {
-    if (!a.packed.counts) return fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, round);
+    int32_t *claimed = claims(a);
+    if (!claimed) return fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, round);
     if (n == 0) return blockIdx.x; /* so that nobody's second tile is another's first */
     int32_t left = n - a.ahead;    /* the item that must be done with */
     if (left >= 0) mbarrier_wait(smem_address(&smem.item_empty[left % ITEMS]), left / ITEMS & 1);
-    return gridDim.x + atomicAdd(&a.packed.counts->claimed, 1);
+    return gridDim.x + atomicAdd(claimed, 1);
 }
 
 /* Decides what comes next; runs ahead of the others, divisions and all. A tile ends when the
