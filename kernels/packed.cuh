@@ -30,7 +30,7 @@ static __device__ __forceinline__ int32_t warp_sum(int32_t x, int32_t capacity) 
 }
 
 static __global__ void __launch_bounds__(PACKED_THREADS)
-    list_tiles(const __grid_constant__ packed_args a) {
+    sm90_list_tiles(const __grid_constant__ packed_args a) {
     /* [class][warp]: the number of its tiles, then the place of the next. */
     __shared__ int32_t places[FA_PACKED_CLASSES][PACKED_WARPS];
     __shared__ int32_t totals[FA_PACKED_CLASSES];

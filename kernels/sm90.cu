@@ -200,7 +200,7 @@ static __device__ bool is_padding(const empty_args &a, int64_t b, int32_t i) {
 
 /* No key: every output row is 0 and every lse is the sink's value, -inf without one and for
  * padding. Both 16-bit formats write 0 as 0. */
-static __global__ void write_empty_rows(const __grid_constant__ empty_args a) {
+static __global__ void sm90_write_empty_rows(const __grid_constant__ empty_args a) {
     const fa_what &w = a.what;
     int64_t sq = w.out.shape[2], rows = w.out.shape[0] * w.hq * sq;
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
@@ -223,8 +223,8 @@ static fa_status launch_list(const fa_params *p, int32_t block_m, void *workspac
         return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 tiles of %d rows", block_m);
     packed_args a = {fa_packed_make(w, &p->masks, &p->varlen, block_m, workspace), p->varlen,
                      p->masks, w->sq, w->sk};
-    return fa_launch_kernel((const void *)list_tiles, 1, PACKED_THREADS, 0, p->where.stream, &a,
-                            error);
+    return fa_launch_kernel((const void *)sm90_list_tiles, 1, PACKED_THREADS, 0, p->where.stream,
+                            &a, error);
 }
 
 static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *workspace,
@@ -242,7 +242,7 @@ static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *
     if (rows == 0) return FA_OK;
     int64_t blocks = rows < 8 * device->sms ? rows : 8 * device->sms;
     empty_args a = {*w, p->masks, p->varlen, p->scores.sink, p->scores.sink_stride};
-    return fa_launch_kernel((const void *)write_empty_rows, (int32_t)blocks, 128, 0,
+    return fa_launch_kernel((const void *)sm90_write_empty_rows, (int32_t)blocks, 128, 0,
                             p->where.stream, &a, error);
 }
 

@@ -481,14 +481,14 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
             wgmma_wait_group<0>();
             settle(st, smem);
         }
-        /* The first block of a tile sets the tops. A later one without a P V pending may belong to
-         * a tile that keeps them. */
-        bool first = PLACE == NEXT || (PLACE == ALONE && KEPT && !st.open);
-        bool watch = PLACE == BEHIND || !KEPT || t.watch;
-        if (first || __any_sync(~0u, watch && softmax_exceeds(st.softmax, s, a.slack))) {
-            factor = softmax_raise<range, PLACE == NEXT>(st.softmax, s, scale, a.slack);
-            raised = PLACE != NEXT;
-            if (PLACE != NEXT && !SHRINKS_LATE) softmax_shrink(st.o, factor);
+        /* The first block of a tile gives tops to the rows that see a key of it; where they are
+         * kept, a later one does so for those that have none yet. */
+        if (PLACE == NEXT || (PLACE == ALONE && KEPT && !t.watch)) {
+            softmax_raise<range, true>(st.softmax, s, scale, a.slack);
+        } else if (__any_sync(~0u, softmax_exceeds(st.softmax, s, a.slack))) {
+            factor = softmax_raise<range, false>(st.softmax, s, scale, a.slack);
+            raised = true;
+            if (!SHRINKS_LATE) softmax_shrink(st.o, factor);
         }
         minus = softmax_center<range>(st.softmax, s);
     } else if (MASKED) {
@@ -706,10 +706,8 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
             } else if (next) {
                 attend<NEXT, true, true>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup);
                 next = false;
-                st.open = true;
             } else if (DELAYED && !st.held) {
                 attend<ALONE, true, true>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup);
-                st.open = true;
             } else if (!watch) {
                 attend<BEHIND, true, false>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup);
             } else {

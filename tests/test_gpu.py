@@ -241,6 +241,25 @@ def test_windows(window, d):
     check(*inputs(1, 2, 2, 700, 900, d), window=window)
 
 
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("window", [(50, 20), (20, 0), (200, None)])
+@pytest.mark.parametrize("shape", [(33, 8, 129, 70), (4, 8, 300, 1000), (4, 8, 1000, 70)])
+def test_windows_of_true_lengths(shape, window, d):
+    """A warpgroup may have a block to pass by between two that it computes."""
+    b, h, sq, sk = shape
+    limits = {
+        "q_lengths": [max(0, sq - 70 * (n + 1)) for n in range(b)],
+        "k_lengths": [max(0, sk - 70 * n) for n in range(b)],
+        "k_start": [1] * b,
+    }
+    on_gpu = {n: torch.tensor(x, dtype=torch.int32, device="cuda") for n, x in limits.items()}
+    q, k, v = inputs(b, h, h, sq, sk, d)
+    out, lse = fastattn.attention(
+        q, k, v, out=poisoned(q, v), return_lse=True, window=window, **on_gpu
+    )
+    assert gpu.complaints(out, lse, q, k, v, window=window, **limits) == []
+
+
 def test_lengths_hide_what_lies_behind_them():
     q, k, v = inputs(4, 2, 2, 200, 300, 128)
     q_lengths, k_lengths, k_start = [200, 1, 0, 130], [300, 129, 77, 0], [0, 128, 5, 9]
