@@ -91,20 +91,25 @@ PTX void softmax_shrink(float (&o)[N], float2 factor) {
 
 /* Whether `minus` is rounded so coarsely that P of the top is no power of 2: the rounding of P
  * would then show even in a row of one key. */
+PTX bool softmax_is_coarse(float minus) { return fabsf(minus) > 8192.f; }
 PTX bool softmax_is_coarse(const softmax_rows &rows) {
-    return fmaxf(fabsf(rows.minus[0]), fabsf(rows.minus[1])) > 8192.f;
+    return softmax_is_coarse(fmaxf(fabsf(rows.minus[0]), fabsf(rows.minus[1])));
 }
 
-/* Scores from their row's top on, where that is needed; returns what the FFMA then adds. */
+/* Scores from their row's top on, in rows that need it; returns what the FFMA then adds. */
 template <class RANGE, int N>
 PTX float2 softmax_center(const softmax_rows &rows, float (&s)[N]) {
-    if (!__any_sync(~0u, softmax_is_coarse(rows))) return make_float2(rows.minus[0], rows.minus[1]);
-    float top[2];
+    float minus[2] = {rows.minus[0], rows.minus[1]};
+    if (__any_sync(~0u, softmax_is_coarse(rows))) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) top[r] = rows.top[r] == -INFINITY ? 0.f : rows.top[r];
+        for (int r = 0; r < 2; ++r) {
+            if (!softmax_is_coarse(minus[r])) continue;
+            minus[r] = -RANGE::MARGIN;
 #pragma unroll
-    for (int i = 0; i < N; ++i) s[i] -= top[i / 2 & 1];
-    return make_float2(-RANGE::MARGIN, -RANGE::MARGIN);
+            for (int i = 2 * r; i < N; i += 4) s[i] -= rows.top[r], s[i + 1] -= rows.top[r];
+        }
+    }
+    return make_float2(minus[0], minus[1]);
 }
 
 /* P in place of S, and its row sums. */
