@@ -153,8 +153,8 @@ def offsets(lengths, device="cuda"):
     """cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k."""
     lengths = np.asarray(lengths, np.int64).reshape(-1, 2)
     ends = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(lengths, axis=0)])
-    cu = torch.from_numpy(ends.astype(np.int32)).to(device)
-    return cu[:, 0].contiguous(), cu[:, 1].contiguous(), *lengths.max(axis=0, initial=0).tolist()
+    cu = torch.from_numpy(np.ascontiguousarray(ends.T, np.int32))
+    return cu[0].to(device), cu[1].to(device), *lengths.max(axis=0, initial=0).tolist()
 
 
 def of_sequence(n, sq, sk, keywords):
