@@ -1,7 +1,8 @@
 /* sm90_fwd.cu - the Hopper forward kernel: stop 6 of 6. kernels/README.md has the pictures.
  *
  * One object per row of variants.def: setup.py passes the row's columns as ROW_<COLUMN>, and the
- * object exports one function, fa_launch_<name> (launch.cuh), at the end of this file.
+ * object exports one function, fa_launch_<name> (sm90_launch.cuh). What is included on the way are
+ * parts of this file.
  *
  * A block stays on its SM and works through tiles of 64 * WARPGROUPS query rows of one head. Each
  * MMA warpgroup owns 64 rows of a tile and keeps S, P and O in registers. Four more warps serve
@@ -73,8 +74,7 @@ static constexpr bool STAGED = !STRIDED && ROW_STAGED;
 
 static constexpr int LOADERS = STRIDED ? 32 : 1; /* threads that bring Q, K, V, each */
 
-/* ---- shared memory: panels of 64 columns, 128 bytes a row, swizzled, each on 1024 bytes
- * --------*/
+/* ---- shared memory: panels of 64 columns, 128 bytes a row, swizzled, each on 1024 bytes -------*/
 
 template <int COLUMNS>
 static constexpr int panels = (COLUMNS + 63) / 64;
@@ -176,38 +176,7 @@ PTX void advance(cursor &c) {
     c.parity ^= wrap;
 }
 
-#if ROW_GENERAL
-/* The i-th key block of an item: from right to left those before `mid`, then the others. With ALiBi
- * `mid` is behind the diagonal, where the highest scores are: offsets are raised least. */
-PTX int32_t key_block(const item &t, int32_t i) {
-    int32_t left = t.score.mid - t.begin;
-    return i < left ? t.score.mid - 1 - i : t.end - 1 - (i - left);
-}
-#else
-/* The i-th key block of an item: the masked ones first, from the right, then from the left. */
-PTX int32_t key_block(const item &t, int32_t i) {
-    if (i < t.right) return t.end - 1 - i;
-    if (i < t.right + t.left) return t.begin + i - t.right;
-    return t.end - 1 - (i - t.left);
-}
-#endif
-
-/* The warpgroup does not compute this item, or its rows see nothing. */
-PTX bool has_no_keys(const item &t, int warpgroup) {
-    fa_interval some = t.some[warpgroup];
-    return !(t.warpgroups >> warpgroup & 1) || some.begin >= some.end;
-}
-
-/* How much of a block of keys a warpgroup's rows see. */
-enum seen { NONE, PART, WHOLE };
-PTX enum seen see_interval(const item &t, int32_t block, int warpgroup) {
-    fa_interval some = t.some[warpgroup], whole = t.whole[warpgroup];
-    int32_t key = block * BLOCK_N;
-    bool none = has_no_keys(t, warpgroup) || key >= some.end || key + BLOCK_N <= some.begin;
-    bool part = key < whole.begin || key + BLOCK_N > whole.end;
-    return none ? NONE : part ? PART : WHOLE;
-}
-
+#include "sm90_sight.cuh"
 #include "sm90_servers.cuh"
 
 /* ---- an MMA warpgroup -------------------------------------------------------------------------*/
@@ -219,11 +188,8 @@ struct rows_state {
     softmax_rows softmax;
     cursor v;  /* the stage of V that P V reads, or will */
     bool held; /* it has not been handed back */
-    bool open; /* these are rows of the item, or, where one begins, of that before; else O, l are 0
-                */
+    bool open; /* these rows are an item's, while one begins the last one's; else O and l are 0 */
 };
-
-PTX int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
 
 PTX void release(uint32_t barrier) {
     if (threadIdx.x % 128 == 0) mbarrier_arrive(barrier);
@@ -234,60 +200,6 @@ PTX void settle(rows_state &st, smem_layout &smem) {
     wgmma_accumulators(st.o);
     if (st.held) release(smem_address(&smem.v_empty[st.v.stage]));
     st.held = false;
-}
-
-/* The first of this thread's two rows; the other is 8 below. */
-PTX int32_t first_row(const item &t, int warpgroup) {
-    return t.row + 64 * warpgroup + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-}
-
-/* The first `columns` of a block, as a bit per score that this thread has of a row: 2 of every 8.
- */
-PTX uint32_t first_scores(int32_t columns) {
-    columns = min(max(columns, 0), BLOCK_N);
-    int32_t scores = columns / 8 * 2 + min(columns % 8, 2);
-    return scores < 32 ? (1u << scores) - 1 : ~0u;
-}
-
-PTX enum seen see(const item &t, int32_t block, int warpgroup) {
-    return (enum seen)uniform(see_interval(t, block, warpgroup));
-}
-
-/* Which scores of a block this thread's two rows see, a bit each. */
-struct sight {
-    uint32_t rows[2];
-};
-PTX sight look(const kernel_args &a, const item &t, int32_t row, int32_t key) {
-    sight see;
-    int32_t column = key + 2 * (threadIdx.x % 4);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        fa_interval seen = fa_row_interval(&a.masks, t.lengths, row + 8 * r);
-        see.rows[r] = first_scores(seen.end - column) & ~first_scores(seen.begin - column);
-    }
-    return see;
-}
-
-/* Hides the others. */
-PTX void mask_scores(const sight &see, float (&s)[BLOCK_N / 2]) {
-#pragma unroll
-    for (int i = 0; i < BLOCK_N / 2; ++i)
-        if (!(see.rows[i / 2 & 1] >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
-}
-
-/* Writes zeros over the rows of V that no row of the sequence sees: 0 * NaN is NaN. Every
- * warpgroup does so before it reads the stage; what they all write is the same. */
-PTX void clear_hidden_v(const kernel_args &a, const item &t, uint8_t *v, int32_t key,
-                        int warpgroup) {
-    int32_t begin = fa_row_interval(&a.masks, t.lengths, 0).begin;
-    int32_t end = fa_row_interval(&a.masks, t.lengths, t.lengths.sq - 1).end;
-    if (key >= begin && min(key + BLOCK_N, t.keys) <= end) return;
-    for (int i = thread_here() % 128; i < V_BYTES / 16; i += 128) {
-        int32_t row = key + i / 8 % BLOCK_N;
-        if (row < begin || row >= end) ((uint4 *)v)[i] = make_uint4(0, 0, 0, 0);
-    }
-    fence_proxy_async();
-    bar_sync(1 + warpgroup, 128);
 }
 
 /* While one warpgroup has the tensor cores for Q K^T, the others are at their exponentials and P V;
@@ -314,99 +226,10 @@ PTX void issue_pv(rows_state &st, smem_layout &smem) {
     wgmma_commit_group();
 }
 
-#include "sm90_rows_out.cuh"
-
 #if ROW_GENERAL
-/* The tag of the i-th block of an item, as a loader would have written it. */
-PTX uint32_t interval_tag(const item &t, int32_t i, int warpgroup) {
-    int32_t block = key_block(t, i), last = i + 1 == t.end - t.begin;
-    uint32_t tag = (uint32_t)block << TAG_BLOCK | (last ? TAG_LAST : 0);
-    return (uint32_t)uniform(tag | see_interval(t, block, warpgroup) << 2 * warpgroup);
-}
-
-/* The tag of the block of K in the next stage, once it is there. */
-PTX uint32_t peek_tag(smem_layout &smem, const cursor &kv) {
-    mbarrier_wait(smem_address(&smem.k_full[kv.stage]), kv.parity);
-    return (uint32_t)uniform(*(volatile int32_t *)&smem.tags[kv.stage]);
-}
-
-/* The tag of the next block: the i-th, unless a bool mask hides some. */
-PTX uint32_t read_tag(const kernel_args &a, smem_layout &smem, const item &t, const cursor &kv,
-                      int32_t i, int warpgroup) {
-    return a.scores.mask == BITS ? peek_tag(smem, kv) : interval_tag(t, i, warpgroup);
-}
-
-PTX enum seen see_tag(uint32_t tag, int warpgroup) { return (enum seen)(tag >> 2 * warpgroup & 3); }
-
-/* How many blocks, from the i-th on, lie side by side and are seen whole, if that one is. */
-PTX int32_t whole_blocks(const item &t, int32_t i, int32_t block, int warpgroup) {
-    int32_t low = i < t.score.mid - t.begin ? t.begin : t.score.mid;
-    int32_t whole = (t.whole[warpgroup].begin + BLOCK_N - 1) / BLOCK_N;
-    return uniform(block - max(low, whole) + 1);
-}
-
-/* The tile of a mask of 16 bits that comes with a block: there is one, so that its phase is the
- * block's number's parity. */
-PTX mask_tile tile_of(smem_layout &smem, const cursor &kv, int warpgroup) {
-    mask_tile m = {smem_address(smem.mask[warpgroup]), smem_address(&smem.mask_full[warpgroup]),
-                   smem_address(&smem.mask_empty[warpgroup]), (kv.stage + STAGES * kv.parity) & 1};
-    return m;
-}
-
-/* Scores as the definition has them, of the sign that `scale` would have. */
-template <enum changes ONLY>
-PTX void final_scores(const kernel_args &a, const item &t, float (&s)[BLOCK_N / 2],
-                      const mask_tile &tile, int32_t key, int warpgroup) {
-    const int32_t row = first_row(t, warpgroup), top = t.row + 64 * warpgroup;
-    change_scores<ONLY>(a.scores, t.score, s, tile, row, key, a.sq, a.sk,
-                        fa_row_position(&a.masks, t.lengths, top), row - top);
-    if (ONLY == ANY && a.scores.scale < 0.f)
-#pragma unroll
-        for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
-}
-
-/* As look(), of a bool mask. */
-PTX sight look_up(const kernel_args &a, const item &t, int32_t row, int32_t key, int warpgroup) {
-    sight seen;
-    look_up_bits(a.scores, t.score, seen.rows, row, key);
-    if (a.scores.bits.bare && see(t, key / BLOCK_N, warpgroup) != WHOLE) {
-        const sight inside = look(a, t, row, key);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) seen.rows[r] &= inside.rows[r];
-    }
-    return seen;
-}
-
-/* clear_holes() where a bool mask and intervals hide keys, each its own: a row and a thread of the
- * warpgroup at a time, for what both together leave to the tile's rows is in no array. */
-PTX void clear_bare_holes(const kernel_args &a, const item &t, smem_layout &smem, uint8_t *v,
-                          int32_t key, int warpgroup) {
-    static_assert(BLOCK_M == 128, "a row a thread");
-    const int32_t thread = thread_here();
-    const int32_t row = t.row + thread % 128, warp = thread % 128 / 32;
-    const int32_t skip = key % FA_BITS_KEYS;
-    const uint4 mask = load_v4(
-        a.scores.words + 4 * fa_bits_at(&a.scores.bits, t.score.plane, key / FA_BITS_KEYS, row));
-    const fa_interval inside = fa_row_interval(&a.masks, t.lengths, row);
-    uint32_t seen[4] = {mask.x, mask.y, mask.z, mask.w};
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        const int32_t column = key + 2 * c;
-        const uint32_t keys =
-            first_scores(inside.end - column) & ~first_scores(inside.begin - column);
-        seen[c] = __reduce_or_sync(~0u, seen[c] & keys << skip / 4);
-    }
-    uint4(&columns)[4] = smem.columns[warpgroup];
-    if (thread % 32 == 0) columns[warp] = make_uint4(seen[0], seen[1], seen[2], seen[3]);
-    bar_sync(1 + warpgroup, 128);
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-        const uint4 x = columns[w];
-        seen[0] |= x.x, seen[1] |= x.y, seen[2] |= x.z, seen[3] |= x.w;
-    }
-    clear_unseen(seen, v, key, warpgroup);
-}
+#include "sm90_blocks.cuh"
 #endif
+#include "sm90_rows_out.cuh"
 
 /* What comes before a block: nothing (ALONE), the block before it in its tile (BEHIND), or the last
  * block of the tile before (NEXT). If DELAYED, the P V of those two is issued behind Q K^T. */
@@ -791,101 +614,4 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     }
 }
 
-/* ---- the launcher -----------------------------------------------------------------------------*/
-
-#if !ROW_STRIDED || ROW_GENERAL
-/* Panels of 128 bytes by `rows` rows; dimensions of stride 0 are one long, and not moved along. */
-static bool encode(CUtensorMap *map, const fa_sm90_device *device, const fa_tensor *t, int rows,
-                   int32_t moves[2], int element_bytes = 2) {
-    cuuint64_t shape[4] = {(cuuint64_t)t->shape[3], (cuuint64_t)t->shape[2],
-                           (cuuint64_t)t->shape[1], (cuuint64_t)t->shape[0]};
-    cuuint64_t strides[3] = {16, 16, 16};
-    for (int i = 0; i < 3; ++i) {
-        int axis = 2 - i;
-        if (t->shape[axis] > 1 && t->stride[axis] != 0) {
-            strides[i] = (cuuint64_t)(t->stride[axis] * element_bytes);
-        } else {
-            if (i == 0 && t->shape[axis] > 1) return false; /* one row, repeated */
-            shape[1 + i] = 1;
-        }
-        if (i) moves[i - 1] = shape[1 + i] > 1;
-    }
-    const cuuint32_t box[4] = {(cuuint32_t)(128 / element_bytes), (cuuint32_t)rows, 1, 1};
-    const cuuint32_t steps[4] = {1, 1, 1, 1};
-    return device->encode(map,
-                          element_bytes == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                          : IS_BF16          ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                          4, t->data, shape, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-#endif
-
-#if ROW_STRIDED
-static bool encode(fa_tensor *array, const fa_sm90_device *, const fa_tensor *t, int, int32_t[2]) {
-    *array = *t;
-    return true;
-}
-#endif
-
-extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm90_device *device,
-                                                 void *workspace, fa_error *error) {
-    const fa_what *w = &p->what;
-    const bool packed = p->varlen.cu_q != NULL;
-    int64_t tiles = packed ? w->hq * fa_packed_capacity(&p->varlen, w->b, BLOCK_M)
-                           : (int64_t)w->b * w->hq * ((w->sq + BLOCK_M - 1) / BLOCK_M);
-    int32_t slots = device->sms * BLOCKS_PER_SM;
-    if (tiles > INT32_MAX - slots)
-        return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 tiles of %d rows", BLOCK_M);
-    kernel_args a = {};
-    if (!encode(&a.q, device, &w->q, 64, a.moves[0]) ||
-        !encode(&a.k, device, &w->k, BLOCK_N, a.moves[1]) ||
-        !encode(&a.v, device, &w->v, BLOCK_N, a.moves[2]) ||
-        (STAGED && !encode(&a.out_map, device, &w->out, 16, a.moves[3])))
-        return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected q, k, v or out");
-    a.out = w->out;
-    a.masks = p->masks;
-    a.sq = w->sq;
-    a.sk = w->sk;
-    a.hq = w->hq;
-    a.group = w->hq / w->hk;
-    a.watch = w->batch_invariant;
-    /* A scale of 0 must not meet the -inf of a hidden score: 1e-37 of any score is 0 too. */
-    a.scale = w->scale == 0 ? 1e-37f : (float)(w->scale * 1.4426950408889634);
-    a.slack = softmax_slack<range>(a.scale);
-    a.lse = (float *)w->lse.data;
-    for (int i = 0; i < 3; ++i) a.lse_stride[i] = w->lse.stride[i];
-    a.sink = p->scores.sink;
-    a.sink_stride = p->scores.sink_stride;
-#if ROW_GENERAL
-    a.b = w->b;
-    a.scores = make_scores(p, (char *)workspace + fa_packed_bytes(&p->varlen, w->b, BLOCK_M));
-    a.slack = softmax_slack<range>(a.scores.scale);
-    if (a.scores.tiles) {
-        fa_tensor mask = p->scores.mask;
-        if (!a.scores.tile_rows) mask.shape[2] = 1;
-        if (!encode(&a.scores.mask_map, device, &mask, a.scores.tile_rows ? 64 : 1,
-                    a.scores.mask_moves, a.scores.mask == ADD_F32 ? 4 : 2))
-            return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected the mask");
-    }
-#endif
-    int32_t blocks = tiles < slots ? (int32_t)tiles : slots;
-    a.ahead = ITEMS;
-    if (packed) {
-        a.packed = fa_packed_make(w, &p->masks, &p->varlen, BLOCK_M, workspace);
-        a.varlen = p->varlen;
-    } else {
-        a.schedule = fa_schedule_make(w, &p->masks, BLOCK_M, blocks);
-    }
-    /* Who claims far ahead takes the last tiles from blocks that have nothing left; but where tiles
-     * are short or many, only the time to find them counts. */
-    const int64_t keys = packed ? p->varlen.total_k / w->b : w->sk;
-    if (tiles < 16 * (int64_t)slots && keys >= 4 * BLOCK_N) a.ahead = 2;
-
-    static uint64_t allowed;
-    fa_status status = fa_allow_smem(&allowed, device, (const void *)ROW_NAME, SMEM_BYTES, error);
-    if (status != FA_OK) return status;
-    return fa_launch_kernel((const void *)ROW_NAME, blocks, THREADS, SMEM_BYTES, p->where.stream,
-                            &a, error);
-}
+#include "sm90_launch.cuh"

@@ -283,7 +283,7 @@ PTX void clear_unseen(const uint32_t (&seen)[4], uint8_t *v, int32_t key, int wa
 }
 
 /* Writes zeros over the rows of V that no row of the tile sees: 0 * NaN is NaN. As clear_hidden_v
- * in sm90_fwd.cu; both warpgroups write the same. */
+ * in sm90_sight.cuh; both warpgroups write the same. */
 PTX void clear_holes(const score_args &a, const score_item &t, uint8_t *v, int32_t row, int32_t key,
                      int warpgroup) {
     uint32_t seen[4] = {0, 0, 0, 0};

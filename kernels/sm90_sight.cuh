@@ -1,0 +1,97 @@
+/* sm90_sight.cuh - which keys the rows of a warpgroup see: blocks of them, and scores of a block.
+ *
+ * A part of sm90_fwd.cu, which includes it behind the item and the arguments. The intervals are
+ * csrc/mask.h's; a bool mask says more (sm90_blocks.cuh).
+ */
+#ifndef FASTATTN_SM90_SIGHT_CUH
+#define FASTATTN_SM90_SIGHT_CUH
+
+#if ROW_GENERAL
+/* The i-th key block of an item: from right to left those before `mid`, then the others. With ALiBi
+ * `mid` is behind the diagonal, where the highest scores are: offsets are raised least. */
+PTX int32_t key_block(const item &t, int32_t i) {
+    int32_t left = t.score.mid - t.begin;
+    return i < left ? t.score.mid - 1 - i : t.end - 1 - (i - left);
+}
+#else
+/* The i-th key block of an item: the masked ones first, from the right, then from the left. */
+PTX int32_t key_block(const item &t, int32_t i) {
+    if (i < t.right) return t.end - 1 - i;
+    if (i < t.right + t.left) return t.begin + i - t.right;
+    return t.end - 1 - (i - t.left);
+}
+#endif
+
+/* The warpgroup does not compute this item, or its rows see nothing. */
+PTX bool has_no_keys(const item &t, int warpgroup) {
+    fa_interval some = t.some[warpgroup];
+    return !(t.warpgroups >> warpgroup & 1) || some.begin >= some.end;
+}
+
+/* How much of a block of keys a warpgroup's rows see. */
+enum seen { NONE, PART, WHOLE };
+PTX enum seen see_interval(const item &t, int32_t block, int warpgroup) {
+    fa_interval some = t.some[warpgroup], whole = t.whole[warpgroup];
+    int32_t key = block * BLOCK_N;
+    bool none = has_no_keys(t, warpgroup) || key >= some.end || key + BLOCK_N <= some.begin;
+    bool part = key < whole.begin || key + BLOCK_N > whole.end;
+    return none ? NONE : part ? PART : WHOLE;
+}
+
+PTX int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
+
+/* The first of this thread's two rows; the other is 8 below. */
+PTX int32_t first_row(const item &t, int warpgroup) {
+    return t.row + 64 * warpgroup + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+}
+
+/* The first `columns` of a block, as a bit per score that this thread has of a row: 2 of every 8.
+ */
+PTX uint32_t first_scores(int32_t columns) {
+    columns = min(max(columns, 0), BLOCK_N);
+    int32_t scores = columns / 8 * 2 + min(columns % 8, 2);
+    return scores < 32 ? (1u << scores) - 1 : ~0u;
+}
+
+PTX enum seen see(const item &t, int32_t block, int warpgroup) {
+    return (enum seen)uniform(see_interval(t, block, warpgroup));
+}
+
+/* Which scores of a block this thread's two rows see, a bit each. */
+struct sight {
+    uint32_t rows[2];
+};
+PTX sight look(const kernel_args &a, const item &t, int32_t row, int32_t key) {
+    sight see;
+    int32_t column = key + 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        fa_interval seen = fa_row_interval(&a.masks, t.lengths, row + 8 * r);
+        see.rows[r] = first_scores(seen.end - column) & ~first_scores(seen.begin - column);
+    }
+    return see;
+}
+
+/* Hides the others. */
+PTX void mask_scores(const sight &see, float (&s)[BLOCK_N / 2]) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 2; ++i)
+        if (!(see.rows[i / 2 & 1] >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
+}
+
+/* Writes zeros over the rows of V that no row of the sequence sees: 0 * NaN is NaN. Every
+ * warpgroup does so before it reads the stage; what they all write is the same. */
+PTX void clear_hidden_v(const kernel_args &a, const item &t, uint8_t *v, int32_t key,
+                        int warpgroup) {
+    int32_t begin = fa_row_interval(&a.masks, t.lengths, 0).begin;
+    int32_t end = fa_row_interval(&a.masks, t.lengths, t.lengths.sq - 1).end;
+    if (key >= begin && min(key + BLOCK_N, t.keys) <= end) return;
+    for (int i = thread_here() % 128; i < V_BYTES / 16; i += 128) {
+        int32_t row = key + i / 8 % BLOCK_N;
+        if (row < begin || row >= end) ((uint4 *)v)[i] = make_uint4(0, 0, 0, 0);
+    }
+    fence_proxy_async();
+    bar_sync(1 + warpgroup, 128);
+}
+
+#endif
