@@ -8,10 +8,11 @@
  * of them for one mask. There are three arrays over planes (the mask's own batches and heads, 1
  * where it is broadcast), groups of 64 rows and blocks of 128 keys:
  *
- *   map      [plane][32 blocks][group] of 4 words: a bit per block, whether some of its scores are
- *            seen, all are, every key is seen by some row; and 0, of which the first then counts
- * the tiles claimed columns  [plane][block][group] of 4 words: the keys that some row of the group
- * sees bits     [plane][block][group][64 rows] of 4 words: the keys that the row sees
+ *   - map, [plane][32 blocks][group] of 4 words: a bit per block, whether some of its scores are
+ *     seen, all are, every key is seen by some row; and 0 (the first of these then counts the tiles
+ *     that the forward kernel's blocks have claimed)
+ *   - columns, [plane][block][group] of 4 words: the keys that some row of the group sees
+ *   - bits, [plane][block][group][64 rows] of 4 words: the keys that the row sees
  *
  * Bit i of word c stands for key 8 * (i / 2) + 2 * c + i % 2 of the block: the scores that a thread
  * with lane % 4 == c holds of a row, in their order.

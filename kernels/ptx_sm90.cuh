@@ -47,17 +47,6 @@ PTX void bar_sync(uint32_t id, uint32_t threads) {
 PTX void bar_arrive(uint32_t id, uint32_t threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-/* The barrier, and whether any of its threads said yes. */
-PTX bool bar_red_or(uint32_t id, uint32_t threads, bool mine) {
-    uint32_t any;
-    asm volatile(
-        "{\n.reg .pred p, q;\nsetp.ne.u32 p, %3, 0;\n"
-        "bar.red.or.pred q, %1, %2, p;\nselp.u32 %0, 1, 0, q;\n}"
-        : "=r"(any)
-        : "r"(id), "r"(threads), "r"((uint32_t)mine)
-        : "memory");
-    return any;
-}
 
 /* ---- the copy engine: 4-dimensional boxes {columns, rows, head, batch} ----------------------- */
 

@@ -367,6 +367,7 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
 }
 
 #if ROW_GENERAL
+/* `run` blocks from `key` to the left, which all rows see whole, with one change. */
 template <enum changes ONLY>
 PTX void attend_run(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st, cursor &kv,
                     uint64_t q, uint32_t q_last, int32_t key, int32_t run, int warpgroup) {

@@ -5,6 +5,7 @@ python tests/gpu_cases.py [--smoke] [--part I/N]   # rows I, I + N, I + 2N ...
 Inputs are made on the host and judged there, so that ours are the only kernels that run.
 """
 
+import functools
 import itertools
 import os
 import sys
@@ -149,11 +150,14 @@ def run(name, feature, sizes, dtype, shape, change, keywords):
     out = move(torch.full((b, h, sq, dv), torch.nan, dtype=dtype))
     want_lse = feature != "full"  # some rows give none
     sent = on_gpu(keywords)
-    result = fastattn.attention(*map(move, (q, k, v)), **sent, out=out, return_lse=want_lse)
+    call = functools.partial(
+        *(fastattn.attention, *map(move, (q, k, v))), **sent, out=out, return_lse=want_lse
+    )
+    result = call()
     lse = result[1].cpu() if want_lse else None
     whole = out if out._base is None else out._base
     got = whole.cpu()[..., :dv]
-    return report(name, feature, gpu.complaints(got, lse, q, k, v, most=8, **keywords))
+    return report(call, name, feature, gpu.complaints(got, lse, q, k, v, most=8, **keywords))
 
 
 def packed_lengths(b, sq, sk):
@@ -174,19 +178,25 @@ def run_packed(name, feature, sizes, dtype, shape, change, keywords):
     sent = on_gpu(keywords)
     used = {n: sent.pop(n) for n in ("q_lengths", "k_lengths") if n in sent}
     sent |= {f"seqused_{n[0]}": x for n, x in used.items()}
-    result = fastattn.attention_varlen(
-        *map(move, (q, k, v)), *gpu.offsets(lengths), **sent, out=out, return_lse=want_lse
+    call = functools.partial(
+        *(fastattn.attention_varlen, *map(move, (q, k, v)), *gpu.offsets(lengths)),
+        **sent,
+        out=out,
+        return_lse=want_lse,
     )
+    result = call()
     lse = result[1].cpu() if want_lse else None
     got = (out if out._base is None else out._base).cpu()[..., :dv]
     some = range(0, b, max(1, b // 4))
-    return report(
-        name, feature, gpu.packed_complaints(got, lse, q, k, v, lengths, some, 8, **keywords)
-    )
+    wrong = gpu.packed_complaints(got, lse, q, k, v, lengths, some, 8, **keywords)
+    return report(call, name, feature, wrong)
 
 
-def report(name, feature, wrong):
-    print(f"{'WRONG' if wrong else 'ok   '}    {name} {feature} {'; '.join(wrong)}", flush=True)
+def report(call, name, feature, wrong):
+    """A feature may have another row than the one that its shape was found for."""
+    ran = fastattn.explain(call.func, *call.args, **call.keywords).kernel
+    feature += "" if ran == name else f" (shape of {name})"
+    print(f"{'WRONG' if wrong else 'ok   '}    {ran} {feature} {'; '.join(wrong)}", flush=True)
     return not wrong
 
 

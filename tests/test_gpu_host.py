@@ -482,9 +482,7 @@ def packed(tmp_path_factory):
     return library
 
 
-def sm90_list_tiles(
-    packed, cu_q, cu_k, total_q, total_k, heads=(4, 2), longest=None, flags=2, block=64
-):
+def list_tiles(packed, cu_q, cu_k, total_q, total_k, heads=(4, 2), longest=None, flags=2, block=64):
     """The list's entries, the visits of each row by each head, and the keys of each entry."""
     b, capacity = len(cu_q) - 1, total_q // block + len(cu_q)
     cu = [np.ascontiguousarray(x, np.int32) for x in (cu_q, cu_k)]
@@ -517,7 +515,7 @@ def test_packed_rows_come_exactly_once(packed, flags):
             nq[rng.integers(b)] = nk[rng.integers(b)] = 9000
         tail = int(rng.choice([0, 1, 300]))
         hk, group = int(rng.integers(1, 4)), int(rng.integers(1, 4))
-        entries, visits, keys = sm90_list_tiles(
+        entries, visits, keys = list_tiles(
             packed, ends(nq), ends(nk), int(nq.sum()) + tail, int(nk.sum()), (hk * group, hk),
             (int(rng.integers(1, 2 * most)), max(1, int(nk.max()))), flags,
             (64, 128, 192)[case % 3],
@@ -552,7 +550,7 @@ def test_packed_offsets_that_make_no_sense(packed):
         [big] * 100,
         np.random.default_rng(0).integers(-2000, 3 * total, 3000),
     ):
-        sm90_list_tiles(packed, cu, cu, total, total)
+        list_tiles(packed, cu, cu, total, total)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
