@@ -329,14 +329,13 @@ static __attribute__((noinline)) void attend_panel(const context *c, panel *p, c
 /* Rows first .. first + count - 1 in lanes: Q transposed, O empty, the interval of each. */
 static void open_panel(const context *c, panel *p, fa_lengths lengths, int first, int count) {
     const fa_what *what = &c->p->what;
-    const fa_masks *masks = &c->p->masks;
     const int64_t size = fa_size(what->dtype);
     const int width = whole(c->units);
     p->first = first;
     p->count = count;
     p->nv = (count + LANES - 1) / LANES;
-    fa_interval top = fa_row_interval(masks, lengths, first);
-    fa_interval bottom = fa_row_interval(masks, lengths, first + count - 1);
+    fa_interval top = fa_row_interval(lengths, first);
+    fa_interval bottom = fa_row_interval(lengths, first + count - 1);
     p->any = (fa_interval){top.begin, bottom.end};
     p->all = (fa_interval){bottom.begin, top.end};
     memset(p->o, 0, (size_t)whole(what->dv) * p->nv * sizeof(vec));
@@ -351,10 +350,10 @@ static void open_panel(const context *c, panel *p, fa_lengths lengths, int first
                 memset(to, 0, (size_t)width * sizeof(real));
                 continue;
             }
-            fa_interval keys = fa_row_interval(masks, lengths, first + row);
+            fa_interval keys = fa_row_interval(lengths, first + row);
             p->begin[j][i] = keys.begin;
             p->end[j][i] = keys.end;
-            p->position[j][i] = fa_row_position(masks, lengths, first + row);
+            p->position[j][i] = fa_row_position(lengths, first + row);
             const char *from = c->q + (first + row) * what->q.stride[2] * size;
             read_units(to, from, what->dtype, what->q.stride[3], what->d);
             if (c->sign != 1) multiply_units(to, c->sign, what->d);
@@ -410,7 +409,7 @@ static int see(const context *c, fa_lengths lengths, int first, int count, const
     int n = 0;
     memset(seen, 0, KEYS);
     for (int row = first; row < first + count; row++) {
-        fa_interval of = fa_row_interval(&c->p->masks, lengths, row);
+        fa_interval of = fa_row_interval(lengths, row);
         int begin = of.begin > keys->begin ? of.begin : keys->begin;
         int end = of.end < keys->end ? of.end : keys->end;
         const uint8_t *restrict from =
@@ -535,8 +534,8 @@ static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_sequence seque
     for (int i = 0; i < count; i += PANEL, panels++)
         open_panel(&c, &c.panels[panels], lengths, first + i,
                    count - i < PANEL ? count - i : PANEL);
-    const int begin = fa_row_interval(&p->masks, lengths, first).begin;
-    const int end = fa_row_interval(&p->masks, lengths, first + count - 1).end;
+    const int begin = fa_row_interval(lengths, first).begin;
+    const int end = fa_row_interval(lengths, first + count - 1).end;
     /* Blocks start at multiples of KEYS, chains of additions at multiples of CHAIN, wherever the
      * rows' keys do: how rows are grouped, and so how many threads there are and how many
      * sequences, changes no bit. */

@@ -13,20 +13,28 @@ typedef struct fa_interval {
     int32_t begin, end; /* keys begin <= j < end, none where equal; 0 <= begin <= end <= sk */
 } fa_interval;
 
-/* The true lengths of one sequence; what came from memory is clamped, never trusted. */
+/* The true lengths of one sequence, and what its rows see: row i keys from max(k_start, i + from)
+ * up to min(sk, i + to). */
 typedef struct fa_lengths {
     int32_t sq, sk, k_start;
+    int32_t from, to;
+    int32_t shift; /* its position on the key axis is i + shift */
 } fa_lengths;
 
 FA_INLINE int32_t fa_clamp(int32_t x, int32_t lo, int32_t hi) {
     return x < lo ? lo : x > hi ? hi : x;
 }
 
+/* What came from memory is clamped, never trusted. */
 FA_INLINE fa_lengths fa_sequence_lengths(const fa_masks *m, int64_t b, int32_t sq, int32_t sk) {
-    fa_lengths n = {sq, sk, 0};
+    fa_lengths n = {sq, sk, 0, 0, 0, 0};
     if (m->q_lengths) n.sq = fa_clamp(m->q_lengths[b * m->q_lengths_stride], 0, sq);
     if (m->k_lengths) n.sk = fa_clamp(m->k_lengths[b * m->k_lengths_stride], 0, sk);
     if (m->k_start) n.k_start = fa_clamp(m->k_start[b * m->k_start_stride], 0, n.sk);
+    n.shift = m->flags & FA_TOP_LEFT ? 0 : n.sk - n.sq;
+    n.from = -n.sq, n.to = n.sk; /* no row, no key is past these */
+    if (m->flags & FA_HAS_LEFT && n.shift - m->left > n.from) n.from = n.shift - m->left;
+    if (m->flags & FA_HAS_RIGHT && n.shift + m->right + 1 < n.to) n.to = n.shift + m->right + 1;
     return n;
 }
 
@@ -47,7 +55,7 @@ FA_INLINE int32_t fa_first_row(const int32_t *cu, int64_t stride, int64_t b, int
  * empty; all rows are inside the arrays, whatever the offsets say. */
 FA_INLINE fa_sequence fa_find_sequence(const fa_varlen *v, const fa_masks *m, int64_t b, int32_t sq,
                                        int32_t sk) {
-    fa_sequence s = {{0, 0, 0}, 0, sq, 0};
+    fa_sequence s = {{0, 0, 0, 0, 0, 0}, 0, sq, 0};
     if (v->cu_q) {
         s.q = fa_first_row(v->cu_q, v->cu_q_stride, b, v->total_q);
         s.q_end = fa_clamp(v->cu_q[(b + 1) * v->cu_q_stride], s.q, v->total_q);
@@ -60,22 +68,13 @@ FA_INLINE fa_sequence fa_find_sequence(const fa_varlen *v, const fa_masks *m, in
 }
 
 /* The position i' of row i on the key axis, from which windows and ALiBi count. */
-FA_INLINE int32_t fa_row_position(const fa_masks *m, fa_lengths n, int32_t i) {
-    return m->flags & FA_TOP_LEFT ? i : i + n.sk - n.sq;
-}
+FA_INLINE int32_t fa_row_position(fa_lengths n, int32_t i) { return i + n.shift; }
 
-FA_INLINE fa_interval fa_row_interval(const fa_masks *m, fa_lengths n, int32_t i) {
-    fa_interval keys = {n.k_start, n.sk};
-    if (i >= n.sq) { /* padding sees nothing; its position may not even fit an int32 */
-        keys.end = keys.begin;
-        return keys;
-    }
-    int32_t position = fa_row_position(m, n, i);
-    if (m->flags & FA_HAS_LEFT && position - m->left > keys.begin) keys.begin = position - m->left;
-    if (m->flags & FA_HAS_RIGHT && position + m->right + 1 < keys.end)
-        keys.end = position + m->right + 1;
-    if (keys.end < n.k_start) keys.end = n.k_start;
-    if (keys.begin > keys.end) keys.begin = keys.end;
+FA_INLINE fa_interval fa_row_interval(fa_lengths n, int32_t i) {
+    fa_interval keys = {n.k_start, n.k_start};
+    if (i >= n.sq) return keys; /* padding sees nothing; its position may not even fit an int32 */
+    if (i + n.to > n.k_start) keys.end = i + n.to < n.sk ? i + n.to : n.sk;
+    if (i + n.from > n.k_start) keys.begin = i + n.from < keys.end ? i + n.from : keys.end;
     return keys;
 }
 

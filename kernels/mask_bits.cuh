@@ -37,6 +37,8 @@ static __global__ void __launch_bounds__(PACK_THREADS)
     __shared__ uint32_t states[4];
     const fa_mask_bits &n = a.layout;
     const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    wait_for_stream();
+    let_next_start();
     for (int64_t task = blockIdx.x; task < a.tasks; task += gridDim.x) {
         const int32_t group = task % n.groups, part = task / n.groups % (4 * n.words);
         const int64_t plane = task / n.groups / (4 * n.words);
@@ -70,7 +72,7 @@ static __global__ void __launch_bounds__(PACK_THREADS)
 #pragma unroll
                 for (int r = 0; r < BATCH; ++r) {
                     const int32_t row = top + r;
-                    const fa_interval seen = fa_row_interval(&a.masks, lengths, row);
+                    const fa_interval seen = fa_row_interval(lengths, row);
                     uint32_t ballot[4];
 #pragma unroll
                     for (int p = 0; p < 4; ++p)
@@ -115,7 +117,7 @@ static inline fa_status launch_pack_mask(const fa_params *p, const fa_sm90_devic
     const int64_t most = 4 * (int64_t)device->sms; /* as many as are resident */
     const int32_t blocks = (int32_t)(a.tasks < most ? a.tasks : most);
     return fa_launch_kernel((const void *)sm90_pack_mask, blocks, PACK_THREADS, 0, p->where.stream,
-                            &a, error);
+                            true, &a, error);
 }
 
 #endif

@@ -36,10 +36,12 @@ static __global__ void __launch_bounds__(PACKED_THREADS)
     __shared__ int32_t totals[FA_PACKED_CLASSES];
     const fa_packed &p = a.packed;
     const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, capacity = p.capacity;
+    let_next_start();
     const int64_t steps = ((int64_t)p.b + PACKED_THREADS) / PACKED_THREADS; /* of b + 1 in all */
     for (int32_t i = threadIdx.x; i < FA_PACKED_CLASSES * PACKED_WARPS; i += PACKED_THREADS)
         (&places[0][0])[i] = 0;
     __syncthreads();
+    wait_for_stream();
 
     for (int pass = 0; pass < 2; ++pass) {
         for (int64_t step = 0; step < steps; ++step) {

@@ -68,7 +68,7 @@ FA_INLINE fa_packed fa_packed_make(const fa_what *w, const fa_masks *m, const fa
 FA_INLINE fa_sequence fa_packed_sequence(const fa_packed *p, const fa_varlen *v, const fa_masks *m,
                                          int32_t b, int32_t sq, int32_t sk) {
     if (b < p->b) return fa_find_sequence(v, m, b, sq, sk);
-    fa_sequence rest = {{0, 0, 0}, 0, v->total_q, 0};
+    fa_sequence rest = {{0, 0, 0, 0, 0, 0}, 0, v->total_q, 0};
     rest.q = fa_first_row(v->cu_q, v->cu_q_stride, p->b, v->total_q);
     return rest;
 }

@@ -132,6 +132,13 @@ PTX uint32_t cvt_pack(float low, float high) {
     return y;
 }
 
+/* `count` bits from bit `first` on. */
+PTX uint32_t bit_mask(int32_t first, int32_t count) {
+    uint32_t y;
+    asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(y) : "r"(first), "r"(count));
+    return y;
+}
+
 /* a * b + c on pairs of 16 bits. */
 PTX uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t y;
@@ -179,11 +186,12 @@ PTX uint64_t wgmma_descriptor(uint32_t smem, uint32_t panel) {
 }
 
 /* wgmma_ss<N>: S = Q K^T, both in shared memory, both with k along their rows.
- * wgmma_rs<N>: O += P V, P in registers, V with k across its rows (transposed by the hardware). */
+ * wgmma_rs<N>: O += P V, P in registers, V with k across its rows (transposed by the hardware).
+ * Without `accumulate` the product replaces what d holds. */
 template <int N>
 PTX void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
 template <int N>
-PTX void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
+PTX void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate);
 
 /* Ten operands: their numbers in the string, the registers themselves. */
 #define NUMBERS(t) \
@@ -203,8 +211,8 @@ PTX void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
 #define N90 N60 NUMBERS(6) "," NUMBERS(7) "," NUMBERS(8) ","
 #define N120 N90 NUMBERS(9) "," NUMBERS(10) "," NUMBERS(11) ","
 
-/* WGMMA(N, numbers and registers of d, the numbers of the five operands behind them) */
-#define WGMMA(N, NAMES, REGISTERS, n0, n1, n2, n3, n4)                                             \
+/* WGMMA(N, numbers and registers of d, the numbers of the six operands behind them) */
+#define WGMMA(N, NAMES, REGISTERS, n0, n1, n2, n3, n4, n5)                                         \
     template <>                                                                                    \
     __device__ __forceinline__ void wgmma_ss<N>(float (&d)[N / 2], uint64_t a, uint64_t b,         \
                                                 int accumulate) {                                  \
@@ -217,24 +225,26 @@ PTX void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b);
     }                                                                                              \
     template <>                                                                                    \
     __device__ __forceinline__ void wgmma_rs<N>(float (&d)[N / 2], const uint32_t (&a)[4],         \
-                                                uint64_t b) {                                      \
-        asm volatile(                                                                              \
-            "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                             \
-            "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." FA_PTX_TYPE "." FA_PTX_TYPE          \
-            " {" NAMES "}, {%" #n0 ",%" #n1 ",%" #n2 ",%" #n3 "}, %" #n4 ", p, 1, 1, 1;\n}"        \
-            : LIST REGISTERS                                                                       \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                 \
+                                                uint64_t b, int accumulate) {                      \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #n5                                      \
+                     ", 0;\n"                                                                      \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." FA_PTX_TYPE "." FA_PTX_TYPE \
+                     " {" NAMES "}, {%" #n0 ",%" #n1 ",%" #n2 ",%" #n3 "}, %" #n4                  \
+                     ", p, 1, 1, 1;\n}"                                                            \
+                     : LIST REGISTERS                                                              \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));       \
     }
 
 #define LIST(...) __VA_ARGS__
-WGMMA(64, N30 "%30,%31", (D30, D2(3)), 32, 33, 34, 35, 36)
-WGMMA(72, N30 "%30,%31,%32,%33,%34,%35", (D30, D6(3)), 36, 37, 38, 39, 40)
-WGMMA(80, N30 NUMBERS(3), (D30, D10(3)), 40, 41, 42, 43, 44)
-WGMMA(96, N30 NUMBERS(3) "," "%40,%41,%42,%43,%44,%45,%46,%47", (D30, D10(3), D8(4)), 48, 49, 50, 51, 52)
-WGMMA(112, N30 NUMBERS(3) "," NUMBERS(4) "," "%50,%51,%52,%53,%54,%55", (D30, D10(3), D10(4), D6(5)), 56, 57, 58, 59, 60)
-WGMMA(128, N60 "%60,%61,%62,%63", (D60, D4(6)), 64, 65, 66, 67, 68)
-WGMMA(192, N90 "%90,%91,%92,%93,%94,%95", (D90, D6(9)), 96, 97, 98, 99, 100)
-WGMMA(256, N120 "%120,%121,%122,%123,%124,%125,%126,%127", (D120, D8(12)), 128, 129, 130, 131, 132)
+WGMMA(64, N30 "%30,%31", (D30, D2(3)), 32, 33, 34, 35, 36, 37)
+WGMMA(72, N30 "%30,%31,%32,%33,%34,%35", (D30, D6(3)), 36, 37, 38, 39, 40, 41)
+WGMMA(80, N30 NUMBERS(3), (D30, D10(3)), 40, 41, 42, 43, 44, 45)
+WGMMA(96, N30 NUMBERS(3) "," "%40,%41,%42,%43,%44,%45,%46,%47", (D30, D10(3), D8(4)), 48, 49, 50, 51, 52, 53)
+WGMMA(112, N30 NUMBERS(3) "," NUMBERS(4) "," "%50,%51,%52,%53,%54,%55", (D30, D10(3), D10(4), D6(5)), 56, 57, 58, 59, 60, 61)
+WGMMA(128, N60 "%60,%61,%62,%63", (D60, D4(6)), 64, 65, 66, 67, 68, 69)
+WGMMA(192, N90 "%90,%91,%92,%93,%94,%95", (D90, D6(9)), 96, 97, 98, 99, 100, 101)
+WGMMA(256, N120 "%120,%121,%122,%123,%124,%125,%126,%127", (D120, D8(12)), 128, 129, 130, 131, 132,
+      133)
 
 #undef WGMMA
 #undef LIST

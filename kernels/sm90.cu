@@ -202,6 +202,7 @@ static __device__ bool is_padding(const empty_args &a, int64_t b, int32_t i) {
  * padding. Both 16-bit formats write 0 as 0. */
 static __global__ void sm90_write_empty_rows(const __grid_constant__ empty_args a) {
     const fa_what &w = a.what;
+    wait_for_stream();
     int64_t sq = w.out.shape[2], rows = w.out.shape[0] * w.hq * sq;
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
         int64_t i = row % sq, h = row / sq % w.hq, b = row / sq / w.hq;
@@ -224,7 +225,7 @@ static fa_status launch_list(const fa_params *p, int32_t block_m, void *workspac
     packed_args a = {fa_packed_make(w, &p->masks, &p->varlen, block_m, workspace), p->varlen,
                      p->masks, w->sq, w->sk};
     return fa_launch_kernel((const void *)sm90_list_tiles, 1, PACKED_THREADS, 0, p->where.stream,
-                            &a, error);
+                            true, &a, error);
 }
 
 static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *workspace,
@@ -243,7 +244,7 @@ static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *
     int64_t blocks = rows < 8 * device->sms ? rows : 8 * device->sms;
     empty_args a = {*w, p->masks, p->varlen, p->scores.sink, p->scores.sink_stride};
     return fa_launch_kernel((const void *)sm90_write_empty_rows, (int32_t)blocks, 128, 0,
-                            p->where.stream, &a, error);
+                            p->where.stream, true, &a, error);
 }
 
 /* Makes the tensors' device current for the launch and restores the caller's. A thread new to CUDA

@@ -47,7 +47,7 @@ PTX void final_scores(const kernel_args &a, const item &t, float (&s)[BLOCK_N / 
                       const mask_tile &tile, int32_t key, int warpgroup) {
     const int32_t row = first_row(t, warpgroup), top = t.row + 64 * warpgroup;
     change_scores<ONLY>(a.scores, t.score, s, tile, row, key, a.sq, a.sk,
-                        fa_row_position(&a.masks, t.lengths, top), row - top);
+                        fa_row_position(t.lengths, top), row - top);
     if (ONLY == ANY && a.scores.scale < 0.f)
 #pragma unroll
         for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
@@ -58,7 +58,7 @@ PTX sight look_up(const kernel_args &a, const item &t, int32_t row, int32_t key,
     sight seen;
     look_up_bits(a.scores, t.score, seen.rows, row, key);
     if (a.scores.bits.bare && see(t, key / BLOCK_N, warpgroup) != WHOLE) {
-        const sight inside = look(a, t, row, key);
+        const sight inside = look(a, t, row, key, warpgroup);
 #pragma unroll
         for (int r = 0; r < 2; ++r) seen.rows[r] &= inside.rows[r];
     }
@@ -75,13 +75,12 @@ PTX void clear_bare_holes(const kernel_args &a, const item &t, smem_layout &smem
     const int32_t skip = key % FA_BITS_KEYS;
     const uint4 mask = load_v4(
         a.scores.words + 4 * fa_bits_at(&a.scores.bits, t.score.plane, key / FA_BITS_KEYS, row));
-    const fa_interval inside = fa_row_interval(&a.masks, t.lengths, row);
+    const fa_interval inside = fa_row_interval(t.lengths, row);
     uint32_t seen[4] = {mask.x, mask.y, mask.z, mask.w};
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
         const int32_t column = key + 2 * c;
-        const uint32_t keys =
-            first_scores(inside.end - column) & ~first_scores(inside.begin - column);
+        const uint32_t keys = scores_of(inside.begin - column, inside.end - column);
         seen[c] = __reduce_or_sync(~0u, seen[c] & keys << skip / 4);
     }
     uint4(&columns)[4] = smem.columns[warpgroup];

@@ -39,11 +39,10 @@
 static constexpr bool IS_BF16 = ROW_DTYPE == FA_BF16, KEPT = ROW_KEPT, ONES = ROW_ONES,
                       STRIDED = ROW_STRIDED, GENERAL = ROW_GENERAL;
 static constexpr int D = ROW_D, DV = ROW_DV, WARPGROUPS = ROW_WARPGROUPS, BLOCK_N = ROW_BLOCK_N,
-                     STAGES = ROW_STAGES, Q_BUFFERS = ROW_Q_BUFFERS,
-                     BLOCKS_PER_SM = ROW_BLOCKS_PER_SM;
+                     STAGES = ROW_STAGES, Q_SLOTS = ROW_Q_SLOTS, BLOCKS_PER_SM = ROW_BLOCKS_PER_SM;
 static constexpr int BLOCK_M = 64 * WARPGROUPS;
 static constexpr int ITEMS = 4; /* tiles that the scheduler may be ahead */
-typedef softmax_range<IS_BF16> range;
+typedef softmax_range<IS_BF16, GENERAL> range;
 
 static_assert(D % 16 == 0 && DV % 32 == 0 && BLOCK_N % 16 == 0, "wgmma takes k by 16");
 static_assert(BLOCK_N <= 128, "a mask has 32 bits");
@@ -58,6 +57,8 @@ static constexpr int P_PIECES = DELAYED ? BLOCK_N / 16 : 2;
  * exponentials need not wait for that. The factors take registers, which not all rows have. */
 static constexpr bool SHRINKS_LATE =
     !KEPT && (WARPGROUPS == 2 ? DV <= 192 : DELAYED && BLOCK_N <= 80);
+/* Q of a tile can arrive while another is computed: its release may wait for the end of a loop. */
+[[maybe_unused]] static constexpr bool Q_AHEAD = DELAYED && Q_SLOTS >= 2 * WARPGROUPS;
 /* Two or three warpgroups take turns at Q K^T; four find their rhythm alone. */
 static constexpr bool TURNS = WARPGROUPS == 2 || WARPGROUPS == 3;
 
@@ -99,18 +100,21 @@ struct item {
     int32_t boxed;       /* rows that may leave in boxes of 16, which only the array's end clips */
     int32_t begin, end;  /* key blocks that some row sees */
     int32_t left, right; /* how many of them, from either side, not every row sees whole */
+    fa_interval seen;    /* keys that some row of the sequence sees */
     fa_interval some[WARPGROUPS], whole[WARPGROUPS]; /* keys that one row, that all rows see */
-    int32_t warpgroups;                              /* bit set of those that compute it */
-    int32_t watch;                                   /* the offset is not kept */
-    float sink;                                      /* one more score of every row; -inf: none */
-    int32_t last; /* there is no tile, and there will be no more */
+    int32_t skip[WARPGROUPS]; /* blocks in front of the first that a row sees; all, if none does */
+    int32_t masked[WARPGROUPS]; /* those, that one, and all up to the last that not all see whole */
+    int32_t warpgroups;         /* bit set of those that compute it */
+    int32_t watch;              /* the offset is not kept */
+    float sink;                 /* one more score of every row; -inf: none */
+    int32_t last;               /* there is no tile, and there will be no more */
 #if ROW_GENERAL
     score_item score;
 #endif
 };
 
 struct smem_layout {
-    uint8_t q[Q_BUFFERS][WARPGROUPS][Q_BYTES];
+    uint8_t q[Q_SLOTS][Q_BYTES]; /* a warpgroup's, in their turn */
     uint8_t k[STAGES][K_BYTES];
     uint8_t v[STAGES][V_BYTES];
 #if ROW_GENERAL
@@ -118,7 +122,7 @@ struct smem_layout {
 #endif
     uint8_t o[STAGED ? 4 * WARPGROUPS : 1][STAGED ? panels<DV> : 1][STAGED ? O_BYTES : 16];
     uint8_t ones[ONES ? PANEL_N : 16]; /* 64 more columns of V: O's column 64 becomes the row sum */
-    uint64_t q_full[Q_BUFFERS][WARPGROUPS], q_empty[Q_BUFFERS][WARPGROUPS];
+    uint64_t q_full[Q_SLOTS], q_empty[Q_SLOTS];
     uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
     uint64_t item_full[ITEMS], item_empty[ITEMS];
     item items[ITEMS];
@@ -150,12 +154,15 @@ struct kernel_args {
     fa_varlen varlen;
     fa_masks masks;
     int32_t sq, sk, hq, group; /* group: query heads per key head */
-    int32_t watch;             /* 1: keep no offset anywhere */
-    int32_t ahead;             /* items that a block may have claimed, at most ITEMS */
-    int32_t moves[4][2];       /* q, k, v, out: 0 where the stride of heads, of batches is 0 */
-    float scale;               /* times log2(e) */
-    float slack;               /* softmax_slack of it */
-    float *lse;                /* (b, hq, sq), strides in elements; NULL: not wanted */
+    fa_divisor by_hq, by_group;
+    uint32_t descriptor_high; /* of wgmma's operands */
+    int32_t watch;            /* 1: keep no offset anywhere */
+    int32_t reads;            /* the arguments alone do not describe a tile */
+    int32_t ahead;            /* items that a block may have claimed, at most ITEMS */
+    int32_t moves[4][2];      /* q, k, v, out: 0 where the stride of heads, of batches is 0 */
+    float scale;              /* times log2(e) */
+    float slack;              /* softmax_slack of it */
+    float *lse;               /* (b, hq, sq), strides in elements; NULL: not wanted */
     int64_t lse_stride[3];
     const float *sink; /* (hq,), or NULL */
     int64_t sink_stride;
@@ -181,24 +188,49 @@ PTX void advance(cursor &c) {
 
 /* ---- an MMA warpgroup -------------------------------------------------------------------------*/
 
+/* wgmma's descriptor of what lies `offset` + 16 * `step` bytes into shared memory. Linear in
+ * `step`, so that one instruction finds a stage; the upper half is an argument, for of a constant
+ * the compiler makes moves at each use. General rows have no uniform register left for it. */
+PTX uint64_t operand(const kernel_args &a, smem_layout &smem, uint32_t offset, uint32_t panel,
+                     uint32_t step) {
+    const uint32_t base = smem_address(&smem);
+    if (GENERAL) return wgmma_descriptor(base + offset + 16 * step, panel);
+    return (uint64_t)a.descriptor_high << 32 | (base / 16 + offset / 16 + (panel << 16) + step);
+}
+PTX uint64_t q_descriptor(const kernel_args &a, smem_layout &smem, int slot) {
+    return operand(a, smem, offsetof(smem_layout, q), 1, slot * (Q_BYTES / 16));
+}
+PTX uint64_t k_descriptor(const kernel_args &a, smem_layout &smem, int stage) {
+    return operand(a, smem, offsetof(smem_layout, k), 1, stage * (K_BYTES / 16));
+}
+PTX uint64_t v_descriptor(const kernel_args &a, smem_layout &smem, int stage) {
+    constexpr uint32_t V = offsetof(smem_layout, v), STEP = V_BYTES / 16;
+    if (!ONES) return operand(a, smem, V, PANEL_N / 16, stage * STEP);
+    /* The next panel is the block of ones, nearer by a stage. */
+    return operand(a, smem, V, (offsetof(smem_layout, ones) - V) / 16,
+                   stage * (STEP - (STEP << 16)));
+}
+
 /* What a warpgroup keeps over the key blocks of a tile, and into the first block of the next. */
 struct rows_state {
     float o[(DV + 8 * ONES) / 2];
     uint32_t p[P_PIECES][4];
     softmax_rows softmax;
-    cursor v;  /* the stage of V that P V reads, or will */
-    bool held; /* it has not been handed back */
-    bool open; /* these rows are an item's, while one begins the last one's; else O and l are 0 */
+    cursor v;   /* the stage of V that P V reads, or will */
+    bool held;  /* it has not been handed back */
+    bool open;  /* these rows are an item's, while one begins the last one's; else l is 0 */
+    bool fresh; /* O holds nothing: the first P V writes it */
 };
 
 PTX void release(uint32_t barrier) {
     if (threadIdx.x % 128 == 0) mbarrier_arrive(barrier);
 }
 
-/* All of this warpgroup's P V have ended: hands back the V that the last ones read. */
-PTX void settle(rows_state &st, smem_layout &smem) {
+/* All of this warpgroup's P V have ended: hands back the V that the last ones read. `held`: what
+ * st.held is, where the compiler cannot know. */
+PTX void settle(rows_state &st, smem_layout &smem, bool held) {
     wgmma_accumulators(st.o);
-    if (st.held) release(smem_address(&smem.v_empty[st.v.stage]));
+    if (held) release(smem_address(&smem.v_empty[st.v.stage]));
     st.held = false;
 }
 
@@ -211,19 +243,15 @@ PTX void pass_turn(int warpgroup) {
     if (TURNS) bar_arrive(8 + (warpgroup + 1) % WARPGROUPS, 256);
 }
 
-PTX uint64_t v_descriptor(smem_layout &smem, int stage) {
-    uint32_t v = smem_address(smem.v[stage]);
-    return wgmma_descriptor(v, (ONES ? smem_address(smem.ones) - v : PANEL_N) / 16);
-}
-
 /* O += P V of the block whose P is in registers. */
-PTX void issue_pv(rows_state &st, smem_layout &smem) {
-    uint64_t v = v_descriptor(smem, st.v.stage);
+PTX void issue_pv(const kernel_args &a, rows_state &st, smem_layout &smem, bool fresh) {
+    const uint64_t v = v_descriptor(a, smem, st.v.stage);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 16; ++i)
-        wgmma_rs<DV + 8 * ONES>(st.o, st.p[i % P_PIECES], v + i * 128);
+        wgmma_rs<DV + 8 * ONES>(st.o, st.p[i % P_PIECES], v + i * 128, i > 0 || !fresh);
     wgmma_commit_group();
+    st.fresh = false;
 }
 
 #if ROW_GENERAL
@@ -238,16 +266,17 @@ enum place { ALONE, BEHIND, NEXT };
 /* One key block: S = Q K^T, P = 2^(S scale - offset), O += P V. On return P V may still run, or, if
  * DELAYED, has not begun. NEXT ends the tile before in passing, so that the tensor cores have work
  * while its rows are divided and stored. MASKED: rows see the block in part; WATCH: the offset.
- * `q_done`: the barrier to tell that Q was read for the last time, or 0. ONLY: enum changes, of
- * general rows. */
+ * `q_done`: the barrier to tell that Q was read for the last time, or 0. `fresh`: the P V issued
+ * here is its tile's first. ONLY: enum changes, of general rows. */
 template <place PLACE, bool MASKED, bool WATCH, int ONLY = 0>
 PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st, cursor &kv,
-                uint64_t q, uint32_t q_done, int32_t key, bool cut, int warpgroup,
+                uint64_t q, uint32_t q_done, int32_t key, bool cut, bool fresh, int warpgroup,
                 bool holes = false) {
     constexpr bool PENDING = DELAYED && PLACE != ALONE;
+    const bool held = !(MASKED || GENERAL) || st.held; /* before a plain row's loops was a block */
     const item &t = smem.items[n % ITEMS];
     float s[BLOCK_N / 2];
-    uint64_t k = wgmma_descriptor(smem_address(smem.k[kv.stage]), 1);
+    const uint64_t k = k_descriptor(a, smem, kv.stage);
     mbarrier_wait(smem_address(&smem.k_full[kv.stage]), kv.parity);
 #if ROW_GENERAL
     constexpr enum changes CHANGES = (enum changes)ONLY;
@@ -268,22 +297,22 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
         wgmma_ss<BLOCK_N>(s, q + i / 4 * (PANEL_Q / 16) + i % 4 * 2,
                           k + i / 4 * (PANEL_N / 16) + i % 4 * 2, i > 0);
     wgmma_commit_group();
-    if (PENDING) issue_pv(st, smem);
+    if (PENDING) issue_pv(a, st, smem, fresh);
     /* While the tensor cores work: what does not depend on them. */
     ending end;
     if (PLACE == NEXT) end = begin_end(a, smem.items[(n - 1) % ITEMS], st, warpgroup);
 #if ROW_GENERAL
-    if (MASKED && cut && a.scores.mask != BITS) seen = look(a, t, row, key);
+    if (MASKED && cut && a.scores.mask != BITS) seen = look(a, t, row, key, warpgroup);
 #else
     sight seen;
-    if (MASKED) seen = look(a, t, first_row(t, warpgroup), key);
+    if (MASKED && cut) seen = look(a, t, first_row(t, warpgroup), key, warpgroup);
 #endif
     wgmma_wait_group<PENDING>();
     pass_turn(warpgroup);
     wgmma_accumulators(s);
     release(smem_address(&smem.k_empty[kv.stage]));
     if (q_done) release(q_done);
-    if (!DELAYED) settle(st, smem);
+    if (!DELAYED) settle(st, smem, held);
 
 #if ROW_GENERAL
     final_scores<CHANGES>(a, t, s, tile, key, warpgroup);
@@ -302,7 +331,7 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
     if (WATCH) {
         if (PENDING && PLACE == BEHIND && !SHRINKS_LATE) {
             wgmma_wait_group<0>();
-            settle(st, smem);
+            settle(st, smem, held);
         }
         /* The first block of a tile gives tops to the rows that see a key of it; where they are
          * kept, a later one does so for those that have none yet. */
@@ -325,11 +354,11 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
         softmax_exp<!ONES>(st.softmax, s, scale, minus);
         if (PENDING && (PLACE == NEXT || !WATCH || SHRINKS_LATE)) {
             wgmma_wait_group<0>();
-            settle(st, smem);
+            settle(st, smem, held);
         }
         if (SHRINKS_LATE && raised) softmax_shrink(st.o, factor);
-        if (PLACE == NEXT) end_rows(a, smem, n - 1, st, end, warpgroup);
         softmax_pack(s, &st.p[0][0]);
+        if (PLACE == NEXT) end_rows(a, smem, n - 1, st, end, warpgroup);
 #if ROW_GENERAL
         if (drops) drop_scores(a.scores, t.score, &st.p[0][0], t.h, row, key);
 #endif
@@ -342,14 +371,14 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
         else if (holes)
             clear_holes(a.scores, t.score, smem.v[kv.stage], t.row, key, warpgroup);
         else if (cut && a.scores.mask != BITS)
-            clear_hidden_v(a, t, smem.v[kv.stage], key, warpgroup);
+            clear_hidden_v(t, smem.v[kv.stage], key, warpgroup);
 #else
-        if (MASKED && cut) clear_hidden_v(a, t, smem.v[kv.stage], key, warpgroup);
+        if (MASKED && cut) clear_hidden_v(t, smem.v[kv.stage], key, warpgroup);
 #endif
     } else {
         mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
-        if (MASKED && cut) clear_hidden_v(a, t, smem.v[kv.stage], key, warpgroup);
-        uint64_t v = v_descriptor(smem, kv.stage);
+        if (MASKED && cut) clear_hidden_v(t, smem.v[kv.stage], key, warpgroup);
+        const uint64_t v = v_descriptor(a, smem, kv.stage);
 #pragma unroll
         for (int i = 0; i < BLOCK_N / 16; ++i) {
             if (i >= P_PIECES) wgmma_wait_group<P_PIECES - 1>();
@@ -357,9 +386,10 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
             softmax_exp<!ONES>(st.softmax, piece, scale, minus);
             softmax_pack(piece, st.p[i % P_PIECES]);
             wgmma_fence();
-            wgmma_rs<DV + 8 * ONES>(st.o, st.p[i % P_PIECES], v + i * 128);
+            wgmma_rs<DV + 8 * ONES>(st.o, st.p[i % P_PIECES], v + i * 128, i > 0 || !fresh);
             if (P_PIECES < BLOCK_N / 16 || i == BLOCK_N / 16 - 1) wgmma_commit_group();
         }
+        st.fresh = false;
     }
     st.v = kv;
     st.held = true;
@@ -373,7 +403,7 @@ PTX void attend_run(const kernel_args &a, smem_layout &smem, int32_t n, rows_sta
                     uint64_t q, uint32_t q_last, int32_t key, int32_t run, int warpgroup) {
     for (; run > 0; --run, key -= BLOCK_N)
         attend<BEHIND, false, true, ONLY>(a, smem, n, st, kv, q, run == 1 ? q_last : 0, key, false,
-                                          warpgroup);
+                                          st.fresh, warpgroup);
 }
 
 /* The block of this tag and those behind it, while they have no holes and some row sees them, with
@@ -383,7 +413,7 @@ PTX uint32_t attend_words(const kernel_args &a, smem_layout &smem, int32_t n, ro
     for (;;) {
         attend<BEHIND, true, true, WORDS>(a, smem, n, st, kv, q, tag & TAG_LAST ? q_empty : 0,
                                           (int32_t)(tag >> TAG_BLOCK) * BLOCK_N,
-                                          see_tag(tag, warpgroup) == PART, warpgroup);
+                                          see_tag(tag, warpgroup) == PART, st.fresh, warpgroup);
         if (tag & TAG_LAST) return tag;
         uint32_t next = peek_tag(smem, kv);
         if (next & TAG_HOLES || see_tag(next, warpgroup) == NONE) return tag;
@@ -417,20 +447,20 @@ PTX int32_t attend_whole(const kernel_args &a, smem_layout &smem, int32_t n, row
 #endif
 
 /* Ends P V of the last block. */
-PTX void finish_pv(rows_state &st, smem_layout &smem) {
+PTX void finish_pv(const kernel_args &a, rows_state &st, smem_layout &smem) {
     if (DELAYED && !st.held) return;
     if (DELAYED) {
         mbarrier_wait(smem_address(&smem.v_full[st.v.stage]), st.v.parity);
-        issue_pv(st, smem);
+        issue_pv(a, st, smem, st.fresh);
     }
     wgmma_wait_group<0>();
-    settle(st, smem);
+    settle(st, smem, st.held);
 }
 
 /* Ends the open tile where no block does so in passing. */
 PTX void finish_tile(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
                      int warpgroup) {
-    finish_pv(st, smem);
+    finish_pv(a, st, smem);
     ending end = begin_end(a, smem.items[n % ITEMS], st, warpgroup);
     end_rows(a, smem, n, st, end, warpgroup);
 }
@@ -451,27 +481,23 @@ PTX void pass(smem_layout &smem, cursor &kv, uint32_t q_done, int warpgroup) {
 
 PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
     cursor kv = {0, 0};
-    rows_state st;
-    st.held = false;
+    rows_state st = {};
     softmax_start(st.softmax);
-    close_rows(st);
+    close_rows(st, rows_out{});
     if (warpgroup == WARPGROUPS - 1) pass_turn(warpgroup); /* the first turn is warpgroup 0's */
     for (int32_t n = 0;; ++n) {
         const item &t = smem.items[n % ITEMS];
         mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
-        int32_t slot = n % Q_BUFFERS, last = uniform(t.last), blocks = uniform(t.end - t.begin);
+        const int32_t place = n * WARPGROUPS + warpgroup, slot = place % Q_SLOTS;
+        int32_t last = uniform(t.last), blocks = uniform(t.end - t.begin);
 
         /* The tile before ends in passing if there is a block for it before its V is needed. */
 #if ROW_GENERAL
         uint32_t tag = blocks ? read_tag(a, smem, t, kv, 0, warpgroup) : 0;
         bool next = st.held && blocks && see_tag(tag, warpgroup) != NONE;
 #else
-        int32_t masked = uniform(t.left + t.right), watch = KEPT ? uniform(t.watch) : 1;
-        if (uniform(has_no_keys(t, warpgroup))) masked = blocks; /* it passes all of them */
-        int32_t skip = 0;
-        if (DELAYED && st.held)
-            while (skip < masked && skip < STAGES && see(t, key_block(t, skip), warpgroup) == NONE)
-                ++skip;
+        const int32_t skip = uniform(t.skip[warpgroup]), masked = uniform(t.masked[warpgroup]);
+        const int32_t watch = KEPT ? uniform(t.watch) : 1;
         bool next = DELAYED && st.held && skip < masked && skip < STAGES;
 #endif
         if (DELAYED && st.open && !next) finish_tile(a, smem, n - 1, st, warpgroup);
@@ -479,9 +505,9 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
             if (STAGED && threadIdx.x % 32 == 0) cp_async_bulk_wait_group_read();
             return;
         }
-        uint64_t q = wgmma_descriptor(smem_address(smem.q[slot][warpgroup]), 1);
-        uint32_t q_empty = smem_address(&smem.q_empty[slot][warpgroup]);
-        mbarrier_wait(smem_address(&smem.q_full[slot][warpgroup]), n / Q_BUFFERS & 1);
+        const uint64_t q = q_descriptor(a, smem, slot);
+        uint32_t q_empty = smem_address(&smem.q_empty[slot]);
+        mbarrier_wait(smem_address(&smem.q_full[slot]), place / Q_SLOTS & 1);
         if (blocks == 0) { /* all warps have met this Q, or one could miss two of its phases */
             bar_sync(1 + warpgroup, 128);
             release(q_empty);
@@ -494,15 +520,16 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
             const enum seen seen = see_tag(tag, warpgroup);
             const bool cut = seen == PART, holes = tag & TAG_HOLES;
             if (seen == NONE) {
-                finish_pv(st, smem);
+                finish_pv(a, st, smem);
                 pass_tiles(a.scores, tile_of(smem, kv, warpgroup));
                 pass(smem, kv, q_done, warpgroup);
             } else if (next) {
-                attend<NEXT, true, true>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup, holes);
+                attend<NEXT, true, true>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                                         warpgroup, holes);
                 next = false;
             } else if (!st.held) {
-                attend<ALONE, true, true>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup,
-                                          holes);
+                attend<ALONE, true, true>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                                          warpgroup, holes);
             } else if (SPECIAL && a.scores.only == WORDS && !holes) {
                 tag = attend_words(a, smem, n, st, kv, q, q_empty, tag, warpgroup);
             } else if (SPECIAL && a.scores.only && a.scores.only != WORDS && !cut) {
@@ -511,8 +538,8 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
                 tag = interval_tag(t, i, warpgroup);
                 continue;
             } else {
-                attend<BEHIND, true, true>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup,
-                                           holes);
+                attend<BEHIND, true, true>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                                           warpgroup, holes);
             }
             if (tag & TAG_LAST) break;
             tag = read_tag(a, smem, t, kv, ++i, warpgroup);
@@ -522,36 +549,39 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         for (; i < masked; ++i) {
             int32_t block = uniform(key_block(t, i)), key = block * BLOCK_N;
             uint32_t q_done = i == blocks - 1 ? q_empty : 0;
-            enum seen seen = see(t, block, warpgroup);
+            enum seen seen = i < skip ? NONE : see(t, block, warpgroup);
             bool cut = seen == PART;
             if (seen == NONE) {
-                if (!next) finish_pv(st, smem);
+                if (!next) finish_pv(a, st, smem);
                 pass(smem, kv, q_done, warpgroup);
             } else if (next) {
-                attend<NEXT, true, true>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup);
+                attend<NEXT, true, true>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                                         warpgroup);
                 next = false;
             } else if (DELAYED && !st.held) {
-                attend<ALONE, true, true>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup);
+                attend<ALONE, true, true>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                                          warpgroup);
             } else if (!watch) {
-                attend<BEHIND, true, false>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup);
+                attend<BEHIND, true, false>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                                            warpgroup);
             } else {
-                attend<BEHIND, true, true>(a, smem, n, st, kv, q, q_done, key, cut, warpgroup);
+                attend<BEHIND, true, true>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                                           warpgroup);
             }
         }
-        if (DELAYED && i < blocks && !st.held) {
-            int32_t key = uniform(key_block(t, i)) * BLOCK_N;
-            uint32_t q_done = i == blocks - 1 ? q_empty : 0;
-            attend<ALONE, true, true>(a, smem, n, st, kv, q, q_done, key, false, warpgroup);
-            ++i;
-        }
+        const bool late = Q_AHEAD && i < blocks;
+        const int32_t second = uniform(DELAYED && st.fresh ? i : -1); /* its P V is the first's */
         if (!watch)
             for (; i < blocks; ++i)
-                attend<BEHIND, false, false>(a, smem, n, st, kv, q, i == blocks - 1 ? q_empty : 0,
-                                             0, false, warpgroup);
+                attend<BEHIND, false, false>(a, smem, n, st, kv, q,
+                                             !Q_AHEAD && i == blocks - 1 ? q_empty : 0, 0, false,
+                                             i == second, warpgroup);
         else
             for (; i < blocks; ++i)
-                attend<BEHIND, false, true>(a, smem, n, st, kv, q, i == blocks - 1 ? q_empty : 0, 0,
-                                            false, warpgroup);
+                attend<BEHIND, false, true>(a, smem, n, st, kv, q,
+                                            !Q_AHEAD && i == blocks - 1 ? q_empty : 0, 0, false,
+                                            i == second, warpgroup);
+        if (late) release(q_empty);
 #endif
         st.open = true;
         if (!DELAYED) finish_tile(a, smem, n, st, warpgroup);
@@ -570,11 +600,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         prefetch_tensormap(&a.k);
         prefetch_tensormap(&a.v);
 #endif
-        for (int i = 0; i < Q_BUFFERS; ++i)
-            for (int w = 0; w < WARPGROUPS; ++w) {
-                mbarrier_init(smem_address(&smem.q_full[i][w]), LOADERS);
-                mbarrier_init(smem_address(&smem.q_empty[i][w]), 1);
-            }
+        for (int i = 0; i < Q_SLOTS; ++i) {
+            mbarrier_init(smem_address(&smem.q_full[i]), LOADERS);
+            mbarrier_init(smem_address(&smem.q_empty[i]), 1);
+        }
         for (int i = 0; i < ITEMS; ++i) {
             mbarrier_init(smem_address(&smem.item_full[i]), 1);
             mbarrier_init(smem_address(&smem.item_empty[i]), 4 * WARPGROUPS + 2); /* K's, V's */
@@ -594,18 +623,24 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #endif
         fence_mbarrier_init();
     }
+    int32_t tile = 0, round = 0;
+    if (threadIdx.x == 128 * WARPGROUPS) {
+        if (a.reads) wait_for_stream();
+        tile = first_tile(a, smem, &round);
+    }
     if (ONES) {
         uint32_t one = IS_BF16 ? 0x3F803F80 : 0x3C003C00;
         for (int i = threadIdx.x; i < PANEL_N / 4; i += THREADS) ((uint32_t *)smem.ones)[i] = one;
         fence_proxy_async();
     }
     __syncthreads();
+    wait_for_stream();
 
     int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (warpgroup == WARPGROUPS) {
         setmaxnreg_dec<SERVER_REGISTERS>();
         int server = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-        if (server == 0 && lane == 0) schedule(a, smem);
+        if (server == 0 && lane == 0) schedule(a, smem, tile, round);
         if (server == 1 && lane < LOADERS) bring_q(a, smem);
         if (server == 2 && lane < LOADERS) bring_k(a, smem);
         if (server == 3 && lane < LOADERS) bring_v(a, smem);

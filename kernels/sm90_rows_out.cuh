@@ -7,14 +7,6 @@
 #ifndef FASTATTN_SM90_ROWS_OUT_CUH
 #define FASTATTN_SM90_ROWS_OUT_CUH
 
-/* O is 0, for the rows of no item. */
-PTX void close_rows(rows_state &st) {
-#pragma unroll
-    for (int j = 0; j < (DV + 8 * ONES) / 2; ++j) st.o[j] = 0.f;
-    wgmma_accumulators(st.o);
-    st.open = false;
-}
-
 /* This warp has read item n for the last time. */
 PTX void leave_item(smem_layout &smem, int32_t n) {
     __syncwarp();
@@ -25,17 +17,33 @@ PTX void leave_item(smem_layout &smem, int32_t n) {
  * next of row r. */
 typedef uint32_t rows_out[DV / 4];
 
+/* Between tiles O holds nothing. Where registers are few the compiler must hear that, or it keeps
+ * what O held: by the rows on their way out, which are in half of its registers, or by zeros. Which
+ * rows need what, was found by trial. */
+static constexpr bool LEAVES_ZEROS = STRIDED || (WARPGROUPS == 3 && !KEPT),
+                      LEAVES_OUT = DV > 128 || (WARPGROUPS == 3 && BLOCK_N > 64 && KEPT);
+
+/* These are the rows of no item. */
+PTX void close_rows(rows_state &st, const rows_out &out) {
+#pragma unroll
+    for (int j = 0; j < DV / 2; ++j) {
+        if (LEAVES_ZEROS)
+            st.o[j] = 0.f;
+        else if (LEAVES_OUT && j % 2 == 0)
+            st.o[j] = __uint_as_float(out[j / 2]);
+    }
+    wgmma_accumulators(st.o);
+    st.open = false;
+    st.fresh = true;
+}
+
 /* What the end of a tile needs besides O: known as soon as the last exponentials are. */
 struct ending {
     float inverse[2]; /* what O is multiplied by: 1 / l; 0: the row is 0 whatever O holds */
     bool well;        /* l is in range and top precise, where that matters */
     int32_t row;      /* the first of this thread's two */
+    int32_t rows;     /* those at or past this one are not stored */
 };
-
-/* Rows at or past this one are not stored. */
-PTX int32_t end_of_rows(const item &t, int warpgroup) {
-    return t.warpgroups >> warpgroup & 1 ? t.rows : 0;
-}
 
 PTX uint16_t *out_row(const kernel_args &a, const item &t, int32_t i) {
     return (uint16_t *)a.out.data + t.b * a.out.stride[0] + t.h * a.out.stride[1] +
@@ -57,40 +65,56 @@ PTX float add_sink(float sink, float &l, float &minus) {
 PTX ending begin_end(const kernel_args &a, const item &t, rows_state &st, int warpgroup) {
     ending e;
     e.row = first_row(t, warpgroup);
-    const int32_t rows = end_of_rows(t, warpgroup);
-    e.well = !softmax_is_coarse(st.softmax) || t.watch;
+    e.rows = t.warpgroups >> warpgroup & 1 ? t.rows : 0;
+    const bool watch = !KEPT || t.watch;
+    e.well = watch || !softmax_is_coarse(st.softmax);
+    float l[2];
+    bool sees[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        int32_t row = e.row + 8 * r;
-        fa_interval seen = fa_row_interval(&a.masks, t.lengths, row);
-        float l = ONES ? st.o[DV / 2 * ONES + 2 * r] : softmax_row_sum(st.softmax.l[r]);
-        float sum = l, minus = st.softmax.minus[r];
-        bool sees = seen.begin < seen.end;
-        e.well &= t.watch || !sees || (l > 0x1p-50f && l < 0x1p120f);
-        bool empty = !sees || l == 0.f; /* the top gives 1: 0 means that no score is finite */
-        e.inverse[r] = add_sink(t.sink, sum, minus);
+        l[r] = ONES ? st.o[DV / 2 * ONES + 2 * r] : softmax_row_sum(st.softmax.l[r]);
+        if (ONES && st.fresh) l[r] = 0.f;
+        sees[r] = e.row + 8 * r < t.lengths.sq;
+    }
+    if (__any_sync(~0u, l[0] == 0.f || l[1] == 0.f)) /* does it see no key, or none that counts? */
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const fa_interval keys = fa_row_interval(t.lengths, e.row + 8 * r);
+            sees[r] = keys.begin < keys.end;
+        }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        e.well &= watch || !sees[r] || (l[r] > 0x1p-50f && l[r] < 0x1p120f);
+        const bool empty = !sees[r] || l[r] == 0.f; /* the top gives 1: 0 means none is finite */
+        float minus = st.softmax.minus[r];
+        e.inverse[r] = a.sink ? add_sink(t.sink, l[r], minus) : rcp_approx(l[r]);
 #if ROW_GENERAL
         e.inverse[r] *= a.scores.gain;
 #endif
         if (empty) e.inverse[r] = 0.f;
-        float lse = empty ? t.sink : (__log2f(sum) - minus) * 0.6931471805599453f;
-        if (a.lse && row < rows && threadIdx.x % 4 == 0)
+        const int32_t row = e.row + 8 * r;
+        if (a.lse && row < e.rows && threadIdx.x % 4 == 0) {
+            const float lse = empty ? t.sink : (__log2f(l[r]) - minus) * 0.6931471805599453f;
             a.lse[t.b * a.lse_stride[0] + t.h * a.lse_stride[1] + (t.q + row) * a.lse_stride[2]] =
                 row < t.lengths.sq ? lse : -INFINITY;
+        }
     }
     softmax_start(st.softmax);
     return e;
 }
 
-/* The other half of the vote: whether every O is finite (x * 0 is NaN if x is not). */
+/* The other half of the vote: whether every O is finite. A sum of products is finite only if all
+ * factors are; of finite ones it is not if they are beyond 1e18, and then the tile comes again for
+ * nothing. (x * 0 is NaN if x is not finite.) */
 PTX bool is_finite(const rows_out &o, const ending &e) {
     bool finite = true;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        uint32_t probe[2] = {0, 0};
+        uint32_t probe = 0;
 #pragma unroll
-        for (int j = 0; j < DV / 8; ++j) probe[j % 2] = fma_pair(o[2 * j + r], 0, probe[j % 2]);
-        finite &= e.inverse[r] == 0.f || ((probe[0] | probe[1]) & 0x7FFF7FFF) == 0;
+        for (int j = 0; j < DV / 8; j += 2)
+            probe = fma_pair(o[2 * j + r], o[2 * (j + 1) + r], probe);
+        finite &= e.inverse[r] == 0.f || (fma_pair(probe, 0, 0) & 0x7FFF7FFF) == 0;
     }
     return finite;
 }
@@ -98,8 +122,7 @@ PTX bool is_finite(const rows_out &o, const ending &e) {
 /* This thread's rows, or, after an exchange with its warp's other threads, as much of others. */
 PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, const rows_out &o,
                     const ending &e, int warpgroup) {
-    const int32_t rows = end_of_rows(t, warpgroup);
-    int32_t lane = threadIdx.x % 32;
+    const int32_t rows = e.rows, lane = threadIdx.x % 32;
 #if ROW_STRIDED
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -115,13 +138,13 @@ PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, cons
     }
 #elif ROW_STAGED
     /* As the copy engine has it: chunk c of row r of a panel lies at c ^ r % 8. */
-    uint8_t (&staged)[panels<DV>][O_BYTES] = smem.o[threadIdx.x / 32];
+    uint8_t (&staged)[panels<DV>][O_BYTES] = smem.o[uniform(threadIdx.x / 32)];
     uint32_t row = smem_address(staged) + lane % 16 * 128;
 #pragma unroll
     for (int j = 0; j < DV / 8; j += 2)
         stmatrix_x4(row + j / 8 * O_BYTES + ((j % 8 + lane / 16 ^ lane % 8) << 4), o[2 * j],
                     o[2 * j + 1], o[2 * j + 2], o[2 * j + 3]);
-    int32_t first = e.row - lane / 4;
+    const int32_t first = uniform(e.row - lane / 4);
     if (!uniform(first + 16 <= t.boxed)) { /* the next sequence's rows are not ours to write */
         __syncwarp();
         for (int i = lane; i < 16 * 8 * panels<DV>; i += 32) {
@@ -136,7 +159,7 @@ PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, cons
     __syncwarp();
     if (lane == 0 && rows) {
         for (int c = 0; c < panels<DV>; ++c)
-            cp_async_bulk_tensor_store(&a.out_map, smem_address(staged[c]), 64 * c, t.q + e.row,
+            cp_async_bulk_tensor_store(&a.out_map, smem_address(staged[c]), 64 * c, t.q + first,
                                        t.h, t.b * a.moves[3][1]);
         cp_async_bulk_commit_group();
     }
@@ -174,11 +197,12 @@ PTX void end_rows(const kernel_args &a, smem_layout &smem, int32_t n, rows_state
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
-        for (int j = 0; j < DV / 8; ++j)
-            o[2 * j + r] = cvt_pack(st.o[4 * j + 2 * r] * e.inverse[r],
-                                    st.o[4 * j + 2 * r + 1] * e.inverse[r]);
+        for (int j = 0; j < DV / 8; ++j) {
+            st.o[4 * j + 2 * r] *= e.inverse[r], st.o[4 * j + 2 * r + 1] *= e.inverse[r];
+            o[2 * j + r] = cvt_pack(st.o[4 * j + 2 * r], st.o[4 * j + 2 * r + 1]);
+        }
     if (KEPT && __any_sync(~0u, !(e.well && (t.watch || is_finite(o, e)))) &&
-        threadIdx.x % 32 == 0 && end_of_rows(t, warpgroup))
+        threadIdx.x % 32 == 0 && e.rows)
         atomicOr(&smem.again[n % ITEMS], 1u << warpgroup);
     if (__any_sync(~0u, e.inverse[0] == 0.f || e.inverse[1] == 0.f)) /* of padding O may be NaN */
 #pragma unroll
@@ -187,7 +211,7 @@ PTX void end_rows(const kernel_args &a, smem_layout &smem, int32_t n, rows_state
     __syncwarp();
     store_rows(a, smem, t, o, e, warpgroup);
     leave_item(smem, n);
-    close_rows(st);
+    close_rows(st, o);
 }
 
 #endif

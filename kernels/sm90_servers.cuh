@@ -13,7 +13,7 @@
 PTX void locate(const kernel_args &a, item &t, int32_t number) {
     fa_tile tile;
     if (a.packed.counts) {
-        fa_packed_entry entry = a.packed.entries[number / a.hq];
+        fa_packed_entry entry = a.packed.entries[fa_divide(number, a.by_hq)];
         fa_sequence s =
             fa_packed_sequence(&a.packed, &a.varlen, &a.masks, entry.sequence, a.sq, a.sk);
         tile = fa_packed_tile(&a.packed, number - entry.first * a.hq,
@@ -27,8 +27,8 @@ PTX void locate(const kernel_args &a, item &t, int32_t number) {
         t.keys = a.varlen.total_k - s.k;
     } else {
         tile = fa_schedule_tile(&a.schedule, number);
-        t.b = tile.head / a.hq;
-        t.h = tile.head % a.hq;
+        t.b = fa_divide(tile.head, a.by_hq);
+        t.h = tile.head - t.b * a.hq;
 #if ROW_GENERAL
         if (a.scores.b_first) {
             t.b = tile.head % a.b;
@@ -44,9 +44,30 @@ PTX void locate(const kernel_args &a, item &t, int32_t number) {
     t.row = tile.m_block * BLOCK_M;
 }
 
+/* `some` of a warpgroup whose rows see nothing, or are not computed: see_interval() says NONE. */
+static constexpr fa_interval NO_KEYS = {0, 0};
+
+/* How many blocks of the item a warpgroup passes by, and how many it takes one by one before its
+ * loop. What a bool mask hides nobody knows here: general rows ask for each block. */
+PTX void count_masked(item &t) {
+    const int32_t blocks = t.end - t.begin;
+#pragma unroll 1
+    for (int w = 0; w < (GENERAL ? 0 : WARPGROUPS); ++w) {
+        const int32_t top = (t.whole[w].end - 1) / BLOCK_N; /* where the first row's keys begin */
+        int32_t skip = t.some[w].end == 0 ? blocks : 0, masked = t.left + t.right;
+        while (skip < blocks && see_interval(t, key_block(t, skip), w) == NONE) ++skip;
+        for (; masked > skip; --masked) {
+            const int32_t block = key_block(t, masked - 1);
+            if (block == top || see_interval(t, block, w) != WHOLE) break;
+        }
+        t.skip[w] = skip;
+        t.masked[w] = max(masked, min(skip + 1, blocks));
+    }
+}
+
 PTX void describe(const kernel_args &a, item &t, int32_t number) {
     locate(a, t, number);
-    t.h_k = t.h / a.group;
+    t.h_k = fa_divide(t.h, a.by_group);
     t.sink = a.sink ? a.sink[t.h * a.sink_stride] : -INFINITY;
 #if ROW_GENERAL
     /* The rows of no sequence, number b, have the last one's: nobody looks, they see no key. */
@@ -56,18 +77,21 @@ PTX void describe(const kernel_args &a, item &t, int32_t number) {
     t.begin = t.end = t.left = t.right = 0;
     t.warpgroups = (1 << WARPGROUPS) - 1;
     t.watch = a.watch || !KEPT;
+#pragma unroll 1
     for (int w = 0; w < WARPGROUPS; ++w) {
         int32_t top = t.row + 64 * w, bottom = min(top + 64, t.lengths.sq) - 1;
-        fa_interval first = fa_row_interval(&a.masks, t.lengths, top);
-        fa_interval last = fa_row_interval(&a.masks, t.lengths, bottom);
-        t.some[w].begin = first.begin;
-        t.some[w].end = top <= bottom ? last.end : first.begin;
-        t.whole[w].begin = last.begin;
-        t.whole[w].end = first.end;
+        fa_interval first = fa_row_interval(t.lengths, top);
+        fa_interval last = fa_row_interval(t.lengths, bottom);
+        t.some[w] = fa_interval{first.begin, last.end};
+        t.whole[w] = fa_interval{last.begin, first.end};
+        if (top > bottom || first.begin >= last.end) t.some[w] = NO_KEYS;
+        t.skip[w] = t.masked[w] = 0;
     }
+    t.seen.begin = fa_row_interval(t.lengths, 0).begin;
+    t.seen.end = fa_row_interval(t.lengths, t.lengths.sq - 1).end;
     if (t.row >= t.lengths.sq) return;
-    fa_interval first = fa_row_interval(&a.masks, t.lengths, t.row);
-    fa_interval last = fa_row_interval(&a.masks, t.lengths, min(t.row + BLOCK_M, t.lengths.sq) - 1);
+    fa_interval first = fa_row_interval(t.lengths, t.row);
+    fa_interval last = fa_row_interval(t.lengths, min(t.row + BLOCK_M, t.lengths.sq) - 1);
     if (last.end <= first.begin) return;
     t.begin = first.begin / BLOCK_N;
     t.end = (last.end + BLOCK_N - 1) / BLOCK_N;
@@ -78,9 +102,10 @@ PTX void describe(const kernel_args &a, item &t, int32_t number) {
     seen_end = fa_clamp(seen_end, seen_begin, t.end);
     t.right = t.end - seen_end;
     t.left = seen_begin - t.begin;
+    count_masked(t);
 #if ROW_GENERAL
     int32_t bottom = min(t.row + BLOCK_M, t.lengths.sq) - 1;
-    int32_t diagonal = fa_row_position(&a.masks, t.lengths, bottom) / BLOCK_N + 1;
+    int32_t diagonal = fa_row_position(t.lengths, bottom) / BLOCK_N + 1;
     bool by_distance = a.scores.slopes && a.scores.mask != BITS;
     t.score.mid = by_distance ? fa_clamp(diagonal, t.begin, t.end) : t.end;
 #endif
@@ -115,13 +140,25 @@ PTX int32_t next_tile(const kernel_args &a, smem_layout &smem, int32_t n, int32_
     return gridDim.x + atomicAdd(claimed, 1);
 }
 
+PTX int32_t number_of_tiles(const kernel_args &a) {
+    return a.packed.counts ? a.packed.counts->entries * a.hq : a.schedule.tiles;
+}
+
+/* The first item, before there are barriers, and in most calls before the stream's last kernel has
+ * ended: no load starts without it. */
+PTX int32_t first_tile(const kernel_args &a, smem_layout &smem, int32_t *round) {
+    int32_t tile = next_tile(a, smem, 0, round);
+    if (tile < number_of_tiles(a)) describe(a, smem.items[0], tile);
+    return tile;
+}
+
 /* Decides what comes next; runs ahead of the others, divisions and all. A tile ends when the
- * warpgroups meet the item behind it, so the last votes need one, of no rows, to be read. */
-PTX void schedule(const kernel_args &a, smem_layout &smem) {
-    int32_t round = 0, read = 0;   /* read: items whose votes have been */
+ * warpgroups meet the item behind it, so the last votes need one, of no rows, to be read. `tile`,
+ * `round`: what first_tile() said. */
+PTX void schedule(const kernel_args &a, smem_layout &smem, int32_t tile, int32_t round) {
+    int32_t read = 0;              /* items whose votes have been */
     int32_t flush = KEPT ? 0 : -1; /* the item of no rows; 0: not yet */
-    int32_t tiles = a.packed.counts ? a.packed.counts->entries * a.hq : a.schedule.tiles;
-    int32_t tile = next_tile(a, smem, 0, &round);
+    const int32_t tiles = number_of_tiles(a);
     for (int32_t n = 0;; ++n) {
         /* Votes are read where their slot is needed, all of them before the end. */
         uint32_t again = 0;
@@ -135,8 +172,11 @@ PTX void schedule(const kernel_args &a, smem_layout &smem) {
             t = smem.items[(read - 1) % ITEMS];
             t.warpgroups = again;
             t.watch = 1;
+            for (int w = 0; w < WARPGROUPS; ++w)
+                if (!(again >> w & 1))
+                    t.some[w] = NO_KEYS, t.skip[w] = t.masked[w] = t.end - t.begin;
         } else if (tile < tiles) {
-            describe(a, t, tile);
+            if (n > 0) describe(a, t, tile);
             taken = true;
         } else {
             t = item{}; /* no blocks, no warpgroups */
@@ -145,7 +185,10 @@ PTX void schedule(const kernel_args &a, smem_layout &smem) {
         }
         mbarrier_arrive(smem_address(&smem.item_full[n % ITEMS]));
         if (t.last) return;
-        if (taken) tile = next_tile(a, smem, n + 1, &round);
+        if (taken)
+            tile = next_tile(a, smem, n + 1, &round);
+        else if (!again)
+            let_next_start();
     }
 }
 
@@ -180,6 +223,7 @@ template <int ROWS, int COLUMNS>
 PTX void load(uint32_t smem, const CUtensorMap &from, int32_t first, int32_t h, int32_t b,
               const int32_t (&moves)[2], uint32_t barrier, uint64_t policy) {
     mbarrier_arrive_expect_tx(barrier, ROWS * 128 * panels<COLUMNS>);
+#pragma unroll
     for (int c = 0; c < COLUMNS; c += 64)
         cp_async_bulk_tensor_load(smem + c * 2 * ROWS, &from, c, first, h * moves[0], b * moves[1],
                                   barrier, policy);
@@ -191,12 +235,13 @@ PTX void bring_q(const kernel_args &a, smem_layout &smem) {
         const item &t = smem.items[n % ITEMS];
         mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
         if (t.last) return;
-        int32_t slot = n % Q_BUFFERS;
+#pragma unroll 1
         for (int w = 0; w < WARPGROUPS; ++w) {
-            uint32_t full = smem_address(&smem.q_full[slot][w]);
-            mbarrier_wait(smem_address(&smem.q_empty[slot][w]), n / Q_BUFFERS & 1 ^ 1);
+            const int32_t place = n * WARPGROUPS + w, slot = place % Q_SLOTS;
+            uint32_t full = smem_address(&smem.q_full[slot]);
+            mbarrier_wait(smem_address(&smem.q_empty[slot]), place / Q_SLOTS & 1 ^ 1);
             if (t.warpgroups >> w & 1)
-                load<64, D>(smem_address(smem.q[slot][w]), a.q, t.q + t.row + 64 * w, t.h, t.b,
+                load<64, D>(smem_address(smem.q[slot]), a.q, t.q + t.row + 64 * w, t.h, t.b,
                             a.moves[0], full, EVICT_FIRST);
             else
                 mbarrier_arrive(full);
@@ -283,6 +328,7 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
             blocks = 0;
         }
 #endif
+#pragma unroll 1
         for (int32_t i = 0; i < blocks; ++i, advance(kv)) {
             int32_t key = key_block(t, i) * BLOCK_N;
             mbarrier_wait(smem_address(&empty[kv.stage]), kv.parity ^ 1);

@@ -22,18 +22,12 @@ PTX int32_t key_block(const item &t, int32_t i) {
 }
 #endif
 
-/* The warpgroup does not compute this item, or its rows see nothing. */
-PTX bool has_no_keys(const item &t, int warpgroup) {
-    fa_interval some = t.some[warpgroup];
-    return !(t.warpgroups >> warpgroup & 1) || some.begin >= some.end;
-}
-
 /* How much of a block of keys a warpgroup's rows see. */
 enum seen { NONE, PART, WHOLE };
 PTX enum seen see_interval(const item &t, int32_t block, int warpgroup) {
     fa_interval some = t.some[warpgroup], whole = t.whole[warpgroup];
     int32_t key = block * BLOCK_N;
-    bool none = has_no_keys(t, warpgroup) || key >= some.end || key + BLOCK_N <= some.begin;
+    bool none = key >= some.end || key + BLOCK_N <= some.begin;
     bool part = key < whole.begin || key + BLOCK_N > whole.end;
     return none ? NONE : part ? PART : WHOLE;
 }
@@ -45,12 +39,16 @@ PTX int32_t first_row(const item &t, int warpgroup) {
     return t.row + 64 * warpgroup + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 }
 
-/* The first `columns` of a block, as a bit per score that this thread has of a row: 2 of every 8.
- */
-PTX uint32_t first_scores(int32_t columns) {
+/* The first `columns` of a block, in scores that this thread has of a row: 2 of every 8. */
+PTX int32_t first_scores(int32_t columns) {
     columns = min(max(columns, 0), BLOCK_N);
-    int32_t scores = columns / 8 * 2 + min(columns % 8, 2);
-    return scores < 32 ? (1u << scores) - 1 : ~0u;
+    return columns / 8 * 2 + min(columns % 8, 2);
+}
+
+/* Columns `begin` to `end` of a block, as a bit per score that this thread has of a row. */
+PTX uint32_t scores_of(int32_t begin, int32_t end) {
+    begin = first_scores(begin);
+    return bit_mask(begin, max(first_scores(end) - begin, 0));
 }
 
 PTX enum seen see(const item &t, int32_t block, int warpgroup) {
@@ -61,13 +59,15 @@ PTX enum seen see(const item &t, int32_t block, int warpgroup) {
 struct sight {
     uint32_t rows[2];
 };
-PTX sight look(const kernel_args &a, const item &t, int32_t row, int32_t key) {
+PTX sight look(const kernel_args &a, const item &t, int32_t row, int32_t key, int warpgroup) {
     sight see;
-    int32_t column = key + 2 * (threadIdx.x % 4);
+    const int32_t column = key + 2 * (threadIdx.x % 4);
+    const bool begins = key < t.whole[warpgroup].begin; /* some row does, here or later */
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        fa_interval seen = fa_row_interval(&a.masks, t.lengths, row + 8 * r);
-        see.rows[r] = first_scores(seen.end - column) & ~first_scores(seen.begin - column);
+        fa_interval seen = fa_row_interval(t.lengths, row + 8 * r);
+        see.rows[r] = begins ? scores_of(seen.begin - column, seen.end - column)
+                             : bit_mask(0, first_scores(seen.end - column));
     }
     return see;
 }
@@ -81,10 +81,8 @@ PTX void mask_scores(const sight &see, float (&s)[BLOCK_N / 2]) {
 
 /* Writes zeros over the rows of V that no row of the sequence sees: 0 * NaN is NaN. Every
  * warpgroup does so before it reads the stage; what they all write is the same. */
-PTX void clear_hidden_v(const kernel_args &a, const item &t, uint8_t *v, int32_t key,
-                        int warpgroup) {
-    int32_t begin = fa_row_interval(&a.masks, t.lengths, 0).begin;
-    int32_t end = fa_row_interval(&a.masks, t.lengths, t.lengths.sq - 1).end;
+PTX void clear_hidden_v(const item &t, uint8_t *v, int32_t key, int warpgroup) {
+    const int32_t begin = t.seen.begin, end = t.seen.end;
     if (key >= begin && min(key + BLOCK_N, t.keys) <= end) return;
     for (int i = thread_here() % 128; i < V_BYTES / 16; i += 128) {
         int32_t row = key + i / 8 % BLOCK_N;

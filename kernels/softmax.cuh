@@ -15,10 +15,13 @@
 
 /* bf16's P has float's range: the top has P = 2^-MARGIN, so that a kept one (see sm90_fwd.cu) may
  * be exceeded by 2^(120 + MARGIN). fp16's P reaches from 2^-24 to 2^15. A score that makes P
- * greater than 2^SLACK raises the top. */
-template <bool IS_BF16>
+ * greater than 2^SLACK raises the top: where CLOSE, 32 times the top's, for a row that a mask
+ * leaves to one great score shows how that was rounded. */
+template <bool IS_BF16, bool CLOSE>
 struct softmax_range {
-    static constexpr float MARGIN = IS_BF16 ? 24.f : 0.f, SLACK = IS_BF16 ? 0.f : 14.f;
+    static constexpr float MARGIN = IS_BF16 ? 24.f : 0.f, SLACK = CLOSE     ? 3.f - MARGIN
+                                                                  : IS_BF16 ? 0.f
+                                                                            : 14.f;
 };
 
 struct softmax_rows {

@@ -118,6 +118,7 @@ const char *sentence(int toolkit, int driver, int code, const char *detail) {
     fa_driver_sentence(text, sizeof text, toolkit, driver, code, detail);
     return text;
 }
+int32_t divide(int32_t x, int32_t by) { return fa_divide(x, fa_divisor_make(by)); }
 /* Counts how often the blocks of one launch visit each tile (head, m_block); returns the visits
  * outside of all tiles. `order` is the m_block of each tile number. */
 int64_t visit(int b, int hq, int hk, int sq, int sk, int d, int flags, int block_m, int blocks,
@@ -241,11 +242,11 @@ def test_shared_memory_fits(row):
     d, dv, warpgroups, block_n, stages = (
         int(row[column]) for column in ("d", "dv", "warpgroups", "block_n", "stages")
     )
-    q_buffers, ones, blocks = (
-        int(row[column]) for column in ("q_buffers", "ones", "blocks_per_sm")
+    q_slots, ones, blocks = (
+        int(row[column]) for column in ("q_slots", "ones", "blocks_per_sm")
     )
     of_d, of_dv = -(-d // 64), -(-dv // 64)
-    q = 64 * 128 * max(of_d, of_dv) * warpgroups * q_buffers
+    q = 64 * 128 * max(of_d, of_dv) * q_slots
     kv = 128 * block_n * ((of_d + of_dv) * stages + ones)
     room = 1024 + 1024  # to align the base; barriers and what the warps tell each other
     assert q + kv + room <= BLOCK_LIMIT
@@ -311,7 +312,7 @@ BEST = [  # (b, h, s, d, causal): the row that was fastest, or nearly, when all 
     ((64, 8, 128, 64, 0), "d64_1x64"),
     ((512, 8, 64, 64, 0), "d64_1x64"),
     ((1, 8, 256, 64, 0), "d64_1x64"),
-    ((16, 8, 1024, 256, 0), "d256_2x80"),
+    ((16, 8, 1024, 256, 0), "d256_2x64"),
     ((32, 8, 512, 256, 0), "d256_2x64"),
     ((32, 8, 512, 256, CAUSAL), "d256_2x64"),
 ]
@@ -444,6 +445,17 @@ def test_tma_limits(host):
 # ------------------------------------------------------------------------------------- the schedule
 
 HAS_LEFT, HAS_RIGHT, TOP_LEFT = 1, 2, 4
+
+
+def test_division_by_multiplication(host):
+    rng = np.random.default_rng(4)
+    largest = 2**31 - 1
+    powers = [2**n + i for n in range(31) for i in (-1, 0, 1) if 0 < 2**n + i <= largest]
+    for by in [*powers, *(int(largest ** rng.random()) for _ in range(2000))]:
+        multiples = [int(rng.integers(largest // by + 1)) * by for _ in range(5)]
+        for x in [0, largest, *(m + i for m in multiples for i in (-1, 0, 1))]:
+            if 0 <= x <= largest:
+                assert host.divide(x, by) == x // by, (x, by)
 
 
 @pytest.mark.parametrize("flags", [0, HAS_RIGHT, HAS_RIGHT | TOP_LEFT, HAS_LEFT | HAS_RIGHT])

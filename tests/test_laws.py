@@ -280,7 +280,7 @@ def test_rows_fit_the_chip():
         if row["source"] != "sm90_fwd":
             continue
         n = {k: int(v) for k, v in row.items() if re.fullmatch(r"\d+", v)}
-        q = n["q_buffers"] * n["warpgroups"] * 64 * n["d"]
+        q = n["q_slots"] * 64 * n["d"]
         kv = n["stages"] * n["block_n"] * (n["d"] + n["dv"])
         limit = CHIP[row["arch"]]
         assert 2 * (q + kv) * n["blocks_per_sm"] <= limit["shared"], row["name"]

@@ -23,8 +23,8 @@ int main(void) {
         m.k_start = in[5] == INT32_MIN ? 0 : &in[5];
         fa_lengths n = fa_sequence_lengths(&m, 0, in[6], in[7]);
         for (int32_t i = in[8]; i < in[8] + in[9]; i++) {
-            fa_interval keys = fa_row_interval(&m, n, i);
-            int32_t out[3] = {keys.begin, keys.end, i < n.sq ? fa_row_position(&m, n, i) : 0};
+            fa_interval keys = fa_row_interval(n, i);
+            int32_t out[3] = {keys.begin, keys.end, i < n.sq ? fa_row_position(n, i) : 0};
             fwrite(out, sizeof out, 1, stdout);
         }
     }
