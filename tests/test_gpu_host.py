@@ -239,12 +239,8 @@ BLOCK_LIMIT, SM_LIMIT = 227 << 10, 228 << 10  # shared memory, compute capabilit
 def test_shared_memory_fits(row):
     """Tiles in panels of 64 columns, 128 bytes a row: Q (then O) and the stages of K and V. (That
     the registers fit is a static_assert of the kernel: it does not build otherwise.)"""
-    d, dv, warpgroups, block_n, stages = (
-        int(row[column]) for column in ("d", "dv", "warpgroups", "block_n", "stages")
-    )
-    q_slots, ones, blocks = (
-        int(row[column]) for column in ("q_slots", "ones", "blocks_per_sm")
-    )
+    d, dv, block_n, stages = (int(row[column]) for column in ("d", "dv", "block_n", "stages"))
+    q_slots, ones, blocks = (int(row[column]) for column in ("q_slots", "ones", "blocks_per_sm"))
     of_d, of_dv = -(-d // 64), -(-dv // 64)
     q = 64 * 128 * max(of_d, of_dv) * q_slots
     kv = 128 * block_n * ((of_d + of_dv) * stages + ones)
