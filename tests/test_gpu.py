@@ -1,5 +1,6 @@
 """What a GPU computes: right for every shape, layout and input, and the same bits every time."""
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -964,6 +965,43 @@ def test_the_same_bits_every_time(part):
                 bits = torch.int16 if x.dtype != torch.float32 else torch.int32
                 differ += (x.view(bits) != y.view(bits)).sum()
         assert differ.item() == 0, (b, hq, hk, sq, sk, d, causal)
+
+
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("kind", ["plain", "sink", "mask", "packed"])
+def test_calls_that_follow_each_other(kind, d):
+    """A kernel starts before the one before it has ended, and waits: what that one writes, this one
+    reads, and what that one reads, this one writes. Each call moves the rows of v on by one."""
+    q, _, v = inputs(2, 4, 4, 300, 300, d)
+    k = q.roll(1, 2)  # row i sees key i + 1, and no other: its score is the greatest by far
+    keywords = {"scale": 4.0}
+    if kind == "sink":
+        keywords["sink"] = torch.zeros(4, device=q.device)
+    if kind == "mask":
+        keywords["mask"] = torch.ones(300, 300, dtype=torch.bool, device=q.device)
+    call = fastattn.attention
+    if kind == "packed":
+        q, k, v = (x.transpose(1, 2).reshape(600, 4, d) for x in (q, k, v))
+        cu = torch.tensor([0, 300, 600], dtype=torch.int32, device=q.device)
+        call = functools.partial(call_packed, cu)
+
+    def chain(wait):
+        x, out = v.clone(), torch.empty_like(v)
+        for _ in range(200):
+            call(q, k, x, out=out, **keywords)
+            x, out = out, x
+            if wait:
+                torch.cuda.synchronize()
+        return x
+
+    slowly = chain(wait=True)
+    assert not torch.equal(slowly, v)
+    for _ in range(5):
+        assert torch.equal(chain(wait=False), slowly)
+
+
+def call_packed(cu, q, k, v, **keywords):
+    return fastattn.attention_varlen(q, k, v, cu, cu, 300, 300, **keywords)
 
 
 @pytest.mark.parametrize("d", SIZES)
