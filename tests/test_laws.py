@@ -98,12 +98,12 @@ def test_law_2_no_device_memory_and_no_synchronisation():
 
 def test_every_kernel_waits_for_its_stream():
     """They are launched before the stream's kernels before them have ended (kernels/launch.cuh)."""
-    bodies = {}
-    for name, text in TEXT.items():
+    bodies = []
+    for text in TEXT.values():
         for start in re.finditer(r"\b__global__\b", code(text)):
             function = code(text)[start.start() :]
-            bodies[name] = function[: function.index("\n}")]
-    assert len(bodies) == 4 and all("wait_for_stream();" in body for body in bodies.values())
+            bodies.append(function[: function.index("\n}")])
+    assert len(bodies) >= 4 and all("wait_for_stream();" in body for body in bodies)
 
 
 def test_law_3_rows_are_named_in_the_table_only():
