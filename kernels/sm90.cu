@@ -65,6 +65,7 @@ static fa_status query_device(int32_t id, fa_sm90_device *device, fa_error *erro
 
     *device = fa_sm90_device{};
     device->id = id;
+    device->early = state.driver >= 12030;
     const struct {
         int32_t *value;
         cudaDeviceAttr attribute;

@@ -153,16 +153,16 @@ struct kernel_args {
     fa_packed packed;
     fa_varlen varlen;
     fa_masks masks;
-    int32_t sq, sk, hq, group; /* group: query heads per key head */
-    fa_divisor by_hq, by_group;
-    uint32_t descriptor_high; /* of wgmma's operands */
-    int32_t watch;            /* 1: keep no offset anywhere */
-    int32_t reads;            /* the arguments alone do not describe a tile */
-    int32_t ahead;            /* items that a block may have claimed, at most ITEMS */
-    int32_t moves[4][2];      /* q, k, v, out: 0 where the stride of heads, of batches is 0 */
-    float scale;              /* times log2(e) */
-    float slack;              /* softmax_slack of it */
-    float *lse;               /* (b, hq, sq), strides in elements; NULL: not wanted */
+    int32_t sq, sk, hq;
+    fa_divisor by_hq, by_group; /* query heads; those that share a key head */
+    uint32_t descriptor_high;   /* of wgmma's operands */
+    int32_t watch;              /* 1: keep no offset anywhere */
+    int32_t reads;              /* the arguments alone do not describe a tile */
+    int32_t ahead;              /* items that a block may have claimed, at most ITEMS */
+    int32_t moves[4][2];        /* q, k, v, out: 0 where the stride of heads, of batches is 0 */
+    float scale;                /* times log2(e) */
+    float slack;                /* softmax_slack of it */
+    float *lse;                 /* (b, hq, sq), strides in elements; NULL: not wanted */
     int64_t lse_stride[3];
     const float *sink; /* (hq,), or NULL */
     int64_t sink_stride;

@@ -62,9 +62,8 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
     a.sq = w->sq;
     a.sk = w->sk;
     a.hq = w->hq;
-    a.group = w->hq / w->hk;
     a.by_hq = fa_divisor_make(a.hq);
-    a.by_group = fa_divisor_make(a.group);
+    a.by_group = fa_divisor_make(w->hq / w->hk);
     a.watch = w->batch_invariant;
     /* A scale of 0 must not meet the -inf of a hidden score: 1e-37 of any score is 0 too. */
     a.scale = w->scale == 0 ? 1e-37f : (float)(w->scale * 1.4426950408889634);
@@ -105,7 +104,7 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
     if (status != FA_OK) return status;
     /* An early start saves 2 us; but its blocks sit on other SMs than in their order, and where
      * there are many short tiles, neighbours of which share K and V, that costs up to 6 %. */
-    const bool early = tiles <= 16 * (int64_t)slots;
+    const bool early = device->early && tiles <= 16 * (int64_t)slots;
     return fa_launch_kernel((const void *)ROW_NAME, blocks, THREADS, SMEM_BYTES, p->where.stream,
                             early, &a, error);
 }
