@@ -83,6 +83,14 @@ PTX void cp_async_bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;"
 /* Ordinary writes to shared memory become visible to wgmma and the copy engine. */
 PTX void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+/* A thread's own copy: BYTES arrive by themselves, at the latest when it has waited. */
+template <int BYTES>
+PTX void cp_async(uint32_t smem, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(smem), "l"(from), "n"(BYTES)
+                 : "memory");
+}
+PTX void cp_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 PTX void st_shared(uint32_t smem, uint32_t x) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem), "r"(x) : "memory");
 }

@@ -633,6 +633,11 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         for (int i = threadIdx.x; i < PANEL_N / 4; i += THREADS) ((uint32_t *)smem.ones)[i] = one;
         fence_proxy_async();
     }
+    if (STRIDED) { /* columns past the head size, which no load touches */
+        for (int i = threadIdx.x; i < (int)offsetof(smem_layout, o) / 16; i += THREADS)
+            ((uint4 *)&smem)[i] = make_uint4(0, 0, 0, 0);
+        fence_proxy_async();
+    }
     __syncthreads();
     wait_for_stream();
 
