@@ -44,7 +44,8 @@ static constexpr int BLOCK_M = 64 * WARPGROUPS;
 static constexpr int ITEMS = 4; /* tiles that the scheduler may be ahead */
 typedef softmax_range<IS_BF16, GENERAL> range;
 
-static_assert(D % 16 == 0 && DV % 32 == 0 && BLOCK_N % 16 == 0, "wgmma takes k by 16");
+static_assert(D % 16 == 0 && BLOCK_N % 16 == 0, "wgmma takes k by 16");
+static_assert(DV % (ROW_STAGED ? 16 : 32) == 0, "sm90_rows_out.cuh");
 static_assert(BLOCK_N <= 128, "a mask has 32 bits");
 static_assert(!GENERAL || (!KEPT && !ONES && (BLOCK_N == 64 || BLOCK_N == 128)), "sm90_scores.cuh");
 static_assert(!ONES || DV == 64, "the block of ones is the second panel of V");
