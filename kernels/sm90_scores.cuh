@@ -369,25 +369,28 @@ PTX void change_scores(const score_args &a, const score_item &t, float (&s)[BLOC
 }
 
 /* Zeros among P, rounded and packed, its sum taken: a lane of a quad asks Philox for one of four
- * neighbouring groups of 8 keys, and the quad exchanges the words. */
+ * neighbouring groups of 8 keys, and the quad exchanges the words. All groups go through the rounds
+ * together: keys, and what two rows or four groups have in common, are worked out once. */
 PTX void drop_scores(const score_args &a, const score_item &t, uint32_t *p, int32_t h, int32_t row,
                      int32_t key) {
-    const int64_t seed = t.seed;
+    constexpr int GROUPS = BLOCK_N / 32;
     const uint32_t high = a.threshold << 16; /* 65,536, all of it: `gain` is 0 */
+    fa_random bits[2 * GROUPS];
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+    for (int i = 0; i < 2 * GROUPS; ++i)
+        bits[i] = fa_dropout_counter(t.b, h, row + 8 * (i / GROUPS),
+                                     key / 8 + 4 * (i % GROUPS) + threadIdx.x % 4);
+    fa_philox(bits, 2 * GROUPS, (uint32_t)t.seed, (uint32_t)((uint64_t)t.seed >> 32));
 #pragma unroll
-        for (int i = 0; i < BLOCK_N / 32; ++i) {
-            int32_t group = key / 8 + 4 * i + threadIdx.x % 4;
-            fa_random bits = fa_dropout_bits(seed, t.b, h, row + 8 * r, group);
-            transpose_quad(bits.word);
+    for (int i = 0; i < 2 * GROUPS; ++i) {
+        transpose_quad(bits[i].word);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                uint32_t &pair = p[2 * (4 * i + j) + r];
-                if (bits.word[j] << 16 < high) pair &= 0xffff0000;
-                if (bits.word[j] < high) pair &= 0x0000ffff;
-            }
+        for (int j = 0; j < 4; ++j) {
+            uint32_t &pair = p[2 * (4 * (i % GROUPS) + j) + i / GROUPS];
+            if (bits[i].word[j] << 16 < high) pair &= 0xffff0000;
+            if (bits[i].word[j] < high) pair &= 0x0000ffff;
         }
+    }
 }
 
 /* ---- the launcher's part ---------------------------------------------------------------------*/

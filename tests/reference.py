@@ -140,9 +140,9 @@ def kept(b, hq, sq, sk, dropout_p, seed):
 
 
 def philox(counter, key):
-    """Philox4x32-10 (Salmon et al., 2011, section 3) of counters (..., 4)."""
+    """Philox4x32-7 (Salmon et al., 2011, section 3) of counters (..., 4)."""
     x, mask = [counter[..., n].astype(np.uint64) for n in range(4)], 0xFFFFFFFF
-    for n in range(10):
+    for n in range(7):
         k0, k1 = (key[0] + n * 0x9E3779B9) & mask, (key[1] + n * 0xBB67AE85) & mask
         a, c = x[0] * 0xD2511F53, x[2] * 0xCD9E8D57
         x = [(c >> 32) ^ x[1] ^ k0, c & mask, (a >> 32) ^ x[3] ^ k1, a & mask]

@@ -19,8 +19,8 @@ int main(void) {
     uint32_t in[7];
     while (fread(in, sizeof in, 1, stdin) == 1) {
         if (in[6] == UINT32_MAX) {
-            fa_random counter = {{in[0], in[1], in[2], in[3]}};
-            fa_random x = fa_philox(counter, in[4], in[5]);
+            fa_random x = {{in[0], in[1], in[2], in[3]}};
+            fa_philox(&x, 1, in[4], in[5]);
             fwrite(&x, sizeof x, 1, stdout);
             continue;
         }
@@ -36,11 +36,11 @@ int main(void) {
     return 0;
 }
 """
-# philox4x32 with 10 rounds in Random123's kat_vectors: counter, key, words
+# philox4x32 with 7 rounds in Random123's kat_vectors: counter, key, words
 KNOWN = (
-    "00000000 00000000 00000000 00000000 00000000 00000000 6627e8d5 e169c58d bc57ac4c 9b00dbd8",
-    "ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff 408f276d 41c83b0e a20bc7c6 6d5451fd",
-    "243f6a88 85a308d3 13198a2e 03707344 a4093822 299f31d0 d16cfe09 94fdcceb 5001e420 24126ea1",
+    "00000000 00000000 00000000 00000000 00000000 00000000 5f6fb709 0d893f64 4f121f81 4f730a48",
+    "ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff 5207ddc2 45165e59 4d8ee751 8c52f662",
+    "243f6a88 85a308d3 13198a2e 03707344 a4093822 299f31d0 4dfccaba 190a87f0 c47362ba b6b5242a",
 )
 KNOWN = np.array([[int(word, 16) for word in line.split()] for line in KNOWN])
 CASE = Case(b=3, hq=4, hk=2, sq=50, sk=75, d=24, dv=24, dropout=0.4, seed=11)

@@ -136,7 +136,7 @@ def attention(
         sink: (hq,) float32, an extra logit per head that carries no value.
         scale: default d ** -0.5; any finite value.
         dropout_p: 0 (off) to 1 (output 0). keep_ij is 1 where 16 random bits are at least
-            65,536 * dropout_p, rounded. The bits are Philox4x32-10's, a function of the seed and of
+            65,536 * dropout_p, rounded. The bits are Philox4x32-7's, a function of the seed and of
             b, h, i and j: the same on every backend, whatever the strides and the other arguments.
         seed: of dropout; without meaning where dropout_p is 0. An int from -2^63 to 2^63 - 1, or an
             int64 array () or (1,) on q's device. None: with torch tensors one is drawn from the

@@ -655,7 +655,7 @@ def dropped(p, seed, b, h, rows, sk):
     groups = np.arange(-(-sk // 8), dtype=np.uint64)
     i = rows.astype(np.uint64)[:, None]
     x = [np.broadcast_to(np.uint64(n), (len(rows), len(groups))) for n in (groups, i, h, b)]
-    for n in range(10):  # Philox4x32-10
+    for n in range(7):  # Philox4x32-7
         keys = (seed + n * 0x9E3779B9) % 2**32, ((seed >> 32) + n * 0xBB67AE85) % 2**32
         first, third = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
         high, low = [y >> np.uint64(32) for y in (third, first)], np.uint64(2**32 - 1)
