@@ -532,8 +532,15 @@ static PyObject *explain(PyObject *module, PyObject *const *arguments, Py_ssize_
     fa_error reasons[8];
     start(&c, PyModule_GetState(module));
     fa_status status = functions[which].prepare(&c, arguments + 1);
-    const fa_backend *chosen =
-        status == FA_OK ? fa_choose(&c.plan, c.backend, reasons, &c.error) : NULL;
+    const fa_backend *chosen = NULL;
+    const char *kernel = NULL;
+    if (status == FA_OK) {
+        /* As run() would: kernels differ by out's strides, and by whether lse is wanted. */
+        if (c.has_out) fa_bind_outputs(&c.plan, &c.out.array, NULL);
+        if (c.return_lse) c.plan.params.what.lse.data = &c;
+        chosen = fa_choose(&c.plan, c.backend, reasons, &c.error);
+        if (chosen) kernel = chosen->kernel(&c.plan.params);
+    }
     release(&c);
     if (status != FA_OK) return raise_status(status, &c.error);
     PyObject *refused = PyDict_New();
@@ -545,8 +552,7 @@ static PyObject *explain(PyObject *module, PyObject *const *arguments, Py_ssize_
         Py_XDECREF(reason);
     }
     if (!refused) return NULL;
-    return Py_BuildValue("(zzN)", chosen ? chosen->name : NULL,
-                         chosen ? chosen->kernel(&c.plan.params) : NULL, refused);
+    return Py_BuildValue("(zzN)", chosen ? chosen->name : NULL, kernel, refused);
 }
 
 /* ---- merge_states -------------------------------------------------------------------------- */

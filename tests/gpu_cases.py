@@ -17,7 +17,7 @@ import gpu
 import numpy as np
 from gpu import DTYPES, torch
 
-SIZES = ((64, 64), (128, 128), (256, 256), (96, 96), (192, 192), (192, 128))
+SIZES = ((64, 64), (128, 128), (256, 256), (80, 80), (96, 96), (192, 192), (192, 128))
 SHAPES = (  # (b, h, sq, sk): between them every tile shape is the best for some
     (1, 2, 200, 300),
     (1, 1, 40, 60),
@@ -25,6 +25,8 @@ SHAPES = (  # (b, h, sq, sk): between them every tile shape is the best for some
     (4, 8, 1000, 70),
     (33, 8, 129, 70),
     (4, 8, 300, 1000),
+    (1, 8, 40, 300),
+    (16, 8, 129, 300),
 )
 
 
@@ -37,13 +39,13 @@ def rows():
     """{row name: (head sizes, dtype, shape)} for every row that some shape here is run by, and of
     the general rows, which run what changes scores."""
     found = {}
-    for (d, dv), dtype, shape, softcap in itertools.product(
-        SIZES, DTYPES.values(), SHAPES, (0.0, 1.0)
+    for (d, dv), dtype, shape, change in itertools.product(
+        SIZES, DTYPES.values(), SHAPES, ({}, {"softcap": 1.0}, {"return_lse": True})
     ):
         b, h, sq, sk = shape
         shapes = (b, h, sq, d), (b, h, sk, d), (b, h, sk, dv)
         q, k, v = (torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes)
-        name = fastattn.explain(fastattn.attention, q, k, v, softcap=softcap).kernel
+        name = fastattn.explain(fastattn.attention, q, k, v, **change).kernel
         if name:
             found.setdefault(name, ((d, dv), dtype, shape))
     return found
