@@ -316,9 +316,16 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
     if (!DELAYED) settle(st, smem, held);
 
 #if ROW_GENERAL
-    final_scores<CHANGES>(a, t, s, tile, key, warpgroup);
-    float scale = fabsf(a.scores.scale);
+    const float scale = fabsf(a.scores.scale);
+    /* A change may end in exponents, but not of offsets that are coarse (of a cap none is). */
+    constexpr bool DIRECT = TO_EXPONENTS<CHANGES>;
+    bool direct = DIRECT && (CHANGES == CAPS || __all_sync(~0u, softmax_is_settled(st.softmax)));
+    final_scores<CHANGES>(
+        a, t, s, tile, key, warpgroup, direct ? scale : 1.f,
+        make_float2(direct ? st.softmax.minus[0] : 0.f, direct ? st.softmax.minus[1] : 0.f));
 #else
+    constexpr bool DIRECT = false;
+    bool direct = false;
     float scale = a.scale;
     if ((WATCH || MASKED) && scale < 0.f) { /* the greatest score must give the greatest P */
 #pragma unroll
@@ -336,14 +343,23 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
         }
         /* The first block of a tile gives tops to the rows that see a key of it; where they are
          * kept, a later one does so for those that have none yet. */
-        if (PLACE == NEXT || (PLACE == ALONE && KEPT && !t.watch)) {
+        if (direct && __any_sync(~0u, !softmax_is_settled(st.softmax) ||
+                                          softmax_exceeds<range>(s))) { /* scores again, then */
+            softmax_linear(s, 1.f / scale, make_float2(-minus.x / scale, -minus.y / scale));
+            direct = false;
+        }
+        if (DIRECT) {
+            if (!direct) factor = softmax_raise<range, false>(st.softmax, s, scale, a.slack);
+            raised = !direct;
+        } else if (PLACE == NEXT || (PLACE == ALONE && KEPT && !t.watch)) {
             softmax_raise<range, true>(st.softmax, s, scale, a.slack);
         } else if (__any_sync(~0u, softmax_exceeds(st.softmax, s, a.slack))) {
             factor = softmax_raise<range, false>(st.softmax, s, scale, a.slack);
             raised = true;
-            if (!SHRINKS_LATE) softmax_shrink(st.o, factor);
         }
-        minus = softmax_center<range>(st.softmax, s);
+        if (!SHRINKS_LATE && raised) softmax_shrink(st.o, factor);
+        if (!direct) minus = softmax_center<range>(st.softmax, s);
+        if (DIRECT && !direct) softmax_linear(s, scale, minus);
     } else if (MASKED) {
         /* Rows that see their first key here: a row of few is exact only with a top of its own. */
         if (__any_sync(~0u, fminf(st.softmax.top[0], st.softmax.top[1]) == -INFINITY)) {
@@ -352,7 +368,10 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
         }
     }
     if (DELAYED) {
-        softmax_exp<!ONES>(st.softmax, s, scale, minus);
+        if (DIRECT)
+            softmax_exp<!ONES>(st.softmax, s);
+        else
+            softmax_exp<!ONES>(st.softmax, s, scale, minus);
         if (PENDING && (PLACE == NEXT || !WATCH || SHRINKS_LATE)) {
             wgmma_wait_group<0>();
             settle(st, smem, held);
@@ -507,7 +526,7 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
             return;
         }
         const uint64_t q = q_descriptor(a, smem, slot);
-        uint32_t q_empty = smem_address(&smem.q_empty[slot]);
+        const uint32_t q_empty = smem_address(&smem.q_empty[slot]);
         mbarrier_wait(smem_address(&smem.q_full[slot]), place / Q_SLOTS & 1);
         if (blocks == 0) { /* all warps have met this Q, or one could miss two of its phases */
             bar_sync(1 + warpgroup, 128);

@@ -32,7 +32,7 @@ struct score_args {
     int32_t caps;
     float cap_scale;   /* scale / c */
     uint32_t cap_near; /* bits of a float: scores up to here take a polynomial in their squares, */
-    float cap_series[4]; /* constant first */
+    float cap_series[3], cap_exponents[3]; /* constant first; times `scale` */
     CUtensorMap mask_map;
     int32_t mask;          /* enum mask_kind */
     int32_t tiles;         /* a float mask comes by the copy engine: so many tiles a block; or 0 */
@@ -298,9 +298,10 @@ PTX void clear_holes(const score_args &a, const score_item &t, uint8_t *v, int32
 
 /* ---- the scores ------------------------------------------------------------------------------*/
 
-/* tanh(s * cap_scale), to 1e-7 of itself where all of a warp's are below 0.4: s times a polynomial
- * in its square, no MUFU. Else 1 - 2 / (1 + e^2y), to 2e-7, which is little beside them. */
-PTX void cap_scores(const score_args &a, float (&s)[BLOCK_N / 2]) {
+/* tanh(s * cap_scale) * scale + minus. Where all of a warp's tanh are of less than 0.3, a
+ * polynomial in its square serves, to 1.5e-6 and without MUFU; else 1 - 2 / (1 + e^2y), to 2e-7. */
+PTX void cap_scores(const score_args &a, float (&s)[BLOCK_N / 2], const float (&series)[3],
+                    float scale, float2 minus) {
     /* As integers the greatest float is the greatest, as unsigned ones the least is, NaN above. */
     int32_t top = 0;
     uint32_t bottom = 0;
@@ -310,51 +311,61 @@ PTX void cap_scores(const score_args &a, float (&s)[BLOCK_N / 2]) {
         bottom = __vimax3_u32(bottom, __float_as_uint(s[i]), __float_as_uint(s[i + 1]));
     }
     if (__any_sync(~0u, max((uint32_t)top, bottom & 0x7fffffff) > a.cap_near)) {
+        const float left = scale + minus.x, right = scale + minus.y;
 #pragma unroll
         for (int i = 0; i < BLOCK_N / 2; ++i)
-            s[i] = fmaf(-2.f, rcp_approx(1.f + ex2_approx(2.885390081777927f * a.cap_scale * s[i])),
-                        1.f);
+            s[i] = fmaf(-2.f * scale,
+                        rcp_approx(1.f + ex2_approx(2.885390081777927f * a.cap_scale * s[i])),
+                        i / 2 & 1 ? right : left);
     } else {
 #pragma unroll
         for (int i = 0; i < BLOCK_N / 2; ++i) {
-            float u = s[i] * s[i], p = fmaf(a.cap_series[3], u, a.cap_series[2]);
-            s[i] *= fmaf(fmaf(p, u, a.cap_series[1]), u, a.cap_series[0]);
+            const float u = s[i] * s[i];
+            s[i] = fmaf(s[i], fmaf(fmaf(series[2], u, series[1]), u, series[0]),
+                        i / 2 & 1 ? minus.y : minus.x);
         }
     }
 }
 
-/* `position`: that of the warpgroup's first row, `row` the first of this thread's two among its
- * 64. Left or right of the diagonal |i' - j| is linear in j. */
-PTX void add_alibi(float (&s)[BLOCK_N / 2], float unit, float slope, int32_t position, int32_t row,
-                   int32_t key) {
+/* s * unit - slope * |i' - j| + minus. `position`: i' of the warpgroup's first row, `row` the first
+ * of this thread's two among its 64. Left or right of the diagonal |i' - j| is linear in j. */
+PTX void add_alibi(float (&s)[BLOCK_N / 2], float unit, float slope, float2 minus, int32_t position,
+                   int32_t row, int32_t key) {
     bool left = key + BLOCK_N - 1 <= position, right = key >= position + 63;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        float x = (float)(position + row + 8 * r - key - 2 * (int32_t)(threadIdx.x % 4));
+        const float x = (float)(position + row + 8 * r - key - 2 * (int32_t)(threadIdx.x % 4));
+        const float add = r ? minus.y : minus.x;
         if (left || right) {
-            float k = left ? slope : -slope, first = -k * x;
+            const float k = left ? slope : -slope, first = fmaf(-k, x, add);
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 4; ++i) {
                 float &y = s[i / 2 * 4 + 2 * r + i % 2];
-                y = fmaf(k, (float)(i / 2 * 8 + i % 2), fmaf(y, unit, first));
+                y = fmaf(y, unit, fmaf(k, (float)(i / 2 * 8 + i % 2), first));
             }
         } else {
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 4; ++i) {
                 float &y = s[i / 2 * 4 + 2 * r + i % 2];
-                y = fmaf(y, unit, -slope * fabsf(x - (float)(i / 2 * 8 + i % 2)));
+                y = fmaf(y, unit, fmaf(-slope, fabsf(x - (float)(i / 2 * 8 + i % 2)), add));
             }
         }
     }
 }
 
-/* Everything that changes scores, in the order of the definition, but what hides keys. */
+/* Changes whose last step takes the softmax's scale and offset as well: exponents in place of S. */
+template <enum changes ONLY>
+static constexpr bool TO_EXPONENTS = ONLY == CAPS || ONLY == ALIBI;
+
+/* Everything that changes scores, in the order of the definition, but what hides keys. `scale`,
+ * `minus`: what the one change, if it is a last step, multiplies and adds in passing. */
 template <enum changes ONLY>
 PTX void change_scores(const score_args &a, const score_item &t, float (&s)[BLOCK_N / 2],
                        const mask_tile &tile, int32_t row, int32_t key, int32_t sq, int32_t sk,
-                       int32_t position, int32_t row_of_64) {
+                       int32_t position, int32_t row_of_64, float scale, float2 minus) {
     float unit = a.unit;
-    if (ONLY == ANY ? a.caps : ONLY == CAPS) cap_scores(a, s);
+    if (ONLY == ANY && a.caps) cap_scores(a, s, a.cap_series, 1.f, make_float2(0.f, 0.f));
+    if (ONLY == CAPS) cap_scores(a, s, a.cap_exponents, scale, minus);
     if (ONLY == ANY ? a.mask > BITS : ONLY == TILES) {
         if (a.mask == ADD_BF16)
             add_tile<true>(a, s, tile, unit);
@@ -365,7 +376,7 @@ PTX void change_scores(const score_args &a, const score_item &t, float (&s)[BLOC
         unit = 1.f;
     }
     if (ONLY == ANY ? a.slopes != NULL : ONLY == ALIBI)
-        add_alibi(s, unit, t.slope, position, row_of_64, key);
+        add_alibi(s, unit * scale, t.slope * scale, minus, position, row_of_64, key);
 }
 
 /* Zeros among P, rounded and packed, its sum taken: a lane of a quad asks Philox for one of four
@@ -403,12 +414,13 @@ static score_args make_scores(const fa_params *p, const char *packed) {
     score_args a = {};
     a.caps = s->softcap != 0;
     if (a.caps) {
-        const double series[4] = {0.9999999, -0.33331362, 0.13270977, -0.0475536};
+        /* The least maximum of relative errors up to 0.3, 1.2e-6: of a score of 40, 5e-5. */
+        const double series[3] = {0.99999884, -0.33310022, 0.12633946};
         const double y = scale / s->softcap;
-        const float near = (float)(0.4 / fabs(y));
+        const float near = (float)(fmin(0.3, 40. / s->softcap) / fabs(y));
         double power = y;
-        for (int i = 0; i < 4; ++i, power *= y * y) a.cap_series[i] = (float)(series[i] * power);
-        /* Where a float would not hold y^7, only 0 is near. And where bits may not depend on other
+        for (int i = 0; i < 3; ++i, power *= y * y) a.cap_series[i] = (float)(series[i] * power);
+        /* Where a float would not hold y^5, only 0 is near. And where bits may not depend on other
          * sequences, whose rows may share a warp and its vote. */
         const bool alone = p->what.batch_invariant && p->varlen.cu_q;
         if (near > 1e-4f && near < 1e4f && !alone) memcpy(&a.cap_near, &near, sizeof near);
@@ -449,7 +461,7 @@ static score_args make_scores(const fa_params *p, const char *packed) {
     }
     const bool natural = a.mask > BITS || a.slopes;
     if (scale > 0 && a.caps + (a.mask != NO_MASK) + (a.slopes != NULL) + a.drops == 1)
-        a.only = a.caps           ? CAPS
+        a.only = a.caps           ? (s->softcap < 4096 ? CAPS : ANY) /* no offset is coarse */
                  : a.slopes       ? ALIBI
                  : a.drops        ? DROPS
                  : a.mask == BITS ? WORDS
@@ -458,6 +470,7 @@ static score_args make_scores(const fa_params *p, const char *packed) {
     /* A scale of 0 must not meet the -inf of a hidden score: 1e-37 of any score is 0 too. */
     const double end = natural ? 1 : a.caps ? (double)s->softcap : scale == 0 ? 1e-37 : scale;
     a.scale = (float)(end * 1.4426950408889634);
+    for (int i = 0; i < 3; ++i) a.cap_exponents[i] = a.cap_series[i] * a.scale;
     return a;
 }
 

@@ -15,13 +15,13 @@
 
 /* bf16's P has float's range: the top has P = 2^-MARGIN, so that a kept one (see sm90_fwd.cu) may
  * be exceeded by 2^(120 + MARGIN). fp16's P reaches from 2^-24 to 2^15. A score that makes P
- * greater than 2^SLACK raises the top: where CLOSE, 32 times the top's, for a row that a mask
+ * greater than 2^SLACK raises the top: where CLOSE, 8 times the top's, for a row that a mask
  * leaves to one great score shows how that was rounded. */
 template <bool IS_BF16, bool CLOSE>
 struct softmax_range {
-    static constexpr float MARGIN = IS_BF16 ? 24.f : 0.f, SLACK = CLOSE     ? 3.f - MARGIN
-                                                                  : IS_BF16 ? 0.f
-                                                                            : 14.f;
+    static constexpr float MARGIN = IS_BF16 && !CLOSE ? 24.f : 0.f, SLACK = CLOSE     ? 3.f
+                                                                            : IS_BF16 ? 0.f
+                                                                                      : 14.f;
 };
 
 struct softmax_rows {
@@ -86,6 +86,16 @@ PTX float2 softmax_raise(softmax_rows &rows, const float (&s)[N], float scale, f
     return make_float2(factor[0], factor[1]);
 }
 
+/* The same of exponents, s * scale + minus, where SLACK is above 0. */
+template <class RANGE, int N>
+PTX bool softmax_exceeds(const float (&x)[N]) {
+    int32_t top = __float_as_int(x[0]);
+#pragma unroll
+    for (int i = 0; i < N; i += 2)
+        top = __vimax3_s32(top, __float_as_int(x[i]), __float_as_int(x[i + 1]));
+    return __int_as_float(top) > RANGE::SLACK;
+}
+
 template <int N>
 PTX void softmax_shrink(float (&o)[N], float2 factor) {
 #pragma unroll
@@ -97,6 +107,11 @@ PTX void softmax_shrink(float (&o)[N], float2 factor) {
 PTX bool softmax_is_coarse(float minus) { return fabsf(minus) > 8192.f; }
 PTX bool softmax_is_coarse(const softmax_rows &rows) {
     return softmax_is_coarse(fmaxf(fabsf(rows.minus[0]), fabsf(rows.minus[1])));
+}
+
+/* Whether both rows have tops, and P of them is a power of 2. */
+PTX bool softmax_is_settled(const softmax_rows &rows) {
+    return fminf(rows.top[0], rows.top[1]) > -INFINITY && !softmax_is_coarse(rows);
 }
 
 /* Scores from their row's top on, in rows that need it; returns what the FFMA then adds. */
@@ -115,7 +130,22 @@ PTX float2 softmax_center(const softmax_rows &rows, float (&s)[N]) {
     return make_float2(minus[0], minus[1]);
 }
 
-/* P in place of S, and its row sums. */
+/* s * scale + minus in place of s: exponents of scores, and back. */
+template <int N>
+PTX void softmax_linear(float (&s)[N], float scale, float2 minus) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) s[i] = fmaf(s[i], scale, i / 2 & 1 ? minus.y : minus.x);
+}
+
+/* P in place of exponents, and its row sums. */
+template <bool SUM, int N>
+PTX void softmax_exp(softmax_rows &rows, float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        x[i] = ex2_approx(x[i]);
+        if (SUM) rows.l[i / 2 & 1] += x[i];
+    }
+}
 template <bool SUM, int N>
 PTX void softmax_exp(softmax_rows &rows, float (&s)[N], float scale, float2 minus) {
 #pragma unroll
