@@ -535,7 +535,8 @@ static PyObject *explain(PyObject *module, PyObject *const *arguments, Py_ssize_
     const fa_backend *chosen = NULL;
     const char *kernel = NULL;
     if (status == FA_OK) {
-        /* As run() would: kernels differ by out's strides, and by whether lse is wanted. */
+        /* As run() does before the launch: kernels differ by out's strides, and by whether lse is
+         * wanted. Any address says so, for nothing is written. */
         if (c.has_out) fa_bind_outputs(&c.plan, &c.out.array, NULL);
         if (c.return_lse) c.plan.params.what.lse.data = &c;
         chosen = fa_choose(&c.plan, c.backend, reasons, &c.error);

@@ -298,8 +298,8 @@ PTX void clear_holes(const score_args &a, const score_item &t, uint8_t *v, int32
 
 /* ---- the scores ------------------------------------------------------------------------------*/
 
-/* tanh(s * cap_scale) * scale + minus. Where all of a warp's tanh are of less than 0.3, a
- * polynomial in its square serves, to 1.5e-6 and without MUFU; else 1 - 2 / (1 + e^2y), to 2e-7. */
+/* tanh(s * cap_scale) * scale + minus. Where all of a warp's scores are near, s times a polynomial
+ * in its square, to 1.2e-6 of itself and without MUFU; else 1 - 2 / (1 + e^2y), to 2e-7. */
 PTX void cap_scores(const score_args &a, float (&s)[BLOCK_N / 2], const float (&series)[3],
                     float scale, float2 minus) {
     /* As integers the greatest float is the greatest, as unsigned ones the least is, NaN above. */

@@ -73,8 +73,8 @@ PTX void load_elements(uint32_t smem, const char *from, int32_t stride, int32_t 
     }
 }
 
-/* By a warp, as the copy engine does it: 16 bytes to their swizzled places, zeros below the last
- * row. Columns past the head size are 0 from the start. */
+/* By a warp, as the copy engine does it: to swizzled places, zeros below the last row. Columns past
+ * the head size are 0 from the start. */
 template <int ROWS, int COLUMNS>
 PTX void load(uint32_t smem, const fa_tensor &from, int32_t first, int32_t h, int32_t b,
               const int32_t (&)[2], uint32_t barrier, uint64_t) {
@@ -88,16 +88,16 @@ PTX void load(uint32_t smem, const fa_tensor &from, int32_t first, int32_t h, in
             const int32_t width = min(d - c, 64);
             const uint32_t to = smem + c * 2 * ROWS;
             int32_t copied = 0;
-            if (unit % 4 || width <= 8) {
-            } else if (unit % 8) {
-                copied = width / 2 * 2;
-                copy_units<ROWS, 4>(to, source, stride, rows, copied / 2);
-            } else if (unit % 16) {
-                copied = width / 4 * 4;
-                copy_units<ROWS, 8>(to, source, stride, rows, copied / 4);
-            } else {
+            const bool few = width <= 8;
+            if (unit % 16 == 0 && !few) {
                 copied = width / 8 * 8;
                 copy_units<ROWS, 16>(to, source, stride, rows, copied / 8);
+            } else if (unit % 8 == 0 && !few) {
+                copied = width / 4 * 4;
+                copy_units<ROWS, 8>(to, source, stride, rows, copied / 4);
+            } else if (unit % 4 == 0 && !few) {
+                copied = width / 2 * 2;
+                copy_units<ROWS, 4>(to, source, stride, rows, copied / 2);
             }
             if (copied < width)
                 load_elements<ROWS>(to, source + 2 * copied, stride, rows, copied, width - copied);

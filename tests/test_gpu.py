@@ -135,6 +135,8 @@ def restrided(x, how):
         room = x.new_full((b, h, s + 3, d + 8), torch.nan)[:, :, :s, :d]
     elif how == "odd rows":  # strides of an odd number of elements
         room = x.new_full((b, h, s + 3, d + 1), torch.nan)[:, :, :s, :d]
+    elif how in ("rows of 4 bytes", "rows of 8 bytes"):  # base and strides are multiples of
+        room = x.new_full((b, h, s + 3, d + d % 2 + int(how[8]) // 2), torch.nan)[:, :, :s, :d]
     elif how == "odd heads":
         room = (
             x.new_full((b, s, h * d + 1), torch.nan)[..., : h * d]
@@ -156,6 +158,8 @@ def restrided(x, how):
 STRIDES = (
     "padded rows",
     "odd rows",
+    "rows of 4 bytes",
+    "rows of 8 bytes",
     "odd heads",
     "odd base",
     "packed",
@@ -168,6 +172,19 @@ STRIDES = (
 @pytest.mark.parametrize("how", STRIDES)
 def test_strides(how, d):
     check(*(restrided(x, how) for x in inputs(2, 4, 2, 200, 300, d)), causal=True)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("sq", [64, 200])
+@pytest.mark.parametrize("d", [2, 7, 12, 18, 65, 66, 67, 68, 72, 100, 127, 130, 201, 255])
+def test_rows_that_the_copy_engine_does_not_take(d, sq, layout):
+    """Units of 2 to 16 bytes, by panels of 64 columns, the last of them of one to 63; whole blocks
+    and ragged ones; one array alone of 16 bytes."""
+    q, k, v = inputs(2, 3, 3, sq, 300, d)
+    if layout == "bshd":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    check(q, restrided(k, "odd rows" if d % 8 == 0 else "padded rows"), v)
+    check(q, k, restrided(v, "odd rows"), causal=True)
 
 
 @pytest.mark.parametrize("which", ["q", "k", "v"])
@@ -339,6 +356,17 @@ def test_scores_that_rise_along_the_keys(change, d, dtype):
     is_mask = change not in CHANGES
     changes = {"mask": masks(change, (200, 1100))} if is_mask else sent(CHANGES[change], q, k)
     check(q, k, v, **changes)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("factor", [40, 4000])
+@pytest.mark.parametrize("change", ["softcap", "softcap, near", "alibi", "dropout"])
+def test_score_changes_of_great_scores(change, factor, d, dtype, causal):
+    """Beyond 5,600 an offset is rounded so coarsely that a change may not end in exponents."""
+    q, k, v = inputs(1, 4, 2, 200, 900, d, dtype=DTYPES[dtype])
+    check(q * factor, k, v, causal=causal, **sent(CHANGES[change], q, k))
 
 
 @pytest.mark.parametrize("causal", [False, True])
