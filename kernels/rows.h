@@ -21,8 +21,8 @@ typedef struct fa_row {
 } fa_row;
 
 static const fa_row fa_rows[] = {
-#define FA_ROW(name, source, arch, dtype, d, dv, warpgroups, block_n, stages, q_slots, kept, ones, \
-               blocks_per_sm, strided, staged, general, ...)                                       \
+#define FA_ROW(name, source, arch, dtype, d, dv, warpgroups, block_n, stages, q_slots, offset, \
+               ones, blocks_per_sm, strided, staged, general, ...)                             \
     {#name, dtype, d, dv, 64 * (warpgroups), block_n, ones, strided, general},
 #include "variants.def"
 #undef FA_ROW

@@ -82,10 +82,10 @@ enum place { ALONE, BEHIND, NEXT };
 
 /* One key block: S = Q K^T, P = 2^(S scale - offset), O += P V. On return P V may still run, or, if
  * DELAYED, has not begun. NEXT ends the tile before in passing, so that the tensor cores have work
- * while its rows are divided and stored. MASKED: rows see the block in part; WATCH: the offset.
+ * while its rows are divided and stored. MASKED: rows see the block in part; HOW: the offset.
  * `q_done`: the barrier to tell that Q was read for the last time, or 0. `fresh`: the P V issued
  * here is its tile's first. ONLY: enum changes, of general rows. */
-template <place PLACE, bool MASKED, bool WATCH, int ONLY = 0>
+template <place PLACE, bool MASKED, enum offset HOW, int ONLY = 0>
 PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st, cursor &kv,
                 uint64_t q, uint32_t q_done, int32_t key, bool cut, bool fresh, int warpgroup,
                 bool holes = false) {
@@ -130,20 +130,22 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
     release(smem_address(&smem.k_empty[kv.stage]));
     if (q_done) release(q_done);
     if (!DELAYED) settle(st, smem, held);
+    /* Without a branch here the compiler passes the turn when P is there, 300 clocks late. */
+    if (HOW == FOLLOW && a.descriptor_high == 0) __trap();
 
 #if ROW_GENERAL
     const float scale = fabsf(a.scores.scale);
-    /* A change may end in exponents, but not of offsets that are coarse (of a cap none is). */
-    constexpr bool DIRECT = TO_EXPONENTS<CHANGES>;
-    bool direct = DIRECT && (CHANGES == CAPS || __all_sync(~0u, softmax_is_settled(st.softmax)));
-    final_scores<CHANGES>(
-        a, t, s, tile, key, warpgroup, direct ? scale : 1.f,
-        make_float2(direct ? st.softmax.minus[0] : 0.f, direct ? st.softmax.minus[1] : 0.f));
+    bool done = false;
+    if (CHANGES == CAPS) done = cap_exp(a.scores, st.softmax, s);
+    if (CHANGES == ALIBI)
+        done = alibi_exp(st.softmax, s, a.scores.unit * scale, t.score.slope * scale,
+                         fa_row_position(t.lengths, t.row + 64 * warpgroup),
+                         row - t.row - 64 * warpgroup, key);
+    if (!done) final_scores<CHANGES>(a, t, s, tile, key, warpgroup);
 #else
-    constexpr bool DIRECT = false;
-    bool direct = false;
+    constexpr bool done = false;
     float scale = a.scale;
-    if ((WATCH || MASKED) && scale < 0.f) { /* the greatest score must give the greatest P */
+    if ((HOW == WATCH || MASKED) && scale < 0.f) { /* the greatest score must give the greatest P */
 #pragma unroll
         for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
         scale = -scale;
@@ -152,30 +154,23 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
     if (MASKED && cut) mask_scores(seen, s);
     float2 minus = make_float2(st.softmax.minus[0], st.softmax.minus[1]), factor;
     bool raised = false; /* O must shrink, when P V of the block before has ended */
-    if (WATCH) {
+    if (HOW == WATCH) {
         if (PENDING && PLACE == BEHIND && !SHRINKS_LATE) {
             wgmma_wait_group<0>();
             settle(st, smem, held);
         }
         /* The first block of a tile gives tops to the rows that see a key of it; where they are
          * kept, a later one does so for those that have none yet. */
-        if (direct && __any_sync(~0u, !softmax_is_settled(st.softmax) ||
-                                          softmax_exceeds<range>(s))) { /* scores again, then */
-            softmax_linear(s, 1.f / scale, make_float2(-minus.x / scale, -minus.y / scale));
-            direct = false;
-        }
-        if (DIRECT) {
-            if (!direct) factor = softmax_raise<range, false>(st.softmax, s, scale, a.slack);
-            raised = !direct;
-        } else if (PLACE == NEXT || (PLACE == ALONE && KEPT && !t.watch)) {
+        if (PLACE == NEXT || (PLACE == ALONE && OFFSET == KEEP && !t.watch)) {
             softmax_raise<range, true>(st.softmax, s, scale, a.slack);
-        } else if (__any_sync(~0u, softmax_exceeds(st.softmax, s, a.slack))) {
+            minus = softmax_center<range>(st.softmax, s);
+        } else if (!done && __any_sync(~0u, softmax_exceeds(st.softmax, s, a.slack) |
+                                                softmax_is_coarse(st.softmax))) {
             factor = softmax_raise<range, false>(st.softmax, s, scale, a.slack);
             raised = true;
+            minus = softmax_center<range>(st.softmax, s);
         }
         if (!SHRINKS_LATE && raised) softmax_shrink(st.o, factor);
-        if (!direct) minus = softmax_center<range>(st.softmax, s);
-        if (DIRECT && !direct) softmax_linear(s, scale, minus);
     } else if (MASKED) {
         /* Rows that see their first key here: a row of few is exact only with a top of its own. */
         if (__any_sync(~0u, fminf(st.softmax.top[0], st.softmax.top[1]) == -INFINITY)) {
@@ -184,15 +179,13 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
         }
     }
     if (DELAYED) {
-        if (DIRECT)
-            softmax_exp<!ONES>(st.softmax, s);
-        else
-            softmax_exp<!ONES>(st.softmax, s, scale, minus);
-        if (PENDING && (PLACE == NEXT || !WATCH || SHRINKS_LATE)) {
+        if (!done) softmax_exp<!ONES>(st.softmax, s, scale, minus);
+        if (HOW == FOLLOW) raised = softmax_follow<range>(st.softmax, s, fabsf(scale), factor);
+        if (PENDING && (PLACE == NEXT || HOW != WATCH || SHRINKS_LATE)) {
             wgmma_wait_group<0>();
             settle(st, smem, held);
         }
-        if (SHRINKS_LATE && raised) softmax_shrink(st.o, factor);
+        if ((SHRINKS_LATE || HOW == FOLLOW) && raised) softmax_shrink(st.o, factor);
         softmax_pack(s, &st.p[0][0]);
         if (PLACE == NEXT) end_rows(a, smem, n - 1, st, end, warpgroup);
 #if ROW_GENERAL

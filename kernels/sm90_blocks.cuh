@@ -41,15 +41,13 @@ PTX mask_tile tile_of(smem_layout &smem, const cursor &kv, int warpgroup) {
     return m;
 }
 
-/* Scores as the definition has them, of the sign that `scale` would have; or, of a change that ends
- * in exponents, times `scale` plus `minus`. */
+/* Scores as the definition has them, of the sign that `scale` would have. */
 template <enum changes ONLY>
 PTX void final_scores(const kernel_args &a, const item &t, float (&s)[BLOCK_N / 2],
-                      const mask_tile &tile, int32_t key, int warpgroup, float scale = 1.f,
-                      float2 minus = {0.f, 0.f}) {
+                      const mask_tile &tile, int32_t key, int warpgroup) {
     const int32_t row = first_row(t, warpgroup), top = t.row + 64 * warpgroup;
     change_scores<ONLY>(a.scores, t.score, s, tile, row, key, a.sq, a.sk,
-                        fa_row_position(t.lengths, top), row - top, scale, minus);
+                        fa_row_position(t.lengths, top), row - top);
     if (ONLY == ANY && a.scores.scale < 0.f)
 #pragma unroll
         for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];

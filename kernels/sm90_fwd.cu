@@ -9,10 +9,11 @@
  * them, one thread each: one decides what comes next, one brings Q, one K, one V. A tile ends while
  * the next one's first block is under way (NEXT, below).
  *
- * The softmax offset (softmax.cuh) comes from the first, masked key blocks of a tile. KEPT rows
- * never look at it again: their main loop has no maximum at all. At the end of a tile each warp
- * votes whether everything stayed finite and in range; if not, the tile comes again for its
- * warpgroup, with the loop that watches every score, and what was stored is stored once more.
+ * The softmax offset (softmax.cuh) comes from the first, masked key blocks of a tile. Rows that
+ * KEEP it never look at it again: their main loop has no maximum at all; those that FOLLOW look at
+ * P. At the end of a tile each warp votes whether everything stayed finite and in range; if not,
+ * the tile comes again for its warpgroup, with the loop that watches every score, and what was
+ * stored is stored once more.
  *
  * GENERAL rows change scores (sm90_scores.cuh): they watch every score, always, and take their key
  * blocks from the right to the left, those that a bool mask hides from all rows left out.
@@ -36,8 +37,10 @@
 
 /* ---- the row ----------------------------------------------------------------------------------*/
 
-static constexpr bool IS_BF16 = ROW_DTYPE == FA_BF16, KEPT = ROW_KEPT, ONES = ROW_ONES,
-                      STRIDED = ROW_STRIDED, GENERAL = ROW_GENERAL;
+static constexpr bool IS_BF16 = ROW_DTYPE == FA_BF16, ONES = ROW_ONES, STRIDED = ROW_STRIDED,
+                      GENERAL = ROW_GENERAL;
+static constexpr enum offset OFFSET = ROW_OFFSET;
+static constexpr bool REDOES = OFFSET != WATCH; /* tiles whose offsets did not hold */
 static constexpr int D = ROW_D, DV = ROW_DV, WARPGROUPS = ROW_WARPGROUPS, BLOCK_N = ROW_BLOCK_N,
                      STAGES = ROW_STAGES, Q_SLOTS = ROW_Q_SLOTS, BLOCKS_PER_SM = ROW_BLOCKS_PER_SM;
 static constexpr int BLOCK_M = 64 * WARPGROUPS;
@@ -47,7 +50,8 @@ typedef softmax_range<IS_BF16, GENERAL> range;
 static_assert(D % 16 == 0 && BLOCK_N % 16 == 0, "wgmma takes k by 16");
 static_assert(DV % (ROW_STAGED ? 16 : 32) == 0, "sm90_rows_out.cuh");
 static_assert(BLOCK_N <= 128, "a mask has 32 bits");
-static_assert(!GENERAL || (!KEPT && !ONES && (BLOCK_N == 64 || BLOCK_N == 128)), "sm90_scores.cuh");
+static_assert(!GENERAL || (OFFSET == WATCH && !ONES && (BLOCK_N == 64 || BLOCK_N == 128)),
+              "sm90_scores.cuh");
 static_assert(!ONES || DV == 64, "the block of ones is the second panel of V");
 
 /* P V of a block is issued behind Q K^T of the next (DELAYED), or, where registers are too few to
@@ -57,7 +61,7 @@ static constexpr int P_PIECES = DELAYED ? BLOCK_N / 16 : 2;
 /* Where a score raises its row's top, O shrinks once P V of the block before has ended, and the
  * exponentials need not wait for that. The factors take registers, which not all rows have. */
 static constexpr bool SHRINKS_LATE =
-    !KEPT && (WARPGROUPS == 2 ? DV <= 192 : DELAYED && BLOCK_N <= 80);
+    OFFSET != KEEP && (WARPGROUPS == 2 ? DV <= 192 : DELAYED && BLOCK_N <= 80);
 /* Q of a tile can arrive while another is computed: its release may wait for the end of a loop. */
 [[maybe_unused]] static constexpr bool Q_AHEAD = DELAYED && Q_SLOTS >= 2 * WARPGROUPS;
 /* Two or three warpgroups take turns at Q K^T; four find their rhythm alone. */
@@ -106,7 +110,7 @@ struct item {
     int32_t skip[WARPGROUPS]; /* blocks in front of the first that a row sees; all, if none does */
     int32_t masked[WARPGROUPS]; /* those, that one, and all up to the last that not all see whole */
     int32_t warpgroups;         /* bit set of those that compute it */
-    int32_t watch;              /* the offset is not kept */
+    int32_t watch;              /* the offset is neither kept nor followed */
     float sink;                 /* one more score of every row; -inf: none */
     int32_t last;               /* there is no tile, and there will be no more */
 #if ROW_GENERAL
@@ -157,7 +161,7 @@ struct kernel_args {
     int32_t sq, sk, hq;
     fa_divisor by_hq, by_group; /* query heads; those that share a key head */
     uint32_t descriptor_high;   /* of wgmma's operands */
-    int32_t watch;              /* 1: keep no offset anywhere */
+    int32_t watch;              /* 1: keep and follow no offset anywhere */
     int32_t reads;              /* the arguments alone do not describe a tile */
     int32_t ahead;              /* items that a block may have claimed, at most ITEMS */
     int32_t moves[4][2];        /* q, k, v, out: 0 where the stride of heads, of batches is 0 */
@@ -208,8 +212,8 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         bool next = st.held && blocks && see_tag(tag, warpgroup) != NONE;
 #else
         const int32_t skip = uniform(t.skip[warpgroup]), masked = uniform(t.masked[warpgroup]);
-        const int32_t watch = KEPT ? uniform(t.watch) : 1;
         bool next = DELAYED && st.held && skip < masked && skip < STAGES;
+        const int32_t watch = REDOES ? uniform(t.watch) : 1;
 #endif
         if (DELAYED && st.open && !next) finish_tile(a, smem, n - 1, st, warpgroup);
         if (last) { /* the copy engine may not have read all that has been stored */
@@ -235,12 +239,12 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
                 pass_tiles(a.scores, tile_of(smem, kv, warpgroup));
                 pass(smem, kv, q_done, warpgroup);
             } else if (next) {
-                attend<NEXT, true, true>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
-                                         warpgroup, holes);
+                attend<NEXT, true, WATCH>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                                          warpgroup, holes);
                 next = false;
             } else if (!st.held) {
-                attend<ALONE, true, true>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
-                                          warpgroup, holes);
+                attend<ALONE, true, WATCH>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                                           warpgroup, holes);
             } else if (SPECIAL && a.scores.only == WORDS && !holes) {
                 tag = attend_words(a, smem, n, st, kv, q, q_empty, tag, warpgroup);
             } else if (SPECIAL && a.scores.only && a.scores.only != WORDS && !cut) {
@@ -249,8 +253,8 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
                 tag = interval_tag(t, i, warpgroup);
                 continue;
             } else {
-                attend<BEHIND, true, true>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
-                                           warpgroup, holes);
+                attend<BEHIND, true, WATCH>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                                            warpgroup, holes);
             }
             if (tag & TAG_LAST) break;
             tag = read_tag(a, smem, t, kv, ++i, warpgroup);
@@ -266,32 +270,32 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
                 if (!next) finish_pv(a, st, smem);
                 pass(smem, kv, q_done, warpgroup);
             } else if (next) {
-                attend<NEXT, true, true>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
-                                         warpgroup);
+                attend<NEXT, true, WATCH>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                                          warpgroup);
                 next = false;
             } else if (DELAYED && !st.held) {
-                attend<ALONE, true, true>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
-                                          warpgroup);
-            } else if (!watch) {
-                attend<BEHIND, true, false>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
-                                            warpgroup);
-            } else {
-                attend<BEHIND, true, true>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                attend<ALONE, true, WATCH>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
                                            warpgroup);
+            } else if (OFFSET == KEEP && !watch) {
+                attend<BEHIND, true, KEEP>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                                           warpgroup);
+            } else {
+                attend<BEHIND, true, WATCH>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                                            warpgroup);
             }
         }
         const bool late = Q_AHEAD && i < blocks;
         const int32_t second = uniform(DELAYED && st.fresh ? i : -1); /* its P V is the first's */
         if (!watch)
             for (; i < blocks; ++i)
-                attend<BEHIND, false, false>(a, smem, n, st, kv, q,
-                                             !Q_AHEAD && i == blocks - 1 ? q_empty : 0, 0, false,
-                                             i == second, warpgroup);
+                attend<BEHIND, false, OFFSET>(a, smem, n, st, kv, q,
+                                              !Q_AHEAD && i == blocks - 1 ? q_empty : 0, 0, false,
+                                              i == second, warpgroup);
         else
             for (; i < blocks; ++i)
-                attend<BEHIND, false, true>(a, smem, n, st, kv, q,
-                                            !Q_AHEAD && i == blocks - 1 ? q_empty : 0, 0, false,
-                                            i == second, warpgroup);
+                attend<BEHIND, false, WATCH>(a, smem, n, st, kv, q,
+                                             !Q_AHEAD && i == blocks - 1 ? q_empty : 0, 0, false,
+                                             i == second, warpgroup);
         if (late) release(q_empty);
 #endif
         st.open = true;

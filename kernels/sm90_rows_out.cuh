@@ -20,8 +20,8 @@ typedef uint32_t rows_out[DV / 4];
 /* Between tiles O holds nothing. Where registers are few the compiler must hear that, or it keeps
  * what O held: by the rows on their way out, which are in half of its registers, or by zeros. Which
  * rows need what, was found by trial. */
-static constexpr bool LEAVES_ZEROS = STRIDED || (WARPGROUPS == 3 && !KEPT),
-                      LEAVES_OUT = DV > 128 || (WARPGROUPS == 3 && BLOCK_N > 64 && KEPT);
+static constexpr bool LEAVES_ZEROS = STRIDED || (WARPGROUPS == 3 && OFFSET != KEEP),
+                      LEAVES_OUT = DV > 128 || (WARPGROUPS == 3 && BLOCK_N > 64 && OFFSET == KEEP);
 
 /* These are the rows of no item. */
 PTX void close_rows(rows_state &st, const rows_out &out) {
@@ -66,7 +66,7 @@ PTX ending begin_end(const kernel_args &a, const item &t, rows_state &st, int wa
     ending e;
     e.row = first_row(t, warpgroup);
     e.rows = t.warpgroups >> warpgroup & 1 ? t.rows : 0;
-    const bool watch = !KEPT || t.watch;
+    const bool watch = !REDOES || t.watch;
     e.well = watch || !softmax_is_coarse(st.softmax);
     float l[2];
     bool sees[2];
@@ -189,7 +189,7 @@ PTX void end_rows(const kernel_args &a, smem_layout &smem, int32_t n, rows_state
     if (STAGED && threadIdx.x % 32 == 0) {
         /* The tile before must have been read; this tile's first store, if it comes again, must be
          * there: nothing else orders the two. */
-        if (KEPT && t.watch)
+        if (REDOES && t.watch)
             cp_async_bulk_wait_group();
         else
             cp_async_bulk_wait_group_read();
@@ -201,7 +201,7 @@ PTX void end_rows(const kernel_args &a, smem_layout &smem, int32_t n, rows_state
             st.o[4 * j + 2 * r] *= e.inverse[r], st.o[4 * j + 2 * r + 1] *= e.inverse[r];
             o[2 * j + r] = cvt_pack(st.o[4 * j + 2 * r], st.o[4 * j + 2 * r + 1]);
         }
-    if (KEPT && __any_sync(~0u, !(e.well && (t.watch || is_finite(o, e)))) &&
+    if (REDOES && __any_sync(~0u, !(e.well && (t.watch || is_finite(o, e)))) &&
         threadIdx.x % 32 == 0 && e.rows)
         atomicOr(&smem.again[n % ITEMS], 1u << warpgroup);
     if (__any_sync(~0u, e.inverse[0] == 0.f || e.inverse[1] == 0.f)) /* of padding O may be NaN */

@@ -11,8 +11,8 @@ template <enum changes ONLY>
 PTX void attend_run(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st, cursor &kv,
                     uint64_t q, uint32_t q_last, int32_t key, int32_t run, int warpgroup) {
     for (; run > 0; --run, key -= BLOCK_N)
-        attend<BEHIND, false, true, ONLY>(a, smem, n, st, kv, q, run == 1 ? q_last : 0, key, false,
-                                          st.fresh, warpgroup);
+        attend<BEHIND, false, WATCH, ONLY>(a, smem, n, st, kv, q, run == 1 ? q_last : 0, key, false,
+                                           st.fresh, warpgroup);
 }
 
 /* The block of this tag and those behind it, while they have no holes and some row sees them, with
@@ -20,9 +20,9 @@ PTX void attend_run(const kernel_args &a, smem_layout &smem, int32_t n, rows_sta
 PTX uint32_t attend_words(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
                           cursor &kv, uint64_t q, uint32_t q_empty, uint32_t tag, int warpgroup) {
     for (;;) {
-        attend<BEHIND, true, true, WORDS>(a, smem, n, st, kv, q, tag & TAG_LAST ? q_empty : 0,
-                                          (int32_t)(tag >> TAG_BLOCK) * BLOCK_N,
-                                          see_tag(tag, warpgroup) == PART, st.fresh, warpgroup);
+        attend<BEHIND, true, WATCH, WORDS>(a, smem, n, st, kv, q, tag & TAG_LAST ? q_empty : 0,
+                                           (int32_t)(tag >> TAG_BLOCK) * BLOCK_N,
+                                           see_tag(tag, warpgroup) == PART, st.fresh, warpgroup);
         if (tag & TAG_LAST) return tag;
         uint32_t next = peek_tag(smem, kv);
         if (next & TAG_HOLES || see_tag(next, warpgroup) == NONE) return tag;

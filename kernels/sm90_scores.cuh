@@ -298,46 +298,79 @@ PTX void clear_holes(const score_args &a, const score_item &t, uint8_t *v, int32
 
 /* ---- the scores ------------------------------------------------------------------------------*/
 
-/* tanh(s * cap_scale) * scale + minus. Where all of a warp's scores are near, s times a polynomial
- * in its square, to 1.2e-6 of itself and without MUFU; else 1 - 2 / (1 + e^2y), to 2e-7. */
-PTX void cap_scores(const score_args &a, float (&s)[BLOCK_N / 2], const float (&series)[3],
-                    float scale, float2 minus) {
-    /* As integers the greatest float is the greatest, as unsigned ones the least is, NaN above. */
-    int32_t top = 0;
+/* As integers the greatest float is the greatest, of those that are not negative: the greatest of
+ * each of a thread's two rows, or 0. */
+PTX void tops_of(const float (&s)[BLOCK_N / 2], float (&top)[2]) {
+    int32_t x[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 2; i += 4) {
+        x[0] = __vimax3_s32(x[0], __float_as_int(s[i]), __float_as_int(s[i + 1]));
+        x[1] = __vimax3_s32(x[1], __float_as_int(s[i + 2]), __float_as_int(s[i + 3]));
+    }
+    top[0] = __int_as_float(x[0]), top[1] = __int_as_float(x[1]);
+}
+
+/* Whether tanh may be a polynomial, of this score: it is not far from 0, above or below; `top` is
+ * the greatest above. As unsigned integers the least float is the greatest, NaN above it. */
+PTX bool caps_near(const score_args &a, const float (&s)[BLOCK_N / 2], float top) {
     uint32_t bottom = 0;
 #pragma unroll
-    for (int i = 0; i < BLOCK_N / 2; i += 2) {
-        top = __vimax3_s32(top, __float_as_int(s[i]), __float_as_int(s[i + 1]));
+    for (int i = 0; i < BLOCK_N / 2; i += 2)
         bottom = __vimax3_u32(bottom, __float_as_uint(s[i]), __float_as_uint(s[i + 1]));
-    }
-    if (__any_sync(~0u, max((uint32_t)top, bottom & 0x7fffffff) > a.cap_near)) {
-        const float left = scale + minus.x, right = scale + minus.y;
+    return max(__float_as_uint(top), bottom & 0x7fffffff) <= a.cap_near;
+}
+
+/* tanh of a score times its scale, plus `minus`, by a polynomial in its square, to 1.2e-6 of itself
+ * and without MUFU. */
+PTX float cap_near(const float (&series)[3], float s, float minus) {
+    const float u = s * s;
+    return fmaf(s, fmaf(fmaf(series[2], u, series[1]), u, series[0]), minus);
+}
+
+/* The same of all scores; where some are not near 0, as 1 - 2 / (1 + e^2y), to 2e-7. */
+PTX void cap_scores(const score_args &a, float (&s)[BLOCK_N / 2]) {
+    float top[2];
+    tops_of(s, top);
+    if (__all_sync(~0u, caps_near(a, s, fmaxf(top[0], top[1])))) {
 #pragma unroll
-        for (int i = 0; i < BLOCK_N / 2; ++i)
-            s[i] = fmaf(-2.f * scale,
-                        rcp_approx(1.f + ex2_approx(2.885390081777927f * a.cap_scale * s[i])),
-                        i / 2 & 1 ? right : left);
+        for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = cap_near(a.cap_series, s[i], 0.f);
     } else {
 #pragma unroll
-        for (int i = 0; i < BLOCK_N / 2; ++i) {
-            const float u = s[i] * s[i];
-            s[i] = fmaf(s[i], fmaf(fmaf(series[2], u, series[1]), u, series[0]),
-                        i / 2 & 1 ? minus.y : minus.x);
-        }
+        for (int i = 0; i < BLOCK_N / 2; ++i)
+            s[i] = fmaf(-2.f, rcp_approx(1.f + ex2_approx(2.885390081777927f * a.cap_scale * s[i])),
+                        1.f);
     }
 }
 
-/* s * unit - slope * |i' - j| + minus. `position`: i' of the warpgroup's first row, `row` the first
- * of this thread's two among its 64. Left or right of the diagonal |i' - j| is linear in j. */
-PTX void add_alibi(float (&s)[BLOCK_N / 2], float unit, float slope, float2 minus, int32_t position,
-                   int32_t row, int32_t key) {
+/* P of scores that are capped alone, and its sums, in one go, if all are near 0, all rows have
+ * their tops, and no exponent passes what those allow: tanh grows with the scores, so that a row's
+ * greatest says so before there are exponents. */
+PTX bool cap_exp(const score_args &a, softmax_rows &rows, float (&s)[BLOCK_N / 2]) {
+    float top[2];
+    tops_of(s, top);
+    bool well = softmax_is_settled(rows) & caps_near(a, s, fmaxf(top[0], top[1]));
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+        well &= cap_near(a.cap_exponents, top[r], rows.minus[r]) <= range::SLACK;
+    if (!__all_sync(~0u, well)) return false;
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 2; ++i) {
+        s[i] = ex2_approx(cap_near(a.cap_exponents, s[i], rows.minus[i / 2 & 1]));
+        rows.l[i / 2 & 1] += s[i];
+    }
+    return true;
+}
+
+/* s * unit - slope * |i' - j|. `position`: i' of the warpgroup's first row, `row` the first of this
+ * thread's two among its 64. Left or right of the diagonal |i' - j| is linear in j. */
+PTX void add_alibi(float (&s)[BLOCK_N / 2], float unit, float slope, int32_t position, int32_t row,
+                   int32_t key) {
     bool left = key + BLOCK_N - 1 <= position, right = key >= position + 63;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const float x = (float)(position + row + 8 * r - key - 2 * (int32_t)(threadIdx.x % 4));
-        const float add = r ? minus.y : minus.x;
         if (left || right) {
-            const float k = left ? slope : -slope, first = fmaf(-k, x, add);
+            const float k = left ? slope : -slope, first = -k * x;
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 4; ++i) {
                 float &y = s[i / 2 * 4 + 2 * r + i % 2];
@@ -347,25 +380,44 @@ PTX void add_alibi(float (&s)[BLOCK_N / 2], float unit, float slope, float2 minu
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 4; ++i) {
                 float &y = s[i / 2 * 4 + 2 * r + i % 2];
-                y = fmaf(y, unit, fmaf(-slope, fabsf(x - (float)(i / 2 * 8 + i % 2)), add));
+                y = fmaf(y, unit, -slope * fabsf(x - (float)(i / 2 * 8 + i % 2)));
             }
         }
     }
 }
 
-/* Changes whose last step takes the softmax's scale and offset as well: exponents in place of S. */
-template <enum changes ONLY>
-static constexpr bool TO_EXPONENTS = ONLY == CAPS || ONLY == ALIBI;
+/* The same with ALiBi: a row's greatest score and its least distance say how great an exponent can
+ * be. Left or right of the diagonal only. */
+PTX bool alibi_exp(softmax_rows &rows, float (&s)[BLOCK_N / 2], float unit, float slope,
+                   int32_t position, int32_t row, int32_t key) {
+    const bool left = key + BLOCK_N - 1 <= position, right = key >= position + 63;
+    const float k = left ? slope : -slope, near = fmaxf(k * (float)(BLOCK_N - 7), 0.f);
+    float top[2], first[2];
+    tops_of(s, top);
+    bool well = (left | right) & softmax_is_settled(rows);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float x = (float)(position + row + 8 * r - key - 2 * (int32_t)(threadIdx.x % 4));
+        first[r] = fmaf(-k, x, rows.minus[r]);
+        well &= fmaf(top[r], unit, first[r] + near) <= range::SLACK;
+    }
+    if (!__all_sync(~0u, well)) return false;
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 2; ++i) {
+        const float bias = fmaf(k, (float)(i / 4 * 8 + i % 2), first[i / 2 & 1]);
+        s[i] = ex2_approx(fmaf(s[i], unit, bias));
+        rows.l[i / 2 & 1] += s[i];
+    }
+    return true;
+}
 
-/* Everything that changes scores, in the order of the definition, but what hides keys. `scale`,
- * `minus`: what the one change, if it is a last step, multiplies and adds in passing. */
+/* Everything that changes scores, in the order of the definition, but what hides keys. */
 template <enum changes ONLY>
 PTX void change_scores(const score_args &a, const score_item &t, float (&s)[BLOCK_N / 2],
                        const mask_tile &tile, int32_t row, int32_t key, int32_t sq, int32_t sk,
-                       int32_t position, int32_t row_of_64, float scale, float2 minus) {
+                       int32_t position, int32_t row_of_64) {
     float unit = a.unit;
-    if (ONLY == ANY && a.caps) cap_scores(a, s, a.cap_series, 1.f, make_float2(0.f, 0.f));
-    if (ONLY == CAPS) cap_scores(a, s, a.cap_exponents, scale, minus);
+    if (ONLY == ANY ? a.caps : ONLY == CAPS) cap_scores(a, s);
     if (ONLY == ANY ? a.mask > BITS : ONLY == TILES) {
         if (a.mask == ADD_BF16)
             add_tile<true>(a, s, tile, unit);
@@ -376,7 +428,7 @@ PTX void change_scores(const score_args &a, const score_item &t, float (&s)[BLOC
         unit = 1.f;
     }
     if (ONLY == ANY ? a.slopes != NULL : ONLY == ALIBI)
-        add_alibi(s, unit * scale, t.slope * scale, minus, position, row_of_64, key);
+        add_alibi(s, unit, t.slope, position, row_of_64, key);
 }
 
 /* Zeros among P, rounded and packed, its sum taken: a lane of a quad asks Philox for one of four
@@ -412,6 +464,8 @@ static score_args make_scores(const fa_params *p, const char *packed) {
     const fa_dropout *d = &p->dropout;
     const double scale = p->what.scale;
     score_args a = {};
+    /* Bits may not depend on other sequences, whose rows may share a warp and its votes. */
+    const bool alone = p->what.batch_invariant && p->varlen.cu_q;
     a.caps = s->softcap != 0;
     if (a.caps) {
         /* The least maximum of relative errors up to 0.3, 1.2e-6: of a score of 40, 5e-5. */
@@ -422,7 +476,6 @@ static score_args make_scores(const fa_params *p, const char *packed) {
         for (int i = 0; i < 3; ++i, power *= y * y) a.cap_series[i] = (float)(series[i] * power);
         /* Where a float would not hold y^5, only 0 is near. And where bits may not depend on other
          * sequences, whose rows may share a warp and its vote. */
-        const bool alone = p->what.batch_invariant && p->varlen.cu_q;
         if (near > 1e-4f && near < 1e4f && !alone) memcpy(&a.cap_near, &near, sizeof near);
         a.cap_scale = (float)y;
     }
@@ -462,7 +515,7 @@ static score_args make_scores(const fa_params *p, const char *packed) {
     const bool natural = a.mask > BITS || a.slopes;
     if (scale > 0 && a.caps + (a.mask != NO_MASK) + (a.slopes != NULL) + a.drops == 1)
         a.only = a.caps           ? (s->softcap < 4096 ? CAPS : ANY) /* no offset is coarse */
-                 : a.slopes       ? ALIBI
+                 : a.slopes       ? (alone ? ANY : ALIBI)
                  : a.drops        ? DROPS
                  : a.mask == BITS ? WORDS
                  : a.tiles == 1   ? TILES

@@ -76,7 +76,7 @@ PTX void describe(const kernel_args &a, item &t, int32_t number) {
 #endif
     t.begin = t.end = t.left = t.right = 0;
     t.warpgroups = (1 << WARPGROUPS) - 1;
-    t.watch = a.watch || !KEPT;
+    t.watch = a.watch || !REDOES;
 #pragma unroll 1
     for (int w = 0; w < WARPGROUPS; ++w) {
         int32_t top = t.row + 64 * w, bottom = min(top + 64, t.lengths.sq) - 1;
@@ -156,13 +156,13 @@ PTX int32_t first_tile(const kernel_args &a, smem_layout &smem, int32_t *round) 
  * warpgroups meet the item behind it, so the last votes need one, of no rows, to be read. `tile`,
  * `round`: what first_tile() said. */
 PTX void schedule(const kernel_args &a, smem_layout &smem, int32_t tile, int32_t round) {
-    int32_t read = 0;              /* items whose votes have been */
-    int32_t flush = KEPT ? 0 : -1; /* the item of no rows; 0: not yet */
+    int32_t read = 0;                /* items whose votes have been */
+    int32_t flush = REDOES ? 0 : -1; /* the item of no rows; 0: not yet */
     const int32_t tiles = number_of_tiles(a);
     for (int32_t n = 0;; ++n) {
         /* Votes are read where their slot is needed, all of them before the end. */
         uint32_t again = 0;
-        while (KEPT && !again && read < n && (read <= n - ITEMS || read < flush))
+        while (REDOES && !again && read < n && (read <= n - ITEMS || read < flush))
             again = read_vote(smem, read++);
         item &t = smem.items[n % ITEMS];
         mbarrier_wait(smem_address(&smem.item_empty[n % ITEMS]), n / ITEMS & 1 ^ 1);

@@ -13,10 +13,16 @@
 
 #include "ptx_sm90.cuh"
 
-/* bf16's P has float's range: the top has P = 2^-MARGIN, so that a kept one (see sm90_fwd.cu) may
- * be exceeded by 2^(120 + MARGIN). fp16's P reaches from 2^-24 to 2^15. A score that makes P
- * greater than 2^SLACK raises the top: where CLOSE, 8 times the top's, for a row that a mask
- * leaves to one great score shows how that was rounded. */
+/* What a loop does about its rows' tops: nothing; it looks at P, when it is there; or at the
+ * scores, before. To look at P costs next to nothing, for MUFU takes eight clocks an exponential,
+ * but where it has overflowed, a float that is, the scores are gone: sm90_fwd.cu does such tiles
+ * again. */
+enum offset { KEEP, FOLLOW, WATCH };
+
+/* bf16's P has float's range: the top has P = 2^-MARGIN, so that one that is kept may be exceeded
+ * by 2^(120 + MARGIN). fp16's P reaches from 2^-24 to 2^15. A score that makes P greater than
+ * 2^SLACK raises the top: where CLOSE, 8 times the top's, for a row that a mask leaves to one great
+ * score shows how that was rounded. */
 template <bool IS_BF16, bool CLOSE>
 struct softmax_range {
     static constexpr float MARGIN = IS_BF16 && !CLOSE ? 24.f : 0.f, SLACK = CLOSE     ? 3.f
@@ -86,14 +92,36 @@ PTX float2 softmax_raise(softmax_rows &rows, const float (&s)[N], float scale, f
     return make_float2(factor[0], factor[1]);
 }
 
-/* The same of exponents, s * scale + minus, where SLACK is above 0. */
+/* Raises the tops of rows whose P has passed its limit, to P of their greatest score, and shrinks
+ * that P and l; true if O must shrink by `factor`. */
 template <class RANGE, int N>
-PTX bool softmax_exceeds(const float (&x)[N]) {
-    int32_t top = __float_as_int(x[0]);
+PTX bool softmax_follow(softmax_rows &rows, float (&p)[N], float scale, float2 &factor) {
+    constexpr int32_t LIMIT = 127 + (int)RANGE::SLACK << 23; /* 2^SLACK: P orders as integers */
+    int32_t top[2] = {0, 0};
 #pragma unroll
-    for (int i = 0; i < N; i += 2)
-        top = __vimax3_s32(top, __float_as_int(x[i]), __float_as_int(x[i + 1]));
-    return __int_as_float(top) > RANGE::SLACK;
+    for (int i = 0; i < N; i += 4) {
+        top[0] = __vimax3_s32(top[0], __float_as_int(p[i]), __float_as_int(p[i + 1]));
+        top[1] = __vimax3_s32(top[1], __float_as_int(p[i + 2]), __float_as_int(p[i + 3]));
+    }
+    if (!__any_sync(~0u, max(top[0], top[1]) > LIMIT)) return false;
+    float shrink[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float most = __int_as_float(top[r]);
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+        const bool raise = most > __int_as_float(LIMIT);
+        const float up = raise ? __log2f(most) : 0.f;
+        shrink[r] = raise ? rcp_approx(most) : 1.f;
+        rows.top[r] += __fdividef(up, scale);
+        rows.minus[r] -= up;
+        /* Beyond that the reciprocal is 0: the vote must hear of it. */
+        rows.l[r] = most < 0x1p120f ? rows.l[r] * shrink[r] : INFINITY;
+#pragma unroll
+        for (int i = 2 * r; i < N; i += 4) p[i] *= shrink[r], p[i + 1] *= shrink[r];
+    }
+    factor = make_float2(shrink[0], shrink[1]);
+    return true;
 }
 
 template <int N>
@@ -111,7 +139,7 @@ PTX bool softmax_is_coarse(const softmax_rows &rows) {
 
 /* Whether both rows have tops, and P of them is a power of 2. */
 PTX bool softmax_is_settled(const softmax_rows &rows) {
-    return fminf(rows.top[0], rows.top[1]) > -INFINITY && !softmax_is_coarse(rows);
+    return (fminf(rows.top[0], rows.top[1]) > -INFINITY) & !softmax_is_coarse(rows);
 }
 
 /* Scores from their row's top on, in rows that need it; returns what the FFMA then adds. */
@@ -130,22 +158,7 @@ PTX float2 softmax_center(const softmax_rows &rows, float (&s)[N]) {
     return make_float2(minus[0], minus[1]);
 }
 
-/* s * scale + minus in place of s: exponents of scores, and back. */
-template <int N>
-PTX void softmax_linear(float (&s)[N], float scale, float2 minus) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) s[i] = fmaf(s[i], scale, i / 2 & 1 ? minus.y : minus.x);
-}
-
-/* P in place of exponents, and its row sums. */
-template <bool SUM, int N>
-PTX void softmax_exp(softmax_rows &rows, float (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-        x[i] = ex2_approx(x[i]);
-        if (SUM) rows.l[i / 2 & 1] += x[i];
-    }
-}
+/* P in place of scores, and its row sums. */
 template <bool SUM, int N>
 PTX void softmax_exp(softmax_rows &rows, float (&s)[N], float scale, float2 minus) {
 #pragma unroll

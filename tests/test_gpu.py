@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from dataclasses import replace
 
 import cases
@@ -933,6 +934,21 @@ def test_ordered_scores(how, dtype):
     elif how == "tiny":
         v = v * 1e-4
     check(q, k, v, scale=scale)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads, s", [(32, 1024), (128, 2048)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_that_outgrow_their_offset(dtype, heads, s, causal):
+    """Far behind a tile's first blocks comes a key whose score is so many powers of two greater, in
+    each head another: what fp16's P holds, what a float holds, and what neither does."""
+    jumps = [0, 0.5, 3, 10, 13.9, 14.1, 15, 16, 30, 90, 100, 113, 118, 119, 119.5, 119.9, 120]
+    jumps += [120.1, 120.5, 121, 123, 125, 126, 126.5, 127, 127.5, 128, 129, 140, 200, 500, 3000]
+    q, k, v = inputs(1, heads, heads, s, s, 128, dtype=DTYPES[dtype])
+    q[..., 0], k[..., 0] = 16, 0
+    jump = torch.tensor([jumps[i * 32 // heads] for i in range(heads)], device="cuda")
+    k[:, :, s // 3, 0] = (jump * (math.log(2) * math.sqrt(128) / 16)).to(k.dtype)
+    check(q, k, v, most=32, causal=causal)
 
 
 @pytest.mark.parametrize("d", SIZES)
