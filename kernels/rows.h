@@ -10,20 +10,24 @@
 
 #include "../csrc/fastattn.h"
 
+/* How Q, K and V come: boxes of the copy engine; by a warp, element by element if need be, whatever
+ * their strides; or boxes again, where a head begins anywhere in a row. */
+enum fa_loads { FA_BOXES, FA_STRIDED, FA_SLICES };
+
 typedef struct fa_row {
     const char *name;
     fa_dtype dtype;
     int32_t d, dv;            /* the largest head sizes it takes; smaller ones are zero-padded */
     int32_t block_m, block_n; /* query rows and keys of a tile */
     int32_t ones;             /* its row sum is that of the rounded P: no lse */
-    int32_t strided;          /* it takes arrays of any strides */
+    int32_t loads;            /* enum fa_loads */
     int32_t general;          /* it changes scores */
 } fa_row;
 
 static const fa_row fa_rows[] = {
 #define FA_ROW(name, source, arch, dtype, d, dv, warpgroups, block_n, stages, q_slots, offset, \
-               ones, blocks_per_sm, strided, staged, general, ...)                             \
-    {#name, dtype, d, dv, 64 * (warpgroups), block_n, ones, strided, general},
+               ones, blocks_per_sm, loads, staged, general, ...)                               \
+    {#name, dtype, d, dv, 64 * (warpgroups), block_n, ones, loads, general},
 #include "variants.def"
 #undef FA_ROW
 };
@@ -42,10 +46,36 @@ static inline int32_t fa_tma_takes(const fa_tensor *t, int32_t element_bytes) {
     return 1;
 }
 
-/* The output is stored 16 bytes at a time. */
-static inline int32_t fa_needs_strided(const fa_what *w) {
-    return !(fa_tma_takes(&w->q, 2) && fa_tma_takes(&w->k, 2) && fa_tma_takes(&w->v, 2) &&
-             fa_tma_takes(&w->out, 2) && w->dv % 8 == 0);
+enum { FA_SLICE = 8 }; /* columns of 16 bytes */
+
+/* Whether it can if all heads' rows are one row. A box begins on 16 bytes of it, at most 7 columns
+ * before a head does; those, and what is behind the head's own, are other heads'. */
+static inline int32_t fa_tma_takes_slices(const fa_tensor *t) {
+    fa_tensor rows = *t;
+    int64_t columns = (t->shape[1] - 1) * t->stride[1] + t->shape[3];
+    rows.shape[1] = 1;
+    return fa_tma_takes(&rows, 2) && (t->shape[1] == 1 || t->stride[1] >= 0) && columns < 1ll << 31;
+}
+
+/* Columns before some head's first in its box, at most. */
+static inline int32_t fa_slack_of(const fa_tensor *t) {
+    return t->shape[1] > 1 && t->stride[1] % FA_SLICE ? FA_SLICE - 1 : 0;
+}
+
+static inline enum fa_loads fa_loads_of(const fa_what *w, int32_t general) {
+    /* The output is stored 16 bytes at a time. */
+    if (fa_tma_takes(&w->q, 2) && fa_tma_takes(&w->k, 2) && fa_tma_takes(&w->v, 2) &&
+        fa_tma_takes(&w->out, 2) && w->dv % 8 == 0)
+        return FA_BOXES;
+    /* The columns of Q and of K that are multiplied must lie in the same places. */
+    int32_t alike = w->hq == w->hk ? w->hq == 1 || (w->q.stride[1] - w->k.stride[1]) % FA_SLICE == 0
+                                   : !fa_slack_of(&w->q) && !fa_slack_of(&w->k);
+    int32_t fits = w->d + fa_slack_of(&w->q) <= FA_MAX_HEAD_SIZE &&
+                   w->dv + fa_slack_of(&w->v) <= FA_MAX_HEAD_SIZE;
+    if (general || !alike || !fits || !fa_tma_takes_slices(&w->q) || !fa_tma_takes_slices(&w->k) ||
+        !fa_tma_takes_slices(&w->v))
+        return FA_STRIDED;
+    return FA_SLICES;
 }
 
 /* Whether something changes scores. Which keys a row may see, and a sink, which joins at the end of
@@ -63,7 +93,7 @@ static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b
 static inline int32_t fa_row_weight(const fa_row *row, int32_t causal, int32_t sk) {
     if (row->block_m == 64) return 125;
     if (row->block_m == 192) return (causal && sk < 8192 ? 105 : 95) + (row->block_n == 96 ? 3 : 0);
-    return row->block_n == 64 ? 108 : row->d < 128 && !row->general && !row->strided ? 115 : 100;
+    return row->block_n == 64 ? 108 : row->d < 128 && !row->general && !row->loads ? 115 : 100;
 }
 
 /* The time of a request on one row, in units of one query row times one key on one SM. A tile is
@@ -84,10 +114,12 @@ static inline int64_t fa_row_cost(const fa_row *row, const fa_what *w, const fa_
     return fa_ceil_div(tiles * w->b * w->hq, sms) * tile;
 }
 
-static inline int32_t fa_row_takes(const fa_row *row, const fa_what *w, int32_t strided,
+static inline int32_t fa_row_takes(const fa_row *row, const fa_what *w, enum fa_loads loads,
                                    int32_t general) {
-    return row->dtype == w->dtype && row->d >= w->d && row->dv >= w->dv &&
-           row->strided == strided && row->general == general && !(row->ones && w->lse.data);
+    const int32_t d = w->d + (loads == FA_SLICES ? fa_slack_of(&w->q) : 0);
+    const int32_t dv = w->dv + (loads == FA_SLICES ? fa_slack_of(&w->v) : 0);
+    return row->dtype == w->dtype && row->d >= d && row->dv >= dv && row->loads == (int32_t)loads &&
+           row->general == general && !(row->ones && w->lse.data);
 }
 
 /* The shape that a row is chosen for. Of packed sequences only the mean length is known, and, where
@@ -108,9 +140,10 @@ static inline fa_what fa_typical_shape(const fa_params *p) {
 /* Whether a row takes this dtype, these head sizes, strides and score changes: which one is a
  * matter of cost. */
 static inline int32_t fa_has_row(const fa_params *p) {
-    int32_t strided = fa_needs_strided(&p->what), general = fa_needs_general(p);
+    int32_t general = fa_needs_general(p);
+    enum fa_loads loads = fa_loads_of(&p->what, general);
     for (int32_t i = 0; i < FA_ROWS; ++i)
-        if (fa_row_takes(&fa_rows[i], &p->what, strided, general)) return 1;
+        if (fa_row_takes(&fa_rows[i], &p->what, loads, general)) return 1;
     return 0;
 }
 
@@ -119,12 +152,13 @@ static inline int32_t fa_has_row(const fa_params *p) {
 static inline int32_t fa_choose_row(const fa_params *p, int32_t sms) {
     const fa_what shape = fa_typical_shape(p), *w = &shape;
     const fa_masks *m = &p->masks;
-    int32_t best = -1, least = 0, strided = fa_needs_strided(w), general = fa_needs_general(p);
+    int32_t best = -1, least = 0, general = fa_needs_general(p);
+    enum fa_loads loads = fa_loads_of(w, general);
     int64_t cost = -1; /* of the best row so far, where it was needed */
     for (int32_t i = 0; i < FA_ROWS; ++i) {
         const fa_row *row = &fa_rows[i];
         int32_t size = row->d + row->dv;
-        if (!fa_row_takes(row, w, strided, general) || (best >= 0 && size > least)) continue;
+        if (!fa_row_takes(row, w, loads, general) || (best >= 0 && size > least)) continue;
         if (best >= 0 && size == least) {
             int64_t other = fa_row_cost(row, w, m, sms);
             if (cost < 0) cost = fa_row_cost(&fa_rows[best], w, m, sms);

@@ -95,6 +95,10 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
     float s[BLOCK_N / 2];
     const uint64_t k = k_descriptor(a, smem, kv.stage);
     mbarrier_wait(smem_address(&smem.k_full[kv.stage]), kv.parity);
+#if HAS_SLICES
+    const int32_t begin = t.h * a.moves[0][0] % FA_SLICE; /* as Q's */
+    clear_columns<BLOCK_N>(smem.k[kv.stage], begin, begin + a.d, warpgroup);
+#endif
 #if ROW_GENERAL
     constexpr enum changes CHANGES = (enum changes)ONLY;
     const int32_t row = first_row(t, warpgroup);

@@ -19,7 +19,8 @@
  * blocks from the right to the left, those that a bool mask hides from all rows left out.
  *
  * STRIDED rows take arrays that the copy engine cannot address: whole warps load in its place,
- * element by element, and O is stored likewise. Everything between is the same.
+ * element by element, and O is stored likewise. Everything between is the same. SLICES: the copy
+ * engine does, but not a head alone: what it brings behind a head's columns is cleared.
  */
 #include <stddef.h>
 
@@ -27,6 +28,13 @@
 #include "packed.h"
 #include "rows.h"
 #include "schedule.h"
+
+/* What the preprocessor must know of a row's loads. */
+#define LOADS_FA_BOXES 0
+#define LOADS_FA_STRIDED 1
+#define LOADS_FA_SLICES 2
+#define IS_STRIDED (PASTE(LOADS_, ROW_LOADS) == 1)
+#define HAS_SLICES (PASTE(LOADS_, ROW_LOADS) == 2)
 
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
@@ -37,7 +45,8 @@
 
 /* ---- the row ----------------------------------------------------------------------------------*/
 
-static constexpr bool IS_BF16 = ROW_DTYPE == FA_BF16, ONES = ROW_ONES, STRIDED = ROW_STRIDED,
+static constexpr bool IS_BF16 = ROW_DTYPE == FA_BF16, ONES = ROW_ONES,
+                      STRIDED = ROW_LOADS == FA_STRIDED, SLICES = ROW_LOADS == FA_SLICES,
                       GENERAL = ROW_GENERAL;
 static constexpr enum offset OFFSET = ROW_OFFSET;
 static constexpr bool REDOES = OFFSET != WATCH; /* tiles whose offsets did not hold */
@@ -76,7 +85,7 @@ static constexpr int SERVER_REGISTERS = POOL - WARPGROUPS * MMA_REGISTERS;
 static_assert(SERVER_REGISTERS >= 24, "the pool is too small");
 
 /* O leaves through shared memory where there is room for that. */
-static constexpr bool STAGED = !STRIDED && ROW_STAGED;
+static constexpr bool STAGED = ROW_STAGED;
 
 static constexpr int LOADERS = STRIDED ? 32 : 1; /* threads that bring Q, K, V, each */
 
@@ -145,7 +154,7 @@ static_assert(offsetof(smem_layout, mask) % 1024 == 0, "the copy engine's patter
 static_assert(!ONES || offsetof(smem_layout, ones) % 1024 == 0, "wgmma's pattern");
 static constexpr int SMEM_BYTES = sizeof(smem_layout) + 1024; /* room to align the base */
 
-#if ROW_STRIDED
+#if IS_STRIDED
 typedef fa_tensor array;
 #else
 typedef CUtensorMap array; /* {columns, rows, heads, batches} */
@@ -164,10 +173,14 @@ struct kernel_args {
     int32_t watch;              /* 1: keep and follow no offset anywhere */
     int32_t reads;              /* the arguments alone do not describe a tile */
     int32_t ahead;              /* items that a block may have claimed, at most ITEMS */
-    int32_t moves[4][2];        /* q, k, v, out: 0 where the stride of heads, of batches is 0 */
-    float scale;                /* times log2(e) */
-    float slack;                /* softmax_slack of it */
-    float *lse;                 /* (b, hq, sq), strides in elements; NULL: not wanted */
+    int32_t moves[4][2]; /* q, k, v, out, heads and batches: 0 where the stride is; else 1, or of
+                          * slices' heads the stride itself */
+#if HAS_SLICES
+    int32_t d;
+#endif
+    float scale; /* times log2(e) */
+    float slack; /* softmax_slack of it */
+    float *lse;  /* (b, hq, sq), strides in elements; NULL: not wanted */
     int64_t lse_stride[3];
     const float *sink; /* (hq,), or NULL */
     int64_t sink_stride;
@@ -223,6 +236,10 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         const uint64_t q = q_descriptor(a, smem, slot);
         const uint32_t q_empty = smem_address(&smem.q_empty[slot]);
         mbarrier_wait(smem_address(&smem.q_full[slot]), place / Q_SLOTS & 1);
+#if HAS_SLICES
+        const int32_t begin = t.h * a.moves[0][0] % FA_SLICE;
+        clear_columns<64>(smem.q[slot], begin, begin + a.d, warpgroup);
+#endif
         if (blocks == 0) { /* all warps have met this Q, or one could miss two of its phases */
             bar_sync(1 + warpgroup, 128);
             release(q_empty);
@@ -310,7 +327,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     extern __shared__ uint8_t raw[];
     smem_layout &smem = *(smem_layout *)(raw + (-smem_address(raw) & 1023));
     if (threadIdx.x == 0) {
-#if !ROW_STRIDED
+#if !IS_STRIDED
         prefetch_tensormap(&a.q);
         prefetch_tensormap(&a.k);
         prefetch_tensormap(&a.v);

@@ -5,7 +5,7 @@
 #ifndef FASTATTN_SM90_LAUNCH_CUH
 #define FASTATTN_SM90_LAUNCH_CUH
 
-#if !ROW_STRIDED || ROW_GENERAL
+#if !IS_STRIDED || ROW_GENERAL
 /* Panels of 128 bytes by `rows` rows; dimensions of stride 0 are one long, and not moved along. */
 static bool encode(CUtensorMap *map, const fa_sm90_device *device, const fa_tensor *t, int rows,
                    int32_t moves[2], int element_bytes = 2) {
@@ -22,6 +22,12 @@ static bool encode(CUtensorMap *map, const fa_sm90_device *device, const fa_tens
         }
         if (i) moves[i - 1] = shape[1 + i] > 1;
     }
+    if (SLICES && moves[0]) { /* all heads are one */
+        moves[0] = (int32_t)t->stride[1];
+        shape[0] += (cuuint64_t)(t->shape[1] - 1) * (cuuint64_t)t->stride[1];
+        shape[2] = 1;
+        strides[1] = 16;
+    }
     const cuuint32_t box[4] = {(cuuint32_t)(128 / element_bytes), (cuuint32_t)rows, 1, 1};
     const cuuint32_t steps[4] = {1, 1, 1, 1};
     return device->encode(map,
@@ -34,7 +40,7 @@ static bool encode(CUtensorMap *map, const fa_sm90_device *device, const fa_tens
 }
 #endif
 
-#if ROW_STRIDED
+#if IS_STRIDED
 static bool encode(fa_tensor *array, const fa_sm90_device *, const fa_tensor *t, int, int32_t[2]) {
     *array = *t;
     return true;
@@ -58,6 +64,9 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
         return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected q, k, v or out");
     a.descriptor_high = 64 | 1u << 30; /* as in wgmma_descriptor() */
     a.out = w->out;
+#if HAS_SLICES
+    a.d = w->d;
+#endif
     a.masks = p->masks;
     a.sq = w->sq;
     a.sk = w->sk;

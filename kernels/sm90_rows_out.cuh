@@ -20,7 +20,7 @@ typedef uint32_t rows_out[DV / 4];
 /* Between tiles O holds nothing. Where registers are few the compiler must hear that, or it keeps
  * what O held: by the rows on their way out, which are in half of its registers, or by zeros. Which
  * rows need what, was found by trial. */
-static constexpr bool LEAVES_ZEROS = STRIDED || (WARPGROUPS == 3 && OFFSET != KEEP),
+static constexpr bool LEAVES_ZEROS = STRIDED || SLICES || (WARPGROUPS == 3 && OFFSET != KEEP),
                       LEAVES_OUT = DV > 128 || (WARPGROUPS == 3 && BLOCK_N > 64 && OFFSET == KEEP);
 
 /* These are the rows of no item. */
@@ -123,17 +123,19 @@ PTX bool is_finite(const rows_out &o, const ending &e) {
 PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, const rows_out &o,
                     const ending &e, int warpgroup) {
     const int32_t rows = e.rows, lane = threadIdx.x % 32;
-#if ROW_STRIDED
+#if IS_STRIDED || HAS_SLICES
+    const int32_t skip = SLICES ? t.h_k * a.moves[2][0] % FA_SLICE : 0; /* other heads' columns */
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         uint16_t *to = out_row(a, t, e.row + 8 * r);
-        int32_t columns = e.row + 8 * r < rows ? (int32_t)a.out.shape[3] : 0;
+        const int32_t columns = e.row + 8 * r < rows ? (int32_t)a.out.shape[3] : 0;
 #pragma unroll
         for (int j = 0; j < DV / 8; ++j) {
-            int32_t column = 8 * j + lane % 4 * 2;
-            uint32_t pair = o[2 * j + r];
-            if (column < columns) to[column * a.out.stride[3]] = (uint16_t)pair;
-            if (column + 1 < columns) to[(column + 1) * a.out.stride[3]] = (uint16_t)(pair >> 16);
+            const int32_t column = 8 * j + lane % 4 * 2 - skip;
+            const uint32_t pair = o[2 * j + r];
+            if (column >= 0 && column < columns) to[column * a.out.stride[3]] = (uint16_t)pair;
+            if (column + 1 >= 0 && column + 1 < columns)
+                to[(column + 1) * a.out.stride[3]] = (uint16_t)(pair >> 16);
         }
     }
 #elif ROW_STAGED

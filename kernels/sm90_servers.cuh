@@ -192,7 +192,7 @@ PTX void schedule(const kernel_args &a, smem_layout &smem, int32_t tile, int32_t
     }
 }
 
-#if ROW_STRIDED
+#if IS_STRIDED
 #include "sm90_strided.cuh"
 #else
 /* ROWS rows as panels of 64 columns. */
@@ -202,8 +202,9 @@ PTX void load(uint32_t smem, const CUtensorMap &from, int32_t first, int32_t h, 
     mbarrier_arrive_expect_tx(barrier, ROWS * 128 * panels<COLUMNS>);
 #pragma unroll
     for (int c = 0; c < COLUMNS; c += 64)
-        cp_async_bulk_tensor_load(smem + c * 2 * ROWS, &from, c, first, h * moves[0], b * moves[1],
-                                  barrier, policy);
+        cp_async_bulk_tensor_load(smem + c * 2 * ROWS, &from,
+                                  c + (SLICES ? h * moves[0] & -FA_SLICE : 0), first,
+                                  SLICES ? 0 : h * moves[0], b * moves[1], barrier, policy);
 }
 #endif
 

@@ -58,10 +58,28 @@ def odd(x):
     return room.cuda()[..., :-1]
 
 
+def beside(x):
+    """The same values, heads side by side and an element apart: they begin anywhere in a row."""
+    heads = x.shape[-2 if x.ndim == 3 else 1]
+    row = -(-heads * (x.shape[-1] + 1) // 8) * 8
+    rows = x if x.ndim == 3 else x.transpose(1, 2)
+    room = torch.full((*rows.shape[:-2], row), torch.nan, dtype=x.dtype)
+    view = room[..., : heads * (x.shape[-1] + 1)].unflatten(-1, (heads, x.shape[-1] + 1))[..., :-1]
+    view.copy_(rows)
+    view = placed(view)
+    return view if x.ndim == 3 else view.transpose(1, 2)
+
+
 def placed(x):
     """On the GPU with the strides that it has: a copy would be contiguous."""
     base = x if x._base is None else x._base
     return base.cuda().as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def on_host(x):
+    """Copied whole, for a part of it would be gathered by a kernel that is not ours."""
+    base = x if x._base is None else x._base
+    return base.cpu().as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def lengths(b, s):
@@ -74,12 +92,15 @@ def features(b, hq, sq, sk):
     yield "full", {}, {}
     yield "causal, one key head", {"hk": 1}, {"causal": True}
     yield "window and lengths", {}, {"window": (50, 20), **limits}
-    yield "odd strides", {"odd": True}, {"causal": "top-left"}
+    yield "odd strides", {"move": odd}, {"causal": "top-left"}
+    yield "heads anywhere", {"move": beside}, {"causal": True}
+    yield "odd output", {"move_out": odd}, {}
     yield "peaked", {"factor": 100}, {"causal": True}  # tiles that are done again
     yield "sink", {}, {"sink": torch.linspace(-3, 3, hq), **limits}
     yield "packed, full", {"packed": True}, {}
     yield "packed, causal", {"packed": True}, {"causal": True}
-    yield "packed, odd strides", {"packed": True, "odd": True}, {"causal": "top-left"}
+    yield "packed, odd strides", {"packed": True, "move": odd}, {"causal": "top-left"}
+    yield "packed, heads anywhere", {"packed": True, "move": beside}, {}
     used = {name: limits[name] for name in ("q_lengths", "k_lengths")}
     yield "packed, sink", {"packed": True}, {"sink": torch.linspace(-3, 3, hq), **used}
 
@@ -107,7 +128,7 @@ def changes(b, hq, sq, sk):
         yield f"{of} mask", {}, {"mask": mask(hq, sq, sk, kind=kind)}
         yield f"odd {of} mask", {}, {"mask": odd_on_host(mask(sq, sk, kind=kind)), **limits}
     everything = {"softcap": 5.0, "alibi_slopes": slopes, "sink": sink, "dropout_p": 0.5, "seed": 1}
-    yield "everything", {"odd": True}, {**everything, "mask": mask(b, 1, sq, sk), "causal": True}
+    yield "everything", {"move": odd}, {**everything, "mask": mask(b, 1, sq, sk), "causal": True}
     yield "peaked", {"factor": 100}, {"mask": mask(sq, sk, kind=torch.bfloat16)}
     packed, used = {"packed": True}, {n: limits[n] for n in ("q_lengths", "k_lengths")}
     sq, sk = np.max(packed_lengths(b, sq, sk), axis=0).tolist()
@@ -121,7 +142,7 @@ def changes(b, hq, sq, sk):
         of = str(kind).removeprefix("torch.")
         yield f"packed, {of} mask", packed, {"mask": mask(b, 1, sq, sk, kind=kind), **both}
         yield f"packed, odd {of} mask", packed, {"mask": odd_on_host(mask(sq, sk, kind=kind))}
-    strided = packed | {"odd": True, "hk": 1}
+    strided = packed | {"move": odd, "hk": 1}
     everything |= {"alibi_slopes": slopes.expand(b, hq).contiguous(), **both, **used}
     yield "packed, everything", strided, {**everything, "mask": mask(b, 1, sq, sk)}
     added = mask(hq, sq, sk, kind=torch.float16)
@@ -147,9 +168,9 @@ def run(name, feature, sizes, dtype, shape, change, keywords):
         return run_packed(name, feature, sizes, dtype, shape, change, keywords)
     q, k, v = arrays(b, h, change.get("hk", h), sq, sk, d, dv, dtype)
     q = q * change.get("factor", 1)
-    move = odd if change.get("odd") else torch.Tensor.cuda
+    move = change.get("move", torch.Tensor.cuda)
     # The output holds something already: initcheck does not see what the copy engine writes.
-    out = move(torch.full((b, h, sq, dv), torch.nan, dtype=dtype))
+    out = change.get("move_out", move)(torch.full((b, h, sq, dv), torch.nan, dtype=dtype))
     want_lse = feature != "full"  # some rows give none
     sent = on_gpu(keywords)
     call = functools.partial(
@@ -157,8 +178,7 @@ def run(name, feature, sizes, dtype, shape, change, keywords):
     )
     result = call()
     lse = result[1].cpu() if want_lse else None
-    whole = out if out._base is None else out._base
-    got = whole.cpu()[..., :dv]
+    got = on_host(out)
     return report(call, name, feature, gpu.complaints(got, lse, q, k, v, most=8, **keywords))
 
 
@@ -174,7 +194,7 @@ def run_packed(name, feature, sizes, dtype, shape, change, keywords):
     (d, dv), (b, h, sq, sk) = sizes, shape
     lengths = packed_lengths(b, sq, sk)
     q, k, v = gpu.packed(lengths, h, change.get("hk", h), d, dv, dtype, (3, 3), device="cpu")
-    move = odd if change.get("odd") else torch.Tensor.cuda
+    move = change.get("move", torch.Tensor.cuda)
     out = move(torch.full((*q.shape[:2], dv), torch.nan, dtype=dtype))
     want_lse = "full" not in feature
     sent = on_gpu(keywords)
@@ -188,7 +208,7 @@ def run_packed(name, feature, sizes, dtype, shape, change, keywords):
     )
     result = call()
     lse = result[1].cpu() if want_lse else None
-    got = (out if out._base is None else out._base).cpu()[..., :dv]
+    got = on_host(out)
     some = range(0, b, max(1, b // 4))
     wrong = gpu.packed_complaints(got, lse, q, k, v, lengths, some, 8, **keywords)
     return report(call, name, feature, wrong)

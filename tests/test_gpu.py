@@ -188,6 +188,25 @@ def test_rows_that_the_copy_engine_does_not_take(d, sq, layout):
     check(q, k, restrided(v, "odd rows"), causal=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d, dv", [(1, 1), (33, 57), (65, 65), (66, 121), (100, 100), (250, 249)])
+def test_heads_that_begin_anywhere_in_a_row(d, dv, dtype):
+    """(b, s, h, d) of a head size that is no multiple of 8, every second head NaN: what the copy
+    engine brings of other heads reaches nothing."""
+    q, k, v = (
+        torch.full((2, s, 16, size), torch.nan, dtype=DTYPES[dtype], device="cuda")
+        for s, size in ((200, d), (300, d), (300, dv))
+    )
+    views = [x[:, :, ::2].transpose(1, 2) for x in (q, k, v)]
+    for view, x in zip(views, inputs(2, 8, 8, 200, 300, d, dv, dtype=DTYPES[dtype]), strict=True):
+        view.copy_(x)
+    check(*views, causal=True)
+    check(*views, window=(100, 50), most=4)
+    if d < 250:
+        row = fastattn.explain(fastattn.attention, *views).kernel
+        assert row.endswith("_slices")
+
+
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 def test_each_array_may_have_odd_strides(which):
     arrays = dict(zip("qkv", inputs(2, 2, 2, 100, 200, 128), strict=True))

@@ -100,11 +100,24 @@ int choose_packed(int b, int h, int total, int longest, int d, int invariant, in
     p.varlen = (fa_varlen){&cu, &cu, 0, 0, total, total};
     return fa_choose_row(&p, sms);
 }
+/* The row of arrays (b, s, h, d), of rows `padding` elements longer than their heads. */
+int choose_heads_beside(int hq, int hk, int d, int dv, int padding, float softcap, int sms) {
+    fa_params p = {.what = {.dtype = FA_BF16, .b = 2, .hq = hq, .hk = hk, .sq = 300, .sk = 300,
+                            .d = d, .dv = dv}};
+    fa_tensor *t[] = {&p.what.q, &p.what.k, &p.what.v, &p.what.out};
+    for (int i = 0; i < 4; ++i) {
+        int64_t h = i == 0 || i == 3 ? hq : hk, size = i < 2 ? d : dv, row = h * size + padding;
+        fa_tensor x = {(void *)4096, {2, h, 300, size}, {300 * row, size, row, 1}};
+        *t[i] = x;
+    }
+    p.scores.softcap = softcap;
+    return fa_choose_row(&p, sms);
+}
 int rows(void) { return FA_ROWS; }
 const char *row_name(int i) { return fa_rows[i].name; }
 int row_field(int i, int field) {
     const fa_row *r = &fa_rows[i];
-    int fields[] = {r->dtype, r->d, r->dv, r->strided, r->ones, r->general};
+    int fields[] = {r->dtype, r->d, r->dv, r->loads, r->ones, r->general};
     return fields[field];
 }
 int tma_takes(int64_t base, const int64_t *shape, const int64_t *stride) {
@@ -274,7 +287,7 @@ def test_every_head_size_has_its_row(host, odd, change):
         fits = [
             int(row["d"]) + int(row["dv"])
             for row in ROWS
-            if (row["dtype"], row["strided"]) == (name, str(int(odd > 0)))
+            if (row["dtype"], row["loads"]) == (name, "FA_STRIDED" if odd else "FA_BOXES")
             and row["general"] == str(int(change not in (0, 4)))
             and (int(row["d"]) >= d and int(row["dv"]) >= dv)
         ]
@@ -289,6 +302,31 @@ def test_every_head_size_has_its_row(host, odd, change):
             assert got[0] == dtype and got[1] >= d and got[2] >= dv and got[3] == (odd > 0)
             assert got[5] == (change not in (0, 4))
             assert got[1] + got[2] == min(fits) and not (lse and got[4])
+
+
+def test_heads_that_begin_anywhere_in_a_row(host):
+    """The copy engine brings them if rows are multiples of 16 bytes, and a head fits a row of the
+    table from the 16 bytes on that it begins in; Q's and K's columns must lie in the same places.
+    """
+
+    def name(*arguments, softcap=0.0):
+        row = host.choose_heads_beside(*arguments, ctypes.c_float(softcap), SMS)
+        return host.row_name(row).decode().split("bf16_")[1]
+
+    for d in range(1, 257):
+        slack = 0 if d % 8 == 0 else 7
+        fits = [size for size in (64, 128, 256) if size >= d + slack]
+        assert name(8, 8, d, d, 8, softcap=1.0).endswith("strided" if d % 8 else "general")
+        if d % 8 == 0:
+            assert "slices" not in name(8, 8, d, d, 8)
+        else:
+            assert name(8, 8, d, d, 8) == (f"d{fits[0]}_slices" if fits else "d256_strided")
+        if d < 250:  # rows of 2 bytes more than 16
+            assert name(8, 8, d, d, 1).endswith("_strided")
+    assert name(16, 8, 65, 65, 0) == name(16, 8, 65, 64, 0) == "d128_strided"
+    assert name(16, 8, 64, 65, 0) == name(8, 8, 64, 65, 0) == "d128_slices"
+    assert name(8, 8, 128, 124, 0) == "d256_slices"
+    assert name(1, 1, 65, 65, 7) == "d128_slices"
 
 
 CAUSAL = 2
@@ -341,8 +379,8 @@ def test_general_rows_watch(host):
     """They keep no offset, which a float mask could move by more than its range, and their key
     blocks are 64 or 128, the units of a packed mask."""
     general = [row for row in ROWS if row["general"] == "1"]
-    assert {(row["dtype"], row["d"], row["strided"]) for row in general} == set(
-        itertools.product(("FA_BF16", "FA_F16"), ("64", "128", "256"), "01")
+    assert {(row["dtype"], row["d"], row["loads"]) for row in general} == set(
+        itertools.product(("FA_BF16", "FA_F16"), ("64", "128", "256"), ("FA_BOXES", "FA_STRIDED"))
     )
     for row in general:
         assert row["offset"] != "KEEP" and row["ones"] == "0" and row["block_n"] in ("64", "128")
