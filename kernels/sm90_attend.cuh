@@ -134,7 +134,8 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
     release(smem_address(&smem.k_empty[kv.stage]));
     if (q_done) release(q_done);
     if (!DELAYED) settle(st, smem, held);
-    /* Without a branch here the compiler passes the turn when P is there, 300 clocks late. */
+    /* Never taken. Without a branch the compiler passes the turn when P is there, 300 clocks late.
+     */
     if (HOW == FOLLOW && a.descriptor_high == 0) __trap();
 
 #if ROW_GENERAL

@@ -20,7 +20,7 @@
  *
  * STRIDED rows take arrays that the copy engine cannot address: whole warps load in its place,
  * element by element, and O is stored likewise. Everything between is the same. SLICES: the copy
- * engine does, but not a head alone: what it brings behind a head's columns is cleared.
+ * engine does, but not a head alone: the columns of other heads that it brings are cleared.
  */
 #include <stddef.h>
 
@@ -176,7 +176,7 @@ struct kernel_args {
     int32_t moves[4][2]; /* q, k, v, out, heads and batches: 0 where the stride is; else 1, or of
                           * slices' heads the stride itself */
 #if HAS_SLICES
-    int32_t d;
+    int32_t d; /* of Q and K: columns that are not cleared */
 #endif
     float scale; /* times log2(e) */
     float slack; /* softmax_slack of it */

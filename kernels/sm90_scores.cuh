@@ -298,15 +298,10 @@ PTX void clear_holes(const score_args &a, const score_item &t, uint8_t *v, int32
 
 /* ---- the scores ------------------------------------------------------------------------------*/
 
-/* As integers the greatest float is the greatest, of those that are not negative: the greatest of
- * each of a thread's two rows, or 0. */
+/* The greatest score of each of a thread's two rows, or 0. */
 PTX void tops_of(const float (&s)[BLOCK_N / 2], float (&top)[2]) {
     int32_t x[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < BLOCK_N / 2; i += 4) {
-        x[0] = __vimax3_s32(x[0], __float_as_int(s[i]), __float_as_int(s[i + 1]));
-        x[1] = __vimax3_s32(x[1], __float_as_int(s[i + 2]), __float_as_int(s[i + 3]));
-    }
+    softmax_tops(s, x);
     top[0] = __int_as_float(x[0]), top[1] = __int_as_float(x[1]);
 }
 

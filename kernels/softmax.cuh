@@ -51,15 +51,21 @@ PTX void softmax_start(softmax_rows &rows) {
     }
 }
 
+/* Raises `top` to the greatest of each row, as integers: so floats order that are not negative. */
+template <int N>
+PTX void softmax_tops(const float (&x)[N], int32_t (&top)[2]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        top[0] = __vimax3_s32(top[0], __float_as_int(x[i]), __float_as_int(x[i + 1]));
+        top[1] = __vimax3_s32(top[1], __float_as_int(x[i + 2]), __float_as_int(x[i + 3]));
+    }
+}
+
 /* Whether a score of these two rows passes its limit. */
 template <int N>
 PTX bool softmax_exceeds(const softmax_rows &rows, const float (&s)[N], float slack) {
     int32_t top[2] = {__float_as_int(s[0]), __float_as_int(s[2])};
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
-        top[0] = __vimax3_s32(top[0], __float_as_int(s[i]), __float_as_int(s[i + 1]));
-        top[1] = __vimax3_s32(top[1], __float_as_int(s[i + 2]), __float_as_int(s[i + 3]));
-    }
+    softmax_tops(s, top);
     bool exceeds = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) { /* a negative limit is passed by all: the branch looks closer */
@@ -98,11 +104,7 @@ template <class RANGE, int N>
 PTX bool softmax_follow(softmax_rows &rows, float (&p)[N], float scale, float2 &factor) {
     constexpr int32_t LIMIT = 127 + (int)RANGE::SLACK << 23; /* 2^SLACK: P orders as integers */
     int32_t top[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
-        top[0] = __vimax3_s32(top[0], __float_as_int(p[i]), __float_as_int(p[i + 1]));
-        top[1] = __vimax3_s32(top[1], __float_as_int(p[i + 2]), __float_as_int(p[i + 3]));
-    }
+    softmax_tops(p, top);
     if (!__any_sync(~0u, max(top[0], top[1]) > LIMIT)) return false;
     float shrink[2];
 #pragma unroll

@@ -189,16 +189,20 @@ def test_rows_that_the_copy_engine_does_not_take(d, sq, layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d, dv", [(1, 1), (33, 57), (65, 65), (66, 121), (100, 100), (250, 249)])
-def test_heads_that_begin_anywhere_in_a_row(d, dv, dtype):
+@pytest.mark.parametrize(
+    "d, dv, group",
+    [(1, 1, 1), (33, 57, 1), (65, 65, 1), (66, 121, 1), (100, 100, 1), (250, 249, 1), (64, 57, 2)],
+)
+def test_heads_that_begin_anywhere_in_a_row(d, dv, group, dtype):
     """(b, s, h, d) of a head size that is no multiple of 8, every second head NaN: what the copy
     engine brings of other heads reaches nothing."""
     q, k, v = (
-        torch.full((2, s, 16, size), torch.nan, dtype=DTYPES[dtype], device="cuda")
-        for s, size in ((200, d), (300, d), (300, dv))
+        torch.full((2, s, 2 * h, size), torch.nan, dtype=DTYPES[dtype], device="cuda")
+        for h, s, size in ((8 * group, 200, d), (8, 300, d), (8, 300, dv))
     )
     views = [x[:, :, ::2].transpose(1, 2) for x in (q, k, v)]
-    for view, x in zip(views, inputs(2, 8, 8, 200, 300, d, dv, dtype=DTYPES[dtype]), strict=True):
+    values = inputs(2, 8 * group, 8, 200, 300, d, dv, dtype=DTYPES[dtype])
+    for view, x in zip(views, values, strict=True):
         view.copy_(x)
     check(*views, causal=True)
     check(*views, window=(100, 50), most=4)
