@@ -107,6 +107,7 @@ PTX bool softmax_follow(softmax_rows &rows, float (&p)[N], float scale, float2 &
     softmax_tops(p, top);
     if (!__any_sync(~0u, max(top[0], top[1]) > LIMIT)) return false;
     float shrink[2];
+    bool gone = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         float most = __int_as_float(top[r]);
@@ -117,10 +118,15 @@ PTX bool softmax_follow(softmax_rows &rows, float (&p)[N], float scale, float2 &
         shrink[r] = raise ? rcp_approx(most) : 1.f;
         rows.top[r] += __fdividef(up, scale);
         rows.minus[r] -= up;
-        /* Beyond that the reciprocal is 0: the vote must hear of it. */
-        rows.l[r] = most < 0x1p120f ? rows.l[r] * shrink[r] : INFINITY;
+        rows.l[r] *= shrink[r];
+        /* Beyond that the reciprocal is 0. */
+        gone |= most >= 0x1p120f;
 #pragma unroll
         for (int i = 2 * r; i < N; i += 4) p[i] *= shrink[r], p[i + 1] *= shrink[r];
+    }
+    if (__any_sync(~0u, gone)) { /* the tile comes again: no more of this warp's P, and the vote */
+        rows.minus[0] = rows.minus[1] = -INFINITY;
+        rows.l[0] = rows.l[1] = INFINITY;
     }
     factor = make_float2(shrink[0], shrink[1]);
     return true;
