@@ -96,8 +96,11 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
     const uint64_t k = k_descriptor(a, smem, kv.stage);
     mbarrier_wait(smem_address(&smem.k_full[kv.stage]), kv.parity);
 #if HAS_SLICES
-    const int32_t begin = t.h * a.moves[0][0] % FA_SLICE; /* as Q's */
-    clear_columns<BLOCK_N>(smem.k[kv.stage], begin, begin + a.d, warpgroup);
+    /* Q has zeros there; where K has no finite numbers for them, the tile is voted down. */
+    if (HOW == WATCH && uniform(t.watch)) {
+        const int32_t begin = t.h * a.moves[0][0] % FA_SLICE; /* as Q's */
+        clear_columns<BLOCK_N>(smem.k[kv.stage], begin, begin + a.d, warpgroup);
+    }
 #endif
 #if ROW_GENERAL
     constexpr enum changes CHANGES = (enum changes)ONLY;
