@@ -65,6 +65,14 @@ PTX void cp_async_bulk_tensor_load(uint32_t smem, const void *map, int32_t colum
         "l"(map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(barrier), "l"(policy)
         : "memory");
 }
+/* `bytes` that lie side by side; all addresses and the number in units of 16. */
+PTX void cp_async_bulk_load(uint32_t smem, const void *from, uint32_t bytes, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+        "[%3];" ::"r"(smem),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
+}
 PTX void cp_async_bulk_tensor_store(const void *map, uint32_t smem, int32_t column, int32_t row,
                                     int32_t head, int32_t batch) {
     asm volatile(
@@ -94,6 +102,9 @@ PTX void cp_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 PTX void st_shared(uint32_t smem, uint32_t x) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem), "r"(x) : "memory");
 }
+PTX void st_shared_b16(uint32_t smem, uint16_t x) {
+    asm volatile("st.shared.b16 [%0], %1;" ::"r"(smem), "h"(x) : "memory");
+}
 PTX void st_shared_v4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
                  :
@@ -101,6 +112,11 @@ PTX void st_shared_v4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_
                  : "memory");
 }
 
+PTX uint32_t ld_shared(uint32_t smem) {
+    uint32_t x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(smem) : "memory");
+    return x;
+}
 PTX float2 ld_shared_v2(uint32_t smem) {
     float2 x;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(smem) : "memory");

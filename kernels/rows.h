@@ -11,8 +11,9 @@
 #include "../csrc/fastattn.h"
 
 /* How Q, K and V come: boxes of the copy engine; by a warp, element by element if need be, whatever
- * their strides; or boxes again, where a head begins anywhere in a row. */
-enum fa_loads { FA_BOXES, FA_STRIDED, FA_SLICES };
+ * their strides; boxes again, where a head begins anywhere in a row; or by a warp, but K and V as
+ * they lie in memory by the copy engine, and from there to their places. */
+enum fa_loads { FA_BOXES, FA_STRIDED, FA_SLICES, FA_RAW };
 
 typedef struct fa_row {
     const char *name;
@@ -62,6 +63,17 @@ static inline int32_t fa_slack_of(const fa_tensor *t) {
     return t->shape[1] > 1 && t->stride[1] % FA_SLICE ? FA_SLICE - 1 : 0;
 }
 
+/* Whether rows lie side by side, or with at most as much between them. */
+static inline int32_t fa_is_side_by_side(const fa_tensor *t) {
+    return (t->shape[3] == 1 || t->stride[3] == 1) && t->stride[0] >= 0 && t->stride[1] >= 0 &&
+           t->stride[2] >= 0 && t->stride[2] <= 2 * t->shape[3];
+}
+
+/* Whether all rows begin on 8 bytes: then a warp copies them well enough. */
+static inline int32_t fa_is_of_8_bytes(const fa_tensor *t) {
+    return ((uintptr_t)t->data / 2 | t->stride[0] | t->stride[1] | t->stride[2]) % 4 == 0;
+}
+
 static inline enum fa_loads fa_loads_of(const fa_what *w, int32_t general) {
     /* The output is stored 16 bytes at a time. */
     if (fa_tma_takes(&w->q, 2) && fa_tma_takes(&w->k, 2) && fa_tma_takes(&w->v, 2) &&
@@ -72,10 +84,14 @@ static inline enum fa_loads fa_loads_of(const fa_what *w, int32_t general) {
                                    : !fa_slack_of(&w->q) && !fa_slack_of(&w->k);
     int32_t fits = w->d + fa_slack_of(&w->q) <= FA_MAX_HEAD_SIZE &&
                    w->dv + fa_slack_of(&w->v) <= FA_MAX_HEAD_SIZE;
-    if (general || !alike || !fits || !fa_tma_takes_slices(&w->q) || !fa_tma_takes_slices(&w->k) ||
-        !fa_tma_takes_slices(&w->v))
-        return FA_STRIDED;
-    return FA_SLICES;
+    if (general) return FA_STRIDED;
+    if (alike && fits && fa_tma_takes_slices(&w->q) && fa_tma_takes_slices(&w->k) &&
+        fa_tma_takes_slices(&w->v))
+        return FA_SLICES;
+    if (fa_is_side_by_side(&w->k) && fa_is_side_by_side(&w->v) &&
+        !(fa_is_of_8_bytes(&w->k) && fa_is_of_8_bytes(&w->v)))
+        return FA_RAW;
+    return FA_STRIDED;
 }
 
 /* Whether something changes scores. Which keys a row may see, and a sink, which joins at the end of

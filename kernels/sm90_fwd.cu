@@ -20,7 +20,8 @@
  *
  * STRIDED rows take arrays that the copy engine cannot address: whole warps load in its place,
  * element by element, and O is stored likewise. Everything between is the same. SLICES: the copy
- * engine does, but not a head alone: the columns of other heads that it brings are cleared.
+ * engine does, but not a head alone: the columns of other heads that it brings are cleared. RAW:
+ * strided, but the copy engine brings K and V as they lie in memory, and warps move them.
  */
 #include <stddef.h>
 
@@ -33,7 +34,9 @@
 #define LOADS_FA_BOXES 0
 #define LOADS_FA_STRIDED 1
 #define LOADS_FA_SLICES 2
-#define IS_STRIDED (PASTE(LOADS_, ROW_LOADS) == 1)
+#define LOADS_FA_RAW 3
+#define IS_RAW (PASTE(LOADS_, ROW_LOADS) == 3)
+#define IS_STRIDED (PASTE(LOADS_, ROW_LOADS) == 1 || IS_RAW)
 #define HAS_SLICES (PASTE(LOADS_, ROW_LOADS) == 2)
 
 #define PASTE_(a, b) a##b
@@ -46,7 +49,7 @@
 /* ---- the row ----------------------------------------------------------------------------------*/
 
 static constexpr bool IS_BF16 = ROW_DTYPE == FA_BF16, ONES = ROW_ONES,
-                      STRIDED = ROW_LOADS == FA_STRIDED, SLICES = ROW_LOADS == FA_SLICES,
+                      STRIDED = IS_STRIDED, SLICES = ROW_LOADS == FA_SLICES,
                       GENERAL = ROW_GENERAL;
 static constexpr enum offset OFFSET = ROW_OFFSET;
 static constexpr bool REDOES = OFFSET != WATCH; /* tiles whose offsets did not hold */
@@ -97,6 +100,9 @@ static constexpr int PANEL_Q = 64 * 128, PANEL_N = BLOCK_N * 128;
 static constexpr int Q_BYTES = PANEL_Q * panels<D>;
 static constexpr int O_BYTES = 16 * 128; /* a panel of a warp's rows */
 static constexpr int K_BYTES = PANEL_N * panels<D>, V_BYTES = PANEL_N * panels<DV>;
+#if IS_RAW
+static constexpr int RING = 4, RAW_BYTES = DV > 128 ? 15360 : 17408; /* sm90_raw.cuh */
+#endif
 
 #if ROW_GENERAL
 /* Loops for one change of scores alone, where registers and the time to compile them allow. */
@@ -135,6 +141,10 @@ struct smem_layout {
     uint8_t mask[WARPGROUPS][MASK_BYTES];
 #endif
     uint8_t o[STAGED ? 4 * WARPGROUPS : 1][STAGED ? panels<DV> : 1][STAGED ? O_BYTES : 16];
+#if IS_RAW
+    alignas(128) uint8_t raw[2][RAW_BYTES]; /* rows of V, of K, as they lie in memory */
+    uint64_t raw_full[2][RING];
+#endif
     uint8_t ones[ONES ? PANEL_N : 16]; /* 64 more columns of V: O's column 64 becomes the row sum */
     uint64_t q_full[Q_SLOTS], q_empty[Q_SLOTS];
     uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
@@ -153,6 +163,7 @@ static_assert(offsetof(smem_layout, mask) % 1024 == 0, "the copy engine's patter
 #endif
 static_assert(!ONES || offsetof(smem_layout, ones) % 1024 == 0, "wgmma's pattern");
 static constexpr int SMEM_BYTES = sizeof(smem_layout) + 1024; /* room to align the base */
+static_assert(SMEM_BYTES <= 227 * 1024, "a block has no more");
 
 #if IS_STRIDED
 typedef fa_tensor array;
@@ -347,6 +358,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
             mbarrier_init(smem_address(&smem.k_empty[i]), WARPGROUPS);
             mbarrier_init(smem_address(&smem.v_empty[i]), WARPGROUPS);
         }
+#if IS_RAW
+        for (int i = 0; i < 2 * RING; ++i) mbarrier_init(smem_address(&smem.raw_full[0][i]), 1);
+#endif
 #if ROW_GENERAL
         for (int w = 0; w < WARPGROUPS; ++w) {
             mbarrier_init(smem_address(&smem.mask_full[w]), 1);

@@ -194,6 +194,9 @@ PTX void schedule(const kernel_args &a, smem_layout &smem, int32_t tile, int32_t
 
 #if IS_STRIDED
 #include "sm90_strided.cuh"
+#if IS_RAW
+#include "sm90_raw.cuh"
+#endif
 #else
 /* ROWS rows as panels of 64 columns. */
 template <int ROWS, int COLUMNS>
@@ -274,6 +277,9 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
                const int32_t (&moves)[2], uint8_t (&stages)[STAGES][BYTES],
                uint64_t (&full)[STAGES], uint64_t (&empty)[STAGES]) {
     cursor kv = {0, 0};
+#if IS_RAW
+    raw_rows raw = raw_rows_of(from, smem.raw[IS_K], smem.raw_full[IS_K]);
+#endif
 #if ROW_GENERAL
     uint32_t tiles = 0; /* of the mask, so far */
 #endif
@@ -282,6 +288,10 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
         mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
         if (t.last) return;
         const int32_t blocks = t.end - t.begin;
+#if IS_RAW
+        raw.head = (int64_t)element(from, t.b, t.h_k, t.k, 0);
+        const int32_t rows = (int32_t)from.shape[2] - t.k;
+#endif
 #if ROW_GENERAL
         /* A tile with keys has a stage even if its mask hides them all: the warpgroups wait for the
          * tag that says so. */
@@ -312,8 +322,14 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
                 continue;
             }
 #endif
+#if IS_RAW
+            const int32_t first = block * BLOCK_N, next = key_block(t, i + 1) * BLOCK_N;
+            load_raw<BLOCK_N>(raw, smem_address(stages[kv.stage]), first, rows - first, next,
+                              more ? rows - next : 0, smem_address(&full[kv.stage]));
+#else
             load<BLOCK_N, COLUMNS>(smem_address(stages[kv.stage]), from, t.k + block * BLOCK_N,
                                    t.h_k, t.b, moves, smem_address(&full[kv.stage]), EVICT_LAST);
+#endif
 #if ROW_GENERAL
             if (IS_K && a.scores.tiles && threadIdx.x % 32 == 0)
                 bring_mask(a, smem, t, block * BLOCK_N, tiles);

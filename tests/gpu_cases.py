@@ -52,10 +52,17 @@ def rows():
 
 
 def odd(x):
-    """The same values, one element more between the rows: not for the copy engine."""
+    """The same values, one element more between the rows: no boxes for the copy engine."""
     room = torch.full((*x.shape[:-1], x.shape[-1] + 1), torch.nan, dtype=x.dtype)
     room[..., :-1] = x
     return room.cuda()[..., :-1]
+
+
+def apart(x):
+    """The same values, one element more between the columns: nothing for the copy engine."""
+    room = torch.full((*x.shape, 2), torch.nan, dtype=x.dtype)
+    room[..., 1] = x
+    return room.cuda()[..., 1]
 
 
 def beside(x):
@@ -93,6 +100,7 @@ def features(b, hq, sq, sk):
     yield "causal, one key head", {"hk": 1}, {"causal": True}
     yield "window and lengths", {}, {"window": (50, 20), **limits}
     yield "odd strides", {"move": odd}, {"causal": "top-left"}
+    yield "columns apart", {"move": apart}, {"causal": "top-left"}
     yield "heads anywhere", {"move": beside}, {"causal": True}
     yield "odd output", {"move_out": odd}, {}
     yield "peaked", {"factor": 100}, {"causal": True}  # tiles that are done again
@@ -100,6 +108,7 @@ def features(b, hq, sq, sk):
     yield "packed, full", {"packed": True}, {}
     yield "packed, causal", {"packed": True}, {"causal": True}
     yield "packed, odd strides", {"packed": True, "move": odd}, {"causal": "top-left"}
+    yield "packed, columns apart", {"packed": True, "move": apart}, {}
     yield "packed, heads anywhere", {"packed": True, "move": beside}, {}
     used = {name: limits[name] for name in ("q_lengths", "k_lengths")}
     yield "packed, sink", {"packed": True}, {"sink": torch.linspace(-3, 3, hq), **used}

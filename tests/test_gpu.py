@@ -186,6 +186,7 @@ def test_rows_that_the_copy_engine_does_not_take(d, sq, layout):
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     check(q, restrided(k, "odd rows" if d % 8 == 0 else "padded rows"), v)
     check(q, k, restrided(v, "odd rows"), causal=True)
+    check(q, k, v, window=(50, 20), k_lengths=[300, 211])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

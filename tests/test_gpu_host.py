@@ -17,6 +17,7 @@ import pytest
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 VARIANTS = KERNELS / "variants.def"
 SMS = 132
+LOADS = ("FA_BOXES", "FA_STRIDED", "FA_SLICES", "FA_RAW")
 
 pytestmark = pytest.mark.skipif(
     not VARIANTS.exists() or not shutil.which("gcc"), reason="needs the sources and gcc"
@@ -37,6 +38,7 @@ int choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int 
                             .dv = dv, .batch_invariant = invariant},
                    .masks = {.flags = flags}};
     p.what.v.data = (void *)(int64_t)odd;
+    p.what.k.stride[3] = p.what.v.stride[3] = 1;
     p.what.lse.data = lse ? &p : NULL;
     p.scores.mask.data = change == 1 ? &p : NULL;
     p.scores.softcap = change == 2 ? 50 : 0;
@@ -112,6 +114,23 @@ int choose_heads_beside(int hq, int hk, int d, int dv, int padding, float softca
     }
     p.scores.softcap = softcap;
     return fa_choose_row(&p, sms);
+}
+/* The row where K or V is this one; the other is contiguous, Q and the output take 256 columns. */
+int choose_one(int which, int64_t base, const int64_t *shape, const int64_t *stride,
+               float softcap) {
+    int b = shape[0], h = shape[1], s = shape[2], d = shape[3];
+    fa_params p = {.what = {.dtype = FA_BF16, .b = b, .hq = h, .hk = h, .sq = s, .sk = s,
+                            .d = d, .dv = d}};
+    fa_tensor plain = {(void *)4096, {b, h, s, d}, {h * s * d, s * d, d, 1}};
+    fa_tensor wide = {(void *)4096, {b, h, s, d}, {h * s * 256, s * 256, 256, 1}};
+    fa_tensor one = {.data = (void *)(4096 + base)};
+    memcpy(one.shape, shape, sizeof one.shape);
+    memcpy(one.stride, stride, sizeof one.stride);
+    p.what.q = p.what.out = wide;
+    p.what.k = which == 'k' ? one : plain;
+    p.what.v = which == 'v' ? one : plain;
+    p.scores.softcap = softcap;
+    return fa_choose_row(&p, 132);
 }
 int rows(void) { return FA_ROWS; }
 const char *row_name(int i) { return fa_rows[i].name; }
@@ -280,15 +299,16 @@ def test_every_head_size_has_its_row(host, odd, change):
     """The tightest row that holds d and dv, whatever the rest of the shape; none: -1. `odd` is the
     address of v: 2 is one that the copy engine cannot load from. What changes scores has general
     rows of its own; a `change` of 0 is none, 4 a sink."""
-    dtypes = {"FA_F16": F16, "FA_BF16": BF16}
+    dtypes, general = {"FA_F16": F16, "FA_BF16": BF16}, change not in (0, 4)
+    way = 0 if not odd else 1 if general else 3
     for (name, dtype), d, dv in itertools.product(
         dtypes.items(), range(1, 257, 5), (64, 128, 192, 256)
     ):
         fits = [
             int(row["d"]) + int(row["dv"])
             for row in ROWS
-            if (row["dtype"], row["loads"]) == (name, "FA_STRIDED" if odd else "FA_BOXES")
-            and row["general"] == str(int(change not in (0, 4)))
+            if (row["dtype"], row["loads"]) == (name, LOADS[way])
+            and row["general"] == str(int(general))
             and (int(row["d"]) >= d and int(row["dv"]) >= dv)
         ]
         for (b, hq, hk, sq, sk), flags, lse in zip(
@@ -299,8 +319,8 @@ def test_every_head_size_has_its_row(host, odd, change):
                 assert i == -1
                 continue
             got = [host.row_field(i, field) for field in range(6)]
-            assert got[0] == dtype and got[1] >= d and got[2] >= dv and got[3] == (odd > 0)
-            assert got[5] == (change not in (0, 4))
+            assert got[0] == dtype and got[1] >= d and got[2] >= dv and got[3] == way
+            assert got[5] == general
             assert got[1] + got[2] == min(fits) and not (lse and got[4])
 
 
@@ -327,6 +347,32 @@ def test_heads_that_begin_anywhere_in_a_row(host):
     assert name(16, 8, 64, 65, 0) == name(8, 8, 64, 65, 0) == "d128_slices"
     assert name(8, 8, 128, 124, 0) == "d256_slices"
     assert name(1, 1, 65, 65, 7) == "d128_slices"
+
+
+@pytest.mark.parametrize("which", "kv")
+def test_rows_side_by_side_come_as_they_lie(host, which):
+    """Those of K and V that begin on less than 8 bytes; whole heads may lie anywhere."""
+
+    def loads(b=2, h=4, s=300, d=64, step=1, pitch=None, base=0, head=None, softcap=0.0):
+        pitch = d if pitch is None else pitch
+        head = s * pitch if head is None else head
+        shape, stride = (b, h, s, d), (h * head, head, pitch, step)
+        args = [(ctypes.c_int64 * 4)(*x) for x in (shape, stride)]
+        i = host.choose_one(ord(which), ctypes.c_int64(base), *args, ctypes.c_float(softcap))
+        return LOADS[host.row_field(i, 3)].removeprefix("FA_").lower()
+
+    assert loads() == loads(pitch=72) == "boxes"
+    assert (
+        loads(d=65) == loads(d=66) == loads(pitch=65) == loads(pitch=66) == loads(base=2) == "raw"
+    )
+    anywhere = "raw" if which == "k" else "slices"  # K's columns must lie where Q's do
+    assert loads(head=300 * 64 + 2) == anywhere and loads(head=300 * 64 + 1) == "raw"
+    assert loads(pitch=127) == loads(d=1, pitch=2) == loads(d=3, pitch=0, head=3) == "raw"
+    assert loads(pitch=129) == loads(d=1, pitch=3) == "strided"  # too far from each other
+    assert loads(d=100) == loads(pitch=68) == loads(base=8) == "strided"  # on 8 bytes
+    assert loads(step=2, pitch=130) == loads(pitch=-65) == loads(head=-19201) == "strided"
+    assert loads(d=65, softcap=1.0) == "strided"
+    assert loads(d=1, step=7, pitch=1) == "raw"  # a stride along one column
 
 
 CAUSAL = 2
