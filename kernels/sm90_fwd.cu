@@ -48,9 +48,8 @@
 
 /* ---- the row ----------------------------------------------------------------------------------*/
 
-static constexpr bool IS_BF16 = ROW_DTYPE == FA_BF16, ONES = ROW_ONES,
-                      STRIDED = IS_STRIDED, SLICES = ROW_LOADS == FA_SLICES,
-                      GENERAL = ROW_GENERAL;
+static constexpr bool IS_BF16 = ROW_DTYPE == FA_BF16, ONES = ROW_ONES, STRIDED = IS_STRIDED,
+                      SLICES = ROW_LOADS == FA_SLICES, GENERAL = ROW_GENERAL;
 static constexpr enum offset OFFSET = ROW_OFFSET;
 static constexpr bool REDOES = OFFSET != WATCH; /* tiles whose offsets did not hold */
 static constexpr int D = ROW_D, DV = ROW_DV, WARPGROUPS = ROW_WARPGROUPS, BLOCK_N = ROW_BLOCK_N,

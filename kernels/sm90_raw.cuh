@@ -1,10 +1,10 @@
-/* sm90_raw.cuh - K and V whose rows lie side by side, or nearly, and begin anywhere: the copy engine
- * brings them as they lie in memory, and a warp moves them to their places, a row a lane.
+/* sm90_raw.cuh - K and V whose rows lie side by side, or nearly, and begin anywhere: the copy
+ * engine brings them as they lie in memory, and a warp moves them to their places, a row a lane.
  *
  * A part of sm90_servers.cuh, for raw rows. What comes is in units of 16 bytes, of which the first
  * and the last may be in part no row's of the block, but are the array's: where it begins or ends
- * within one, lanes load the few elements there themselves. They come in pieces, a ring of them, and
- * those of the next block set out while this one is moved.
+ * within one, lanes load the few elements there themselves. They come in pieces, a ring of them,
+ * and those of the next block set out while this one is moved.
  */
 #ifndef FASTATTN_SM90_RAW_CUH
 #define FASTATTN_SM90_RAW_CUH
@@ -100,9 +100,9 @@ PTX void align_rows(uint32_t to, uint32_t from, int32_t pitch, int32_t rows, int
     }
 }
 
-/* The block of ROWS rows from the first-th on, of which `rows` exist, and zeros below; pieces of the
- * block from the next-th row on, of which `next_rows` exist, set out behind it. Columns past the
- * head size are 0 from the start. */
+/* The block of ROWS rows from the first-th on, of which `rows` exist, and zeros below; pieces of
+ * the block from the next-th row on, of which `next_rows` exist, set out behind it. Columns past
+ * the head size are 0 from the start. */
 template <int ROWS>
 PTX void load_raw(raw_rows &r, uint32_t to, int32_t first, int32_t rows, int32_t next,
                   int32_t next_rows, uint32_t barrier) {

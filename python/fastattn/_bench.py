@@ -112,6 +112,7 @@ class Cell:
         return 1 if self.mask in ("bool", "blocks") else 2
 
 
+ODD = (65, 80, 100, 160)  # head sizes between those that kernels are made for
 WINDOW = 1024  # keys that a row of a "window" cell sees: window=(1023, 0)
 # Dense masks, and what of b and h they have: half of the elements, half of the blocks of 128 x 128
 # are True; normal numbers that are added
@@ -161,7 +162,8 @@ def _suites():
         ],
         "gpu-heads": [
             Cell("gpu-heads", "cuda", 4, 16, 4096, d, mask=m, dv=dv)
-            for (d, dv), m in product(((96, 96), (192, 192), (192, 128)), MASKS)
+            for d, dv in ((96, 96), (192, 192), (192, 128), (128, 128), *((x, x) for x in ODD))
+            for m in MASKS
         ],
         "gpu-short": [
             Cell("gpu-short", "cuda", bh // 8, 8, s, d)
