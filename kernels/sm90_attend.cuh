@@ -40,7 +40,7 @@ struct rows_state {
 };
 
 PTX void release(uint32_t barrier) {
-    if (threadIdx.x % 128 == 0) mbarrier_arrive(barrier);
+    if (RELEASERS == 128 || threadIdx.x % 128 == 0) mbarrier_arrive(barrier);
 }
 
 /* All of this warpgroup's P V have ended: hands back the V that the last ones read. `held`: what

@@ -90,6 +90,9 @@ static_assert(SERVER_REGISTERS >= 24, "the pool is too small");
 static constexpr bool STAGED = ROW_STAGED;
 
 static constexpr int LOADERS = STRIDED ? 32 : 1; /* threads that bring Q, K, V, each */
+/* Threads of a warpgroup that hand back what was loaded: one, where wgmma alone has read it; where
+ * threads have too, or where a stage's tag soon has a successor, each speaks for itself. */
+static constexpr int RELEASERS = STRIDED || SLICES || (GENERAL && DV > 128) ? 128 : 1;
 
 /* ---- shared memory: panels of 64 columns, 128 bytes a row, swizzled, each on 1024 bytes -------*/
 
@@ -344,7 +347,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #endif
         for (int i = 0; i < Q_SLOTS; ++i) {
             mbarrier_init(smem_address(&smem.q_full[i]), LOADERS);
-            mbarrier_init(smem_address(&smem.q_empty[i]), 1);
+            mbarrier_init(smem_address(&smem.q_empty[i]), RELEASERS);
         }
         for (int i = 0; i < ITEMS; ++i) {
             mbarrier_init(smem_address(&smem.item_full[i]), 1);
@@ -354,8 +357,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         for (int i = 0; i < STAGES; ++i) {
             mbarrier_init(smem_address(&smem.k_full[i]), LOADERS);
             mbarrier_init(smem_address(&smem.v_full[i]), LOADERS);
-            mbarrier_init(smem_address(&smem.k_empty[i]), WARPGROUPS);
-            mbarrier_init(smem_address(&smem.v_empty[i]), WARPGROUPS);
+            mbarrier_init(smem_address(&smem.k_empty[i]), WARPGROUPS * RELEASERS);
+            mbarrier_init(smem_address(&smem.v_empty[i]), WARPGROUPS * RELEASERS);
         }
 #if IS_RAW
         for (int i = 0; i < 2 * RING; ++i) mbarrier_init(smem_address(&smem.raw_full[0][i]), 1);

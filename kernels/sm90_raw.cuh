@@ -23,8 +23,9 @@ PTX raw_rows raw_rows_of(const fa_tensor &t, const uint8_t *smem, const uint64_t
     raw_rows r = {smem_address(smem), smem_address(full)};
     r.width = 2 * (int32_t)t.shape[3];
     r.pitch = 2 * (int32_t)t.stride[2];
-    for (r.rows = 64; (r.rows * r.pitch + 271 & ~127) > RAW_BYTES;) r.rows /= 2;
-    r.bytes = r.rows * r.pitch + 271 & ~127; /* from anywhere in 128 bytes, and a word more */
+    /* From anywhere in 128 bytes to the end of a unit, and a word more. */
+    for (r.rows = 64; (r.bytes = (r.rows - 1) * r.pitch + r.width + 273 & ~127) > RAW_BYTES;)
+        r.rows /= 2;
     r.ring = min(RAW_BYTES / r.bytes, RING);
     r.begin = (int64_t)t.data + 15 & -16;
     r.end = (int64_t)element(t, t.shape[0] - 1, t.shape[1] - 1, t.shape[2] - 1, t.shape[3]) & -16;
