@@ -93,22 +93,24 @@ PTX void clear_hidden_v(const item &t, uint8_t *v, int32_t key, int warpgroup) {
 }
 
 /* Writes zeros over what a block's rows have before column `begin` and from `end` on, other heads'
- * columns: of Q and K, for 0 * NaN is NaN. (Of V they make columns of O that nobody stores.) */
+ * columns: of Q and K, for 0 * NaN is NaN. (Of V they make columns of O that nobody stores.) It
+ * reads nothing: another warpgroup may be writing the same zeros. */
 template <int ROWS>
 PTX void clear_columns(uint8_t *block, int32_t begin, int32_t end, int warpgroup) {
     const int32_t last = end / 8, chunks = 8 * panels<D> - last; /* and the first */
     for (int i = thread_here() % 128; i < ROWS * (chunks + 1); i += 128) {
         const int32_t row = i % ROWS, n = i / ROWS, chunk = n < chunks ? last + n : 0;
-        uint4 &x =
-            *(uint4 *)(block + (chunk / 8 * ROWS + row) * 128 + ((chunk % 8 ^ row % 8) << 4));
-        uint32_t y[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int32_t column = 8 * chunk + 2 * j;
-            if (column < begin || column >= end) y[j] &= 0xffff0000;
-            if (column + 1 < begin || column + 1 >= end) y[j] &= 0xffff;
+        const uint32_t at =
+            smem_address(block) + (chunk / 8 * ROWS + row) * 128 + ((chunk % 8 ^ row % 8) << 4);
+        if (8 * chunk >= end) {
+            st_shared_v4(at, 0, 0, 0, 0);
+            continue;
         }
-        x = make_uint4(y[0], y[1], y[2], y[3]);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const int32_t column = 8 * chunk + j;
+            if (column < begin || column >= end) st_shared_b16(at + 2 * j, 0);
+        }
     }
     fence_proxy_async();
     bar_sync(1 + warpgroup, 128);
