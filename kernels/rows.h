@@ -63,10 +63,11 @@ static inline int32_t fa_slack_of(const fa_tensor *t) {
     return t->shape[1] > 1 && t->stride[1] % FA_SLICE ? FA_SLICE - 1 : 0;
 }
 
-/* Whether rows lie side by side, or with at most as much between them. */
+/* Whether rows lie side by side, or with at most as much between them. (A stride along one column
+ * says nothing, but where an array ends is worked out with it.) */
 static inline int32_t fa_is_side_by_side(const fa_tensor *t) {
-    return (t->shape[3] == 1 || t->stride[3] == 1) && t->stride[0] >= 0 && t->stride[1] >= 0 &&
-           t->stride[2] >= 0 && t->stride[2] <= 2 * t->shape[3];
+    return t->stride[3] == 1 && t->stride[0] >= 0 && t->stride[1] >= 0 && t->stride[2] >= 0 &&
+           t->stride[2] <= 2 * t->shape[3];
 }
 
 /* Whether all rows begin on 8 bytes: then a warp copies them well enough. */

@@ -372,7 +372,7 @@ def test_rows_side_by_side_come_as_they_lie(host, which):
     assert loads(d=100) == loads(pitch=68) == loads(base=8) == "strided"  # on 8 bytes
     assert loads(step=2, pitch=130) == loads(pitch=-65) == loads(head=-19201) == "strided"
     assert loads(d=65, softcap=1.0) == "strided"
-    assert loads(d=1, step=7, pitch=1) == "raw"  # a stride along one column
+    assert loads(d=1, step=7, pitch=1) == loads(d=1, step=-7, pitch=1) == "strided"
 
 
 CAUSAL = 2
