@@ -99,6 +99,25 @@ PTX void cp_async(uint32_t smem, const void *from) {
 }
 PTX void cp_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+/* What no kernel writes meanwhile. */
+PTX uint4 load_v4(const void *from) {
+    uint4 x;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from));
+    return x;
+}
+PTX uint32_t load_u32(const void *from) {
+    uint32_t x;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(x) : "l"(from));
+    return x;
+}
+PTX uint32_t load_u16(const void *from) {
+    uint16_t x;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(x) : "l"(from));
+    return x;
+}
+
 PTX void st_shared(uint32_t smem, uint32_t x) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem), "r"(x) : "memory");
 }
