@@ -93,6 +93,7 @@ static constexpr int LOADERS = STRIDED ? 32 : 1; /* threads that bring Q, K, V, 
 /* Threads of a warpgroup that hand back what was loaded: one, where wgmma alone has read it; where
  * threads have too, or where a stage's tag soon has a successor, each speaks for itself. */
 static constexpr int RELEASERS = STRIDED || SLICES || (GENERAL && DV > 128) ? 128 : 1;
+static constexpr int READERS = 128 * WARPGROUPS + 2 * LOADERS; /* of an item; K's and V's loaders */
 
 /* ---- shared memory: panels of 64 columns, 128 bytes a row, swizzled, each on 1024 bytes -------*/
 
@@ -214,6 +215,11 @@ PTX void advance(cursor &c) {
     c.parity ^= wrap;
 }
 
+/* This thread has read item n for the last time. */
+PTX void leave_item(smem_layout &smem, int32_t n) {
+    mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
+}
+
 #include "sm90_sight.cuh"
 #include "sm90_servers.cuh"
 #include "sm90_attend.cuh"
@@ -256,6 +262,10 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         if (blocks == 0) { /* all warps have met this Q, or one could miss two of its phases */
             bar_sync(1 + warpgroup, 128);
             release(q_empty);
+        }
+        if (REDOES && uniform(t.warpgroups) == 0) { /* nobody's rows: there is nothing to end */
+            leave_item(smem, n);
+            continue;
         }
 
 #if ROW_GENERAL
@@ -351,7 +361,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         }
         for (int i = 0; i < ITEMS; ++i) {
             mbarrier_init(smem_address(&smem.item_full[i]), 1);
-            mbarrier_init(smem_address(&smem.item_empty[i]), 4 * WARPGROUPS + 2); /* K's, V's */
+            mbarrier_init(smem_address(&smem.item_empty[i]), READERS);
             smem.again[i] = 0;
         }
         for (int i = 0; i < STAGES; ++i) {

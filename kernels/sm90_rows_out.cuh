@@ -7,12 +7,6 @@
 #ifndef FASTATTN_SM90_ROWS_OUT_CUH
 #define FASTATTN_SM90_ROWS_OUT_CUH
 
-/* This warp has read item n for the last time. */
-PTX void leave_item(smem_layout &smem, int32_t n) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
-}
-
 /* Two rows of O, divided by l and rounded: pair 2 * j + r holds columns 8j + 2 * (lane % 4) and the
  * next of row r. */
 typedef uint32_t rows_out[DV / 4];

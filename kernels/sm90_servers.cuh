@@ -184,11 +184,11 @@ PTX void schedule(const kernel_args &a, smem_layout &smem, int32_t tile, int32_t
             flush = n;
         }
         mbarrier_arrive(smem_address(&smem.item_full[n % ITEMS]));
-        if (t.last) return;
         if (taken)
             tile = next_tile(a, smem, n + 1, &round);
         else if (!again)
             let_next_start();
+        if (t.last) return;
     }
 }
 
@@ -335,8 +335,7 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
                 bring_mask(a, smem, t, block * BLOCK_N, tiles);
 #endif
         }
-        __syncwarp(LOADERS == 32 ? ~0u : 1u); /* all have read the item, one without keys too */
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
+        leave_item(smem, n);
     }
 }
 
