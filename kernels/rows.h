@@ -20,15 +20,16 @@ typedef struct fa_row {
     fa_dtype dtype;
     int32_t d, dv;            /* the largest head sizes it takes; smaller ones are zero-padded */
     int32_t block_m, block_n; /* query rows and keys of a tile */
-    int32_t ones;             /* its row sum is that of the rounded P: no lse */
-    int32_t loads;            /* enum fa_loads */
-    int32_t general;          /* it changes scores */
+    int32_t blocks_per_sm;
+    int32_t ones;    /* its row sum is that of the rounded P: no lse */
+    int32_t loads;   /* enum fa_loads */
+    int32_t general; /* it changes scores */
 } fa_row;
 
 static const fa_row fa_rows[] = {
 #define FA_ROW(name, source, arch, dtype, d, dv, warpgroups, block_n, stages, q_slots, offset, \
                ones, blocks_per_sm, loads, staged, general, ...)                               \
-    {#name, dtype, d, dv, 64 * (warpgroups), block_n, ones, loads, general},
+    {#name, dtype, d, dv, 64 * (warpgroups), block_n, blocks_per_sm, ones, loads, general},
 #include "variants.def"
 #undef FA_ROW
 };
@@ -103,33 +104,70 @@ static inline int32_t fa_needs_general(const fa_params *p) {
 }
 
 static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline double fa_greater(double a, double b) { return a > b ? a : b; }
 
-/* What a score costs, in percent of the 128 x 128 tile's cost, measured (kernels/README.md). More
- * rows share a load of K and V; fewer keys mean more turns of the loop; under a causal mask tall
- * tiles waste more at the diagonal, which matters less the longer the rows are. */
-static inline int32_t fa_row_weight(const fa_row *row, int32_t causal, int32_t sk) {
-    if (row->block_m == 64) return 125;
-    if (row->block_m == 192) return (causal && sk < 8192 ? 105 : 95) + (row->block_n == 96 ? 3 : 0);
-    if (row->block_n == 64) return 108;
-    return row->d < 128 ? 115 : 100; /* smaller heads: more of the time is softmax */
+/* What a score costs, in percent of the 128 x 128 tile's cost (of head size 64: of 4x64's, which is
+ * 108), measured: where each SM has as many tiles as it has room for, and where it has one, so that
+ * a tile of 64 rows leaves it half idle. */
+typedef struct fa_weight {
+    int32_t together, alone;
+} fa_weight;
+
+static inline fa_weight fa_row_weight(const fa_row *row, int32_t causal, int32_t sk) {
+    const int32_t small = row->d <= 64, wide = row->block_n > 64;
+    if (row->block_m == 64 && small) return wide ? (fa_weight){112, 190} : (fa_weight){165, 243};
+    if (row->block_m == 64) return wide ? (fa_weight){160, 151} : (fa_weight){125, 177};
+    /* More rows share a load of K and V, but waste more at the diagonal, which matters less the
+     * longer the rows are. */
+    const int32_t tall = (causal && sk <= 8192 ? 103 : 95) + (row->block_n == 96 ? 3 : 0);
+    if (row->block_m == 192) return (fa_weight){tall, tall};
+    if (row->block_m == 256) return (fa_weight){108, 108};
+    /* Fewer keys mean more turns of the loop; fp16's watches every score. */
+    if (!wide && small) return (fa_weight){138, 140};
+    if (!wide && row->dtype == FA_F16) return (fa_weight){115, 115};
+    if (!wide) return (fa_weight){causal ? 104 : 107, 98};
+    return row->d < 128 ? (fa_weight){115, 115} : (fa_weight){100, 100}; /* more of it is softmax */
 }
 
 /* The time of a request on one row, in units of one query row times one key on one SM. A tile is
- * as long as its keys, rounded up to blocks, plus a prologue and an epilogue that weigh about as
- * much as one block, two if it has 192 rows, and one more where the diagonal cuts blocks askew; the
- * SMs work through the tiles in rounds, of which the last may be ragged. */
-static inline int64_t fa_row_cost(const fa_row *row, const fa_what *w, const fa_masks *m,
-                                  int32_t sms) {
-    int32_t causal = (m->flags & FA_HAS_RIGHT) != 0, sk = w->sk;
-    if (causal && m->flags & FA_HAS_LEFT && sk > (int64_t)m->left + m->right + row->block_m)
+ * as long as its keys, in blocks, plus a prologue and an epilogue that weigh about as much as one
+ * block, two if it has 192 rows, and one more where the diagonal cuts blocks askew; the code of the
+ * wide tiles of 64 rows is fetched anew for few keys. The SMs work through the tiles in rounds, of
+ * which the last may be ragged, as many at a time as there are blocks on an SM; the first block of
+ * all is waited for. Under a causal mask a tile has half of the keys in the mean; the longest takes
+ * its time, and may have others that are as long on its SM. */
+static inline double fa_row_cost(const fa_row *row, const fa_what *w, const fa_masks *m,
+                                 int32_t sms) {
+    const int32_t causal = (m->flags & FA_HAS_RIGHT) != 0,
+                  window = causal && m->flags & FA_HAS_LEFT;
+    int32_t sk = w->sk;
+    if (window && sk > (int64_t)m->left + m->right + row->block_m)
         sk = m->left + m->right + row->block_m; /* of the tile's rows, through a window */
-    int32_t more = 1 + (row->block_m == 192) + (causal && row->block_m % row->block_n);
-    int64_t blocks = fa_ceil_div(sk, row->block_n) + more;
-    int64_t tile = row->block_m * blocks * row->block_n * fa_row_weight(row, causal, sk);
-    int64_t tiles = fa_ceil_div(w->sq, row->block_m);
+    const int32_t askew = causal && row->block_m > row->block_n && row->block_m % row->block_n;
+    const double more =
+        1 + (row->block_m == 192) + askew + (row->block_m == 64 && row->block_n > 64 ? 1.5 : 0);
+    const double longest = (double)fa_ceil_div(sk, row->block_n) + more;
+    double mean = longest;
+    if (causal && !window) {
+        double keys = (w->sq < sk ? sk - w->sq / 2 : sk / 2) + row->block_m / 2;
+        if (keys < sk) mean = keys / row->block_n + more;
+    }
+    const fa_weight weight = fa_row_weight(row, causal, sk);
+    const double area = row->block_m * row->block_n;
+    const int64_t tiles = fa_ceil_div(w->sq, row->block_m), together = row->blocks_per_sm;
     /* A batch-invariant choice sees one sequence only: as if every SM were always busy. */
-    if (w->batch_invariant) return tiles * tile;
-    return fa_ceil_div(tiles * w->b * w->hq, sms) * tile;
+    if (w->batch_invariant) return (double)tiles * mean * area * weight.together;
+    const int64_t rounds = fa_ceil_div(tiles * w->b * w->hq, sms);
+    double cost = longest * weight.alone;
+    if (rounds > 1) {
+        const int64_t long_ones = rounds < together ? rounds : together;
+        const double crowd = (double)rounds * mean + (double)long_ones * (longest - mean),
+                     shared = together > 1 ? crowd : fa_greater((double)rounds * mean, longest);
+        cost = fa_greater(shared * weight.together,
+                          (double)fa_ceil_div(rounds, together) * mean * weight.alone);
+        cost = fa_greater(cost, longest * weight.alone);
+    }
+    return area * (cost + weight.together);
 }
 
 static inline int32_t fa_row_takes(const fa_row *row, const fa_what *w, enum fa_loads loads,
@@ -140,15 +178,15 @@ static inline int32_t fa_row_takes(const fa_row *row, const fa_what *w, enum fa_
            row->general == general && !(row->ones && w->lse.data);
 }
 
-/* The shape that a row is chosen for. Of packed sequences only the mean length is known, and, where
- * a sequence's bits may not depend on the others, not even that: then the row is that of 1,024 rows
- * and keys, whatever the lengths. */
+/* The shape that a row is chosen for. Of packed sequences only the longest and the mean are known;
+ * most of the work is in sequences longer than that: it is taken twice. Where a sequence's bits may
+ * not depend on the others, not even that: then the row is that of 1,024 rows and keys. */
 static inline fa_what fa_typical_shape(const fa_params *p) {
     fa_what w = p->what;
     if (!p->varlen.cu_q) return w;
     int64_t sq = 1024, sk = 1024;
     if (!w.batch_invariant && w.b > 0) {
-        sq = fa_ceil_div(p->varlen.total_q, w.b), sk = fa_ceil_div(p->varlen.total_k, w.b);
+        sq = 2 * fa_ceil_div(p->varlen.total_q, w.b), sk = 2 * fa_ceil_div(p->varlen.total_k, w.b);
         sq = sq < w.sq ? sq : w.sq, sk = sk < w.sk ? sk : w.sk;
     }
     w.sq = (int32_t)sq, w.sk = (int32_t)sk;
@@ -172,13 +210,13 @@ static inline int32_t fa_choose_row(const fa_params *p, int32_t sms) {
     const fa_masks *m = &p->masks;
     int32_t best = -1, least = 0, general = fa_needs_general(p);
     enum fa_loads loads = fa_loads_of(w, general);
-    int64_t cost = -1; /* of the best row so far, where it was needed */
+    double cost = -1; /* of the best row so far, where it was needed */
     for (int32_t i = 0; i < FA_ROWS; ++i) {
         const fa_row *row = &fa_rows[i];
         int32_t size = row->d + row->dv;
         if (!fa_row_takes(row, w, loads, general) || (best >= 0 && size > least)) continue;
         if (best >= 0 && size == least) {
-            int64_t other = fa_row_cost(row, w, m, sms);
+            double other = fa_row_cost(row, w, m, sms);
             if (cost < 0) cost = fa_row_cost(&fa_rows[best], w, m, sms);
             if (other >= cost) continue;
             cost = other;

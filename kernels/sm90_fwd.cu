@@ -66,22 +66,29 @@ static_assert(!GENERAL || (OFFSET == WATCH && !ONES && (BLOCK_N == 64 || BLOCK_N
 static_assert(!ONES || DV == 64, "the block of ones is the second panel of V");
 
 /* P V of a block is issued behind Q K^T of the next (DELAYED), or, where registers are too few to
- * keep P beside S, 16 keys at a time as soon as their exponentials are there, P a ring of two. */
-static constexpr bool DELAYED = WARPGROUPS < 4;
+ * keep P beside S, or calls are short, 16 keys at a time as soon as their exponentials are there, P
+ * a ring of two: other blocks of the SM have work for the tensor cores meanwhile, and the code,
+ * which a short call waits for, is half as long. */
+static constexpr bool DELAYED = WARPGROUPS < 4 && (BLOCKS_PER_SM == 1 || OFFSET != WATCH);
 static constexpr int P_PIECES = DELAYED ? BLOCK_N / 16 : 2;
+/* Short calls read K and V once or twice: there is no use in keeping them in the L2 longest. */
+[[maybe_unused]] static constexpr uint64_t KV_POLICY =
+    BLOCKS_PER_SM > 1 && !DELAYED ? EVICT_NORMAL : EVICT_LAST;
 /* Where a score raises its row's top, O shrinks once P V of the block before has ended, and the
  * exponentials need not wait for that. The factors take registers, which not all rows have. */
 static constexpr bool SHRINKS_LATE =
-    OFFSET != KEEP && (WARPGROUPS == 2 ? DV <= 192 : DELAYED && BLOCK_N <= 80);
+    DELAYED && OFFSET != KEEP && (WARPGROUPS == 2 ? DV <= 192 : BLOCK_N <= 80);
 /* Q of a tile can arrive while another is computed: its release may wait for the end of a loop. */
 [[maybe_unused]] static constexpr bool Q_AHEAD = DELAYED && Q_SLOTS >= 2 * WARPGROUPS;
 /* Two or three warpgroups take turns at Q K^T; four find their rhythm alone. */
 static constexpr bool TURNS = WARPGROUPS == 2 || WARPGROUPS == 3;
 
 /* Registers a thread: the launch gives all threads the same, the warpgroups then exchange them; the
- * pool is the number of threads times what the launch gave. */
+ * pool is the number of threads times what the launch gave. (256 threads cannot hold all registers
+ * of an SM: those leave half of them.) */
 static constexpr int THREADS = 128 * (WARPGROUPS + 1);
-static constexpr int POOL = 65536 / BLOCKS_PER_SM / THREADS / 8 * 8 * (WARPGROUPS + 1);
+static constexpr int SHARES = WARPGROUPS == 1 && BLOCKS_PER_SM == 1 ? 2 : BLOCKS_PER_SM;
+static constexpr int POOL = 65536 / SHARES / THREADS / 8 * 8 * (WARPGROUPS + 1);
 static constexpr int MMA_REGISTERS = ROW_MMA_REGISTERS;
 static constexpr int SERVER_REGISTERS = POOL - WARPGROUPS * MMA_REGISTERS;
 static_assert(SERVER_REGISTERS >= 24, "the pool is too small");
@@ -345,8 +352,7 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
 
 /* ---- the kernel -------------------------------------------------------------------------------*/
 
-__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
-    ROW_NAME(const __grid_constant__ kernel_args a) {
+__global__ void __launch_bounds__(THREADS, SHARES) ROW_NAME(const __grid_constant__ kernel_args a) {
     extern __shared__ uint8_t raw[];
     smem_layout &smem = *(smem_layout *)(raw + (-smem_address(raw) & 1023));
     if (threadIdx.x == 0) {

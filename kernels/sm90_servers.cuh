@@ -328,7 +328,7 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
                               more ? rows - next : 0, smem_address(&full[kv.stage]));
 #else
             load<BLOCK_N, COLUMNS>(smem_address(stages[kv.stage]), from, t.k + block * BLOCK_N,
-                                   t.h_k, t.b, moves, smem_address(&full[kv.stage]), EVICT_LAST);
+                                   t.h_k, t.b, moves, smem_address(&full[kv.stage]), KV_POLICY);
 #endif
 #if ROW_GENERAL
             if (IS_K && a.scores.tiles && threadIdx.x % 32 == 0)

@@ -27,6 +27,8 @@ SHAPES = (  # (b, h, sq, sk): between them every tile shape is the best for some
     (4, 8, 300, 1000),
     (1, 8, 40, 300),
     (16, 8, 129, 300),
+    (1, 1, 40, 2000),
+    (10, 8, 257, 1240),
 )
 
 

@@ -4,6 +4,7 @@ The host code of kernels/ that decides something is plain C, so gcc compiles it 
 that the tests ask.
 """
 
+import ast
 import ctypes
 import itertools
 import re
@@ -379,19 +380,37 @@ CAUSAL = 2
 BEST = [  # (b, h, s, d, causal): the row that was fastest, or nearly, when all were measured
     ((4, 16, 4096, 128, 0), "d128_3x64"),
     ((1, 16, 16384, 128, 0), "d128_3x64"),
+    ((1, 16, 16384, 128, CAUSAL), "d128_3x64"),
     ((16, 16, 1024, 128, 0), "d128_2x128"),
     ((4, 16, 4096, 128, CAUSAL), "d128_2x128"),
+    ((2, 16, 8192, 128, CAUSAL), "d128_2x128"),
+    ((1, 8, 2048, 128, 0), "d128_2x64"),
+    ((2, 8, 1024, 128, 0), "d128_2x64"),
     ((32, 16, 512, 128, 0), "d128_2x64"),
     ((32, 16, 512, 128, CAUSAL), "d128_2x64"),
+    ((8, 16, 2048, 128, CAUSAL), "d128_2x64"),
+    ((4, 8, 1024, 128, CAUSAL), "d128_2x64"),
     ((512, 8, 64, 128, 0), "d128_1x64"),
     ((1, 8, 256, 128, 0), "d128_1x64"),
+    ((1, 8, 1024, 128, CAUSAL), "d128_1x64"),
+    ((1, 1, 8192, 128, 0), "d128_1x128"),
+    ((1, 3, 4096, 128, CAUSAL), "d128_1x128"),
     ((4, 32, 4096, 64, 0), "d64_4x64"),
     ((16, 96, 512, 64, 0), "d64_4x64"),
     ((16, 96, 512, 64, CAUSAL), "d64_4x64"),
     ((64, 8, 256, 64, 0), "d64_4x64"),
-    ((64, 8, 128, 64, 0), "d64_1x64"),
+    ((64, 8, 128, 64, 0), "d64_2x64"),
+    ((8, 8, 256, 64, 0), "d64_2x64"),
+    ((4, 8, 512, 64, CAUSAL), "d64_2x64"),
     ((512, 8, 64, 64, 0), "d64_1x64"),
     ((1, 8, 256, 64, 0), "d64_1x64"),
+    ((8, 8, 128, 64, 0), "d64_1x64"),
+    ((1, 1, 8192, 64, 0), "d64_1x128"),
+    ((1, 8, 1024, 64, CAUSAL), "d64_1x128"),
+    ((1, 8, 4096, 64, CAUSAL), "d64_1x128"),
+    ((4, 16, 4096, 80, CAUSAL), "d80_3x96"),
+    ((8, 16, 2048, 80, CAUSAL), "d80_2x128"),
+    ((8, 16, 2048, 96, 0), "d96_3x96"),
     ((16, 8, 1024, 256, 0), "d256_2x64"),
     ((32, 8, 512, 256, 0), "d256_2x64"),
     ((32, 8, 512, 256, CAUSAL), "d256_2x64"),
@@ -403,6 +422,22 @@ def test_the_fastest_row_is_chosen(host, shape, expected):
     b, h, s, d, flags = shape
     i = host.choose(BF16, b, h, h, s, s, d, d, 0, 0, flags, 0, 0, SMS)
     assert host.row_name(i).decode() == f"sm90_fwd_bf16_{expected}"
+
+
+def test_small_cases_reach_every_row(host):
+    """The sizes and shapes of gpu_cases.py, which the sanitizers run."""
+    tree = ast.parse((Path(__file__).parent / "gpu_cases.py").read_text())
+    assigned = [n for n in tree.body if isinstance(n, ast.Assign)]
+    constants = {ast.unparse(n.targets[0]): n.value for n in assigned}
+    sizes, of_shapes = (ast.literal_eval(constants[name]) for name in ("SIZES", "SHAPES"))
+    chosen = {
+        host.choose(dtype, b, h, h, sq, sk, d, dv, 0, 0, 0, lse, change, SMS)
+        for dtype, (d, dv), (b, h, sq, sk), (lse, change) in itertools.product(
+            (F16, BF16), sizes, of_shapes, [(0, 0), (1, 0), (0, 2)]
+        )
+    }
+    boxes = {i for i, row in enumerate(ROWS) if row["loads"] == "FA_BOXES"}
+    assert chosen == boxes, {ROWS[i]["name"] for i in boxes - chosen}
 
 
 def test_no_row_for_other_dtypes(host):
