@@ -158,15 +158,12 @@ static inline double fa_row_cost(const fa_row *row, const fa_what *w, const fa_m
     /* A batch-invariant choice sees one sequence only: as if every SM were always busy. */
     if (w->batch_invariant) return (double)tiles * mean * area * weight.together;
     const int64_t rounds = fa_ceil_div(tiles * w->b * w->hq, sms);
-    double cost = longest * weight.alone;
-    if (rounds > 1) {
-        const int64_t long_ones = rounds < together ? rounds : together;
-        const double crowd = (double)rounds * mean + (double)long_ones * (longest - mean),
-                     shared = together > 1 ? crowd : fa_greater((double)rounds * mean, longest);
-        cost = fa_greater(shared * weight.together,
-                          (double)fa_ceil_div(rounds, together) * mean * weight.alone);
-        cost = fa_greater(cost, longest * weight.alone);
-    }
+    const int64_t long_ones = rounds < together ? rounds : together;
+    const double work = (double)rounds * mean, crowd = (double)long_ones * (longest - mean);
+    const double shared = together > 1 ? work + crowd : fa_greater(work, longest);
+    const double lone = fa_greater((double)fa_ceil_div(rounds, together) * mean, longest);
+    double cost = lone * weight.alone;
+    if (rounds > 1) cost = fa_greater(cost, shared * weight.together);
     return area * (cost + weight.together);
 }
 

@@ -922,6 +922,42 @@ def test_packed_explain_names_the_general_row(change):
 
 # ----------------------------------------------------------------------------------- hostile inputs
 
+# (b, h, sq, sk, d, dv): between them every row of boxes is the best for some (test_gpu_host.py)
+EVERY_ROW = (
+    (1, 1, 257, 257, 64, 64),
+    (1, 32, 257, 257, 64, 64),
+    (4, 16, 257, 257, 64, 64),
+    (1, 1, 1500, 1500, 64, 64),
+    (1, 1, 257, 257, 80, 80),
+    (4, 16, 257, 257, 80, 80),
+    (4, 16, 300, 300, 80, 80),
+    (1, 1, 257, 257, 96, 96),
+    (4, 16, 257, 257, 96, 96),
+    (1, 1, 257, 257, 128, 128),
+    (1, 32, 257, 257, 128, 128),
+    (4, 16, 257, 257, 128, 128),
+    (1, 1, 3000, 3000, 128, 128),
+    (10, 8, 257, 1240, 128, 128),
+    (1, 1, 257, 257, 192, 128),
+    (1, 1, 257, 257, 192, 192),
+    (1, 1, 257, 257, 256, 256),
+)
+
+
+@pytest.mark.parametrize("how", ["peaked", "late"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", EVERY_ROW)
+def test_offsets_that_do_not_hold(shape, dtype, causal, how):
+    """In every row: raised at nearly every block, or once, in the midst of a tile."""
+    b, h, sq, sk, d, dv = shape
+    q, k, v = inputs(b, h, h, sq, sk, d, dv, dtype=DTYPES[dtype])
+    if how == "peaked":
+        q = q * 40
+    else:
+        k[:, :, sk // 3] *= 100
+    check(q, k, v, causal=causal)
+
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
