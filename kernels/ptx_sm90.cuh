@@ -37,6 +37,18 @@ PTX void mbarrier_wait(uint32_t barrier, uint32_t parity) {
         "r"(parity)
         : "memory");
 }
+/* Whether it has. */
+PTX bool mbarrier_test(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done;
+}
 
 /* ---- named barriers: `id` 1 .. 15, `threads` of them ----------------------------------------- */
 
@@ -195,6 +207,16 @@ PTX int32_t thread_here() {
     int32_t x;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
     return x;
+}
+
+/* For an x that is never 0: a store that never happens. What x is made of is worked out before it;
+ * else ptxas does so where registers are fewest, behind the wait that was to hide it. (A branch
+ * there would cost wgmma its pipeline.) */
+PTX void work_out(uint32_t x) {
+    asm volatile(
+        "{\n.reg .pred never;\nsetp.eq.u32 never, %0, 0;\n"
+        "@never st.shared.u32 [%0], %0;\n}" ::"r"(x)
+        : "memory");
 }
 
 template <int N>

@@ -104,14 +104,19 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
 #endif
 #if ROW_GENERAL
     constexpr enum changes CHANGES = (enum changes)ONLY;
+    /* Before the branch that shrinks O, P is rounded beside the last exponentials: float masks gain
+     * by that, nothing else does (kernels/README.md). */
+    constexpr bool ROUNDS_FIRST = CHANGES == TILES;
     const int32_t row = first_row(t, warpgroup);
     const bool drops = CHANGES == ANY ? a.scores.drops : CHANGES == DROPS;
-    const mask_tile tile = tile_of(smem, kv, warpgroup);
+    mask_tile tile = tile_of(smem, kv, warpgroup);
     sight seen = {};
     if (MASKED && cut && a.scores.mask == BITS) seen = look_up(a, t, row, key, warpgroup);
     /* Whoever has the turn has 500 clocks: what takes longer comes before. */
     if (CHANGES == ANY)
         begin_tile(a.scores, t.score, tile, row - threadIdx.x % 32 / 4, key, a.sq, a.sk);
+#else
+    constexpr bool ROUNDS_FIRST = false;
 #endif
     if (PENDING) mbarrier_wait(smem_address(&smem.v_full[st.v.stage]), st.v.parity);
     take_turn(warpgroup);
@@ -127,6 +132,9 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
     if (PLACE == NEXT) end = begin_end(a, smem.items[(n - 1) % ITEMS], st, warpgroup);
 #if ROW_GENERAL
     if (MASKED && cut && a.scores.mask != BITS) seen = look(a, t, row, key, warpgroup);
+    if (CHANGES == TILES || (CHANGES == ANY && a.scores.mask > BITS))
+        open_tile(a.scores, tile, CHANGES == TILES);
+    if (CHANGES == TILES) work_out(tile.row);
 #else
     sight seen;
     if (MASKED && cut) seen = look(a, t, first_row(t, warpgroup), key, warpgroup);
@@ -193,8 +201,9 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
             wgmma_wait_group<0>();
             settle(st, smem, held);
         }
+        if (ROUNDS_FIRST) softmax_pack(s, &st.p[0][0]);
         if ((SHRINKS_LATE || HOW == FOLLOW) && raised) softmax_shrink(st.o, factor);
-        softmax_pack(s, &st.p[0][0]);
+        if (!ROUNDS_FIRST) softmax_pack(s, &st.p[0][0]);
         if (PLACE == NEXT) end_rows(a, smem, n - 1, st, end, warpgroup);
 #if ROW_GENERAL
         if (drops) drop_scores(a.scores, t.score, &st.p[0][0], t.h, row, key);

@@ -36,9 +36,8 @@ PTX int32_t whole_blocks(const item &t, int32_t i, int32_t block, int warpgroup)
 /* The tile of a mask of 16 bits that comes with a block: there is one, so that its phase is the
  * block's number's parity. */
 PTX mask_tile tile_of(smem_layout &smem, const cursor &kv, int warpgroup) {
-    mask_tile m = {smem_address(smem.mask[warpgroup]), smem_address(&smem.mask_full[warpgroup]),
-                   smem_address(&smem.mask_empty[warpgroup]), (kv.stage + STAGES * kv.parity) & 1};
-    return m;
+    return {smem_address(smem.mask[warpgroup]), smem_address(&smem.mask_full[warpgroup]),
+            smem_address(&smem.mask_empty[warpgroup]), (kv.stage + STAGES * kv.parity) & 1};
 }
 
 /* Scores as the definition has them, of the sign that `scale` would have. */

@@ -11,7 +11,17 @@
  * half of them of 32. */
 struct mask_tile {
     uint32_t at, full, empty, parity;
+    uint32_t row; /* of 16 bits: what this thread asks ldmatrix for, 8 columns of one row */
+    bool there;   /* it has come */
 };
+
+/* What can be known of a tile of 16 bits before there are scores. `comes`: by the copy engine. */
+PTX void open_tile(const score_args &a, mask_tile &m, bool comes) {
+    const uint32_t thread = thread_here(), lane = thread % 32;
+    const uint32_t row = a.tile_rows ? thread % 128 / 32 * 16 + lane % 16 : 0;
+    m.row = m.at + row * 128 + ((lane / 16 ^ row % 8) << 4);
+    m.there = (!comes && !a.tiles) || mbarrier_test(m.full, m.parity);
+}
 
 PTX void enter_tile(const score_args &a, const mask_tile &m) {
     if (a.tiles) mbarrier_wait(m.full, m.parity);
@@ -91,13 +101,11 @@ PTX float2 widen(uint32_t x) {
 
 template <bool IS_BF16_MASK>
 PTX void add_tile(const score_args &a, float (&s)[BLOCK_N / 2], const mask_tile &m, float unit) {
-    const int32_t thread = thread_here(), lane = thread % 32;
-    const int32_t row = tile_row(a, thread) + (a.tile_rows ? lane % 16 : 0);
-    enter_tile(a, m);
+    if (!m.there) enter_tile(a, m);
 #pragma unroll
     for (int j = 0; j < BLOCK_N / 8; j += 2) {
         uint32_t x[4];
-        ldmatrix_x4(x, m.at + j / 8 * PANEL_Q + row * 128 + ((j % 8 + lane / 16 ^ row % 8) << 4));
+        ldmatrix_x4(x, (m.row ^ j % 8 << 4) + j / 8 * PANEL_Q);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float2 y = widen<IS_BF16_MASK>(x[i]);
