@@ -69,6 +69,17 @@ def test_other_lengths_of_keys(sq, sk, d, causal):
     check(*inputs(1, 2, 2, sq, sk, d), causal=causal)
 
 
+@pytest.mark.parametrize(("dtype", "causal"), [("fp16", False), ("bf16", True)])
+@pytest.mark.parametrize("d", SIZES)
+def test_a_million_keys(d, dtype, causal):
+    """Of 128 rows the last 8 are judged, which see what they would see alone."""
+    q, k, v = inputs(1, 2, 1, 128, 1_000_000, d, dtype=DTYPES[dtype])
+    out, lse = fastattn.attention(q, k, v, causal=causal, return_lse=True)
+    assert torch.isfinite(out).all() and torch.isfinite(lse).all()
+    out, lse, q = (x[:, :, -8:] for x in (out, lse, q))
+    assert gpu.complaints(out, lse, q, k, v, causal=causal) == []
+
+
 @pytest.mark.parametrize("s", range(1, 258, 8))
 def test_every_length_around(s):
     for sq in range(s, s + 8):

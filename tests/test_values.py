@@ -301,6 +301,28 @@ def test_promise_9_many_heads_and_sequences(place):
         right(replace(case, packed=tuple(map(tuple, lengths)), causal=True), *place)
 
 
+@pytest.mark.parametrize(("dtype", "causal"), [("float16", False), ("bfloat16", True)])
+def test_a_million_keys(dtype, causal, place):
+    """Of 128 rows 8 are judged, for the reference holds all their scores; the last of a causal call
+    see what they would see alone."""
+    framework, backend = place
+    import fastattn
+
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        rng.standard_normal((1, 1, n, 64), np.float32).astype(cases.dtype_of(dtype))
+        for n in (128, 1_000_000, 1_000_000)
+    )
+    arrays = [framework.array(cases.store(x, "plain", rng)) for x in (q, k, v)]
+    try:
+        out, lse = fastattn.attention(*arrays, causal=causal, return_lse=True, backend=backend)
+    except NotImplementedError as error:
+        pytest.skip(f"{backend} refuses: {error}")
+    rows = slice(-8, None) if causal else slice(None, None, 16)
+    out, lse, q = (x[:, :, rows] for x in (framework.numpy(out), framework.numpy(lse), q))
+    assert not reference.check(out, lse, q, k, v, causal=causal)
+
+
 def test_promise_8_elements_more_than_2_to_the_31_apart():
     """Strides beyond an int32, in an untouched (so unbacked) buffer of 6 GiB."""
     import fastattn
