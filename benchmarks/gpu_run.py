@@ -10,9 +10,13 @@ the others nothing:
 
     smoke     python -m fastattn, and a few calls of every row; the others are skipped if it fails
     tests     pytest -m gpu
-    sanitize  compute-sanitizer's four tools at once, over one small case per row and feature, the
-              rows dealt to several processes
+    sanitize  compute-sanitizer's four tools over one small case per row and feature, the rows dealt
+              to several processes, as many at once as there are CPUs
+    campaign  random cases against the reference: tests/campaign.py
     bench     python benchmarks
+
+On 16 CPUs the first three take 270 s and 36,000 cases 40; all suites of the benchmark take longer
+than a call may: `--parts bench --bench '--suite gpu-bf16 --peers cudnn,fa3'`.
 
 `run --module a=build/gpu/a.so --module b=build/gpu/b.so` repeats the parts for each module.
 Archives named by --peers (.tar.xz, .whl) are unpacked once and put on the path, after our own.
@@ -35,8 +39,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "fastattn"
 STORE = ROOT / "build" / "gpu"
-PARTS = ("smoke", "tests", "sanitize", "bench")
-TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+PARTS = ("smoke", "tests", "sanitize", "campaign", "bench")
+TOOLS = ("racecheck", "initcheck", "synccheck", "memcheck")  # the slowest first
 
 
 def build(options):
@@ -127,23 +131,30 @@ def commands(part, options, out, name):
             for i in range(options.shards):
                 part = ["--part", f"{i}/{options.shards}"]
                 yield f"{tool}-{i}", [sanitizer(), *flags, tool, *python, cases, *part]
+    elif part == "campaign":
+        flags = shlex.split("--framework torch:cuda --backend sm90")
+        numbers = ["--cases", options.cases, "--seed", options.seed, "--jobs", os.cpu_count()]
+        yield "campaign", [*python, ROOT / "tests" / "campaign.py", *flags, *numbers]
     elif part == "bench":
         file = out / f"{name}-bench.json"
         yield "bench", [*python, ROOT / "benchmarks", "--json", file, *shlex.split(options.bench)]
 
 
 def run_all(part, options, out, name, seconds, environment):
-    """The commands of one part at once. Prints each log's end; returns whether all was well."""
+    """The commands of one part, as many at once as there are CPUs. Prints each log's end; returns
+    whether all was well."""
     listed = [
         (out / f"{name}-{label}.log", command)
         for label, command in commands(part, options, out, name)
     ]
 
+    end = time.perf_counter() + seconds
+
     def one(item):
-        return run_part(item[1], item[0], seconds, environment)
+        return run_part(item[1], item[0], max(end - time.perf_counter(), 0), environment)
 
     fine = bool(listed)  # the sanitizer may be missing
-    with concurrent.futures.ThreadPoolExecutor(max(len(listed), 1)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for (log, _), (code, took) in zip(listed, pool.map(one, listed), strict=True):
             lines = log.read_text(errors="replace").splitlines()
             print(f"==== {log.stem}: {code or 'ok'}, {took:.0f} s")
@@ -169,7 +180,8 @@ def run(options):
         }
         for part in options.parts.split(","):
             left = min(getattr(options, f"{part}_seconds"), deadline - time.perf_counter())
-            many = {} if part == "bench" else {"OMP_NUM_THREADS": "2"}  # processes
+            threads = {"bench": None, "tests": "2"}.get(part, "1")  # of one process among many
+            many = {"OMP_NUM_THREADS": threads} if threads else {}
             if left < 5:
                 print(f"==== {name}-{part}: no time left")
                 fine = False
@@ -207,15 +219,17 @@ def main():
         "--tools", default=",".join(TOOLS), help="of the sanitizer; default: %(default)s"
     )
     verb.add_argument(
-        "--shards", type=int, default=4, help="processes a tool, each with some of the rows"
+        "--shards", type=int, default=14, help="processes a tool, each with some of the rows"
     )
+    verb.add_argument("--cases", type=int, default=36_000, help="of the campaign")
+    verb.add_argument("--seed", type=int, default=0, help="of the campaign's first case")
     verb.add_argument("--pytest", default="", help="more arguments for pytest")
     verb.add_argument("--bench", default="", help="more arguments for the benchmark")
     verb.add_argument("--work", default=ROOT / "build" / "gpu-run", help="scratch folder")
     verb.add_argument(
         "--seconds", type=float, default=580, help="for everything; default: %(default)s"
     )
-    for part, seconds in zip(PARTS, (60, 240, 180, 400), strict=True):
+    for part, seconds in zip(PARTS, (60, 240, 300, 120, 400), strict=True):
         verb.add_argument(
             f"--{part}-seconds", type=float, default=seconds, help="default: %(default)s"
         )
