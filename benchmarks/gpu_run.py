@@ -15,8 +15,8 @@ the others nothing:
     campaign  random cases against the reference: tests/campaign.py
     bench     python benchmarks
 
-On 16 CPUs the first three take 270 s and 36,000 cases 40; all suites of the benchmark take longer
-than a call may: `--parts bench --bench '--suite gpu-bf16 --peers cudnn,fa3'`.
+On 16 CPUs tests and sanitizers take 200 to 270 s, 36,000 cases 40; all suites of the benchmark take
+longer than --seconds: `--parts bench --bench '--suite gpu-bf16 --peers cudnn,fa3'` runs one.
 
 `run --module a=build/gpu/a.so --module b=build/gpu/b.so` repeats the parts for each module.
 Archives named by --peers (.tar.xz, .whl) are unpacked once and put on the path, after our own.
@@ -133,7 +133,7 @@ def commands(part, options, out, name):
                 yield f"{tool}-{i}", [sanitizer(), *flags, tool, *python, cases, *part]
     elif part == "campaign":
         flags = shlex.split("--framework torch:cuda --backend sm90")
-        numbers = ["--cases", options.cases, "--seed", options.seed, "--jobs", os.cpu_count()]
+        numbers = ["--cases", options.cases, "--seed", options.seed]
         yield "campaign", [*python, ROOT / "tests" / "campaign.py", *flags, *numbers]
     elif part == "bench":
         file = out / f"{name}-bench.json"

@@ -70,11 +70,12 @@ def test_other_lengths_of_keys(sq, sk, d, causal):
 
 
 @pytest.mark.parametrize(("dtype", "causal"), [("fp16", False), ("bf16", True)])
-@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("d", [128, 256])
 def test_a_million_keys(d, dtype, causal):
-    """Of 128 rows the last 8 are judged, which see what they would see alone."""
+    """Of 128 rows the last 8 are judged, which see what they would see alone. d 64 is in
+    test_values.py, which tries it on every backend."""
     q, k, v = inputs(1, 2, 1, 128, 1_000_000, d, dtype=DTYPES[dtype])
-    out, lse = fastattn.attention(q, k, v, causal=causal, return_lse=True)
+    out, lse = fastattn.attention(q, k, v, causal=causal, out=poisoned(q, v), return_lse=True)
     assert torch.isfinite(out).all() and torch.isfinite(lse).all()
     out, lse, q = (x[:, :, -8:] for x in (out, lse, q))
     assert gpu.complaints(out, lse, q, k, v, causal=causal) == []

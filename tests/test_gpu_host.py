@@ -452,7 +452,7 @@ def check_every_row(host, shapes):
         )
     }
     boxes = {i for i, row in enumerate(ROWS) if row["loads"] == "FA_BOXES"}
-    assert boxes <= chosen, {ROWS[i]["name"] for i in boxes - chosen}
+    assert chosen == boxes, {ROWS[i]["name"] for i in boxes - chosen}
 
 
 def test_small_cases_reach_every_row(host):
