@@ -8,8 +8,7 @@
  * neighbours: they run together and read K and V from the L2. Under a causal mask the heads come in
  * sections that keep their K and V in the L2; in a section the longest tiles come first, and every
  * second round runs backwards, so that a block that had the longest tile of one round gets the
- * shortest of the next. A section starts with a fresh round: its rounds must pair up (a round that
- * two sections share costs up to 27 % by simulation; this, 1 to 3 %).
+ * shortest of the next. A section starts with a fresh round.
  */
 #ifndef FASTATTN_SCHEDULE_H
 #define FASTATTN_SCHEDULE_H
@@ -53,31 +52,58 @@ typedef struct fa_tile {
 /* About half of an L2 of 50 or 60 MB: its two sides both keep what all SMs read. */
 enum { FA_SECTION_BYTES = 32 << 20, FA_FEW_TILES = 8 };
 
-/* Rounds of `blocks` tiles, if each section of `heads` heads starts with a fresh one. */
-FA_INLINE int64_t fa_schedule_rounds(const fa_schedule *s, int64_t heads, int32_t blocks,
-                                     int32_t even) {
-    int64_t of_all = heads * s->m_blocks, of_rest = s->heads % heads * s->m_blocks;
-    int64_t step = even ? 2 * (int64_t)blocks : blocks;
-    return (s->heads / heads * ((of_all + step - 1) / step) + (of_rest + step - 1) / step) *
-           (even ? 2 : 1);
+/* What a block computes of a section of so many heads, whose first round runs forwards or
+ * backwards: twice a tile's blocks on the diagonal, and one for its start and end. */
+FA_INLINE int64_t fa_section_work(int32_t m_blocks, int32_t heads, int32_t blocks, int32_t block,
+                                  int32_t backwards) {
+    const int32_t tiles = heads * m_blocks;
+    int64_t work = 0;
+    for (int32_t first = 0; first < tiles; first += blocks, backwards ^= 1) {
+        int32_t tile = first + (backwards ? blocks - 1 - block : block);
+        if (tile < tiles) work += 2 * (m_blocks - tile / heads) + 1;
+    }
+    return work;
 }
 
-/* The heads of a section: `heads` is what the L2 keeps.
- *
- * Where heads have few tiles, K and V are read from memory about as fast as they can be, and it
- * matters that this goes on evenly: as few heads at a time as lose no round, so that long and short
- * tiles run side by side, and the first tiles of a head wait for the same K and V. Elsewhere: the
- * least section of `heads` or more whose rounds are nearly all full, and even, for an odd last one
- * would find nobody to make up for it; all heads if there is none. */
-FA_INLINE int32_t fa_schedule_section(const fa_schedule *s, int64_t heads, int32_t blocks) {
-    int64_t least = ((int64_t)s->tiles + blocks - 1) / blocks;
-    if (s->m_blocks <= FA_FEW_TILES)
-        for (int64_t few = 1; few <= heads && few < s->heads; ++few)
-            if (fa_schedule_rounds(s, few, blocks, 0) == least) return (int32_t)few;
-    for (int64_t end = heads + 64; heads < s->heads && heads < end; ++heads)
-        if (100 * fa_schedule_rounds(s, heads, blocks, 1) * blocks <= 104 * (int64_t)s->tiles)
-            return (int32_t)heads;
-    return s->heads;
+/* How much more than the mean the busiest block computes, of 16 that are asked. */
+FA_INLINE double fa_section_excess(const fa_schedule *s, int32_t heads, int32_t blocks) {
+    const int32_t rounds = (heads * s->m_blocks + blocks - 1) / blocks;
+    const int32_t sections = s->heads / heads, rest = s->heads % heads;
+    const int32_t odd = rounds % 2 ? sections / 2 : 0; /* sections that start backwards */
+    int64_t most = 0;
+    for (int32_t i = 0; i < 16; ++i) {
+        int32_t block = i * (blocks - 1) / 15;
+        int64_t work = (sections - odd) * fa_section_work(s->m_blocks, heads, blocks, block, 0);
+        if (odd) work += odd * fa_section_work(s->m_blocks, heads, blocks, block, 1);
+        if (rest) work += fa_section_work(s->m_blocks, rest, blocks, block, rounds * sections % 2);
+        most = work > most ? work : most;
+    }
+    return (double)most * blocks / ((double)s->tiles * (s->m_blocks + 2)) - 1;
+}
+
+/* Heads of a section: as many as fit 1 to 4 rounds, or all, whichever loses least. What is lost is
+ * the time that blocks wait for the busiest one, and that of reading K and V once more where a
+ * section's do not stay in the L2: the more, the fewer tiles of a head run at a time (measured: 400
+ * heads of 12 tiles in one section take 1.9 times as long, 32 of 32 tiles 10 % longer, 8 of 128 no
+ * longer). Short tiles wait for memory, which should be asked evenly; long ones share what was
+ * read. `bytes`: K and V of a query head; `share`: key heads to a query head. */
+FA_INLINE int32_t fa_schedule_section(const fa_schedule *s, double bytes, double share,
+                                      int32_t block_m, int32_t blocks) {
+    int32_t best = s->heads;
+    double least = 1e9;
+    for (int32_t rounds = s->tiles > blocks ? 4 : 0; rounds >= 0; --rounds) {
+        const int32_t heads = rounds ? rounds * blocks / s->m_blocks : s->heads;
+        if (heads < 1 || (rounds && heads >= s->heads)) continue;
+        const int32_t many = !rounds && s->tiles / blocks >= 16; /* rounds, that even out */
+        const double size = heads * bytes / FA_SECTION_BYTES;
+        const double at_once = heads * share * 128 / ((double)blocks * block_m);
+        double cost = many ? 0.01 : fa_section_excess(s, heads, blocks);
+        cost += (s->m_blocks <= FA_FEW_TILES ? 0.04 : -0.01) * (size < 1 ? size : 1);
+        if (at_once > 0.03 && size > 1)
+            cost += 0.4 * (at_once - 0.03) * (size < 1.25 ? 4 * (size - 1) : 1);
+        if (cost < least) best = heads, least = cost;
+    }
+    return best;
 }
 
 FA_INLINE fa_schedule fa_schedule_make(const fa_what *w, const fa_masks *m, int32_t block_m,
@@ -88,9 +114,8 @@ FA_INLINE fa_schedule fa_schedule_make(const fa_what *w, const fa_masks *m, int3
     s.tiles = s.m_blocks * s.heads;
     s.causal = m->flags & FA_HAS_RIGHT && !(m->flags & FA_HAS_LEFT) && s.m_blocks > 1;
     if (s.causal) {
-        int64_t bytes = (int64_t)w->sk * (w->d + w->dv) * 2; /* of one K/V head */
-        int64_t heads = bytes ? FA_SECTION_BYTES / bytes * (w->hq / w->hk) : s.heads;
-        s.section = fa_schedule_section(&s, heads < 1 ? 1 : heads, blocks);
+        const double share = (double)w->hk / w->hq, bytes = share * w->sk * (w->d + w->dv) * 2;
+        s.section = fa_schedule_section(&s, bytes, share, block_m, blocks);
     }
     s.rounds = (int32_t)(((int64_t)s.section * s.m_blocks + blocks - 1) / blocks);
     s.rest = (s.heads - 1) % s.section + 1;
