@@ -17,7 +17,16 @@ import gpu
 import numpy as np
 from gpu import DTYPES, torch
 
-SIZES = ((64, 64), (128, 128), (256, 256), (80, 80), (96, 96), (192, 192), (192, 128))
+SIZES = (
+    (64, 64),
+    (80, 80),
+    (96, 96),
+    (128, 128),
+    (160, 160),
+    (192, 192),
+    (192, 128),
+    (256, 256),
+)
 SHAPES = (  # (b, h, sq, sk): between them every tile shape is the best for some
     (1, 2, 200, 300),
     (1, 1, 40, 60),

@@ -94,7 +94,11 @@ def test_grouped_heads(hq, hk, dtype):
 
 
 @pytest.mark.parametrize(
-    ("d", "dv"), [(96, 96), (192, 192), (192, 128), (80, 80), (40, 72), (8, 8), (1, 1), (65, 127)]
+    ("d", "dv"),
+    [
+        *((80, 80), (96, 96), (160, 160), (192, 192), (192, 128)),
+        *((40, 72), (136, 152), (8, 8), (1, 1), (65, 127)),
+    ],
 )
 def test_other_head_sizes(d, dv):
     q, k, v = inputs(1, 2, 2, 200, 300, d, dv)
@@ -572,7 +576,9 @@ def test_packed_sequences_of_one_length(s):
         check_packed(*gpu.packed(lengths, 2, 2, d), lengths, causal=True)
 
 
-@pytest.mark.parametrize(("d", "dv"), [(96, 96), (192, 192), (192, 128), (40, 72), (65, 127)])
+@pytest.mark.parametrize(
+    ("d", "dv"), [(96, 96), (160, 160), (192, 192), (192, 128), (40, 72), (136, 152), (65, 127)]
+)
 def test_packed_with_other_head_sizes(d, dv):
     check_packed(*gpu.packed(MIXED, 2, 1, d, dv, tail=(1, 1)), MIXED, causal=True)
 
@@ -950,6 +956,7 @@ EVERY_ROW = (
     (4, 16, 257, 257, 128, 128),
     (1, 1, 3000, 3000, 128, 128),
     (10, 8, 257, 1240, 128, 128),
+    (1, 1, 257, 257, 160, 160),
     (1, 1, 257, 257, 192, 128),
     (1, 1, 257, 257, 192, 192),
     (1, 1, 257, 257, 256, 256),
