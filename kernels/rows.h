@@ -71,9 +71,10 @@ static inline int32_t fa_is_side_by_side(const fa_tensor *t) {
            t->stride[2] <= 2 * t->shape[3];
 }
 
-/* Whether all rows begin on 8 bytes: then a warp copies them well enough. */
-static inline int32_t fa_is_of_8_bytes(const fa_tensor *t) {
-    return ((uintptr_t)t->data / 2 | t->stride[0] | t->stride[1] | t->stride[2]) % 4 == 0;
+/* Whether all rows begin on so many bytes: on 8, a warp copies them well enough; on 32, the copy
+ * engine takes them at full speed, at half of it on 16. */
+static inline int32_t fa_is_of_bytes(const fa_tensor *t, int32_t bytes) {
+    return ((uintptr_t)t->data / 2 | t->stride[0] | t->stride[1] | t->stride[2]) % (bytes / 2) == 0;
 }
 
 static inline enum fa_loads fa_loads_of(const fa_what *w, int32_t general) {
@@ -91,7 +92,7 @@ static inline enum fa_loads fa_loads_of(const fa_what *w, int32_t general) {
         fa_tma_takes_slices(&w->v))
         return FA_SLICES;
     if (fa_is_side_by_side(&w->k) && fa_is_side_by_side(&w->v) &&
-        !(fa_is_of_8_bytes(&w->k) && fa_is_of_8_bytes(&w->v)))
+        !(fa_is_of_bytes(&w->k, 8) && fa_is_of_bytes(&w->v, 8)))
         return FA_RAW;
     return FA_STRIDED;
 }
@@ -152,7 +153,14 @@ static inline double fa_row_cost(const fa_row *row, const fa_what *w, const fa_m
         double keys = (w->sq < sk ? sk - w->sq / 2 : sk / 2) + row->block_m / 2;
         if (keys < sk) mean = keys / row->block_n + more;
     }
-    const fa_weight weight = fa_row_weight(row, causal, sk);
+    fa_weight weight = fa_row_weight(row, causal, sk);
+    /* Where K and V come slowly and are read for few rows, they are waited for. */
+    const int32_t slowly = !fa_is_of_bytes(&w->k, 32) || !fa_is_of_bytes(&w->v, 32);
+    if (slowly && row->block_m < 192 && !w->batch_invariant) {
+        const int32_t percent = row->block_m == 64 ? 140 : row->d > 64 ? 110 : 100;
+        weight.together = weight.together * percent / 100;
+        weight.alone = weight.alone * percent / 100;
+    }
     const double area = row->block_m * row->block_n;
     const int64_t tiles = fa_ceil_div(w->sq, row->block_m), together = row->blocks_per_sm;
     /* A batch-invariant choice sees one sequence only: as if every SM were always busy. */

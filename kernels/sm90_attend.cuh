@@ -99,7 +99,7 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
     /* Q has zeros there; where K has no finite numbers for them, the tile is voted down. */
     if (HOW == WATCH && uniform(t.watch)) {
         const int32_t begin = t.h * a.moves[0][0] % FA_SLICE; /* as Q's */
-        clear_columns<BLOCK_N>(smem.k[kv.stage], begin, begin + a.d, warpgroup);
+        clear_columns<BLOCK_N>(smem.k[kv.stage], begin, begin + a.d, a.columns[1], warpgroup);
     }
 #endif
 #if ROW_GENERAL

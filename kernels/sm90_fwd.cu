@@ -183,6 +183,10 @@ typedef CUtensorMap array; /* {columns, rows, heads, batches} */
 
 struct kernel_args {
     array q, k, v, out_map;
+#if !IS_STRIDED
+    array tails[3];     /* of q, k, v: the last panel's columns, where they are fewer than 64 */
+    int32_t columns[3]; /* that are loaded, in units of 16 bytes */
+#endif
     fa_tensor out;
     fa_schedule schedule;
     fa_packed packed;
@@ -264,7 +268,7 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         mbarrier_wait(smem_address(&smem.q_full[slot]), place / Q_SLOTS & 1);
 #if HAS_SLICES
         const int32_t begin = t.h * a.moves[0][0] % FA_SLICE;
-        clear_columns<64>(smem.q[slot], begin, begin + a.d, warpgroup);
+        clear_columns<64>(smem.q[slot], begin, begin + a.d, a.columns[0], warpgroup);
 #endif
         if (blocks == 0) { /* all warps have met this Q, or one could miss two of its phases */
             bar_sync(1 + warpgroup, 128);
@@ -397,7 +401,11 @@ __global__ void __launch_bounds__(THREADS, SHARES) ROW_NAME(const __grid_constan
         for (int i = threadIdx.x; i < PANEL_N / 4; i += THREADS) ((uint32_t *)smem.ones)[i] = one;
         fence_proxy_async();
     }
-    if (STRIDED) { /* columns past the head size, which no load touches */
+    bool wider = STRIDED; /* than the heads are: no load touches those columns */
+#if !IS_STRIDED
+    wider = a.columns[1] < D || a.columns[2] < DV;
+#endif
+    if (wider) {
         for (int i = threadIdx.x; i < (int)offsetof(smem_layout, o) / 16; i += THREADS)
             ((uint4 *)&smem)[i] = make_uint4(0, 0, 0, 0);
         fence_proxy_async();

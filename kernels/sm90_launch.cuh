@@ -6,9 +6,9 @@
 #define FASTATTN_SM90_LAUNCH_CUH
 
 #if !IS_STRIDED || ROW_GENERAL
-/* Panels of 128 bytes by `rows` rows; dimensions of stride 0 are one long, and not moved along. */
+/* Panels of `bytes` by `rows` rows; dimensions of stride 0 are one long, and not moved along. */
 static bool encode(CUtensorMap *map, const fa_sm90_device *device, const fa_tensor *t, int rows,
-                   int32_t moves[2], int element_bytes = 2) {
+                   int32_t moves[2], int element_bytes = 2, int bytes = 128) {
     cuuint64_t shape[4] = {(cuuint64_t)t->shape[3], (cuuint64_t)t->shape[2],
                            (cuuint64_t)t->shape[1], (cuuint64_t)t->shape[0]};
     cuuint64_t strides[3] = {16, 16, 16};
@@ -28,7 +28,7 @@ static bool encode(CUtensorMap *map, const fa_sm90_device *device, const fa_tens
         shape[2] = 1;
         strides[1] = 16;
     }
-    const cuuint32_t box[4] = {(cuuint32_t)(128 / element_bytes), (cuuint32_t)rows, 1, 1};
+    const cuuint32_t box[4] = {(cuuint32_t)(bytes / element_bytes), (cuuint32_t)rows, 1, 1};
     const cuuint32_t steps[4] = {1, 1, 1, 1};
     return device->encode(map,
                           element_bytes == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
@@ -62,6 +62,16 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
         !encode(&a.v, device, &w->v, BLOCK_N, a.moves[2]) ||
         (STAGED && !encode(&a.out_map, device, &w->out, 16, a.moves[3])))
         return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected q, k, v or out");
+#if !IS_STRIDED
+    const fa_tensor *heads[3] = {&w->q, &w->k, &w->v};
+    for (int i = 0; i < 3; ++i) {
+        const int32_t slack = SLICES ? fa_slack_of(heads[i]) : 0, rows = i ? BLOCK_N : 64;
+        a.columns[i] = ((int32_t)heads[i]->shape[3] + slack + 7) & -8;
+        const int tail = a.columns[i] % 64 * 2;
+        if (tail && !encode(&a.tails[i], device, heads[i], rows, a.moves[i], 2, tail))
+            return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected q, k or v");
+    }
+#endif
     a.descriptor_high = 64 | 1u << 30; /* as in wgmma_descriptor() */
     a.out = w->out;
 #if HAS_SLICES

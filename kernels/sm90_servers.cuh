@@ -198,16 +198,20 @@ PTX void schedule(const kernel_args &a, smem_layout &smem, int32_t tile, int32_t
 #include "sm90_raw.cuh"
 #endif
 #else
-/* ROWS rows as panels of 64 columns. */
-template <int ROWS, int COLUMNS>
-PTX void load(uint32_t smem, const CUtensorMap &from, int32_t first, int32_t h, int32_t b,
-              const int32_t (&moves)[2], uint32_t barrier, uint64_t policy) {
-    mbarrier_arrive_expect_tx(barrier, ROWS * 128 * panels<COLUMNS>);
+/* ROWS rows of q, k or v (WHICH) as panels of 64 columns; the last may have fewer: what a box
+ * brings that the array does not have is filled with zeros, slower than columns are loaded. */
+template <int ROWS, int COLUMNS, int WHICH>
+PTX void load(const kernel_args &a, uint32_t smem, const CUtensorMap &from, int32_t first,
+              int32_t h, int32_t b, const int32_t (&moves)[2], uint32_t barrier, uint64_t policy) {
+    const int32_t columns = a.columns[WHICH];
+    mbarrier_arrive_expect_tx(barrier, ROWS * 2 * columns);
 #pragma unroll
     for (int c = 0; c < COLUMNS; c += 64)
-        cp_async_bulk_tensor_load(smem + c * 2 * ROWS, &from,
-                                  c + (SLICES ? h * moves[0] & -FA_SLICE : 0), first,
-                                  SLICES ? 0 : h * moves[0], b * moves[1], barrier, policy);
+        if (c == 0 || c < columns)
+            cp_async_bulk_tensor_load(smem + c * 2 * ROWS,
+                                      c + 64 <= columns ? &from : &a.tails[WHICH],
+                                      c + (SLICES ? h * moves[0] & -FA_SLICE : 0), first,
+                                      SLICES ? 0 : h * moves[0], b * moves[1], barrier, policy);
 }
 #endif
 
@@ -222,8 +226,8 @@ PTX void bring_q(const kernel_args &a, smem_layout &smem) {
             uint32_t full = smem_address(&smem.q_full[slot]);
             mbarrier_wait(smem_address(&smem.q_empty[slot]), place / Q_SLOTS & 1 ^ 1);
             if (t.warpgroups >> w & 1)
-                load<64, D>(smem_address(smem.q[slot]), a.q, t.q + t.row + 64 * w, t.h, t.b,
-                            a.moves[0], full, EVICT_FIRST);
+                load<64, D, 0>(a, smem_address(smem.q[slot]), a.q, t.q + t.row + 64 * w, t.h, t.b,
+                               a.moves[0], full, EVICT_FIRST);
             else
                 mbarrier_arrive(full);
         }
@@ -327,8 +331,9 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
             load_raw<BLOCK_N>(raw, smem_address(stages[kv.stage]), first, rows - first, next,
                               more ? rows - next : 0, smem_address(&full[kv.stage]));
 #else
-            load<BLOCK_N, COLUMNS>(smem_address(stages[kv.stage]), from, t.k + block * BLOCK_N,
-                                   t.h_k, t.b, moves, smem_address(&full[kv.stage]), KV_POLICY);
+            load<BLOCK_N, COLUMNS, 2 - IS_K>(a, smem_address(stages[kv.stage]), from,
+                                             t.k + block * BLOCK_N, t.h_k, t.b, moves,
+                                             smem_address(&full[kv.stage]), KV_POLICY);
 #endif
 #if ROW_GENERAL
             if (IS_K && a.scores.tiles && threadIdx.x % 32 == 0)

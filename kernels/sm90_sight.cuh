@@ -96,8 +96,8 @@ PTX void clear_hidden_v(const item &t, uint8_t *v, int32_t key, int warpgroup) {
  * columns: of Q and K, for 0 * NaN is NaN. (Of V they make columns of O that nobody stores.) It
  * reads nothing: another warpgroup may be writing the same zeros. */
 template <int ROWS>
-PTX void clear_columns(uint8_t *block, int32_t begin, int32_t end, int warpgroup) {
-    const int32_t last = end / 8, chunks = 8 * panels<D> - last; /* and the first */
+PTX void clear_columns(uint8_t *block, int32_t begin, int32_t end, int32_t columns, int warpgroup) {
+    const int32_t last = end / 8, chunks = columns / 8 - last; /* and the first */
     for (int i = thread_here() % 128; i < ROWS * (chunks + 1); i += 128) {
         const int32_t row = i % ROWS, n = i / ROWS, chunk = n < chunks ? last + n : 0;
         const uint32_t at =

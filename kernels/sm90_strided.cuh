@@ -75,9 +75,9 @@ PTX void load_elements(uint32_t smem, const char *from, int32_t stride, int32_t 
 
 /* By a warp, as the copy engine does it: to swizzled places, zeros below the last row. Columns past
  * the head size are 0 from the start. */
-template <int ROWS, int COLUMNS>
-PTX void load(uint32_t smem, const fa_tensor &from, int32_t first, int32_t h, int32_t b,
-              const int32_t (&)[2], uint32_t barrier, uint64_t) {
+template <int ROWS, int COLUMNS, int>
+PTX void load(const kernel_args &, uint32_t smem, const fa_tensor &from, int32_t first, int32_t h,
+              int32_t b, const int32_t (&)[2], uint32_t barrier, uint64_t) {
     const int32_t rows = min((int32_t)from.shape[2] - first, ROWS), d = from.shape[3];
     const char *source = (const char *)element(from, b, h, first, 0);
     const int64_t stride = 2 * from.stride[2];

@@ -109,6 +109,7 @@ def features(b, hq, sq, sk):
     limits = {"q_lengths": lengths(b, sq), "k_lengths": lengths(b, sk), "k_start": [1] * b}
     yield "full", {}, {}
     yield "causal, one key head", {"hk": 1}, {"causal": True}
+    yield "narrow heads", {"less": 8}, {"causal": True}  # no load touches their last columns
     yield "window and lengths", {}, {"window": (50, 20), **limits}
     yield "odd strides", {"move": odd}, {"causal": "top-left"}
     yield "columns apart", {"move": apart}, {"causal": "top-left"}
@@ -137,6 +138,7 @@ def changes(b, hq, sq, sk):
     limits = {"q_lengths": lengths(b, sq), "k_lengths": lengths(b, sk), "k_start": [1] * b}
     slopes, sink = 0.5 ** torch.arange(1.0, hq + 1), torch.linspace(-3, 3, hq)
     yield "softcap", {}, {"softcap": 5.0}
+    yield "softcap, narrow heads", {"less": 8}, {"softcap": 5.0}
     yield "softcap, far", {}, {"softcap": 0.5, "causal": True}
     yield "alibi", {"hk": 1}, {"alibi_slopes": slopes, "causal": True}
     yield "dropout", {}, {"dropout_p": 0.1, "seed": 2**40 + 3}
@@ -183,7 +185,7 @@ def on_gpu(keywords):
 
 
 def run(name, feature, sizes, dtype, shape, change, keywords):
-    (d, dv), (b, h, sq, sk) = sizes, shape
+    (d, dv), (b, h, sq, sk) = (x - change.get("less", 0) for x in sizes), shape
     if change.get("packed"):
         return run_packed(name, feature, sizes, dtype, shape, change, keywords)
     q, k, v = arrays(b, h, change.get("hk", h), sq, sk, d, dv, dtype)
