@@ -5,6 +5,7 @@ benchmarks/
     results/               one JSON file per campaign: header (machine, versions, command), all rows
     table.py               writes README's tables from those files
     sdpa_comparison.ipynb  the comparison with PyTorch's SDPA as a notebook
+    correctness.py         inputs that PyTorch's own attention gets wrong, and ours
     gpu_run.py             GPU tests and benchmarks in one call, on a machine without a network
 """
 

@@ -13,10 +13,14 @@ the others nothing:
     sanitize  compute-sanitizer's four tools over one small case per row and feature, the rows dealt
               to several processes, as many at once as there are CPUs
     campaign  random cases against the reference: tests/campaign.py
-    bench     python benchmarks
+    correctness, grid, shapes, features
+              benchmarks/correctness.py, and the suites of the benchmark, in parts of a few minutes;
+              each writes NAME-PART.json: moved into benchmarks/results/ as DATE-CARD-PART.json they
+              are what report.py makes the tables and pictures of
+    bench     python benchmarks, with the arguments in --bench; only if --parts names it
 
-On 16 CPUs tests and sanitizers take 200 to 270 s, 36,000 cases 40; all suites of the benchmark take
-longer than --seconds: `--parts bench --bench '--suite gpu-bf16 --peers cudnn,fa3'` runs one.
+On 16 CPUs tests and sanitizers take 200 to 270 s, 36,000 cases 40. For the results alone:
+`--parts correctness,grid,shapes,features --commit COMMIT --peers ...`.
 
 `run --module a=build/gpu/a.so --module b=build/gpu/b.so` repeats the parts for each module.
 Archives named by --peers (.tar.xz, .whl) are unpacked once and put on the path, after our own.
@@ -39,7 +43,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "fastattn"
 STORE = ROOT / "build" / "gpu"
-PARTS = ("smoke", "tests", "sanitize", "campaign", "bench")
+SUITES = {  # part -> arguments of the benchmark
+    "grid": "--suite gpu-bf16 --peers cudnn,fa3,fa4",
+    "shapes": "--suite gpu-origin --suite gpu-heads --suite gpu-gqa --suite gpu-varlen"
+    " --suite gpu-scores --suite gpu-window --peers cudnn,fa3,fa4",
+    "features": "--suite gpu-mask --suite gpu-host --suite gpu-fp16 --suite gpu-hostile"
+    " --suite gpu-short --suite gpu-sustained --peers cudnn,fa3,sdpa,efficient",
+}
+SECONDS = {  # part -> its time limit
+    "smoke": 60,
+    "tests": 240,
+    "sanitize": 300,
+    "campaign": 120,
+    "correctness": 60,
+    **dict.fromkeys([*SUITES, "bench"], 400),
+}
 TOOLS = ("racecheck", "initcheck", "synccheck", "memcheck")  # the slowest first
 
 
@@ -118,6 +136,11 @@ def sanitizer():
 def commands(part, options, out, name):
     """(label, command) of a part; the labels name the logs."""
     python, cases = [sys.executable, "-X", "faulthandler"], ROOT / "tests" / "gpu_cases.py"
+
+    def result_of(part):
+        commit = ["--commit", options.commit] if options.commit else []
+        return ["--json", out / f"{name}-{part}.json", *commit]
+
     if part == "smoke":
         yield "hello", [*python, "-m", "fastattn"]
         yield "smoke", [*python, cases, "--smoke"]
@@ -135,9 +158,11 @@ def commands(part, options, out, name):
         flags = shlex.split("--framework torch:cuda --backend sm90")
         numbers = ["--cases", options.cases, "--seed", options.seed]
         yield "campaign", [*python, ROOT / "tests" / "campaign.py", *flags, *numbers]
-    elif part == "bench":
-        file = out / f"{name}-bench.json"
-        yield "bench", [*python, ROOT / "benchmarks", "--json", file, *shlex.split(options.bench)]
+    elif part == "correctness":
+        yield part, [*python, ROOT / "benchmarks" / "correctness.py", *result_of(part)]
+    else:
+        chosen = shlex.split(f"--timings 20 --warmup 0.1 {SUITES.get(part, options.bench)}")
+        yield part, [*python, ROOT / "benchmarks", *chosen, *result_of(part)]
 
 
 def run_all(part, options, out, name, seconds, environment):
@@ -180,7 +205,8 @@ def run(options):
         }
         for part in options.parts.split(","):
             left = min(getattr(options, f"{part}_seconds"), deadline - time.perf_counter())
-            threads = {"bench": None, "tests": "2"}.get(part, "1")  # of one process among many
+            alone = part in (*SUITES, "bench", "correctness")
+            threads = None if alone else "2" if part == "tests" else "1"  # of one among many
             many = {"OMP_NUM_THREADS": threads} if threads else {}
             if left < 5:
                 print(f"==== {name}-{part}: no time left")
@@ -214,7 +240,8 @@ def main():
     verb.add_argument(
         "--peers", nargs="*", default=[], metavar="ARCHIVE", help="wheels or tar files of peers"
     )
-    verb.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
+    parts = ",".join(part for part in SECONDS if part != "bench")
+    verb.add_argument("--parts", default=parts, help="default: %(default)s")
     verb.add_argument(
         "--tools", default=",".join(TOOLS), help="of the sanitizer; default: %(default)s"
     )
@@ -224,12 +251,13 @@ def main():
     verb.add_argument("--cases", type=int, default=36_000, help="of the campaign")
     verb.add_argument("--seed", type=int, default=0, help="of the campaign's first case")
     verb.add_argument("--pytest", default="", help="more arguments for pytest")
-    verb.add_argument("--bench", default="", help="more arguments for the benchmark")
+    verb.add_argument("--bench", default="", help="arguments of the part bench")
+    verb.add_argument("--commit", help="of the sources, to be recorded in the results")
     verb.add_argument("--work", default=ROOT / "build" / "gpu-run", help="scratch folder")
     verb.add_argument(
         "--seconds", type=float, default=580, help="for everything; default: %(default)s"
     )
-    for part, seconds in zip(PARTS, (60, 240, 300, 120, 400), strict=True):
+    for part, seconds in SECONDS.items():
         verb.add_argument(
             f"--{part}-seconds", type=float, default=seconds, help="default: %(default)s"
         )

@@ -18,23 +18,10 @@ README = HERE.parent / "README.md"
 MARKERS = re.compile(r"(<!-- table: (\S+) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def markdown(lines):
-    head, *rest = ("| " + " | ".join(line) + " |" for line in lines)
-    return [head, "|---" * len(lines[0]) + "|", *rest]
-
-
 def caption(results):
     """What was measured on, and the commands that print it."""
-    header = results[0]["header"]
-    machine = header.get("gpu") or f"{header['cpu']}, {header['cpu_threads']} threads"
-    clocks = header.get("clocks")
-    driver = f", driver {header['driver']}, {clocks['clocks.sm']}" if clocks else ""
-    names = ("torch", "cuda", "cudnn", "fa3-fwd", "flash-attn-4")
-    versions = header["versions"]
-    found = "".join(f", {name} {versions[name]}" for name in names if versions.get(name))
-    where = f"{header['date'][:10]}, commit {header['commit']}"
     commands = [f"    {result['header']['command']}" for result in results]
-    return [f"{machine}{driver}{found}; {where}:", "", *commands, ""]
+    return [f"{_bench.caption(results[0]['header'])}:", "", *commands, ""]
 
 
 def best_peer(cell):
@@ -91,7 +78,7 @@ def table(names, suites):
                 cells.setdefault(row["label"], {})[row["implementation"]] = row
         cells = list(cells.values())
         rows = grid(cells, device) if suite in _bench.GRIDS else listing(cells)
-        lines += [*markdown(list(rows)), ""] if cells else []
+        lines += [*_bench.markdown(list(rows)), ""] if cells else []
     return "\n".join(lines)
 
 

@@ -47,7 +47,7 @@ class Cell:
     s: int  # sq = sk
     d: int
     dtype: str = "bf16"
-    mask: str = "full"  # or "causal", "window" (the last WINDOW keys), or a key of DENSE
+    mask: str = "full"  # or "causal", or a key of WINDOWS or of DENSE
     hk: int = 0  # 0: hq
     dv: int = 0  # 0: d
     inputs: str = "normal"  # or "qx16", "qx40", "qx100", "spike": one huge key late in the row
@@ -66,8 +66,8 @@ class Cell:
         if self.packed is not None:
             n = self.packed.astype(float)
             return float((n * (n + 1) / 2 if self.mask == "causal" else n * n).sum())
-        if self.mask == "window":
-            return float(self.b * sum(min(i + 1, WINDOW) for i in range(self.s)))
+        if self.mask in WINDOWS:
+            return float(self.b * sum(min(i + 1, WINDOWS[self.mask]) for i in range(self.s)))
         return self.b * self.s**2 / (2 if self.mask == "causal" else 1)
 
     @property
@@ -113,7 +113,7 @@ class Cell:
 
 
 ODD = (65, 80, 100, 160)  # head sizes between those that kernels are made for
-WINDOW = 1024  # keys that a row of a "window" cell sees: window=(1023, 0)
+WINDOWS = {"window": 1024, "window4k": 4096}  # keys that a row sees: window=(1023, 0)
 # Dense masks, and what of b and h they have: half of the elements, half of the blocks of 128 x 128
 # are True; normal numbers that are added
 DENSE = {"bool": "", "blocks": "", "bf16": "", "bf16-b": "b", "bf16-h": "h"}
@@ -176,10 +176,12 @@ def _suites():
         # the dense masks against whoever takes them, and against ours without one
         "gpu-mask": [Cell("gpu-mask", "cuda", 4, 16, 4096, 128, mask=m) for m in DENSE],
         "gpu-scores": [
-            Cell("gpu-scores", "cuda", 4, 16, 4096, 128, dtype, change=x)
-            for dtype, x in product(("bf16", "fp16"), ("softcap", "alibi", "sink", "dropout"))
+            Cell("gpu-scores", "cuda", 4, 16, 4096, 128, dtype, m, change=x)
+            for dtype, x, m in product(
+                ("bf16", "fp16"), ("softcap", "alibi", "sink", "dropout"), MASKS
+            )
         ],
-        "gpu-window": [Cell("gpu-window", "cuda", 1, 16, 16384, 128, mask="window")],
+        "gpu-window": [Cell("gpu-window", "cuda", 1, 16, 16384, 128, mask=m) for m in WINDOWS],
         "gpu-flex": [
             Cell("gpu-flex", "cuda", 16384 // s, 16, s, 128, mask=m)
             for m, s in product(MASKS, (1024, 4096, 16384))
@@ -397,8 +399,8 @@ def _ours(backend=None, package=fastattn):
             sdpa = package.scaled_dot_product_attention
             return lambda: sdpa(q, k, v, is_causal=causal)
         keywords = {"causal": causal, "mask": mask, "backend": backend}
-        if cell.mask == "window":
-            keywords["window"] = (WINDOW - 1, 0)
+        if cell.mask in WINDOWS:
+            keywords["window"] = (WINDOWS[cell.mask] - 1, 0)
         keywords |= {
             name: q.new_tensor(x.tolist(), dtype=arrays_for(cell.device).dtypes["fp32"])
             if isinstance(x, np.ndarray)
@@ -432,7 +434,7 @@ def _sdpa(cell, q, k, v, mask):
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
     refuse_changes(cell)
-    if cell.mask == "window":
+    if cell.mask in WINDOWS:
         raise NotImplementedError("no window")
     keywords = {"is_causal": cell.mask == "causal", "attn_mask": mask}
     if cell.kv[0] != cell.hq:
@@ -460,13 +462,15 @@ def _flash_attn(module):
             return _packed_call(package.flash_attn_varlen_func, cell, q, k, v)
         call = package.flash_attn_func
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-        refuse_changes(cell)
-        if mask is not None:
-            raise NotImplementedError("no mask")
-        window = {"window_size": (WINDOW - 1, 0)} if cell.mask == "window" else {}
+        keywords = changes(cell)
+        if mask is not None or keywords.keys() - {"softcap"}:
+            raise NotImplementedError(f"no {cell.change or 'mask'}")
+        keywords["causal"] = cell.mask == "causal"
+        if cell.mask in WINDOWS:
+            keywords["window_size"] = (WINDOWS[cell.mask] - 1, 0)
 
         def run():
-            out = call(q, k, v, causal=cell.mask == "causal", **window)
+            out = call(q, k, v, **keywords)
             return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
         return run
@@ -699,9 +703,9 @@ def sampled(arrays, cell, inputs):
     seen = np.ones((len(rows), cell.s), bool)
     if cell.mask == "causal":
         seen = rows[:, None] >= np.arange(cell.s)
-    elif cell.mask == "window":
+    elif cell.mask in WINDOWS:
         distance = rows[:, None] - np.arange(cell.s)
-        seen = (distance >= 0) & (distance < WINDOW)
+        seen = (distance >= 0) & (distance < WINDOWS[cell.mask])
     elif cell.mask in ("bool", "blocks"):
         seen = arrays.float64(mask)[rows] > 0
     change, samples = changes(cell), []
@@ -886,8 +890,9 @@ def _shell(*command):
         return output.stdout.strip().partition("\n")[0]
 
 
-def header(arrays, command, commit):
-    """Everything that a reader needs to repeat the run."""
+def environment(arrays, command, commit):
+    """Everything that a reader needs to repeat the run: the header of a result file, but for the
+    limits."""
     info = fastattn.info()
     packages = ("numpy", "torch", "jax", "triton", "fa3-fwd", "flash-attn-4")
     versions = {"python": platform.python_version(), "fastattn": info["version"]}
@@ -903,7 +908,6 @@ def header(arrays, command, commit):
         "cpu_level": info["cpu"]["level"],
         "cpu_threads": info["cpu"]["threads"],
         "versions": versions,
-        "limits": machine(arrays),
     }
     if arrays.device == "cuda":
         torch = arrays.torch
@@ -914,6 +918,17 @@ def header(arrays, command, commit):
         head["clocks"] = dict(zip(query.split(","), (values or "").split(", "), strict=False))
         versions["cuda"], versions["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
     return head
+
+
+def caption(header):
+    """Where something was measured, in one line."""
+    machine = header.get("gpu") or f"{header['cpu']}, {header['cpu_threads']} threads"
+    clocks = header.get("clocks")
+    driver = f", driver {header['driver']}, {clocks['clocks.sm']}" if clocks else ""
+    names = ("torch", "cuda", "cudnn", "jax", "fa3-fwd", "flash-attn-4")
+    versions = header["versions"]
+    found = "".join(f", {name} {versions[name]}" for name in names if versions.get(name))
+    return f"{machine}{driver}{found}; {header['date'][:10]}, commit {header['commit']}"
 
 
 def cpu_name():
@@ -970,6 +985,12 @@ def aligned(lines):
     for line in lines:
         cells = (x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))
         yield "  ".join([line[0].ljust(widths[0]), *cells]).rstrip()
+
+
+def markdown(lines):
+    """The same as a table in Markdown."""
+    head, *rest = ("| " + " | ".join(line) + " |" for line in lines)
+    return [head, "|---" * len(lines[0]) + "|", *rest]
 
 
 def _number(row, key, text="{:.3g}", times=1):
@@ -1199,7 +1220,8 @@ def run(args, suites, command):
     named = tuple(args.peers.split(",")) if args.peers else ()
     options = Options(args.timings, args.warmup, named)
     known = known_peers(args.known) if args.known else {}
-    result = {"header": header(arrays, command, args.commit), "rows": []}
+    head = environment(arrays, command, args.commit) | {"limits": machine(arrays)}
+    result = {"header": head, "rows": []}
     if args.json:
         pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     for cell in _progress(chosen):

@@ -1,0 +1,182 @@
+"""Inputs that PyTorch's or JAX's own attention gets wrong or refuses, and what fastattn gives.
+
+    python benchmarks/correctness.py                 # on the GPU if there is one, else on the CPU
+
+Each input goes to torch.nn.functional.scaled_dot_product_attention as it stands ("default"), to
+the same held to one of its backends, to jax.nn.dot_product_attention where that is asked the same,
+and to fastattn. "right" is the rule of the tests: no more than twice the error of a careful unfused
+computation, against float64, and the rounding of the output. Prints a table in Markdown, with
+--json FILE also writes it for benchmarks/report.py. Fails if fastattn is wrong.
+"""
+
+import argparse
+import importlib.util
+import os
+import pathlib
+import shlex
+import sys
+import warnings
+from dataclasses import dataclass, field
+
+import fastattn
+import torch
+from fastattn import _bench
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
+
+B, H, S, D = 2, 4, 100, 64
+BACKENDS = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "mem-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+@dataclass
+class Input:
+    """One call of scaled_dot_product_attention; `keywords` are its own."""
+
+    name: str
+    dtype: torch.dtype = torch.bfloat16
+    sk: int = S
+    keywords: dict = field(default_factory=dict)
+    jax: bool = False  # jax.nn.dot_product_attention is asked too
+
+
+def random(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def all_inputs():
+    empty_row = random(S, S) > 0
+    empty_row[7] = False
+    causal = {"is_causal": True}
+    return [
+        Input("causal, scale -0.3", keywords=causal | {"scale": -0.3}),
+        Input("causal, scale 0", keywords=causal | {"scale": 0.0}),
+        Input("float16, float32 mask", torch.float16, keywords={"attn_mask": random(S, S)}),
+        Input("bool mask, a row sees nothing", keywords={"attn_mask": empty_row}, jax=True),
+        Input("transposed mask", keywords={"attn_mask": random(S, S).bfloat16().mT}),
+        Input("causal, 80 keys for 100 queries", sk=80, keywords=causal),
+        Input("dropout_p 1", keywords={"dropout_p": 1.0}),
+    ]
+
+
+def formula(q, k, v, real, attn_mask=None, is_causal=False, scale=D**-0.5, dropout_p=0.0):
+    """The definition, in `real`; for float32 with P and the output rounded to the inputs' dtype."""
+    s = scale * (q.to(real) @ k.to(real).mT)
+    seen = torch.ones(s.shape[2:], dtype=torch.bool)
+    if is_causal:
+        seen = seen.tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        seen = seen & attn_mask
+    elif attn_mask is not None:
+        s = s + attn_mask.to(real)
+    p = s.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0) * (dropout_p < 1)
+    if real == torch.float64:
+        return p @ v.double()
+    return (p.to(q.dtype).float() @ v.float()).to(q.dtype).double()
+
+
+def judge(out, exact, low):
+    """(right, words) of a result."""
+    out = out.double().cpu()
+    nan = out.isnan().double().mean().item()
+    if nan:
+        return False, f"NaN in {nan:.0%}".replace("%", " %")
+    rounding = ((exact.to(low[1]) + 0.3).to(low[1]) - 0.3).to(low[1]).double() - exact
+    bound = 2 * (low[0] - exact).abs().max() + 2 * rounding.abs().max()
+    error = (out - exact).abs().max()
+    return (True, "right") if error <= bound else (False, f"off by {error:.2g}")
+
+
+def attempts(item, q, k, v, keywords):
+    """(implementation, its call) of everyone who is asked."""
+    yield "default", lambda: torch_sdpa(q, k, v, **keywords)
+    if q.is_cuda:
+        for name, backend in BACKENDS.items():
+
+            def held(backend=backend):
+                with sdpa_kernel(backend):
+                    return torch_sdpa(q, k, v, **keywords)
+
+            yield name, held
+    if item.jax and importlib.util.find_spec("jax"):
+        for kind in ("xla", "cudnn") if q.is_cuda else ("xla",):
+            yield f"JAX {kind}", lambda kind=kind: ask_jax(kind, q, k, v, keywords)
+    yield "fastattn", lambda: fastattn.scaled_dot_product_attention(q, k, v, **keywords)
+
+
+def ask_jax(kind, q, k, v, keywords):
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is torch's too
+    import jax
+
+    q, k, v = (
+        jax.numpy.asarray(x.transpose(1, 2).float().cpu().numpy(), jax.numpy.bfloat16)
+        for x in (q, k, v)
+    )
+    mask = jax.numpy.asarray(keywords["attn_mask"].cpu().numpy())[None, None]
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=kind)
+    return torch.tensor(jax.numpy.asarray(out, jax.numpy.float32).tolist()).transpose(1, 2)
+
+
+def rows_of(item, device):
+    """What each implementation makes of one input."""
+    q, k, v = (
+        random(B, H, s, D + i)[..., :D].to(item.dtype) for i, s in enumerate((S, item.sk, item.sk))
+    )
+    exact = formula(q, k, v, torch.float64, **item.keywords)
+    low = formula(q, k, v, torch.float32, **item.keywords), item.dtype
+    moved = {
+        n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in item.keywords.items()
+    }
+    for name, call in attempts(item, *(x.to(device) for x in (q, k, v)), moved):
+        row = {"suite": "correctness", "input": item.name, "implementation": name}
+        try:
+            with warnings.catch_warnings():  # why each backend refuses
+                warnings.simplefilter("ignore")
+                right, words = judge(call(), exact, low)
+        except Exception as error:  # a refusal is a result
+            right, words = False, "refused"
+            row["said"] = " ".join(str(error).split())[:200]
+        yield row | {"right": right, "verdict": words}
+
+
+def table(rows):
+    """The lines of a Markdown table: an input a line, an implementation a column."""
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    names = [name for name in names if name != "fastattn"] + ["fastattn"]
+    said = {(row["input"], row["implementation"]): row["verdict"] for row in rows}
+    lines = [[f"bfloat16 b {B} h {H} s {S} d {D}", *names]]
+    lines += [
+        [x, *(said.get((x, name), "") for name in names)]
+        for x in dict.fromkeys(r["input"] for r in rows)
+    ]
+    return _bench.markdown(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    device = "cuda" if _bench.gpu_usable() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_argument("--commit", help="to be recorded; default: of this tree")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    options = parser.parse_args()
+    commit = options.commit or _bench.git(pathlib.Path(__file__).resolve().parent.parent)
+
+    rows = [row for item in all_inputs() for row in rows_of(item, options.device)]
+    command = shlex.join(["python", "benchmarks/correctness.py", *sys.argv[1:]])
+    header = _bench.environment(_bench.arrays_for(options.device), command, commit)
+    print(_bench.caption(header), end=":\n\n")
+    print("\n".join(table(rows)))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(_bench.dump({"header": header, "rows": rows}))
+    wrong = [row for row in rows if row["implementation"] == "fastattn" and not row["right"]]
+    return f"fastattn is wrong or refuses: {wrong}" if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
