@@ -20,7 +20,7 @@ typedef struct fa_array {
     DLDevice device;  /* device_type DL_CPU or DL_CUDA */
     DLDataType dtype;
     int32_t ndim;
-    int64_t shape[FA_MAX_RANK], stride[FA_MAX_RANK];
+    int64_t shape[FA_MAX_RANK], stride[FA_MAX_RANK]; /* no sum of them passes 2^60 bytes */
     void *stream; /* the producer's current CUDA stream; NULL is the legacy default stream */
 } fa_array;
 
@@ -86,7 +86,8 @@ const char *fa_dtype_name(DLDataType dtype, char buffer[32]);
 /* Shapes, dtypes, devices and options. Reads no array but cu_seqlens on the CPU. */
 fa_status fa_check_attention(const fa_request *request, fa_plan *plan, fa_error *error);
 
-/* The caller's out=: shape, dtype, device, and that it overlaps no input and not itself. */
+/* The caller's out=: shape, dtype, device, and that it shares no element with an input and has
+ * distinct ones. */
 fa_status fa_check_out(const fa_request *request, const fa_plan *plan, const fa_array *out,
                        fa_error *error);
 

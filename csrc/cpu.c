@@ -155,7 +155,6 @@ typedef struct call {
     int64_t length;        /* rows of a head: sq, or total_q */
     int64_t blocks, tasks; /* row blocks of a head; tasks in all */
     atomic_llong next;
-    atomic_int failed;
 } call;
 
 /* Rows that are no query: 0 and -inf. */
@@ -215,10 +214,7 @@ static void work(void *argument) {
     char small[16384]; /* a tiny call does without malloc */
     size_t bytes = c->kernel->scratch(c->p, c->rows) + 63;
     char *memory = bytes <= sizeof small ? small : malloc(bytes);
-    if (!memory) {
-        atomic_store(&c->failed, 1);
-        return;
-    }
+    if (!memory) return; /* the other threads do the work */
     char *aligned = memory + (-(uintptr_t)memory & 63);
     for (;;) {
         const int64_t task = atomic_fetch_add_explicit(&c->next, 1, memory_order_relaxed);
@@ -259,7 +255,7 @@ static fa_status cpu_run(const fa_params *p, void *workspace, fa_error *error) {
     }
     c.tasks = heads * c.blocks;
     fa_pool_run(c.tasks < threads ? (int)c.tasks : threads, work, &c);
-    if (atomic_load(&c.failed)) {
+    if (atomic_load(&c.next) < c.tasks) { /* no thread had memory */
         snprintf(error->text, sizeof error->text, "no memory for the CPU backend's scratch");
         return FA_MEMORY;
     }

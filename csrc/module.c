@@ -12,9 +12,8 @@
 /* The one place where a status becomes an exception. */
 static PyObject *raise_status(fa_status status, const fa_error *error) {
     PyObject *type = PyExc_RuntimeError;
+    if (PyErr_Occurred()) return NULL; /* FA_RAISED, or a Ctrl-C while the sentence was made */
     switch ((int)status) {
-        case FA_RAISED:
-            return NULL;
         case FA_VALUE:
             type = PyExc_ValueError;
             break;
@@ -37,6 +36,13 @@ static PyObject *raise_status(fa_status status, const fa_error *error) {
     return NULL;
 }
 
+/* What a call returns, once its arrays are released: a deleter may have left an exception. */
+static PyObject *finish(PyObject *result, fa_status status, const fa_error *error) {
+    if (status != FA_OK) return raise_status(status, error);
+    if (result && PyErr_Occurred()) Py_CLEAR(result);
+    return result;
+}
+
 /* ---- Options ------------------------------------------------------------------------------- */
 
 static const char *repr(PyObject *object, char buffer[64]) {
@@ -54,6 +60,11 @@ static fa_status get_double(PyObject *object, const char *name, double *out, fa_
     char got[64];
     *out = PyFloat_AsDouble(object);
     if (*out != -1 || !PyErr_Occurred()) return FA_OK;
+    if (PyLong_Check(object) && PyErr_ExceptionMatches(PyExc_OverflowError)) {
+        PyErr_Clear();
+        return fa_fail(error, FA_VALUE, "`%s` must fit a float, got %s", name, repr(object, got));
+    }
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) return FA_RAISED;
     PyErr_Clear();
     return fa_fail(error, FA_TYPE, "`%s` must be a float, got %s", name, repr(object, got));
 }
@@ -88,6 +99,7 @@ static fa_status get_int(PyObject *object, const char *name, const char *rule, i
     *out = index ? PyLong_AsLongLongAndOverflow(index, overflow) : 0;
     Py_XDECREF(index);
     if (!index) {
+        if (!PyErr_ExceptionMatches(PyExc_TypeError)) return FA_RAISED;
         PyErr_Clear();
         return fa_fail(error, FA_TYPE, "`%s` must %s, got %s", name, rule, repr(object, got));
     }
@@ -398,7 +410,7 @@ static PyObject *compute(module_state *state, PyObject *const *arguments,
         tensor_drop(&lse);
     }
     release(&c);
-    return status == FA_OK ? result : raise_status(status, &c.error);
+    return finish(result, status, &c.error);
 }
 
 /* ---- Public functions ---------------------------------------------------------------------- */
@@ -543,7 +555,7 @@ static PyObject *explain(PyObject *module, PyObject *const *arguments, Py_ssize_
         if (chosen) kernel = chosen->kernel(&c.plan.params);
     }
     release(&c);
-    if (status != FA_OK) return raise_status(status, &c.error);
+    if (status != FA_OK || PyErr_Occurred()) return raise_status(status, &c.error);
     PyObject *refused = PyDict_New();
     for (int32_t i = 0; i < fa_backend_count() && refused; i++) {
         PyObject *reason = reasons[i].text[0] ? PyUnicode_FromString(reasons[i].text) : NULL;
@@ -631,7 +643,7 @@ static PyObject *merge_states(PyObject *module, PyObject *const *arguments, Py_s
     free(c.arrays);
     free(c.tensors);
     free(c.names);
-    return status == FA_OK ? result : raise_status(status, &c.error);
+    return finish(result, status, &c.error);
 }
 
 /* ---- info ---------------------------------------------------------------------------------- */

@@ -20,7 +20,8 @@
 const char *tensor_text(PyObject *text, size_t size, char *buffer) {
     PyObject *bytes = text ? PyUnicode_AsUTF8String(text) : NULL;
     snprintf(buffer, size, "%s", bytes ? PyBytes_AsString(bytes) : "an object");
-    if (!bytes) PyErr_Clear();
+    /* A sentence without a name is good enough, but no Ctrl-C is lost: raise_status() keeps it. */
+    if (!bytes && PyErr_ExceptionMatches(PyExc_Exception)) PyErr_Clear();
     Py_XDECREF(text);
     Py_XDECREF(bytes);
     return buffer;
@@ -171,6 +172,29 @@ void tensor_clear(module_state *state) {
 
 /* ---- In ------------------------------------------------------------------------------------ */
 
+/* Strides that all later arithmetic may rely on: sums over the bytes of two arrays fit an int64,
+ * and no address below the first is passed. Sizes of 1 have no stride. */
+static fa_status check_reach(const fa_array *a, int64_t size, fa_error *error) {
+    const int64_t limit = (int64_t)1 << 60;
+    int64_t below = 0, above = 0, reach;
+    for (int32_t i = 0; i < a->ndim; i++) {
+        if (a->shape[i] <= 1) continue;
+        int wrong = __builtin_mul_overflow(a->shape[i] - 1, a->stride[i], &reach) ||
+                    __builtin_mul_overflow(reach, size, &reach) || reach <= -limit ||
+                    reach >= limit;
+        if (!wrong) *(reach < 0 ? &below : &above) += reach;
+        if (wrong || below <= -limit || above >= limit)
+            return fa_fail(error, FA_VALUE,
+                           "`%s` must have strides that reach less than 2^60 bytes, got %lld for a "
+                           "dimension of %lld",
+                           a->name, (long long)a->stride[i], (long long)a->shape[i]);
+    }
+    if (a->data && (uintptr_t)-below > (uintptr_t)a->data)
+        return fa_fail(error, FA_VALUE, "`%s` must have strides that stay above address 0",
+                       a->name);
+    return FA_OK;
+}
+
 /* Copies a DLTensor, whose own arrays live only as long as its producer likes, and checks what a
  * hand-made one may get wrong. */
 static fa_status describe(const DLTensor *t, fa_array *a, fa_error *error) {
@@ -209,11 +233,11 @@ static fa_status describe(const DLTensor *t, fa_array *a, fa_error *error) {
     }
     if (!t->data && !empty)
         return fa_fail(error, FA_TYPE, "`%s` must have memory, got a tensor without data", a->name);
-    a->data = t->data ? (char *)t->data + t->byte_offset : NULL;
+    a->data = t->data ? (void *)((uintptr_t)t->data + t->byte_offset) : NULL;
     if (size && (uintptr_t)a->data % (uintptr_t)(size > 8 ? 8 : size))
         return fa_fail(error, FA_VALUE, "`%s` must be aligned to its item size of %lld bytes",
                        a->name, (long long)size);
-    return FA_OK;
+    return check_reach(a, size, error);
 }
 
 static fa_status ask_torch(module_state *state, torch_now *now) {
@@ -480,11 +504,25 @@ fa_status tensor_borrow(module_state *state, torch_now *now, PyObject *object, c
     return borrow_dlpack(state, object, b, error);
 }
 
+/* A deleter may run Python, which must not meet an exception that is set already. One that it
+ * leaves behind comes through where the call raises none, or if it is a Ctrl-C. */
 void tensor_release(borrowed *b) {
-    if (b->versioned && b->versioned->deleter) b->versioned->deleter(b->versioned);
-    if (b->unversioned && b->unversioned->deleter) b->unversioned->deleter(b->unversioned);
+    DLManagedTensorVersioned *versioned = b->versioned;
+    DLManagedTensor *unversioned = b->unversioned;
+    PyObject *type, *value, *traceback;
+    if (!versioned && !unversioned) return;
     b->versioned = NULL;
     b->unversioned = NULL;
+    PyErr_Fetch(&type, &value, &traceback);
+    if (versioned && versioned->deleter) versioned->deleter(versioned);
+    if (unversioned && unversioned->deleter) unversioned->deleter(unversioned);
+    if (type && (!PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_Exception))) {
+        PyErr_Restore(type, value, traceback); /* clears the other */
+        return;
+    }
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
 }
 
 /* ---- Out ----------------------------------------------------------------------------------- */

@@ -69,6 +69,24 @@ def sentences():
     fastattn.info()
 
 
+def places():
+    """Strides out of all bounds, `out` between the elements of inputs, deleters."""
+    import test_memory
+
+    for stride in test_memory.FAR:
+        for argument in ("q", "mask", "out"):
+            test_memory.test_a_stride_whose_extent_no_address_has(argument, stride)
+    for layout in ("bshd", "bhsd"):
+        test_memory.test_out_beside_q_k_and_v_in_one_buffer("numpy", layout)
+    for wrong in ("k", "v", "mask", "sink", "out"):
+        test_memory.test_an_exception_is_kept_while_deleters_run(wrong, versioned=True)
+    test_memory.test_strides_whose_sum_no_address_has()
+    test_memory.test_out_in_other_columns_rows_and_heads()
+    test_memory.test_out_between_the_bytes_of_other_dtypes()
+    test_memory.test_overlap_is_what_brute_force_says()
+    test_memory.test_a_ctrl_c_is_kept_while_deleters_run()
+
+
 def main(count):
     failures = []
 
@@ -86,6 +104,7 @@ def main(count):
     if failures:
         raise failures[0]
     sentences()
+    places()
     print(f"sanitize: {count} calls at level {fastattn.info()['cpu']['level']}", flush=True)
 
 

@@ -143,7 +143,9 @@ def attention(
             generator of their device, anew by each replay of a CUDA graph; with others ValueError.
         layout: "bhsd" or "bshd", of q, k, v and the output.
         return_lse: also return lse, float32 (b, hq, sq) whatever the layout, natural logarithm.
-        out: the output is written here; same shape, dtype and device, overlapping no input.
+        out: the output is written here; same shape, dtype and device. It may lie between the elements
+            of inputs, as one of buffer.unbind(2), but shares none with them: ValueError, also where
+            strides are too odd to tell.
         deterministic: of the backward pass; the forward pass always is.
         batch_invariant: a sequence's bits do not depend on the other sequences or the batch size.
         backend: None is the best that can; or "sm90", "sm80", "cpu".
@@ -227,7 +229,7 @@ def attention_varlen(
         dropout_p: as in attention; b of the random bits is the sequence, i and j positions in it.
         seed: as in attention.
         return_lse: also return lse, float32 (hq, total_q), natural logarithm.
-        out: the output is written here; same shape, dtype and device, overlapping no input.
+        out: as in attention; of shape (total_q, hq, dv).
         deterministic: as in attention.
         batch_invariant: as in attention.
         backend: as in attention.
