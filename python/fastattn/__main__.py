@@ -3,6 +3,7 @@
 Needs nothing but the package and NumPy; PyTorch is compared with where it is installed.
 """
 
+import argparse
 import contextlib
 import importlib.metadata
 import platform
@@ -80,9 +81,18 @@ def main():
     return 0
 
 
+def parse(argv):
+    """--help, --version and wrong words end here."""
+    parser = argparse.ArgumentParser(prog="python -m fastattn", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"fastattn {fastattn.__version__}")
+    parser.add_argument(
+        "command", nargs="?", choices=["bench"], help="measure: `python -m fastattn bench --help`"
+    )
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bench"]:
         sys.exit(_bench.main(sys.argv[2:]))
-    if sys.argv[1:]:
-        sys.exit("usage: python -m fastattn [bench ...]; `python -m fastattn bench --help`")
+    parse(sys.argv[1:])
     sys.exit(main())

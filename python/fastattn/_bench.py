@@ -125,6 +125,7 @@ UNITS = {"cuda": ("TFLOP/s", 1e-12), "cpu": ("GFLOP/s", 1e-9)}
 SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASKS = ("full", "causal")
 GRIDS = ("cpu", "gpu-bf16", "gpu-fp16")  # the suites that are plotted over s
+H100_PEAK = 989e12  # dense bf16 and fp16 FLOP/s, datasheet; the H200's is the same
 
 
 def _suites():
@@ -368,9 +369,16 @@ class Peer:
     name: str
     device: str
     build: object
+    module: str = "fastattn"  # that it needs
     suites: tuple = ()  # (): all of the device
     of: object = None  # Cell -> the cell that it computes, where that is another one
     context: object = contextlib.nullcontext  # entered around its turns
+
+    def installed(self):
+        try:
+            return importlib.util.find_spec(self.module) is not None
+        except ModuleNotFoundError:  # the package that the module would be in
+            return False
 
 
 def changes(cell):
@@ -523,6 +531,7 @@ def _one_thread(cell, q, k, v, mask):
         env={**os.environ, "FASTATTN_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for this process
     )
     process.stdout.readline()
     out = np.load(f"{folder.name}/out.npy")
@@ -585,24 +594,24 @@ def peers(backend=None, modules=()):
     return [
         *(Peer(name, "cuda", build) for name, build in others.items()),
         Peer("fastattn", "cpu", ours),
-        Peer("unmasked", "cpu", ours, ("cpu-mask",), _unmasked),
-        Peer("1 thread", "cpu", _one_thread, ("cpu-threads",)),
-        Peer("torch", "cpu", _sdpa),
-        Peer("jax", "cpu", _jax),
+        Peer("unmasked", "cpu", ours, suites=("cpu-mask",), of=_unmasked),
+        Peer("1 thread", "cpu", _one_thread, suites=("cpu-threads",)),
+        Peer("torch", "cpu", _sdpa, "torch"),
+        Peer("jax", "cpu", _jax, "jax"),
         Peer("fastattn", "cuda", ours),
-        Peer("ordinary", "cuda", ours, ("gpu-hostile",), _ordinary),
-        Peer("unmasked", "cuda", ours, ("gpu-mask",), _unmasked),
-        Peer("plain", "cuda", ours, ("gpu-scores",), _plain),
-        Peer("causal", "cuda", ours, ("gpu-window",), _causal),
-        Peer("32 kv heads", "cuda", ours, ("gpu-gqa",), _mha),
-        Peer("dense", "cuda", ours, ("gpu-varlen",), _dense),
-        Peer("cudnn", "cuda", _sdpa, context=_only("CUDNN_ATTENTION")),
-        Peer("fa3", "cuda", _flash_attn("fa3_fwd_interface")),
-        Peer("fa4", "cuda", _flash_attn("flash_attn.cute")),
-        Peer("fa2", "cuda", _sdpa, context=_only("FLASH_ATTENTION")),
-        Peer("efficient", "cuda", _sdpa, context=_only("EFFICIENT_ATTENTION")),
-        Peer("sdpa", "cuda", _sdpa, ("gpu-host",)),
-        Peer("flex", "cuda", _flex, ("gpu-flex",)),
+        Peer("ordinary", "cuda", ours, suites=("gpu-hostile",), of=_ordinary),
+        Peer("unmasked", "cuda", ours, suites=("gpu-mask",), of=_unmasked),
+        Peer("plain", "cuda", ours, suites=("gpu-scores",), of=_plain),
+        Peer("causal", "cuda", ours, suites=("gpu-window",), of=_causal),
+        Peer("32 kv heads", "cuda", ours, suites=("gpu-gqa",), of=_mha),
+        Peer("dense", "cuda", ours, suites=("gpu-varlen",), of=_dense),
+        Peer("cudnn", "cuda", _sdpa, "torch", context=_only("CUDNN_ATTENTION")),
+        Peer("fa3", "cuda", _flash_attn("fa3_fwd_interface"), "fa3_fwd_interface"),
+        Peer("fa4", "cuda", _flash_attn("flash_attn.cute"), "flash_attn.cute"),
+        Peer("fa2", "cuda", _sdpa, "torch", context=_only("FLASH_ATTENTION")),
+        Peer("efficient", "cuda", _sdpa, "torch", context=_only("EFFICIENT_ATTENTION")),
+        Peer("sdpa", "cuda", _sdpa, "torch", ("gpu-host",)),
+        Peer("flex", "cuda", _flex, "torch", ("gpu-flex",)),
     ]
 
 
@@ -777,6 +786,8 @@ def measure(arrays, cell, everyone, options):
             continue
         if options.peers and peer.name not in (*VARIANTS, *options.peers):
             continue
+        if not peer.installed():
+            continue
         if cell.lengths and peer.name not in (*VARIANTS, *PACKED):
             continue
         own = peer.of(cell) if peer.of else cell
@@ -798,8 +809,6 @@ def measure(arrays, cell, everyone, options):
                     del poison
                     out = arrays.take(calls[0]())
             row["error"], row["bound"] = check(arrays, own.dtype, expected, out)
-        except ModuleNotFoundError:  # this peer is not installed
-            continue
         except Exception as error:  # a peer's refusal is a result; ours is one too, and is shown
             words = " ".join(str(error).split()) or type(error).__name__
             row["refused"] = words[:200]
@@ -848,33 +857,45 @@ def _time(arrays, cell, running, options):
         row |= {"ms": median, "p10": p10, "p90": p90, "timings": len(times[peer.name])}
 
 
-def machine(arrays):
-    """The run's own limits: matrix product rate per dtype (FLOP/s) and copy bandwidth (B/s, bytes
-    read plus bytes written)."""
+def machine(arrays, sizes=(1024, 2048), copied=1 << 26):
+    """The run's own limits, each the best of several tries: matrix product rate per dtype (FLOP/s),
+    where a library has one, and copy bandwidth (B/s, bytes read plus bytes written)."""
     rng, cuda = np.random.default_rng(0), arrays.device == "cuda"
 
-    def median(call):
-        arrays.seconds([call], 10, 1)
-        return float(np.median(arrays.seconds([call], 10, 1)))
+    def fastest(call):
+        arrays.seconds([call], 1, 1)
+        return min(arrays.seconds([call], 8, 1))
 
     def product(arrays, dtype, n):
         a, b = (arrays.normal(rng, (n, n), dtype) for _ in range(2))
-        return 2 * n**3 / median(functools.partial(operator.matmul, a, b))
+        return 2 * n**3 / fastest(functools.partial(operator.matmul, a, b))
 
     if cuda:
         limits = {dtype: product(arrays, dtype, 8192) for dtype in ("bf16", "fp16")}
-    else:
-        limits = {"fp32": product(NumpyArrays(), "fp32", 2048)}
-        if arrays.name == "torch":  # the better library of the two, on whichever CPU this is
-            limits["fp32"] = max(limits["fp32"], product(arrays, "fp32", 2048))
-            limits["bf16"] = product(arrays, "bf16", 256)
-            if limits["bf16"] > 1e10:  # else a CPU without bf16, where 2048 takes a minute
-                limits["bf16"] = product(arrays, "bf16", 2048)
-        limits["fp16"] = limits["fp32"]  # these kernels multiply fp16 in fp32
-    source = arrays.normal(rng, (1 << (30 if cuda else 26),), "bf16" if cuda else "fp32")
+    else:  # the better library, on whichever CPU this is; the kernels widen 16 bits to fp32 ...
+        libraries = (NumpyArrays(), arrays) if arrays.name == "torch" else (arrays,)
+        fp32 = max(product(x, "fp32", n) for x in libraries for n in sizes)
+        limits = {"fp32": fp32, "bf16": fp32, "fp16": fp32}
+        if fastattn.info()["cpu"]["level"] == "avx512_bf16":  # ... but for this; NumPy has none
+            del limits["bf16"]
+            if arrays.name == "torch":
+                limits["bf16"] = max(fp32, *(product(arrays, "bf16", n) for n in sizes))
+    source = arrays.normal(rng, (16 * copied if cuda else copied,), "bf16" if cuda else "fp32")
     target = source + 0
     copy = functools.partial(operator.setitem, target, slice(None), source)
-    limits["copy"] = 2 * source.nbytes / median(copy)
+    limits["copy"] = 2 * source.nbytes / fastest(copy)
+    return limits
+
+
+def limits_of(result):
+    """The limits of a result: what machine() measured, or what was reached where that is more. On a
+    GPU that its power holds back, attention may be faster than products of random numbers."""
+    limits = dict(result["header"]["limits"])
+    for row in result["rows"]:
+        if "ms" in row and row["clock"] != "host":
+            for name, work in ((row["dtype"], row["work"]), ("copy", row["traffic"])):
+                if name in limits:
+                    limits[name] = max(limits[name], work / row["ms"] * 1e3)
     return limits
 
 
@@ -953,18 +974,15 @@ def known_peers(path):
         }
 
 
-def derive(rows, limits, known):
-    """What follows from the times of one cell: speed, shares of the limits, ratios to ours."""
+def derive(rows, known):
+    """What follows from the times of one cell: speed, ratios to ours."""
     by_name = {row["implementation"]: row for row in rows}
     ours = by_name["fastattn"].get("ms")
     for row in rows:
         if "ms" not in row:
             continue
         if row["clock"] != "host":
-            rate = limits.get(row["dtype"], math.nan)
-            floor = max(row["work"] / rate, row["traffic"] / limits["copy"]) * 1e3
-            row |= {"flops": row["work"] / row["ms"] * 1e3, "over_floor": row["ms"] / floor}
-            row["of_matmul"] = row["flops"] / rate
+            row["flops"] = row["work"] / row["ms"] * 1e3
         if ours:
             row["ratio"] = row["ms"] / ours
     peers_ms = [r["ms"] for r in rows if "ms" in r and r["implementation"] not in VARIANTS]
@@ -1002,12 +1020,20 @@ def geometric_mean(values):
     return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
 
-def table(rows, device):
+def shares(row, limits):
+    """(share of the limit of its dtype, time over the higher floor); None where unknown."""
+    if "flops" not in row or row["dtype"] not in limits:
+        return None, None
+    floor = max(row["work"] / limits[row["dtype"]], row["traffic"] / limits["copy"]) * 1e3
+    return row["flops"] / limits[row["dtype"]], row["ms"] / floor
+
+
+def table(rows, device, limits):
     """The text table of one suite: a line per cell, ours, then each peer's time over ours."""
     names = list(dict.fromkeys(row["implementation"] for row in rows if "ms" in row))
     names = [name for name in names if name != "fastattn"]
     unit, scale = UNITS[device]
-    head = [rows[0]["suite"], "ms", "p10", "p90", "us/head", unit, "% mm", "x floor", "error"]
+    head = [rows[0]["suite"], "ms", "p10", "p90", "us/head", unit, "% limit", "x floor", "error"]
     head += [f"x {name}" for name in names] + ["x best", "x known"]
     lines, cells = [head], {}
     for row in rows:
@@ -1016,9 +1042,10 @@ def table(rows, device):
         ours = cell["fastattn"]
         times = [_number(ours, key, "{:.4g}") for key in ("ms", "p10", "p90")]
         per_head = _number(ours, "ms", "{:.4g}", 1e3 / ours["hq"])
-        share = _number(ours, "of_matmul", "{:.0f}", 100)
-        line = [label, *times, per_head, _number(ours, "flops", times=scale), share]
-        line += [_number(ours, "over_floor", "{:.2f}"), _number(ours, "error", "{:.1e}")]
+        share, over = shares(ours, limits)
+        line = [label, *times, per_head, _number(ours, "flops", times=scale)]
+        line += [f"{share:.0%}".strip("%"), f"{over:.2f}"] if share else ["-", "-"]
+        line += [_number(ours, "error", "{:.1e}")]
         for name in names:
             peer = cell.get(name, {})
             bad = "!" if peer.get("error", 0) > peer.get("bound", 0) else ""
@@ -1055,81 +1082,6 @@ def wrong(rows):
     return [r for r in ours if "ms" not in r or r["error"] > r["bound"] or not r["repeats"]]
 
 
-def plot(result, folder):
-    """PNGs: speed over length per head size, and us per head of the origin's shapes."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    device, limits = result["header"]["device"], result["header"]["limits"]
-    unit, scale = UNITS[device]
-    timed = [row for row in result["rows"] if "ms" in row]
-    done = []
-
-    def save(figure, name):
-        figure.tight_layout()
-        figure.savefig(folder / name, dpi=120)
-        pyplot.close(figure)
-        done.append(folder / name)
-
-    grids = [row for row in timed if row["suite"] in GRIDS]
-    for dtype in dict.fromkeys(row["dtype"] for row in grids):
-        rows = [row for row in grids if row["dtype"] == dtype]
-        sizes, names = (list(dict.fromkeys(r[k] for r in rows)) for k in ("d", "implementation"))
-        figure, axes = pyplot.subplots(
-            2, len(sizes), figsize=(4.2 * len(sizes), 6.5), sharey=True, squeeze=False
-        )
-        for (i, mask), (j, d) in itertools.product(enumerate(MASKS), enumerate(sizes)):
-            axis = axes[i][j]
-            for name in names:
-                points = [
-                    (row["s"], row["flops"] * scale)
-                    for row in rows
-                    if (row["mask"], row["d"], row["implementation"]) == (mask, d, name)
-                ]
-                style = {"linewidth": 2.4, "zorder": 3} if name == "fastattn" else {}
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name, **style)
-            if dtype in limits:
-                axis.axhline(limits[dtype] * scale, color="grey", ls=":", label="matmul")
-            axis.set(title=f"{dtype} d {d} {mask}", xscale="log")
-            ticks = sorted({row["s"] for row in rows})
-            axis.set_xticks(ticks, [str(s) for s in ticks], fontsize=8)
-            axis.minorticks_off()
-            axis.grid(alpha=0.3)
-        highest = max([row["flops"] for row in rows] + [limits.get(dtype, 0)])
-        axes[0][0].set(ylabel=unit, ylim=(0, 1.05 * highest * scale))  # shared by all
-        axes[1][0].set_ylabel(unit)
-        axes[0][-1].legend(fontsize=8)
-        save(figure, f"{device}-{dtype}.png")
-    origin = [row for row in timed if row["suite"] == "gpu-origin"]
-    if origin:
-        labels = list(dict.fromkeys(row["label"] for row in origin))
-        figure, axes = pyplot.subplots(1, len(labels), figsize=(2.6 * len(labels), 4))
-        for axis, label in zip(np.atleast_1d(axes), labels, strict=True):
-            rows = [row for row in origin if row["label"] == label]
-            heads, arithmetic = rows[0]["hq"], rows[0]["work"] / H100_PEAK
-            memory = rows[0]["traffic"] / limits["copy"]
-            axis.bar(
-                [row["implementation"] for row in rows],
-                [row["ms"] * 1e3 / heads for row in rows],
-                color=["tab:red" if r["implementation"] == "fastattn" else "grey" for r in rows],
-            )
-            axis.axhline(arithmetic * 1e6 / heads, ls="--", color="black", label="arithmetic")
-            axis.axhline(memory * 1e6 / heads, ls=":", color="black", label="memory")
-            axis.set_title(label.replace(" d", "\nd"), fontsize=9)
-            axis.tick_params(axis="x", rotation=60)
-        np.atleast_1d(axes)[0].set_ylabel("us per head")
-        np.atleast_1d(axes)[0].legend(fontsize=8)
-        save(figure, "cuda-origin.png")
-    return done
-
-
-H100_PEAK = 989e12  # dense bf16 and fp16, datasheet; the H200's is the same
-
-
 def _progress(items):
     """A progress bar on stderr: tqdm's, or a plain count where it is not installed."""
     with contextlib.suppress(ImportError):
@@ -1142,17 +1094,20 @@ def _progress(items):
     print("\r", end="", file=sys.stderr)
 
 
-def main(argv, program="python -m fastattn bench", tree=None):
-    """The command line, called from the sources in `tree` (None: installed). Returns the status."""
-    suites = _suites()
+class Refusal(Exception):  # noqa: N818 - a sentence for the user, not a fault
+    """What the command line asks for cannot be measured here."""
+
+
+def parser_of(program, tree):
     parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"suites: {', '.join(suites)}; 'cpu*' and 'gpu*' take all of a kind."
+    parser.epilog = f"suites: {', '.join(_suites())}; 'cpu*' and 'gpu*' take all of a kind."
     add = parser.add_argument
     add("--suite", action="append", help="name, or a prefix with *; default: by the device")
     add("--filter", action="append", default=[], help="words of a cell's label; repeats")
     add("--peers", help="names, comma-separated; default: all that are installed")
-    add("--backend", help="hold fastattn to this backend")
+    backends = fastattn.info()["backends"]
+    add("--backend", choices=backends, help="hold fastattn to this backend")
     add(
         "--module",
         action="append",
@@ -1168,20 +1123,34 @@ def main(argv, program="python -m fastattn bench", tree=None):
     add("--json", metavar="FILE", help="write header and rows")
     add("--plot", metavar="DIR", help="write PNGs (needs matplotlib)")
     add("--from", dest="source", metavar="FILE", help="print and plot a result file again")
-    args = parser.parse_args(argv)
+    return parser
 
-    if args.source:
-        result = json.loads(pathlib.Path(args.source).read_text())
-        report(result)
-    else:
-        result = run(args, suites, shlex.join([*program.split(), *argv]))
+
+def main(argv, program="python -m fastattn bench", tree=None):
+    """The command line, called from the sources in `tree` (None: installed). Returns the status."""
+    args = parser_of(program, tree).parse_args(argv)
+    try:
+        if args.plot:  # before minutes of measuring
+            if not importlib.util.find_spec("matplotlib"):
+                raise Refusal("--plot needs matplotlib: pip install matplotlib")
+            pathlib.Path(args.plot).mkdir(parents=True, exist_ok=True)
+        if args.source:
+            result = json.loads(pathlib.Path(args.source).read_text())
+        else:
+            result = run(args, shlex.join([*program.split(), *argv]))
+    except (Refusal, OSError, json.JSONDecodeError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before there was anything to print
+        return 130
+    report(result)
     if args.plot:
-        for path in plot(result, args.plot):
+        for path in importlib.import_module("fastattn._bench_plot").save(result, args.plot):
             print(f"wrote {path}")
     bad = wrong(result["rows"])
     if bad:
         print(f"{len(bad)} of our rows are wrong or refused", file=sys.stderr)
-    return 1 if bad else 0
+    return 130 if "interrupted" in result["header"] else 1 if bad else 0
 
 
 def dump(result):
@@ -1196,38 +1165,91 @@ def report(result):
     for suite in dict.fromkeys(row["suite"] for row in result["rows"]):
         print()
         rows = [row for row in result["rows"] if row["suite"] == suite]
-        print("\n".join(table(rows, result["header"]["device"])))
+        print("\n".join(table(rows, result["header"]["device"], limits_of(result))))
 
 
-def run(args, suites, command):
-    """Measures the cells that the arguments choose, and prints them."""
-    wanted = args.suite or ["gpu*" if gpu_usable() else "cpu*"]
-    chosen = [
+def choose(args):
+    """The cells that the arguments name, all of one device, which is here; else a Refusal."""
+    suites = _suites()
+    gpu = gpu_usable()
+    wanted = args.suite or ["gpu*" if gpu else "cpu*"]
+
+    def matches(name, pattern):
+        return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
+
+    for pattern in wanted:
+        if not any(matches(name, pattern) for name in suites):
+            raise Refusal(f"there is no suite {pattern!r}, only {', '.join(suites)}")
+    cells = [
         cell
         for name, cells in suites.items()
-        if any(name == w or (w[-1:] == "*" and name.startswith(w[:-1])) for w in wanted)
+        if any(matches(name, pattern) for pattern in wanted)
         for cell in cells
-        if any(set(words.split()) <= set(cell.label.split()) for words in args.filter or [""])
     ]
-    devices = {cell.device for cell in chosen}
-    if len(devices) != 1:
-        raise SystemExit(f"{wanted} {args.filter}: {len(chosen)} cells of devices {devices}")
-    arrays = arrays_for(devices.pop())
-    chosen = [cell for cell in chosen if cell.dtype in arrays.dtypes]
-    modules = [text.split("=", 1) for text in args.module]
+    devices = {cell.device for cell in cells}
+    if len(devices) > 1:
+        raise Refusal(f"the suites {', '.join(wanted)} are of the CPU and of a GPU: one at a time")
+    if devices == {"cuda"} and not gpu:
+        raise Refusal(
+            f"the suite {wanted[0]} needs torch, and a GPU that fastattn has kernels for: "
+            "`python -m fastattn` says what was found"
+        )
+    words = [set(text.split()) for text in args.filter]
+    cells = [c for c in cells if not words or any(w <= set(c.label.split()) for w in words)]
+    if not cells:
+        raise Refusal(f"no cell of {', '.join(wanted)} has the words of --filter {args.filter}")
+    return cells
+
+
+def choose_peers(args, device):
+    """(everyone who may be asked, the names that --peers gives); else a Refusal."""
+    modules = [text.partition("=")[::2] for text in args.module]
+    for name, file in modules:
+        if not (name.isidentifier() and pathlib.Path(file).is_file()):
+            raise Refusal(
+                f"--module must be NAME=FILE with a file that is there, got {name}={file}"
+            )
     VARIANTS.extend(name for name, _ in modules)
-    everyone = peers(args.backend, modules)
+    everyone = [peer for peer in peers(args.backend, modules) if peer.device == device]
     named = tuple(args.peers.split(",")) if args.peers else ()
-    options = Options(args.timings, args.warmup, named)
+    known = {peer.name: peer for peer in everyone}
+    for name in named:
+        if name not in known:
+            others = ", ".join(peer for peer in known if peer not in VARIANTS)
+            raise Refusal(f"there is no peer {name!r} on this device, only {others}")
+        if not known[name].installed():
+            raise Refusal(f"the peer {name} is not installed: no module {known[name].module}")
+    return everyone, named
+
+
+def run(args, command):
+    """Measures the cells that the arguments choose. Ctrl-C ends it with what is finished."""
+    cells = choose(args)
+    everyone, named = choose_peers(args, cells[0].device)
     known = known_peers(args.known) if args.known else {}
-    head = environment(arrays, command, args.commit) | {"limits": machine(arrays)}
-    result = {"header": head, "rows": []}
+    arrays = arrays_for(cells[0].device)
+    for dtype in sorted({cell.dtype for cell in cells} - arrays.dtypes.keys()):
+        print(f"without torch and ml_dtypes there is no {dtype}: left out", file=sys.stderr)
+    cells = [cell for cell in cells if cell.dtype in arrays.dtypes]
+    options = Options(args.timings, args.warmup, named)
+    result = {"header": environment(arrays, command, args.commit), "rows": []}
+
+    def save():  # after each cell: what was measured survives whatever comes
+        if args.json:
+            pathlib.Path(args.json).write_text(dump(result))
+
     if args.json:
         pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-    for cell in _progress(chosen):
-        rows = measure(arrays, cell, everyone, options)
-        result["rows"] += derive(rows, result["header"]["limits"], known)
-        if args.json:  # after each cell: what was measured survives an interruption
-            pathlib.Path(args.json).write_text(dump(result))
-    report(result)
+    save()
+    result["header"]["limits"] = machine(arrays)
+    try:
+        for done, cell in enumerate(_progress(cells), 1):
+            result["header"].setdefault("interrupted", "before the first cell")
+            result["rows"] += derive(measure(arrays, cell, everyone, options), known)
+            result["header"]["interrupted"] = f"after {done} of {len(cells)} cells"
+            save()
+        del result["header"]["interrupted"]
+    except KeyboardInterrupt:
+        print(f"\ninterrupted {result['header']['interrupted']}", file=sys.stderr)
+    save()
     return result
