@@ -6,13 +6,17 @@ one kernel compiles that kernel alone.
 
 Environment:
     FASTATTN_CUDA=0      no CUDA kernels, even where nvcc is found
+    FASTATTN_CUDA=1      kernels, even where no NVIDIA driver is found: see packages_wanted()
     FASTATTN_NVCC=PATH   the compiler to use (else CUDA_HOME/bin/nvcc, else nvcc on PATH)
+    FASTATTN_VARIANTS=RE only the kernels in whose name the regular expression is found
     FASTATTN_STRICT=1    fail on what slows a kernel down silently (CI sets it); else a warning
     FASTATTN_SANITIZE=1  AddressSanitizer and UBSan in the C code (run with LD_PRELOAD=libasan.so)
     FASTATTN_JOBS=N      compilers at once (default: the cores this process may use)
 """
 
+import ctypes
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -20,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +54,28 @@ NVCC_FLAGS = (
     "-fno-threadsafe-statics,-fno-asynchronous-unwind-tables"
 )
 LINK_FLAGS = "-shared -Wl,--exclude-libs,ALL -Wl,--as-needed -Wl,-z,relro,-z,now"
+
+
+# NVIDIA's compiler as the package index has it: the parts of one CUDA release, in one folder of
+# site-packages. Its kernels run on drivers from 580 on. The index has no nvcc of CUDA 12, only
+# its assembler: an older driver needs a toolkit of CUDA 12, installed as NVIDIA says.
+PACKAGED = Path("nvidia", "cu13")
+PACKAGED_CUDA = 13000  # as cuDriverGetVersion() counts
+PACKAGES = (
+    "nvidia-cuda-nvcc==13.0.88",
+    "nvidia-nvvm==13.0.88",
+    "nvidia-cuda-crt==13.0.88",
+    "nvidia-cuda-runtime==13.0.96",
+    "nvidia-cuda-cccl==13.0.85",
+)
+PACKAGED_FILES = (
+    "bin/nvcc",
+    "nvvm/bin/cicc",
+    "include/crt/host_config.h",
+    "include/cuda_runtime.h",
+    "include/nv/target",
+    "lib/libcudart_static.a",
+)
 
 
 @dataclass(frozen=True)
@@ -102,26 +129,112 @@ def find_nvcc() -> Path | None:
     home = os.environ.get("CUDA_HOME")
     if home and (Path(home) / "bin" / "nvcc").is_file():
         return Path(home) / "bin" / "nvcc"
-    found = shutil.which("nvcc")
-    return Path(found).resolve() if found else None
+    if found := shutil.which("nvcc"):
+        return Path(found).resolve()
+    for home in (Path(folder) / PACKAGED for folder in sys.path):
+        if all((home / file).is_file() for file in PACKAGED_FILES):
+            return home / "bin" / "nvcc"
+    return None
+
+
+def driver_cuda() -> int | None:
+    """The CUDA version that the NVIDIA driver serves, 1000 major + 10 minor; None: no driver."""
+    version = ctypes.c_int(0)
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else version.value
+
+
+def why_no_kernels() -> str:
+    """Why find_nvcc() found nothing, for the build's log and for what the built module says."""
+    if os.environ.get("FASTATTN_CUDA") == "0":
+        return "it was built with FASTATTN_CUDA=0"
+    driver = driver_cuda()
+    if driver is None and os.environ.get("FASTATTN_CUDA") != "1":
+        return "neither nvcc nor an NVIDIA driver was found when it was built"
+    if driver is not None and driver < PACKAGED_CUDA:
+        return (
+            "nvcc was not found when it was built, and that of the package index needs a driver "
+            f"for CUDA {PACKAGED_CUDA // 1000}, not {driver // 1000}.{driver % 1000 // 10}"
+        )
+    return (
+        "nvcc was not found when it was built, neither on PATH nor, by an isolated build, in the "
+        "package index"
+    )
+
+
+def can_install(packages: tuple[str, ...]) -> bool:
+    """Whether pip, as it is set up here, finds them: a build that asks for what cannot be had
+    fails. Other installers cannot be asked; those that got setuptools will get these."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--retries=0"]
+        # Inside an isolated build PYTHONPATH hides what is installed, pip too.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        done = subprocess.run(
+            [*command, "--target", folder, *packages],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    return done.returncode == 0 or "No module named pip" in done.stderr
+
+
+def packages_wanted() -> list[str]:
+    """What an isolated build needs besides pyproject.toml's: NVIDIA's compiler, where kernels are
+    wanted (a driver that serves them is there, or FASTATTN_CUDA=1) and no other nvcc is."""
+    # Installers ask by running this file in setuptools.build_meta with "egg_info". In any other
+    # run, setuptools would fetch setup_requires itself.
+    if "setuptools.build_meta" not in sys.modules or sys.argv[-1] != "egg_info":
+        return []
+    driver = driver_cuda()
+    if driver is None and os.environ.get("FASTATTN_CUDA") != "1":
+        return []
+    if driver is not None and driver < PACKAGED_CUDA:
+        return []
+    if os.environ.get("FASTATTN_CUDA") == "0" or find_nvcc() or not can_install(PACKAGES):
+        return []
+    return list(PACKAGES)
 
 
 def cudart_flags(nvcc: Path) -> list[str]:
     """The static runtime, from where nvcc itself would take it."""
     plan = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
     libraries = re.search(r"^#\$ LIBRARIES=(.*)$", plan, re.M)
-    return [*shlex.split(libraries[1] if libraries else ""), "-lcudart_static", "-ldl", "-lrt"]
+    flags = shlex.split(libraries[1] if libraries else "")
+    # The package index's nvcc would take it from lib64, and has lib.
+    return [*flags, f"-L{nvcc.parent.parent / 'lib'}", "-lcudart_static", "-ldl", "-lrt"]
 
 
 def kernel_rows() -> list[dict[str, str]]:
-    """The rows of kernels/variants.def, each a dict from column name to value."""
+    """The rows of kernels/variants.def, each a dict from column name to value; those that
+    FASTATTN_VARIANTS chooses, where it is set."""
     path = ROOT / "kernels" / "variants.def"
-    if not path.is_file():
-        return []
     text = path.read_text()
     columns = re.search(r"^// columns: (.*)$", text, re.M)[1].split()
-    rows = re.findall(r"^FA_ROW\((.*)\)", text, re.M)
-    return [dict(zip(columns, (v.strip() for v in r.split(",")), strict=True)) for r in rows]
+    lines = re.findall(r"^FA_ROW\((.*)\)", text, re.M)
+    rows = [dict(zip(columns, (v.strip() for v in x.split(",")), strict=True)) for x in lines]
+    wanted = os.environ.get("FASTATTN_VARIANTS", "")
+    try:
+        chosen = [row for row in rows if re.search(wanted, row["name"])]
+    except re.error as error:
+        raise SystemExit(f"FASTATTN_VARIANTS must be a regular expression: {error}") from None
+    if not chosen:
+        raise SystemExit(f"FASTATTN_VARIANTS must match some name of {path}, got {wanted!r}")
+    return chosen
+
+
+def table_flags(rows: list[dict[str, str]]) -> list[str]:
+    """What makes the chosen rows the table of the dispatcher: a copy of it with those alone."""
+    if not os.environ.get("FASTATTN_VARIANTS"):
+        return []
+    text = "".join(f"FA_ROW({', '.join(row.values())})\n" for row in rows)
+    table = OBJECTS / f"variants-{hashlib.sha256(text.encode()).hexdigest()[:12]}.def"
+    if not table.exists():
+        OBJECTS.mkdir(parents=True, exist_ok=True)
+        table.write_text(text)
+    return [f'-DFA_VARIANTS="{os.path.relpath(table, ROOT / "kernels")}"']
 
 
 def c_jobs(cuda: bool) -> list[Job]:
@@ -129,6 +242,7 @@ def c_jobs(cuda: bool) -> list[Job]:
 
     compiler = shlex.split(os.environ.get("CC", "cc"))
     flags = shlex.split(C_FLAGS) + ["-DFASTATTN_CUDA"] * cuda
+    why = [] if cuda else [f"-DFA_NO_KERNELS={json.dumps(why_no_kernels())}"]
     if os.environ.get("FASTATTN_SANITIZE") == "1":
         flags += shlex.split(SANITIZE_FLAGS)
     python = ["-isystem", sysconfig.get_path("include"), "-isystem", numpy.get_include()]
@@ -141,6 +255,7 @@ def c_jobs(cuda: bool) -> list[Job]:
                 *compiler,
                 *flags,
                 *(python if path.stem in BINDING else []),
+                *(why if path.stem == "dispatch" else []),
                 "-c",
                 f"csrc/{path.name}",
             ),
@@ -160,7 +275,7 @@ def cuda_jobs(nvcc: Path, rows: list[dict[str, str]]) -> list[Job]:
         # A row's own line is in its command; the other rows of the table do not concern it.
         jobs.append(Job(row["name"], (*command, "-c", source), frozenset({"variants.def"})))
     host = (str(nvcc), *shlex.split(NVCC_FLAGS), "-gencode=arch=compute_90a,code=sm_90a")
-    jobs += [Job("sm90", (*host, "-c", "kernels/sm90.cu"))]
+    jobs += [Job("sm90", (*host, *table_flags(rows), "-c", "kernels/sm90.cu"))]
     return jobs
 
 
@@ -194,12 +309,10 @@ def check_kernels(jobs: list[Job]) -> None:
 
 class BuildExtension(build_ext):
     def build_extension(self, extension: Extension) -> None:
-        nvcc, rows = find_nvcc(), kernel_rows()
+        nvcc = find_nvcc()
         if not nvcc:
-            print("fastattn: nvcc not found, building for the CPU only", file=sys.stderr)
-        elif not rows:
-            print("fastattn: no kernel rows, building for the CPU only", file=sys.stderr)
-        kernels = cuda_jobs(nvcc, rows) if nvcc and rows else []
+            print(f"fastattn has no CUDA kernels: {why_no_kernels()}", file=sys.stderr)
+        kernels = cuda_jobs(nvcc, kernel_rows()) if nvcc else []
         jobs = kernels + c_jobs(cuda=bool(kernels))
         run_jobs(jobs)
         check_kernels(kernels)
@@ -226,6 +339,7 @@ class Wheel(bdist_wheel):
 
 
 setup(
+    setup_requires=packages_wanted(),
     ext_modules=[Extension("fastattn._C", [], py_limited_api=not FREE_THREADED)],
     cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
 )

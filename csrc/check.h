@@ -103,6 +103,8 @@ void fa_bind_merge(fa_merge *merge, fa_layout layout, const fa_array *out, const
 /* dispatch.c: the ordered table of backends. */
 int32_t fa_backend_count(void);
 const fa_backend *fa_backend_at(int32_t i);
+/* Why this build has no CUDA kernels, as "it was built with FASTATTN_CUDA=0"; NULL: it has. */
+const char *fa_no_kernels(void);
 /* The first backend that takes the request (of that name, if name is not NULL), or the sentence
  * with every backend's reason. reasons, if not NULL, has one entry per backend; empty: it would
  * run. */

@@ -19,6 +19,14 @@ static const struct {
 
 enum { COUNT = sizeof table / sizeof *table };
 
+const char *fa_no_kernels(void) {
+#ifdef FASTATTN_CUDA
+    return NULL;
+#else
+    return FA_NO_KERNELS; /* setup.py's reason */
+#endif
+}
+
 int32_t fa_backend_count(void) { return COUNT; }
 
 const fa_backend *fa_backend_at(int32_t i) { return table[i].backend; }
@@ -52,8 +60,7 @@ const fa_backend *fa_choose(const fa_plan *plan, const char *name, fa_error *rea
     }
 #ifndef FASTATTN_CUDA
     if (used < room)
-        snprintf(error->text + used, room - used,
-                 "; built without CUDA kernels (nvcc was not found)");
+        snprintf(error->text + used, room - used, "; no CUDA kernels: %s", fa_no_kernels());
 #endif
     return chosen;
 }

@@ -148,8 +148,8 @@ static fa_status get_backend(PyObject *object, const char **out, fa_error *error
         }
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (is_text(object, names[i]))
-            return fa_fail(error, FA_UNSUPPORTED, "backend %s is not built into this module",
-                           names[i]);
+            return fa_fail(error, FA_UNSUPPORTED, "backend %s is not built into this module%s%s",
+                           names[i], i ? "" : ": ", i ? "" : fa_no_kernels());
     return fa_fail(error, FA_VALUE, "`backend` must be None, 'sm90', 'sm80' or 'cpu', got %s",
                    repr(object, got));
 }
@@ -693,8 +693,9 @@ static PyObject *info(PyObject *module, PyObject *unused) {
         Py_XDECREF(cuda);
         return NULL;
     }
-    return Py_BuildValue("{s:N, s:{s:s, s:i}, s:N}", "backends", backends, "cpu", "level",
-                         fa_cpu_level(), "threads", fa_cpu_threads(), "cuda", cuda);
+    return Py_BuildValue("{s:N, s:{s:s, s:i}, s:N, s:z}", "backends", backends, "cpu", "level",
+                         fa_cpu_level(), "threads", fa_cpu_threads(), "cuda", cuda, "no_kernels",
+                         fa_no_kernels());
 }
 
 /* ---- The module ---------------------------------------------------------------------------- */

@@ -26,11 +26,19 @@ typedef struct fa_row {
     int32_t general; /* it changes scores */
 } fa_row;
 
+/* Or a copy of the table with some of its rows, where setup.py was asked for those alone. */
+#ifdef FA_VARIANTS
+#define FA_OF_SOME " among those that FASTATTN_VARIANTS chose"
+#else
+#define FA_VARIANTS "variants.def"
+#define FA_OF_SOME ""
+#endif
+
 static const fa_row fa_rows[] = {
 #define FA_ROW(name, source, arch, dtype, d, dv, warpgroups, block_n, stages, q_slots, offset, \
                ones, blocks_per_sm, loads, staged, general, ...)                               \
     {#name, dtype, d, dv, 64 * (warpgroups), block_n, blocks_per_sm, ones, loads, general},
-#include "variants.def"
+#include FA_VARIANTS
 #undef FA_ROW
 };
 

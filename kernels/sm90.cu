@@ -11,18 +11,18 @@
 static_assert(FA_CUDA_NO_DEVICE == (int)cudaErrorNoDevice, "driver.h");
 
 #define FA_ROW(name, ...) extern "C" fa_launcher fa_launch_##name;
-#include "variants.def"
+#include FA_VARIANTS
 #undef FA_ROW
 
 static fa_launcher *const launchers[] = {
 #define FA_ROW(name, ...) fa_launch_##name,
-#include "variants.def"
+#include FA_VARIANTS
 #undef FA_ROW
 };
 
 static const char *const row_names[] = {
 #define FA_ROW(name, ...) #name,
-#include "variants.def"
+#include FA_VARIANTS
 #undef FA_ROW
     NULL,
 };
@@ -153,7 +153,8 @@ static fa_status reject(const fa_params *p, fa_error *why) {
         return fa_fail(why, FA_UNSUPPORTED, "it takes float16 and bfloat16, not %s",
                        dtype_name(w->dtype));
     if (!fa_has_row(p))
-        return fa_fail(why, FA_UNSUPPORTED, "it has no kernel for %s with d = %d and dv = %d",
+        return fa_fail(why, FA_UNSUPPORTED,
+                       "it has no kernel for %s with d = %d and dv = %d" FA_OF_SOME,
                        dtype_name(w->dtype), w->d, w->dv);
     return FA_OK;
 }

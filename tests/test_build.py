@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 from conftest import ROOT
@@ -55,7 +56,7 @@ def build(tmp_path):
     subprocess.run(["ar", "rc", lib / "libcudart_static.a"], check=True)
     nvcc = tmp_path / "nvcc"
     say, log = tmp_path / "say", tmp_path / "log"
-    plain = {"FASTATTN_CUDA": "1", "FASTATTN_STRICT": "0", "FASTATTN_SANITIZE": "0"}
+    plain = {name: "" for name in os.environ if name.startswith("FASTATTN_")}
     nvcc.write_text(NVCC.format(lib=lib, log=log, say=say))
     nvcc.chmod(0o755)
 
@@ -71,7 +72,7 @@ def build(tmp_path):
         run.said = done.stderr
         return set(re.findall(r"^fastattn: compiled (\w+)$", done.stderr, re.M))
 
-    run.tree, run.say, run.log = tree, say, log
+    run.tree, run.say, run.log, run.nvcc = tree, say, log, nvcc
     return run
 
 
@@ -115,9 +116,129 @@ def test_a_row_becomes_its_command_line(build):
     assert "-gencode=arch=compute_90a,code=sm_90a" in words
 
 
-def test_without_nvcc_the_build_is_for_the_cpu_and_says_so(build):
-    assert build(FASTATTN_CUDA="0") == {"check"}
-    assert build.said.count("nvcc not found, building for the CPU only") == 1
+def test_some_variants(build):
+    assert build(FASTATTN_VARIANTS="^t") == {"two", "three", "sm90", "check"}
+    (table,) = re.findall(r'-DFA_VARIANTS="(.*?)"', build.log.read_text())
+    assert (build.tree / "kernels" / table).read_text() == "".join(
+        f"FA_ROW({row})\n" for row in ROWS[1:]
+    )
+    assert build() == {"one", "sm90"}  # all of them: the table as it stands
+    for wrong in ("four", "("):
+        build(fails=True, FASTATTN_VARIANTS=wrong)
+        assert "FASTATTN_VARIANTS must" in build.said
+
+
+# ------------------------------------------------------------------ where there is no CUDA toolkit
+
+DRIVER = "int cuDriverGetVersion(int *version) {{ *version = {0}; return {0} ? 0 : 3; }}\n"
+
+
+@pytest.fixture
+def machine(build, tmp_path):
+    """The environment of one without nvcc, whose driver serves a version of CUDA (0: no driver)
+    and whose pip finds these packages and no others."""
+    folders = os.environ["PATH"].split(os.pathsep)
+    path = os.pathsep.join(f for f in folders if not os.path.exists(os.path.join(f, "nvcc")))
+
+    def make(driver=0, packages=()):
+        library = tmp_path / "driver" / "libcuda.so.1"
+        library.parent.mkdir(exist_ok=True)
+        (tmp_path / "driver.c").write_text(DRIVER.format(driver))
+        command = ["cc", "-shared", "-fPIC", tmp_path / "driver.c", "-o", library]
+        subprocess.run(command, check=True)
+        for package in packages:
+            name, version = package.replace("-", "_").split("==")
+            info = f"{name}-{version}.dist-info"
+            wheel = tmp_path / "index" / f"{name}-{version}-py3-none-any.whl"
+            wheel.parent.mkdir(exist_ok=True)
+            with zipfile.ZipFile(wheel, "w") as archive:
+                said = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+                archive.writestr(f"{info}/METADATA", said)
+                tag = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+                archive.writestr(f"{info}/WHEEL", tag)
+                archive.writestr(f"{info}/RECORD", "")
+        return {
+            "FASTATTN_NVCC": "",
+            "CUDA_HOME": "",
+            "PATH": path,
+            "LD_LIBRARY_PATH": str(library.parent),
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": str(tmp_path / "index"),
+            "PIP_CONSTRAINT": "",
+            "PIP_CONFIG_FILE": os.devnull,
+        }
+
+    return make
+
+
+PACKAGES = re.findall(r'"(nvidia-[\w-]+==[\d.]+)"', (ROOT / "setup.py").read_text())
+
+
+@pytest.mark.parametrize(
+    "driver, packages, settings, asked",
+    [
+        (0, PACKAGES, {}, []),
+        (0, PACKAGES, {"FASTATTN_CUDA": "1"}, PACKAGES),
+        (13000, PACKAGES, {}, PACKAGES),
+        (13020, PACKAGES, {"FASTATTN_CUDA": "1"}, PACKAGES),
+        (13000, PACKAGES, {"FASTATTN_CUDA": "0"}, []),
+        (12080, PACKAGES, {}, []),
+        (12080, PACKAGES, {"FASTATTN_CUDA": "1"}, []),
+        (13000, [], {}, []),
+        (13000, PACKAGES[1:], {"FASTATTN_CUDA": "1"}, []),
+        (13000, PACKAGES, {"FASTATTN_NVCC": "nvcc"}, []),
+    ],
+)
+def test_an_isolated_build_asks_for_nvcc(build, machine, driver, packages, settings, asked):
+    """Where kernels are wanted, no nvcc is there, and pip can get all of it."""
+    assert len(PACKAGES) == 5
+    program = "import setuptools.build_meta as b; print(*b.get_requires_for_build_wheel())"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=build.tree,
+        env={**os.environ, "FASTATTN_CUDA": "", **machine(driver, packages), **settings},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1].split() == asked, done.stderr
+
+
+def test_the_packages_nvcc_builds_the_kernels(build, machine, tmp_path):
+    """It is found where an isolated build puts it, if all of its parts are there."""
+    home = tmp_path / "site" / "nvidia" / "cu13"
+    parts = ("nvvm/bin/cicc", "include/crt/host_config.h", "include/cuda_runtime.h")
+    for part in (*parts, "include/nv/target", "bin/nvcc"):
+        (home / part).parent.mkdir(parents=True, exist_ok=True)
+        (home / part).touch()
+    shutil.copy(build.nvcc, home / "bin" / "nvcc")
+    site = {"PYTHONPATH": str(home.parent.parent)}
+    assert build(**machine(13000), **site) == {"check"}
+    (home / "lib").mkdir()
+    shutil.move(tmp_path / "lib" / "libcudart_static.a", home / "lib")
+    assert build(**machine(13000), **site) == {"one", "two", "three", "sm90", "check"}
+
+
+@pytest.mark.parametrize(
+    "driver, settings, why",
+    [
+        (13000, {"FASTATTN_CUDA": "0"}, "it was built with FASTATTN_CUDA=0"),
+        (0, {}, "neither nvcc nor an NVIDIA driver was found"),
+        (0, {"FASTATTN_CUDA": "1"}, "nvcc was not found when it was built, neither on PATH nor"),
+        (13000, {}, "nvcc was not found when it was built, neither on PATH nor"),
+        (12080, {}, "that of the package index needs a driver for CUDA 13, not 12.8"),
+    ],
+)
+def test_without_nvcc_the_build_is_for_the_cpu_and_says_why(build, machine, driver, settings, why):
+    """In its log, and in the module: the reason is dispatch.c's."""
+    shutil.copy(build.tree / "csrc/check.c", build.tree / "csrc/dispatch.c")
+    (build.tree / "csrc/dispatch.c").write_text("const char *fa_why = FA_NO_KERNELS;\n")
+    # pip can get nvcc, but this build is none of pip's: nothing is fetched.
+    assert build(**machine(driver, PACKAGES), **settings) == {"check", "dispatch"}
+    said = re.findall("^fastattn has no CUDA kernels: (.*)$", build.said, re.M)
+    assert len(said) == 1 and why in said[0]
+    (built,) = (build.tree / "python" / "fastattn").glob("*.so")
+    assert said[0].encode() in built.read_bytes()
 
 
 def test_slow_kernels_warn_a_user_and_fail_a_strict_build(build):

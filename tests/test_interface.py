@@ -126,7 +126,7 @@ def test_types_are_strict(tmp_path):
 
 def test_info():
     found = fastattn.info()
-    assert set(found) == {"version", "backends", "cpu", "glibc_needed", "cuda"}
+    assert set(found) == {"version", "backends", "cpu", "glibc_needed", "cuda", "no_kernels"}
     assert found["version"] == fastattn.__version__
     assert found["backends"][-1] == "cpu"
     assert found["cpu"]["level"] in ("portable", "avx2", "avx512", "avx512_bf16")
@@ -135,8 +135,12 @@ def test_info():
         assert {"toolkit", "driver", "driver_needed", "devices", "kernels", "error"} <= set(cuda)
         table = (ROOT / "kernels" / "variants.def").read_text()
         assert cuda["kernels"] == re.findall(r"^FA_ROW\((\w+),", table, re.M)
+        assert found["no_kernels"] is None
     else:
         assert found["backends"] == ["cpu"]
+        assert "it was built" in found["no_kernels"]
+        with pytest.raises(NotImplementedError, match=f"sm90 .*: {found['no_kernels']}"):
+            fastattn.attention(*arrays(1, 2, 5, 64), backend="sm90")
 
 
 def test_promise_5_explain():

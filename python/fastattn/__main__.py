@@ -31,7 +31,7 @@ def found(info):
     yield "frameworks", ", ".join(version(name) for name in FRAMEWORKS)
     yield "cpu", f"{_bench.cpu_name()}: {cpu['level']} kernels, {cpu['threads']} threads"
     if not cuda:
-        yield "gpu", "no kernels in this build: nvcc was not found when it was made"
+        yield "gpu", f"no kernels in this build: {info['no_kernels']}"
         return
     yield "kernels", f"{len(cuda['kernels'])} GPU kernels, built with CUDA {cuda['toolkit']}"
     needs = f"needs one for CUDA {cuda['driver_needed']} or newer"

@@ -443,7 +443,7 @@ def info() -> dict[str, Any]:
     glibc_needed: the oldest that this build runs on. cuda: None for a CPU-only build, else toolkit
     built with, CUDA version that the driver found and the one needed (13.0 is driver 580, 12.0 is
     525; None: no driver), devices with name, capability, sms and memory in bytes, kernels built
-    in, and CUDA's error where devices cannot be listed.
+    in, and CUDA's error where devices cannot be listed. no_kernels: why a CPU-only build is one.
     """
     from . import __version__
 
@@ -464,4 +464,5 @@ def info() -> dict[str, Any]:
         "cpu": found["cpu"],
         "glibc_needed": "{}.{}".format(*glibc) if glibc else None,
         "cuda": cuda,
+        "no_kernels": found["no_kernels"],
     }
