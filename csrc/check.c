@@ -1,9 +1,9 @@
 /* check.c - from described arrays to one fa_params, or one sentence naming the argument.
  *
- * Stop 3 of 6. Knows no Python and reads no array but cu_seqlens on the CPU: only shapes, strides,
- * dtypes and devices. Every shape of the public interface (two layouts, packed sequences, any rank
- * for scaled_dot_product_attention) becomes the rank-4 (b, h, s, d) of fastattn.h here; the
- * backends know nothing else.
+ * Stop 3 of 6. Knows no Python and reads no array but lengths and cu_seqlens on the CPU: only
+ * shapes, strides, dtypes and devices. Every shape of the public interface (two layouts, packed
+ * sequences, any rank for scaled_dot_product_attention) becomes the rank-4 (b, h, s, d) of
+ * fastattn.h here; the backends know nothing else.
  */
 #include "check.h"
 
@@ -124,6 +124,11 @@ static fa_status check_range(const fa_array *a, int64_t got, const char *letter,
                    letter, (long long)lo, (long long)hi, (long long)got);
 }
 
+/* lse's: float64 where the arrays' is, else float32. */
+static DLDataType lse_dtype(fa_dtype dtype) {
+    return (DLDataType){DL_FLOAT, dtype == FA_F64 ? 64 : 32, 1};
+}
+
 /* An array as `lead` leading dimensions and the rank-4 tail of the contract. */
 typedef struct view {
     fa_tensor tensor; /* shape[0] and stride[0] are set by fold_batch() */
@@ -233,29 +238,68 @@ static fa_status check_vector(const fa_array *a, const fa_array *q, DLDataType d
     return FA_OK;
 }
 
+/* (b,) int32 of lengths, or places: from 0 to `most`, or to the rows between a sequence's offsets.
+ * On a GPU only the kernels see them, and clamp. */
+static fa_status check_lengths(const fa_array *a, const fa_request *r, const fa_plan *plan,
+                               int64_t most, const int32_t *cu, int64_t cu_stride,
+                               const int32_t **data, int64_t *stride, fa_error *error) {
+    static const DLDataType int32 = {DL_INT, 32, 1};
+    const int64_t b = plan->params.what.b;
+    TRY(check_vector(a, r->q, int32, b, (const void **)data, stride, error));
+    if (!a || a->device.device_type != DL_CPU) return FA_OK;
+    for (int64_t i = 0; i < b; i++) {
+        const int32_t length = (*data)[i * *stride];
+        if (cu) most = cu[(i + 1) * cu_stride] - cu[i * cu_stride];
+        if (length < 0)
+            return fa_fail(error, FA_VALUE, "`%s` must be at least 0, got %d for sequence %lld",
+                           a->name, length, (long long)i);
+        if (length > most)
+            return fa_fail(error, FA_VALUE,
+                           "`%s` must be at most the %lld %s of sequence %lld, got %d", a->name,
+                           (long long)most,
+                           cu                  ? "rows"
+                           : a == r->q_lengths ? "queries"
+                                               : "keys",
+                           (long long)i, length);
+    }
+    return FA_OK;
+}
+
+static int32_t clamp_shift(int64_t x) {
+    return x < -FA_MAX_SHIFT ? -FA_MAX_SHIFT : x > FA_MAX_SHIFT ? FA_MAX_SHIFT : (int32_t)x;
+}
+
 static fa_status check_masks(const fa_request *r, fa_plan *plan, fa_error *error) {
     static const DLDataType int32 = {DL_INT, 32, 1};
     fa_masks *m = &plan->params.masks;
-    int64_t right = r->right, b = plan->params.what.b;
-    if (r->causal && (!r->has_right || right > 0)) right = 0;
+    const fa_varlen *v = &plan->params.varlen;
+    const fa_what *w = &plan->params.what;
+    m->left = clamp_shift(r->left), m->right = clamp_shift(r->right);
+    if (r->has_left && r->has_right && (int64_t)m->left + m->right < 0)
+        return fa_fail(error, FA_VALUE, "`window` (%lld, %lld) sees no key; unbounded is None",
+                       (long long)r->left, (long long)r->right);
+    if (r->causal && (!r->has_right || m->right > 0)) m->right = 0;
+    if (r->top_left && (r->has_offset || r->q_offset))
+        return fa_fail(error, FA_VALUE, "`q_offset` must be None with causal='top-left'");
     m->flags = (r->has_left ? FA_HAS_LEFT : 0) | (r->has_right || r->causal ? FA_HAS_RIGHT : 0) |
-               (r->top_left ? FA_TOP_LEFT : 0);
-    m->left = r->left > FA_MAX_LENGTH ? FA_MAX_LENGTH : (int32_t)r->left;
-    m->right = right > FA_MAX_LENGTH ? FA_MAX_LENGTH : (int32_t)right;
-    TRY(check_vector(r->q_lengths, r->q, int32, b, (const void **)&m->q_lengths,
-                     &m->q_lengths_stride, error));
-    TRY(check_vector(r->k_lengths, r->q, int32, b, (const void **)&m->k_lengths,
-                     &m->k_lengths_stride, error));
-    return check_vector(r->k_start, r->q, int32, b, (const void **)&m->k_start, &m->k_start_stride,
-                        error);
+               (r->has_offset || r->top_left ? FA_HAS_OFFSET : 0);
+    m->offset = clamp_shift(r->offset);
+    TRY(check_vector(r->q_offset, r->q, int32, w->b, (const void **)&m->q_offset,
+                     &m->q_offset_stride, error));
+    TRY(check_lengths(r->q_lengths, r, plan, w->sq, v->cu_q, v->cu_q_stride, &m->q_lengths,
+                      &m->q_lengths_stride, error));
+    TRY(check_lengths(r->k_lengths, r, plan, w->sk, v->cu_k, v->cu_k_stride, &m->k_lengths,
+                      &m->k_lengths_stride, error));
+    return check_lengths(r->k_start, r, plan, w->sk, NULL, 0, &m->k_start, &m->k_start_stride,
+                         error);
 }
 
 static fa_status check_scores(const fa_request *r, fa_plan *plan, fa_error *error) {
     static const DLDataType float32 = {DL_FLOAT, 32, 1};
     fa_scores *s = &plan->params.scores;
     const fa_what *w = &plan->params.what;
-    s->softcap = (float)r->softcap;
-    if (!(r->softcap >= 0) || !isfinite(s->softcap))
+    s->softcap = r->softcap;
+    if (!(r->softcap >= 0) || !isfinite(r->softcap))
         return fa_fail(error, FA_VALUE, "`softcap` must be finite and >= 0, got %g", r->softcap);
     TRY(check_vector(r->sink, r->q, float32, w->hq, (const void **)&s->sink, &s->sink_stride,
                      error));
@@ -275,8 +319,8 @@ static fa_status check_scores(const fa_request *r, fa_plan *plan, fa_error *erro
 static fa_status check_what(const fa_request *r, const view *q, const view *k, const view *v,
                             fa_plan *plan, fa_error *error) {
     fa_what *w = &plan->params.what;
-    TRY(check_range(r->q, q->tensor.shape[3], "d", 1, FA_MAX_HEAD_SIZE, error));
-    TRY(check_range(r->v, v->tensor.shape[3], "dv", 1, FA_MAX_HEAD_SIZE, error));
+    TRY(check_range(r->q, q->tensor.shape[3], "d", 0, FA_MAX_LENGTH, error));
+    TRY(check_range(r->v, v->tensor.shape[3], "dv", 0, FA_MAX_LENGTH, error));
     TRY(check_equal(r->k, k->tensor.shape[3], "d", r->q, q->tensor.shape[3], error));
     const char *const sq = r->cu_q ? "total_q" : "sq", *const sk = r->cu_q ? "total_k" : "sk";
     const int64_t most = r->cu_q ? INT32_MAX : FA_MAX_LENGTH;
@@ -285,33 +329,44 @@ static fa_status check_what(const fa_request *r, const view *q, const view *k, c
     TRY(check_equal(r->v, v->tensor.shape[2], sk, r->k, k->tensor.shape[2], error));
     w->sq = (int32_t)q->tensor.shape[2], w->sk = (int32_t)k->tensor.shape[2];
     w->d = (int32_t)q->tensor.shape[3], w->dv = (int32_t)v->tensor.shape[3];
-    w->scale = r->has_scale ? r->scale : 1 / sqrt(w->d);
+    w->scale = r->has_scale ? r->scale : w->d ? 1 / sqrt(w->d) : 1;
     w->batch_invariant = r->batch_invariant;
     if (!isfinite(w->scale))
         return fa_fail(error, FA_VALUE, "`scale` must be finite, got %g", r->scale);
     return FA_OK;
 }
 
-/* hq and hk. Without grouped heads sdpa broadcasts them like any leading dimension. */
+/* hq, hk and hv. Without grouped heads sdpa broadcasts them like any leading dimension. */
 static fa_status check_heads(const fa_request *r, view *q, view *k, view *v, fa_plan *plan,
                              fa_error *error) {
     int64_t hq = q->tensor.shape[1], hk = k->tensor.shape[1], hv = v->tensor.shape[1];
-    TRY(check_range(r->q, hq, "hq", 1, INT32_MAX, error));
-    TRY(check_range(r->k, hk, "hk", 1, INT32_MAX, error));
-    if (!r->sdpa || (hk != 1 && hv != 1)) TRY(check_equal(r->v, hv, "hk", r->k, hk, error));
-    if (hv > hk) hk = hv;
-    if (r->sdpa && !r->enable_gqa && hq == 1) hq = hk;
-    if (hq % hk)
-        return fa_fail(
-            error, FA_VALUE,
-            "`%s` must have a number of heads that is a multiple of `%s`'s %lld, got %lld",
-            r->q->name, r->k->name, (long long)hk, (long long)hq);
-    if (r->sdpa && !r->enable_gqa && hk != 1 && hk != hq)
+    TRY(check_range(r->q, hq, "hq", 0, INT32_MAX, error));
+    TRY(check_range(r->k, hk, "hk", hq > 0, INT32_MAX, error));
+    TRY(check_range(r->v, hv, "hk", hq > 0, INT32_MAX, error));
+    const int broadcasts = r->sdpa && !r->enable_gqa;
+    if (!r->sdpa || (broadcasts && hk != 1 && hv != 1))
+        TRY(check_equal(r->v, hv, "hk", r->k, hk, error));
+    if (broadcasts) {
+        hk = hv = broadcast(hk, hv);
+        if (hq == 1) hq = hk;
+    }
+    const struct {
+        const fa_array *a;
+        int64_t heads;
+    } sides[2] = {{r->k, hk}, {r->v, hv}};
+    for (int i = 0; i < 2; i++)
+        if (sides[i].heads ? hq % sides[i].heads : hq)
+            return fa_fail(
+                error, FA_VALUE,
+                "`%s` must have a number of heads that is a multiple of `%s`'s %lld, got %lld",
+                r->q->name, sides[i].a->name, (long long)sides[i].heads, (long long)hq);
+    if (broadcasts && hk != 1 && hk != hq)
         return fa_fail(error, FA_VALUE,
                        "`%s` must have hk = %lld like `%s` or 1 without enable_gqa, got %lld",
                        r->k->name, (long long)hq, r->q->name, (long long)hk);
-    q->tensor.shape[1] = hq, k->tensor.shape[1] = hk, v->tensor.shape[1] = hk;
-    plan->params.what.hq = (int32_t)hq, plan->params.what.hk = (int32_t)hk;
+    q->tensor.shape[1] = hq, k->tensor.shape[1] = hk, v->tensor.shape[1] = hv;
+    fa_what *w = &plan->params.what;
+    w->hq = (int32_t)hq, w->hk = hk ? (int32_t)hk : 1, w->hv = hv ? (int32_t)hv : 1;
     return FA_OK;
 }
 
@@ -452,7 +507,7 @@ fa_status fa_check_attention(const fa_request *r, fa_plan *plan, fa_error *error
     /* The shape of the output, in the caller's layout, and its own contiguous strides. */
     int64_t tail[3] = {w->hq, w->sq, w->dv}, stride = 1, bytes = r->q->dtype.bits / 8;
     plan->out_ndim = ndim;
-    plan->out_dtype = r->q->dtype;
+    plan->out_dtype = r->q->dtype, plan->lse_dtype = lse_dtype(w->dtype);
     for (int i = 2; i >= 0; i--) {
         if (__builtin_mul_overflow(bytes, tail[i] ? tail[i] : 1, &bytes))
             return fa_fail(error, FA_VALUE, "`%s` is too large for an output", r->q->name);
@@ -594,7 +649,7 @@ fa_status fa_check_out(const fa_request *r, const fa_plan *plan, const fa_array 
                        fa_error *error) {
     const fa_array *inputs[] = {r->q,    r->k,         r->v,         r->mask,    r->cu_q,
                                 r->cu_k, r->q_lengths, r->k_lengths, r->k_start, r->alibi_slopes,
-                                r->sink, r->seed};
+                                r->sink, r->seed,      r->q_offset};
     TRY(check_shape(out, plan->out_ndim, plan->out_shape, error));
     TRY(check_dtype(out, r->q->dtype, r->q, error));
     TRY(check_place(out, r->q, error));
@@ -635,7 +690,6 @@ void fa_bind_outputs(fa_plan *plan, const fa_array *out, const fa_array *lse) {
 
 fa_status fa_check_merge(int32_t n, const fa_array *outs, const fa_array *lses, fa_layout layout,
                          fa_tensor *tensors, fa_merge *merge, fa_plan *plan, fa_error *error) {
-    static const DLDataType float32 = {DL_FLOAT, 32, 1};
     const fa_array *first = outs;
     char got[32];
     memset(merge, 0, sizeof *merge);
@@ -644,6 +698,7 @@ fa_status fa_check_merge(int32_t n, const fa_array *outs, const fa_array *lses, 
     if (!merge->dtype || merge->dtype == FA_BOOL)
         return fa_fail(error, FA_TYPE, "`%s` must be float64, float32, float16 or bfloat16, got %s",
                        first->name, fa_dtype_name(first->dtype, got));
+    plan->lse_dtype = lse_dtype(merge->dtype);
     TRY(check_rank(first, 4, layout == FA_BHSD ? "(b, h, s, dv)" : "(b, s, h, dv)", error));
     int64_t lse_shape[3] = {first->shape[0], first->shape[layout == FA_BHSD ? 1 : 2],
                             first->shape[layout == FA_BHSD ? 2 : 1]};
@@ -651,7 +706,7 @@ fa_status fa_check_merge(int32_t n, const fa_array *outs, const fa_array *lses, 
         TRY(check_dtype(&outs[i], first->dtype, first, error));
         TRY(check_shape(&outs[i], 4, first->shape, error));
         TRY(check_place(&outs[i], first, error));
-        TRY(check_dtype(&lses[i], float32, NULL, error));
+        TRY(check_dtype(&lses[i], plan->lse_dtype, NULL, error));
         TRY(check_shape(&lses[i], 3, lse_shape, error));
         TRY(check_place(&lses[i], first, error));
         bind(&tensors[i], &outs[i], layout);

@@ -40,7 +40,10 @@ typedef struct fa_request {
     int enable_gqa; /* of sdpa */
     int causal, top_left;
     int has_left, has_right;
-    int64_t left, right; /* >= 0 */
+    int64_t left, right; /* any; clamped */
+    int has_offset;
+    int64_t offset;           /* any; clamped */
+    const fa_array *q_offset; /* or NULL: offset, where there is one */
     int has_scale;
     double scale, softcap;
     int batch_invariant;
@@ -56,7 +59,7 @@ typedef struct fa_plan {
     int32_t outer_ndim;
     int64_t outer_shape[FA_OUTER];
     int64_t outer_stride[FA_OUTER][5]; /* elements: q, k, v, mask, out */
-    DLDataType out_dtype;
+    DLDataType out_dtype, lse_dtype;
     int32_t out_ndim, lse_ndim;
     int64_t out_shape[FA_MAX_RANK], lse_shape[3];
     fa_layout layout;
@@ -83,7 +86,7 @@ fa_status fa_fail(fa_error *error, fa_status status, const char *format, ...)
 /* The name that the frameworks give it; buffer is used for what has none. */
 const char *fa_dtype_name(DLDataType dtype, char buffer[32]);
 
-/* Shapes, dtypes, devices and options. Reads no array but cu_seqlens on the CPU. */
+/* Shapes, dtypes, devices and options. Reads no array but lengths and cu_seqlens on the CPU. */
 fa_status fa_check_attention(const fa_request *request, fa_plan *plan, fa_error *error);
 
 /* The caller's out=: shape, dtype, device, and that it shares no element with an input and has

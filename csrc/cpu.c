@@ -5,6 +5,7 @@
  * level.
  */
 #define _GNU_SOURCE
+#include <float.h>
 #include <math.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -37,6 +38,15 @@ static int64_t fa_size(fa_dtype type) {
 /* Element (b, h, s, 0) of a tensor, in elements. */
 static int64_t element(const fa_tensor *t, int64_t b, int64_t h, int64_t s) {
     return b * t->stride[0] + h * t->stride[1] + s * t->stride[2];
+}
+
+/* lse of row (b, h, s): float64 where the arrays are, else float32. */
+static void write_lse(const fa_tensor *lse, fa_dtype type, int64_t b, int64_t h, int64_t s,
+                      double value) {
+    if (type == FA_F64)
+        ((double *)lse->data)[element(lse, b, h, s)] = value;
+    else
+        ((float *)lse->data)[element(lse, b, h, s)] = (float)value;
 }
 
 /* ---- the levels ---- */
@@ -161,14 +171,11 @@ typedef struct call {
 static void empty_rows(const fa_what *what, int64_t b, int64_t h, int64_t first, int64_t end) {
     const int64_t size = fa_size(what->dtype);
     char *out = (char *)what->out.data + (b * what->out.stride[0] + h * what->out.stride[1]) * size;
-    float *lse = what->lse.data;
     for (int64_t row = first; row < end; row++) {
         char *to = out + row * what->out.stride[2] * size;
         for (int64_t i = 0; i < what->dv; i++)
             memset(to + i * what->out.stride[3] * size, 0, (size_t)size);
-        if (lse)
-            lse[b * what->lse.stride[0] + h * what->lse.stride[1] + row * what->lse.stride[2]] =
-                -INFINITY;
+        if (what->lse.data) write_lse(&what->lse, what->dtype, b, h, row, -INFINITY);
     }
 }
 
@@ -248,6 +255,9 @@ static fa_status cpu_run(const fa_params *p, void *workspace, fa_error *error) {
     const double products = (double)heads * c.length * keys * (what->d + what->dv);
     const int threads = products < 2e6 ? 1 : fa_pool_threads();
     c.rows = longest < c.kernel->rows ? (longest + lanes - 1) / lanes * lanes : c.kernel->rows;
+    /* Fewer rows of great heads: they are to stay in the cache, and to have memory at all. */
+    while (c.rows > lanes && (int64_t)c.rows * (what->d + (int64_t)what->dv) > 1 << 18)
+        c.rows = (c.rows / 2 + lanes - 1) / lanes * lanes;
     c.blocks = (c.length + c.rows - 1) / c.rows;
     while (threads > 1 && c.rows > lanes && heads * c.blocks < 4 * threads) {
         c.rows = (c.rows / 2 + lanes - 1) / lanes * lanes;
@@ -277,6 +287,15 @@ static int64_t cpu_workspace(const fa_params *p) {
 
 /* ---- merging ---- */
 
+/* lse of part i of row (b, h, s); -inf where it is empty, which some call +inf. */
+static double part_lse(const fa_merge *m, int i, int64_t b, int64_t h, int64_t s) {
+    const fa_tensor *t = &m->lses[i];
+    const int64_t at = element(t, b, h, s);
+    const double lse =
+        m->dtype == FA_F64 ? ((const double *)t->data)[at] : ((const float *)t->data)[at];
+    return lse == INFINITY ? -INFINITY : lse;
+}
+
 /* One row: out = sum of w_i out_i / sum of w_i with w_i = exp(lse_i - the largest). Empty parts are
  * not read. */
 static void merge_row(const fa_merge *m, int64_t b, int64_t h, int64_t s, double *sum,
@@ -285,12 +304,12 @@ static void merge_row(const fa_merge *m, int64_t b, int64_t h, int64_t s, double
     const int64_t size = fa_size(m->dtype);
     double top = -INFINITY, total = 0;
     for (int i = 0; i < m->n; i++) {
-        double lse = ((const float *)m->lses[i].data)[element(&m->lses[i], b, h, s)];
+        const double lse = part_lse(m, i, b, h, s);
         if (!(lse <= top)) top = lse; /* a NaN stays */
     }
     memset(sum, 0, (size_t)dv * sizeof *sum);
     for (int i = 0; i < m->n; i++) {
-        double lse = ((const float *)m->lses[i].data)[element(&m->lses[i], b, h, s)];
+        const double lse = part_lse(m, i, b, h, s);
         if (lse == -INFINITY) continue;
         double weight =
             power_f64_portable(base_of_f64_portable(FA_LOG2E), (vec_f64_portable){lse - top})[0];
@@ -311,7 +330,7 @@ static void merge_row(const fa_merge *m, int64_t b, int64_t h, int64_t s, double
     }
     double lse =
         total == 0 ? -INFINITY : top + log2_f64_portable((vec_f64_portable){total, 1})[0] * FA_LN2;
-    ((float *)m->lse.data)[element(&m->lse, b, h, s)] = (float)lse;
+    write_lse(&m->lse, m->dtype, b, h, s, lse);
 }
 
 static fa_status cpu_merge(const fa_merge *m, fa_error *error) {

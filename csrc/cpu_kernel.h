@@ -24,6 +24,7 @@
 #define attend FN(attend)
 #define attend_panel FN(attend_panel)
 #define block FN(block)
+#define cap FN(cap)
 #define change FN(change)
 #define close_panel FN(close_panel)
 #define collect FN(collect)
@@ -66,8 +67,8 @@ typedef struct context {
     const fa_params *p;
     const char *q, *k, *v, *mask; /* of this sequence and head, from its row 0 on */
     char *out;
-    float *lse;
-    int32_t b, h; /* as dropout counts them */
+    fa_tensor lse; /* likewise; data NULL: not wanted */
+    int32_t b, h;  /* as dropout counts them */
     int64_t seed;
     int unit_k, unit_v; /* K and V can be read in place */
     int units;          /* units of d */
@@ -92,6 +93,13 @@ typedef struct block {
 
 /* Rounds up to a multiple of LANES. */
 static int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* c * tanh(x / c). A cap that is far from x leaves it as it is: tanh(y) is y (1 - y^2 / 3 ...). */
+FA_FAST vec cap(const context *c, vec x) {
+    const vec y = x / c->softcap;
+    const ivec far = max_(y, -y) < (real)(DOUBLE ? 0x1p-28 : 0x1p-13);
+    return pick(far, x, tanh_(c->e_squared, y) * c->softcap);
+}
 
 /* acc[i][j] += sum over steps a[step][j] * b[i * row + step * next] */
 FA_FAST void multiply(vec *acc, int height, int nv, const vec *a, const unit *b, int64_t row,
@@ -167,7 +175,7 @@ FA_FAST void change(const context *c, const panel *p, vec *s, vec *top, int begi
             vec x = s[i * nv + j];
             if (c->changed) {
                 x *= c->scale;
-                if (scores->softcap > 0) x = tanh_(c->e_squared, x / c->softcap) * c->softcap;
+                if (scores->softcap > 0) x = cap(c, x);
                 if (adds) x += c->bias[i * nv + j];
                 if (scores->alibi_slopes) {
                     vec distance = __builtin_convertvector(p->position[j] - key, vec);
@@ -330,7 +338,7 @@ static __attribute__((noinline)) void attend_panel(const context *c, panel *p, c
 static void open_panel(const context *c, panel *p, fa_lengths lengths, int first, int count) {
     const fa_what *what = &c->p->what;
     const int64_t size = fa_size(what->dtype);
-    const int width = whole(c->units);
+    const int64_t width = whole(c->units);
     p->first = first;
     p->count = count;
     p->nv = (count + LANES - 1) / LANES;
@@ -367,7 +375,7 @@ static void open_panel(const context *c, panel *p, fa_lengths lengths, int first
 static void close_panel(const context *c, panel *p) {
     const fa_what *what = &c->p->what;
     const fa_scores *scores = &c->p->scores;
-    const int width = whole(what->dv);
+    const int64_t width = whole(what->dv);
     const float sink = scores->sink ? scores->sink[c->h * scores->sink_stride] : -INFINITY;
     const int drops = c->p->dropout.p > 0;
     const real gain = drops ? (real)c->p->dropout.gain : 1;
@@ -394,7 +402,7 @@ static void close_panel(const context *c, panel *p) {
             const int64_t row = p->first + j * LANES + i;
             write_row(c->out + row * what->out.stride[2] * fa_size(what->dtype), what->dtype,
                       what->out.stride[3], c->rows + i * width, what->dv);
-            if (c->lse) c->lse[row * what->lse.stride[2]] = empty[i] ? sink : (float)value[i];
+            if (c->lse.data) write_lse(&c->lse, what->dtype, 0, 0, row, empty[i] ? sink : value[i]);
         }
     }
 }
@@ -441,8 +449,8 @@ static void load_block(const context *c, block *keys, int visible, const uint8_t
         keys->k = (const unit *)c->k_packed;
         keys->k_row = c->units;
         for (int i = 0; i < n; i++)
-            read_units(c->k_packed + i * c->units, k + i * what->k.stride[2] * size, what->dtype,
-                       what->k.stride[3], what->d);
+            read_units(c->k_packed + (int64_t)i * c->units, k + i * what->k.stride[2] * size,
+                       what->dtype, what->k.stride[3], what->d);
     }
     keys->v = (const unit *)v;
     keys->v_row = what->v.stride[2];
@@ -453,7 +461,8 @@ static void load_block(const context *c, block *keys, int visible, const uint8_t
             const char *x = v + i * what->v.stride[2] * size, *y = x + what->v.stride[2] * size;
             if (keys->begin + i < visible || (seen && !seen[i])) x = NULL;
             if (i + 1 == n || (seen && !seen[i + 1])) y = NULL;
-            read_step(c->v_packed + i / STEP * dv, x, y, what->dtype, what->v.stride[3], dv);
+            read_step(c->v_packed + (int64_t)(i / STEP) * dv, x, y, what->dtype, what->v.stride[3],
+                      dv);
         }
     }
 }
@@ -471,15 +480,15 @@ static size_t lay_out(context *c, char *memory, const fa_what *what, int masked,
     } while (0)
     for (int i = 0, first = 0; first < rows; i++, first += PANEL) {
         const int wide = rows - first < PANEL ? whole(rows - first) : PANEL;
-        CARVE(c->panels[i].q, whole(units) * wide);
-        CARVE(c->panels[i].o, whole(what->dv) * wide);
+        CARVE(c->panels[i].q, (size_t)whole(units) * wide);
+        CARVE(c->panels[i].o, (size_t)whole(what->dv) * wide);
     }
     const int wide = rows < PANEL ? whole(rows) : PANEL;
     CARVE(c->s, keys * wide);
     if (masked) CARVE(c->bias, keys * wide);
-    CARVE(c->rows, LANES * longest);
-    CARVE(c->k_packed, keys * units);
-    CARVE(c->v_packed, keys * what->dv);
+    CARVE(c->rows, (size_t)longest * LANES);
+    CARVE(c->k_packed, (size_t)units * keys);
+    CARVE(c->v_packed, (size_t)what->dv * keys);
     return used;
 }
 
@@ -493,7 +502,8 @@ static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_sequence seque
     const fa_what *what = &p->what;
     const fa_lengths lengths = sequence.lengths;
     const fa_scores *scores = &p->scores;
-    const int64_t size = fa_size(what->dtype), hk = h / (what->hq / what->hk);
+    const int64_t size = fa_size(what->dtype);
+    const int64_t hk = h / (what->hq / what->hk), hv = h / (what->hq / what->hv);
     const int native = FA_PAIRS || (what->dtype == (DOUBLE ? FA_F64 : FA_F32));
     const int hides = scores->mask.data && scores->mask_dtype == FA_BOOL;
     context c;
@@ -501,10 +511,11 @@ static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_sequence seque
     c.p = p;
     c.q = (const char *)what->q.data + element(&what->q, b, h, sequence.q) * size;
     c.k = (const char *)what->k.data + element(&what->k, b, hk, sequence.k) * size;
-    c.v = (const char *)what->v.data + element(&what->v, b, hk, sequence.k) * size;
+    c.v = (const char *)what->v.data + element(&what->v, b, hv, sequence.k) * size;
     c.out = (char *)what->out.data + element(&what->out, b, h, sequence.q) * size;
-    c.lse = what->lse.data;
-    if (c.lse) c.lse += element(&what->lse, b, h, sequence.q);
+    c.lse = what->lse;
+    if (c.lse.data)
+        c.lse.data = (char *)c.lse.data + element(&c.lse, b, h, sequence.q) * (DOUBLE ? 8 : 4);
     c.b = (int32_t)(p->dropout.first_b + b), c.h = (int32_t)h;
     c.seed = p->dropout.p > 0 ? fa_dropout_seed(&p->dropout) : 0;
     c.mask = scores->mask.data;
@@ -515,16 +526,17 @@ static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_sequence seque
                what->k.stride[2] % STEP == 0;
     c.unit_v = native && (what->v.stride[3] == 1 || what->dv == 1) && !FA_PAIRS;
     c.units = (what->d + STEP - 1) / STEP;
-    /* A scale beyond float's range is left to change(), too. */
-    const double size_of_scale = fabs(what->scale);
+    /* A scale that makes 0 of all scores is left to change(), too; one that leaves only the
+     * greatest brings none to infinity. */
+    const double size_of_scale = fmin(fabs(what->scale), DOUBLE ? 1e300 : 1e30);
     c.changed = scores->softcap > 0 || scores->alibi_slopes || (c.mask && !hides) ||
-                !(size_of_scale > 1e-30 && size_of_scale < 1e30);
-    c.scale = (real)what->scale;
+                !(size_of_scale > 1e-30);
+    c.scale = (real)copysign(size_of_scale, what->scale);
     c.sign = !c.changed && what->scale < 0 ? -1 : 1;
     c.nats = c.changed ? 1 : c.scale * c.sign;
     c.score_base = base_of(c.changed ? FA_LOG2E : size_of_scale * FA_LOG2E);
     c.e_squared = base_of(2 * FA_LOG2E);
-    c.softcap = scores->softcap;
+    c.softcap = (real)(DOUBLE ? scores->softcap : fmin(fmax(scores->softcap, FLT_MIN), FLT_MAX));
     c.slope = scores->alibi_slopes
                   ? scores->alibi_slopes[b * scores->alibi_stride[0] + h * scores->alibi_stride[1]]
                   : 0;

@@ -23,8 +23,8 @@ extern "C" {
 #endif
 
 enum {
-    FA_MAX_HEAD_SIZE = 256,        /* d and dv: 1 .. 256 */
     FA_MAX_LENGTH = (1 << 30) - 1, /* sq and sk: any sum of two row numbers fits an int32 */
+    FA_MAX_SHIFT = 1 << 30,        /* window bounds and offsets lie in +-this: past every key */
 };
 
 typedef enum fa_status {
@@ -59,34 +59,40 @@ typedef struct fa_tensor {
 typedef struct fa_what {
     fa_tensor q;    /* (b, hq, sq, d)  dtype */
     fa_tensor k;    /* (b, hk, sk, d)  dtype */
-    fa_tensor v;    /* (b, hk, sk, dv) dtype */
+    fa_tensor v;    /* (b, hv, sk, dv) dtype */
     fa_tensor out;  /* (b, hq, sq, dv) dtype, written whole; never overlaps an input */
-    fa_tensor lse;  /* (b, hq, sq, 1) float32, natural logarithm; data NULL: not wanted */
+    fa_tensor lse;  /* (b, hq, sq, 1) natural logarithm, float32, or float64 where dtype is;
+                     * data NULL: not wanted */
     fa_dtype dtype; /* of q, k, v and out: FA_F64, FA_F32, FA_F16 or FA_BF16 */
-    int32_t b, hq, hk, sq, sk, d, dv; /* b, sq, sk may be 0; hq is a multiple of hk */
+    /* b, hq, sq, sk, d and dv may be 0; hq is a multiple of hk and of hv, which mostly are equal
+     * and never 0 (where hq is, k and v may have no heads). */
+    int32_t b, hq, hk, hv, sq, sk, d, dv;
     double scale;            /* multiplies q.k; any finite value, 0 and negative included */
     int32_t batch_invariant; /* 1: the bits of a sequence do not depend on the others */
 } fa_what;
 
 /* Which keys a row may see: one interval per row, computed by fa_row_interval() in mask.h. */
 enum {
-    FA_HAS_LEFT = 1,  /* `left` bounds the interval from below */
-    FA_HAS_RIGHT = 2, /* `right` bounds it from above (causal is right = 0) */
-    FA_TOP_LEFT = 4,  /* i' = i instead of i + sk - sq */
+    FA_HAS_LEFT = 1,   /* `left` bounds the interval from below */
+    FA_HAS_RIGHT = 2,  /* `right` bounds it from above (causal is right = 0) */
+    FA_HAS_OFFSET = 4, /* i' = i + offset instead of i + sk - sq (top-left is offset = 0) */
 };
 
 typedef struct fa_masks {
-    uint32_t flags;           /* FA_HAS_LEFT | FA_HAS_RIGHT | FA_TOP_LEFT */
-    int32_t left, right;      /* keys i' - left .. i' + right, inclusive; 0 .. FA_MAX_LENGTH */
+    uint32_t flags;           /* FA_HAS_LEFT | FA_HAS_RIGHT | FA_HAS_OFFSET */
+    int32_t left, right;      /* keys i' - left .. i' + right, inclusive; +-FA_MAX_SHIFT */
     const int32_t *q_lengths; /* (b,) on the device, true query lengths, or NULL: sq */
     const int32_t *k_lengths; /* (b,) on the device, true key lengths, or NULL: sk */
     const int32_t *k_start;   /* (b,) on the device, first key that counts, or NULL: 0 */
     int64_t q_lengths_stride, k_lengths_stride, k_start_stride; /* elements */
+    const int32_t *q_offset; /* (b,) on the device, i' = i + that, clamped; or NULL: `offset` */
+    int64_t q_offset_stride; /* elements */
+    int32_t offset;          /* of FA_HAS_OFFSET; +-FA_MAX_SHIFT */
 } fa_masks;
 
 /* What changes the scores. */
 typedef struct fa_scores {
-    float softcap;             /* c of c * tanh(s / c); 0 = off (by definition of the argument) */
+    double softcap;            /* c of c * tanh(s / c); 0 = off (by definition of the argument) */
     fa_dtype mask_dtype;       /* FA_BOOL (1 = attend), or FA_F32, FA_F16, FA_BF16, FA_F64: added */
     fa_tensor mask;            /* (b, hq, sq, sk), broadcast by stride 0; data NULL: none */
     const float *alibi_slopes; /* (b, hq) on the device, or NULL */
@@ -132,13 +138,14 @@ typedef struct fa_params {
 } fa_params;
 
 /* Partial results over disjoint keys, merged:
- * lse = logaddexp(lses), out = sum of exp(lse_i - lse) out_i. */
+ * lse = logaddexp(lses), out = sum of exp(lse_i - lse) out_i. A part whose lse is -inf or +inf (as
+ * some say of a row without keys) is empty. */
 typedef struct fa_merge {
     int32_t n;             /* number of parts, >= 1 */
     const fa_tensor *outs; /* n of (b, h, s, dv) dtype */
-    const fa_tensor *lses; /* n of (b, h, s, 1) float32 */
+    const fa_tensor *lses; /* n of (b, h, s, 1) float32, or float64 where dtype is */
     fa_tensor out;         /* (b, h, s, dv) dtype */
-    fa_tensor lse;         /* (b, h, s, 1) float32 */
+    fa_tensor lse;         /* (b, h, s, 1) like lses */
     fa_dtype dtype;
     fa_where where;
 } fa_merge;

@@ -25,16 +25,24 @@ FA_INLINE int32_t fa_clamp(int32_t x, int32_t lo, int32_t hi) {
     return x < lo ? lo : x > hi ? hi : x;
 }
 
+/* The nearest from lo to hi, of a sum that an int32 may not hold. */
+FA_INLINE int32_t fa_near(int64_t x, int32_t lo, int32_t hi) {
+    return x < lo ? lo : x > hi ? hi : (int32_t)x;
+}
+
 /* What came from memory is clamped, never trusted. */
 FA_INLINE fa_lengths fa_sequence_lengths(const fa_masks *m, int64_t b, int32_t sq, int32_t sk) {
     fa_lengths n = {sq, sk, 0, 0, 0, 0};
     if (m->q_lengths) n.sq = fa_clamp(m->q_lengths[b * m->q_lengths_stride], 0, sq);
     if (m->k_lengths) n.sk = fa_clamp(m->k_lengths[b * m->k_lengths_stride], 0, sk);
     if (m->k_start) n.k_start = fa_clamp(m->k_start[b * m->k_start_stride], 0, n.sk);
-    n.shift = m->flags & FA_TOP_LEFT ? 0 : n.sk - n.sq;
+    n.shift = m->flags & FA_HAS_OFFSET ? m->offset : n.sk - n.sq;
+    if (m->q_offset)
+        n.shift = fa_clamp(m->q_offset[b * m->q_offset_stride], -FA_MAX_SHIFT, FA_MAX_SHIFT);
     n.from = -n.sq, n.to = n.sk; /* no row, no key is past these */
-    if (m->flags & FA_HAS_LEFT && n.shift - m->left > n.from) n.from = n.shift - m->left;
-    if (m->flags & FA_HAS_RIGHT && n.shift + m->right + 1 < n.to) n.to = n.shift + m->right + 1;
+    if (m->flags & FA_HAS_LEFT) n.from = fa_near((int64_t)n.shift - m->left, -n.sq, n.sk);
+    if (m->flags & FA_HAS_RIGHT) n.to = fa_near((int64_t)n.shift + m->right + 1, -n.sq, n.sk);
+    if (n.to <= n.from) n.from = n.to = -n.sq; /* no row sees a key */
     return n;
 }
 

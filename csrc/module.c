@@ -108,15 +108,10 @@ static fa_status get_int(PyObject *object, const char *name, const char *rule, i
 }
 
 static fa_status get_bound(PyObject *object, int *has, int64_t *out, fa_error *error) {
-    char got[64];
     int overflow;
     *has = object != Py_None;
     if (!*has) return FA_OK;
-    TRY(get_int(object, "window", "hold two ints or None", out, &overflow, error));
-    if (*out < 0)
-        return fa_fail(error, FA_VALUE, "`window` must hold bounds >= 0 or None, got %s",
-                       repr(object, got));
-    return FA_OK;
+    return get_int(object, "window", "hold two ints or None", out, &overflow, error);
 }
 
 static fa_status get_window(PyObject *object, fa_request *r, fa_error *error) {
@@ -218,6 +213,18 @@ static fa_status get_seed(call *c, PyObject *object) {
                    repr(object, got));
 }
 
+/* q_offset=: an int or an array. */
+static fa_status get_offset(call *c, PyObject *object) {
+    fa_request *r = &c->request;
+    int overflow;
+    if (object == Py_None) return FA_OK;
+    if (PyObject_HasAttrString(object, "__dlpack__"))
+        return borrow(c, object, "q_offset", &r->q_offset);
+    r->has_offset = 1;
+    return get_int(object, "q_offset", "be an int or an int32 array (b,)", &r->offset, &overflow,
+                   &c->error);
+}
+
 static fa_status check_out(call *c, PyObject *object) {
     if (object == Py_None) return FA_OK;
     TRY(tensor_borrow(c->state, &c->now, object, "out", &c->out, &c->error));
@@ -269,12 +276,13 @@ static fa_status prepare_attention(call *c, PyObject *const *a) {
     TRY(borrow(c, a[2], "v", &r->v));
     TRY(get_causal(a[3], r, error));
     TRY(get_window(a[4], r, error));
-    TRY(borrow_some(c, a[5], "q_lengths", &r->q_lengths));
-    TRY(borrow_some(c, a[6], "k_lengths", &r->k_lengths));
-    TRY(borrow_some(c, a[7], "k_start", &r->k_start));
-    TRY(get_scores(c, a + 8));
-    TRY(get_layout(a[15], &r->layout, error));
-    return get_rest(c, a + 16);
+    TRY(get_offset(c, a[5]));
+    TRY(borrow_some(c, a[6], "q_lengths", &r->q_lengths));
+    TRY(borrow_some(c, a[7], "k_lengths", &r->k_lengths));
+    TRY(borrow_some(c, a[8], "k_start", &r->k_start));
+    TRY(get_scores(c, a + 9));
+    TRY(get_layout(a[16], &r->layout, error));
+    return get_rest(c, a + 17);
 }
 
 /* Arguments of attention_varlen, in the order of its signature. */
@@ -292,13 +300,14 @@ static fa_status prepare_varlen(call *c, PyObject *const *a) {
     TRY(get_int(a[6], "max_seqlen_k", "be an int", &r->max_sk, &overflow, error));
     TRY(borrow_some(c, a[7], "seqused_q", &r->q_lengths));
     TRY(borrow_some(c, a[8], "seqused_k", &r->k_lengths));
-    if (a[9] != Py_None)
+    TRY(get_offset(c, a[9]));
+    if (a[10] != Py_None)
         return fa_fail(error, FA_UNSUPPORTED,
                        "`page_table` is not built yet: no backend reads keys from pages");
-    TRY(get_causal(a[10], r, error));
-    TRY(get_window(a[11], r, error));
-    TRY(get_scores(c, a + 12));
-    return get_rest(c, a + 19);
+    TRY(get_causal(a[11], r, error));
+    TRY(get_window(a[12], r, error));
+    TRY(get_scores(c, a + 13));
+    return get_rest(c, a + 20);
 }
 
 /* Arguments of scaled_dot_product_attention, in the order of its signature. */
@@ -335,7 +344,7 @@ static int is_tiny(const fa_params *p) {
 
 /* Outputs and workspace from the caller's allocator, then the backend without the GIL. */
 static fa_status run(call *c, output *out, output *lse) {
-    static const DLDataType float32 = {DL_FLOAT, 32, 1}, byte = {DL_UINT, 8, 1};
+    static const DLDataType byte = {DL_UINT, 8, 1};
     fa_plan *plan = &c->plan;
     fa_error *error = &c->error;
     const fa_backend *backend = fa_choose(plan, c->backend, NULL, error);
@@ -349,8 +358,8 @@ static fa_status run(call *c, output *out, output *lse) {
         TRY(tensor_new(c->state, &c->arrays[0], plan->out_ndim, plan->out_shape, plan->out_dtype,
                        out, error));
     if (c->return_lse)
-        TRY(tensor_new(c->state, &c->arrays[0], plan->lse_ndim, plan->lse_shape, float32, lse,
-                       error));
+        TRY(tensor_new(c->state, &c->arrays[0], plan->lse_ndim, plan->lse_shape, plan->lse_dtype,
+                       lse, error));
     fa_bind_outputs(plan, c->has_out ? &c->out.array : &out->memory.array,
                     c->return_lse ? &lse->memory.array : NULL);
     int64_t bytes = backend->workspace(&plan->params);
@@ -420,9 +429,9 @@ static const struct {
     prepare_function *prepare;
     Py_ssize_t count;
 } functions[FUNCTIONS] = {
-    {"attention", prepare_attention, 21},
+    {"attention", prepare_attention, 22},
     {"scaled_dot_product_attention", prepare_sdpa, 8},
-    {"attention_varlen", prepare_varlen, 24},
+    {"attention_varlen", prepare_varlen, 25},
 };
 
 /* The index of a public function, FUNCTIONS if there is none of that name. */
@@ -584,7 +593,6 @@ typedef struct merge_call {
 
 static fa_status merge_parts(merge_call *c, PyObject *outs, PyObject *lses, fa_layout layout,
                              output *out, output *lse) {
-    static const DLDataType float32 = {DL_FLOAT, 32, 1};
     fa_merge merge;
     fa_plan plan;
     for (Py_ssize_t i = 0; i < 2 * c->n; i++) {
@@ -600,7 +608,8 @@ static fa_status merge_parts(merge_call *c, PyObject *outs, PyObject *lses, fa_l
                        &plan, &c->error));
     TRY(tensor_new(c->state, c->parts, plan.out_ndim, plan.out_shape, plan.out_dtype, out,
                    &c->error));
-    TRY(tensor_new(c->state, c->parts, plan.lse_ndim, plan.lse_shape, float32, lse, &c->error));
+    TRY(tensor_new(c->state, c->parts, plan.lse_ndim, plan.lse_shape, plan.lse_dtype, lse,
+                   &c->error));
     fa_bind_merge(&merge, layout, &out->memory.array, &lse->memory.array);
     PyThreadState *thread = PyEval_SaveThread();
     fa_status status = fa_run_merge(&merge, &c->error);

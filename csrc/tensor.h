@@ -13,7 +13,7 @@
 /* A Python exception is already set; the only status that is not in the contract. */
 #define FA_RAISED ((fa_status) - 1)
 
-enum { MAX_ARGS = 24, FUNCTIONS = 3 };
+enum { MAX_ARGS = 25, FUNCTIONS = 3 };
 
 /* A public function as Python's `def` has it; see function() in module.c. */
 typedef struct signature {

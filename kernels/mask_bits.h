@@ -39,8 +39,8 @@ FA_INLINE fa_mask_bits fa_mask_bits_make(const fa_what *w, const fa_masks *m, co
                                          const fa_tensor *mask) {
     fa_mask_bits n;
     n.bare = v->cu_q != 0;
-    const int32_t lengths = m->q_lengths || m->k_lengths || m->k_start;
-    n.batches = mask->stride[0] || (lengths && !n.bare) ? w->b : 1;
+    const int32_t differ = m->q_lengths || m->k_lengths || m->k_start || m->q_offset;
+    n.batches = mask->stride[0] || (differ && !n.bare) ? w->b : 1;
     n.heads = mask->stride[1] ? w->hq : 1;
     const int32_t alike = n.bare && !mask->stride[2], two_groups = 2 * FA_BITS_ROWS;
     n.repeat = alike ? two_groups - 1 : INT32_MAX;

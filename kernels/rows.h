@@ -10,6 +10,8 @@
 
 #include "../csrc/fastattn.h"
 
+enum { FA_MAX_HEAD_SIZE = 256 }; /* d and dv that some row takes */
+
 /* How Q, K and V come: boxes of the copy engine; by a warp, element by element if need be, whatever
  * their strides; boxes again, where a head begins anywhere in a row; or by a warp, but K and V as
  * they lie in memory by the copy engine, and from there to their places. */
@@ -150,8 +152,10 @@ static inline double fa_row_cost(const fa_row *row, const fa_what *w, const fa_m
     const int32_t causal = (m->flags & FA_HAS_RIGHT) != 0,
                   window = causal && m->flags & FA_HAS_LEFT;
     int32_t sk = w->sk;
-    if (window && sk > (int64_t)m->left + m->right + row->block_m)
-        sk = m->left + m->right + row->block_m; /* of the tile's rows, through a window */
+    if (window) { /* of the tile's rows, through a window; a causal one may be empty */
+        const int64_t width = (int64_t)m->left + m->right + row->block_m;
+        if (sk > width) sk = width > 0 ? (int32_t)width : 0;
+    }
     const int32_t askew = causal && row->block_m > row->block_n && row->block_m % row->block_n;
     const double more =
         1 + (row->block_m == 192) + askew + (row->block_m == 64 && row->block_n > 64 ? 1.5 : 0);
@@ -214,6 +218,46 @@ static inline int32_t fa_has_row(const fa_params *p) {
     for (int32_t i = 0; i < FA_ROWS; ++i)
         if (fa_row_takes(&fa_rows[i], &p->what, loads, general)) return 1;
     return 0;
+}
+
+/* Where k and v have different numbers of heads, a request is this many: in each one key head meets
+ * one value head. */
+static inline int32_t fa_head_parts(const fa_what *w) {
+    int32_t parts = w->hk;
+    while (parts % w->hv) parts += w->hk;
+    return w->hk == w->hv ? 1 : parts;
+}
+
+/* From its head on. */
+static inline fa_tensor fa_heads_of(const fa_tensor *t, int64_t first, int32_t heads,
+                                    int64_t size) {
+    fa_tensor part = *t;
+    if (part.data) part.data = (char *)part.data + first * t->stride[1] * size;
+    part.shape[1] = heads;
+    return part;
+}
+
+/* Part i of fa_head_parts(); the request itself, if it is one. Random bits count heads, so that
+ * there is no dropout. */
+static inline const fa_params *fa_head_part(const fa_params *p, int32_t i, fa_params *part) {
+    const fa_what *w = &p->what;
+    const int32_t parts = fa_head_parts(w), heads = w->hq / parts;
+    const int64_t first = (int64_t)i * heads, mask_size = p->scores.mask_dtype == FA_BOOL  ? 1
+                                                          : p->scores.mask_dtype == FA_F32 ? 4
+                                                                                           : 2;
+    if (parts == 1) return p;
+    *part = *p;
+    part->what.q = fa_heads_of(&w->q, first, heads, 2);
+    part->what.k = fa_heads_of(&w->k, i / (parts / w->hk), 1, 2);
+    part->what.v = fa_heads_of(&w->v, i / (parts / w->hv), 1, 2);
+    part->what.out = fa_heads_of(&w->out, first, heads, 2);
+    part->what.lse = fa_heads_of(&w->lse, first, heads, 4);
+    part->scores.mask = fa_heads_of(&p->scores.mask, first, heads, mask_size);
+    if (part->scores.alibi_slopes)
+        part->scores.alibi_slopes += first * part->scores.alibi_stride[1];
+    if (part->scores.sink) part->scores.sink += first * part->scores.sink_stride;
+    part->what.hq = heads, part->what.hk = part->what.hv = 1;
+    return part;
 }
 
 /* The row's index in fa_rows, or -1: no row takes the request. Least padding first, then least

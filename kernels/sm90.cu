@@ -152,10 +152,27 @@ static fa_status reject(const fa_params *p, fa_error *why) {
     if (w->dtype != FA_F16 && w->dtype != FA_BF16)
         return fa_fail(why, FA_UNSUPPORTED, "it takes float16 and bfloat16, not %s",
                        dtype_name(w->dtype));
+<<<<<<< HEAD
     if (!fa_has_row(p))
         return fa_fail(why, FA_UNSUPPORTED,
                        "it has no kernel for %s with d = %d and dv = %d" FA_OF_SOME,
                        dtype_name(w->dtype), w->d, w->dv);
+=======
+    if (w->d < 1 || w->dv < 1 || w->d > FA_MAX_HEAD_SIZE || w->dv > FA_MAX_HEAD_SIZE)
+        return fa_fail(why, FA_UNSUPPORTED,
+                       "it takes d and dv from 1 to %d, not d = %d and dv = %d", FA_MAX_HEAD_SIZE,
+                       w->d, w->dv);
+    const int32_t parts = fa_head_parts(w);
+    if (parts > 1 && p->dropout.p > 0)
+        return fa_fail(why, FA_UNSUPPORTED, "it takes no dropout where k has %d heads and v has %d",
+                       w->hk, w->hv);
+    for (int32_t i = 0; i < parts; ++i) {
+        fa_params part;
+        if (!fa_has_row(fa_head_part(p, i, &part)))
+            return fa_fail(why, FA_UNSUPPORTED, "it has no kernel for %s with d = %d and dv = %d",
+                           dtype_name(w->dtype), w->d, w->dv);
+    }
+>>>>>>> 5a71011 (The contract: q_offset, windows of any sign, lse and caps in double, heads of any size)
     return FA_OK;
 }
 
@@ -167,14 +184,20 @@ static int32_t chosen_row(const fa_params *p) {
     return fa_choose_row(p, device->sms);
 }
 
-static const char *kernel(const fa_params *p) { return fa_rows[chosen_row(p)].name; }
+static const char *kernel(const fa_params *p) {
+    fa_params part;
+    return fa_rows[chosen_row(fa_head_part(p, 0, &part))].name;
+}
 
 /* A bool mask is packed in the workspace first. */
 static bool packs(const fa_params *p) {
     return p->scores.mask.data && p->scores.mask_dtype == FA_BOOL && !is_empty(&p->what);
 }
 
-static int64_t workspace(const fa_params *p) {
+/* The parts of a request share it, one after the other. */
+static int64_t workspace(const fa_params *request) {
+    fa_params part;
+    const fa_params *p = fa_head_part(request, 0, &part);
     int64_t bytes = 0;
     if (p->varlen.cu_q && !is_empty(&p->what))
         bytes = fa_packed_bytes(&p->varlen, p->what.b, fa_rows[chosen_row(p)].block_m);
@@ -263,7 +286,10 @@ static fa_status run(const fa_params *p, void *workspace, fa_error *error) {
     if (status != FA_OK) return status;
     has_context = true;
 
-    status = launch(p, device, workspace, error);
+    for (int32_t i = 0, parts = fa_head_parts(&p->what); i < parts && status == FA_OK; ++i) {
+        fa_params part;
+        status = launch(fa_head_part(p, i, &part), device, workspace, error);
+    }
     if (before == device->id) return status;
     cudaError_t restored = cudaSetDevice(before);
     return status == FA_OK ? fa_cuda(restored, "cudaSetDevice", error) : status;

@@ -84,15 +84,14 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
     a.by_hq = fa_divisor_make(a.hq);
     a.by_group = fa_divisor_make(w->hq / w->hk);
     a.watch = w->batch_invariant;
-    /* A scale of 0 must not meet the -inf of a hidden score: 1e-37 of any score is 0 too. */
-    a.scale = w->scale == 0 ? 1e-37f : (float)(w->scale * 1.4426950408889634);
+    a.scale = (float)(usable_scale(w->scale) * 1.4426950408889634);
     a.slack = softmax_slack<range>(a.scale);
     a.lse = (float *)w->lse.data;
     for (int i = 0; i < 3; ++i) a.lse_stride[i] = w->lse.stride[i];
     a.sink = p->scores.sink;
     a.sink_stride = p->scores.sink_stride;
-    a.reads =
-        GENERAL || packed || a.sink || p->masks.q_lengths || p->masks.k_lengths || p->masks.k_start;
+    const fa_masks &m = p->masks;
+    a.reads = GENERAL || packed || a.sink || m.q_lengths || m.k_lengths || m.k_start || m.q_offset;
 #if ROW_GENERAL
     a.b = w->b;
     a.scores = make_scores(p, (char *)workspace + fa_packed_bytes(&p->varlen, w->b, BLOCK_M));

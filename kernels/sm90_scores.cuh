@@ -310,24 +310,30 @@ PTX void drop_scores(const score_args &a, const score_item &t, uint32_t *p, int3
 static score_args make_scores(const fa_params *p, const char *packed) {
     const fa_scores *s = &p->scores;
     const fa_dropout *d = &p->dropout;
-    const double scale = p->what.scale;
+    const double scale = usable_scale(p->what.scale), cap = fmax(s->softcap, 1e-30);
     score_args a = {};
     /* Bits may not depend on other sequences, whose rows may share a warp and its votes. */
     const bool alone = p->what.batch_invariant && p->varlen.cu_q;
-    a.caps = s->softcap != 0;
+    /* A cap changes a score by a third of (s / c)^2 of itself: one so large changes none that a
+     * float can tell from its neighbours. */
+    a.caps = s->softcap != 0 && s->softcap < 0x1p40;
     if (a.caps) {
         /* The least maximum of relative errors up to 0.3, 1.2e-6: of a score of 40, 5e-5. */
         const double series[3] = {0.99999884, -0.33310022, 0.12633946};
-        const double y = scale / s->softcap;
-        const float near = (float)(fmin(0.3, 40. / s->softcap) / fabs(y));
+        const double y = fmax(-1e30, fmin(scale / cap, 1e30));
+        /* What is not near has an error of 2e-7 of c: too much of a small score where c is large.
+         */
+        const bool wide = cap >= 4096;
+        const float near = (float)fmin((wide ? 0.3 : fmin(0.3, 40. / cap)) / fabs(y), 1e38);
         double power = y;
         for (int i = 0; i < 3; ++i, power *= y * y) a.cap_series[i] = (float)(series[i] * power);
         /* Where a float would not hold y^5, only 0 is near. And where bits may not depend on other
          * sequences, whose rows may share a warp and its vote. */
-        if (near > 1e-4f && near < 1e4f && !alone) memcpy(&a.cap_near, &near, sizeof near);
+        if (near > 1e-4f && (wide || near < 1e4f) && !alone)
+            memcpy(&a.cap_near, &near, sizeof near);
         a.cap_scale = (float)y;
     }
-    a.unit = a.caps ? s->softcap : (float)scale;
+    a.unit = (float)(a.caps ? cap : scale);
     a.slopes = s->alibi_slopes;
     for (int i = 0; i < 2; ++i) a.slope_stride[i] = s->alibi_stride[i];
     a.drops = d->p > 0;
@@ -361,16 +367,14 @@ static score_args make_scores(const fa_params *p, const char *packed) {
         a.words = (const uint32_t *)(packed + a.bits.bits);
     }
     const bool natural = a.mask > BITS || a.slopes;
-    if (scale > 0 && a.caps + (a.mask != NO_MASK) + (a.slopes != NULL) + a.drops == 1)
-        a.only = a.caps           ? (s->softcap < 4096 ? CAPS : ANY) /* no offset is coarse */
+    if (p->what.scale > 0 && a.caps + (a.mask != NO_MASK) + (a.slopes != NULL) + a.drops == 1)
+        a.only = a.caps           ? (cap < 4096 ? CAPS : ANY) /* no offset is coarse */
                  : a.slopes       ? (alone ? ANY : ALIBI)
                  : a.drops        ? DROPS
                  : a.mask == BITS ? WORDS
                  : a.tiles == 1   ? TILES
                                   : ANY;
-    /* A scale of 0 must not meet the -inf of a hidden score: 1e-37 of any score is 0 too. */
-    const double end = natural ? 1 : a.caps ? (double)s->softcap : scale == 0 ? 1e-37 : scale;
-    a.scale = (float)(end * 1.4426950408889634);
+    a.scale = (float)((natural ? 1 : a.caps ? cap : scale) * 1.4426950408889634);
     for (int i = 0; i < 3; ++i) a.cap_exponents[i] = a.cap_series[i] * a.scale;
     return a;
 }

@@ -64,9 +64,8 @@ def formula(
     real = torch.float32 if low else torch.float64
     sq, sk, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    lengths = {
-        name for name in ("q_lengths", "k_lengths", "k_start") if limits.get(name) is not None
-    }
+    each = ("q_lengths", "k_lengths", "k_start", "q_offset")
+    lengths = {name for name in each if np.ndim(limits.get(name))}
     signs = reference.widen(np.ones((1, 1, sk, v.shape[3])), len(heads) * sq)[0, 0]
     signs = torch.from_numpy(signs).to(q.device, real)
     outs, lses, empties, biggest = [], [], [], 0.0
@@ -160,8 +159,8 @@ def offsets(lengths, device="cuda"):
 def of_sequence(n, sq, sk, keywords):
     """What a packed call says of sequence n alone."""
     mine = keywords | {"first_b": n}
-    for name in mine.keys() & {"q_lengths", "k_lengths"}:
-        mine[name] = mine[name][n : n + 1]
+    for name in mine.keys() & {"q_lengths", "k_lengths", "q_offset"}:
+        mine[name] = mine[name][n : n + 1] if np.ndim(mine[name]) else mine[name]
     if mine.get("alibi_slopes") is not None and mine["alibi_slopes"].ndim == 2:
         mine["alibi_slopes"] = mine["alibi_slopes"][n : n + 1]
     if mine.get("mask") is not None:

@@ -24,7 +24,18 @@ class Result:
     seen: np.ndarray  # (b, hq, sq, sk) bool: inside the row's interval and, with a bool mask, True
 
 
-def interval(b, sq, sk, *, causal=False, window=None, q_lengths=None, k_lengths=None, k_start=None):
+def interval(
+    b,
+    sq,
+    sk,
+    *,
+    causal=False,
+    window=None,
+    q_offset=None,
+    q_lengths=None,
+    k_lengths=None,
+    k_start=None,
+):
     """(b, sq, sk) bool: the keys inside each row's interval; and (b, sq, 1): the row's position i'.
 
     Lengths outside 0 .. s count as the nearest end, as the kernels clamp them.
@@ -36,9 +47,11 @@ def interval(b, sq, sk, *, causal=False, window=None, q_lengths=None, k_lengths=
 
     i, j = np.arange(sq)[None, :, None], np.arange(sk)[None, None, :]
     q_length, k_length = of_sequence(q_lengths, sq, sq), of_sequence(k_lengths, sk, sk)
-    left, right = window or (None, None)
+    left, right = (x if x is None else clamp_shift(x) for x in window or (None, None))
 
     position = i + (0 if causal == "top-left" else k_length - q_length)
+    if q_offset is not None:
+        position = i + np.broadcast_to(clamp_shift(q_offset), (b,))[:, None, None]
     inside = (i < q_length) & (j < k_length) & (j >= of_sequence(k_start, 0, sk))
     if causal:
         inside &= j <= position
@@ -47,6 +60,11 @@ def interval(b, sq, sk, *, causal=False, window=None, q_lengths=None, k_lengths=
     if right is not None:
         inside &= j <= position + right
     return inside, np.broadcast_to(position, (b, sq, 1))
+
+
+def clamp_shift(x):
+    """Window bounds and offsets beyond every key count as the nearest that are not too large."""
+    return np.asarray(np.clip(np.array(x, object), -(2**30), 2**30), np.int64)
 
 
 def is_bool(mask):
@@ -83,20 +101,20 @@ def attention(
     """
     dtype = q.dtype
     real = np.float32 if low else np.longdouble if dtype == np.float64 else np.float64
-    (b, hq, sq, d), (hk, sk) = q.shape, k.shape[1:3]
-    group = (b, hk, hq // hk)  # query heads by the key head they share
+    (b, hq, sq, d), sk = q.shape, k.shape[2]
     _, position = interval(b, sq, sk, **limits)
     seen = visible(b, hq, sq, sk, mask, **limits)
 
     product = np.matmul
     if low and dtype == np.float32:
         product = functools.partial(fused_product, order=order)
-    q, k, v = q.astype(real).reshape(*group, sq, d), k.astype(real), v.astype(real)
-    s = product(q, k.swapaxes(2, 3)[:, :, None]).reshape(b, hq, sq, sk)
-    s = real(d**-0.5 if scale is None else scale) * s
+    q, k, v = q.astype(real), k.astype(real), v.astype(real)
+    s = by_group(product, q, k.swapaxes(2, 3))
+    s = real((d or 1) ** -0.5 if scale is None else scale) * s
     biggest = np.max(np.abs(s), where=seen, initial=0)
     if softcap:
-        s = real(softcap) * np.tanh(s / real(softcap))
+        wide = np.float64 if low and not 1e-30 < softcap < 1e30 else real
+        s = (wide(softcap) * np.tanh(s / wide(softcap))).astype(real)
     if mask is not None and not is_bool(mask):
         s = s + mask.astype(real)
     if alibi_slopes is not None:
@@ -117,8 +135,7 @@ def attention(
     if low:
         p = p.astype(dtype).astype(real)
     reached = seen.any(axis=(1, 2))[:, None, :, None]  # what no row sees reaches nothing
-    v = np.where(reached, v, 0)[:, :, None]
-    out = product(p.reshape(*group, sq, sk), v).reshape(b, hq, sq, v.shape[4])
+    out = by_group(product, p, np.where(reached, v, 0))
     if dropout_p == 1:
         out = np.zeros_like(out)
 
@@ -127,6 +144,15 @@ def attention(
     out = np.where(empty[..., None], 0, out)
     lse = np.where(padding, -np.inf, lse[..., 0])
     return Result(out.astype(dtype) if low else out, lse, float(biggest), empty, seen)
+
+
+def by_group(product, a, b):
+    """The product of each of a's heads with the head of b that its group shares."""
+    (n, heads, rows, inner), (_, few, _, columns) = a.shape, b.shape
+    if not heads:
+        return np.zeros((n, 0, rows, columns), a.dtype)
+    a = a.reshape(n, few, heads // few, rows, inner)
+    return product(a, b[:, :, None]).reshape(n, heads, rows, columns)
 
 
 def kept(b, hq, sq, sk, dropout_p, seed):
@@ -190,8 +216,12 @@ def _q_lengths(b, sq, q_lengths=None, **_):
 
 
 def merge_states(outs, lses):
-    """lse = logaddexp over the parts, out = sum_i exp(lse_i - lse) out_i; all empty: 0 and -inf."""
+    """lse = logaddexp over the parts, out = sum_i exp(lse_i - lse) out_i; all empty: 0 and -inf.
+
+    A part is empty where its lse is -inf, or +inf.
+    """
     outs, lses = np.stack(outs).astype(np.float64), np.stack(lses).astype(np.float64)
+    lses = np.where(lses == np.inf, -np.inf, lses)  # as others say of a part without keys
     lse = np.logaddexp.reduce(lses, axis=0)
     weight = np.exp(lses - np.where(lse == -np.inf, 0, lse))[..., None]
     return np.where(weight == 0, 0, weight * outs).sum(axis=0), lse
@@ -282,6 +312,8 @@ def judge_out(out, exact, low, v=None):
 
 @np.errstate(all="ignore")
 def judge_lse(lse, exact, dtype):
+    if np.asarray(lse).dtype != lse_dtype(dtype):
+        return [f"lse is {lse.dtype}, not {lse_dtype(dtype)}"]
     ref, got = exact.lse.astype(np.float64), np.asarray(lse, np.float64)
     if got.shape != ref.shape:
         return [f"lse has shape {got.shape}, not {ref.shape}"]
@@ -292,8 +324,14 @@ def judge_lse(lse, exact, dtype):
     ).all():
         return ["lse is finite where it should not be, or not"]
     error = np.max(np.abs(got - ref), where=np.isfinite(ref), initial=0)
+    if dtype == np.float64:
+        return _above("lse", error, 1e-13 * (1 + exact.biggest))
     floor = 1e-4 if finfo(dtype).bits == 16 else 1e-5
     return _above("lse", error, floor + 4e-6 * exact.biggest)
+
+
+def lse_dtype(dtype):
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 class Above(str):

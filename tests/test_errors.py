@@ -59,24 +59,11 @@ WRONG = {
         "`q` must have a number of heads that is a multiple of `k`'s 2, got 3",
         {"q": (2, 3, 5, 8)},
     ),
-    "no heads": (ValueError, "`q` must have hq from 1 to .*, got 0", {"q": (2, 0, 5, 8)}),
     "no key heads": (
         ValueError,
         "`k` must have hk from 1 to .*, got 0",
         {"k": (2, 0, 7, 8), "v": (2, 0, 7, 8)},
     ),
-    "d above 256": (
-        ValueError,
-        "`q` must have d from 1 to 256, got 257",
-        {"q": (2, 4, 5, 257), "k": (2, 2, 7, 257)},
-    ),
-    "dv above 256": (ValueError, "`v` must have dv from 1 to 256, got 300", {"v": (2, 2, 7, 300)}),
-    "d of 0": (
-        ValueError,
-        "`q` must have d from 1 to 256, got 0",
-        {"q": (2, 4, 5, 0), "k": (2, 2, 7, 0)},
-    ),
-    "dv of 0": (ValueError, "`v` must have dv from 1 to 256, got 0", {"v": (2, 2, 7, 0)}),
     # dtype
     "int q": (
         TypeError,
@@ -129,9 +116,9 @@ WRONG = {
     "softcap text": (TypeError, "`softcap` must be a float, got '1'", {"softcap": "1"}),
     "NaN scale": (ValueError, "`scale` must be finite, got nan", {"scale": np.nan}),
     "scale text": (TypeError, "`scale` must be a float, got 'x'", {"scale": "x"}),
-    "negative window": (
+    "window of no key": (
         ValueError,
-        r"`window` must hold bounds >= 0 or None, got -1",
+        r"`window` \(-1, 0\) sees no key; unbounded is None",
         {"window": (-1, 0)},
     ),
     "window of one": (TypeError, r"`window` must be None or \(left, right\), got 3", {"window": 3}),
@@ -700,7 +687,7 @@ def test_varlen_that_is_right():
         {},
         {"max_seqlen_q": np.int64(5), "max_seqlen_k": 2**30 - 1},
         {"cu_seqlens_k": offsets(0, 5, 12)},
-        {"seqused_k": offsets(99, -5)},
+        {"seqused_k": offsets(7, 0)},
         {"mask": a(2, 1, 5, 7, dtype=bool)},
         {"dropout_p": 0.5, "seed": -(2**63)},
         {"dropout_p": 0.5, "seed": 2**63 - 1},

@@ -22,16 +22,16 @@ FUNCTIONS = [
 ]
 BUILT = ["attention", "attention_varlen", "scaled_dot_product_attention", "merge_states"]
 DEFAULTS = (
-    "q, k, v, *, causal=False, window=None, q_lengths=None, k_lengths=None, k_start=None, "
-    "mask=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None, dropout_p=0.0, seed=None, "
-    "layout='bhsd', return_lse=False, out=None, deterministic=False, batch_invariant=False, "
-    "backend=None"
+    "q, k, v, *, causal=False, window=None, q_offset=None, q_lengths=None, k_lengths=None, "
+    "k_start=None, mask=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None, "
+    "dropout_p=0.0, seed=None, layout='bhsd', return_lse=False, out=None, deterministic=False, "
+    "batch_invariant=False, backend=None"
 )
 VARLEN = (
     "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, seqused_q=None, "
-    "seqused_k=None, page_table=None, causal=False, window=None, mask=None, softcap=0.0, "
-    "alibi_slopes=None, sink=None, scale=None, dropout_p=0.0, seed=None, return_lse=False, "
-    "out=None, deterministic=False, batch_invariant=False, backend=None"
+    "seqused_k=None, q_offset=None, page_table=None, causal=False, window=None, mask=None, "
+    "softcap=0.0, alibi_slopes=None, sink=None, scale=None, dropout_p=0.0, seed=None, "
+    "return_lse=False, out=None, deterministic=False, batch_invariant=False, backend=None"
 )
 SDPA = (
     "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, "

@@ -54,14 +54,15 @@ def scaled_dot_product_attention(
     Args:
         query: (..., hq, sq, d) of float64, float32, float16 or bfloat16; rank 2 and up.
         key: (..., hk, sk, d). Leading dimensions of the three broadcast as in matmul.
-        value: (..., hk, sk, dv). d and dv from 1 to 256.
+        value: (..., hk, sk, dv). d and dv as in attention.
         attn_mask: broadcastable to (..., hq, sq, sk). bool: True takes part. float32 or query's
             dtype: added to the scaled score.
         dropout_p: 0 to 1, as in attention, and applied whether training or not. The seed comes from
             torch's generator; other than torch arrays: ValueError, attention takes a seed.
         is_causal: query i sees keys j <= i (top-left, also where sq != sk).
-        scale: multiplies query . key; default d ** -0.5, any finite value.
-        enable_gqa: hq may be a multiple of hk; query head h uses key head h // (hq / hk).
+        scale: multiplies query . key; as in attention.
+        enable_gqa: hq may be a multiple of hk; query head h uses key head h // (hq / hk). Value may
+            have another number of heads than key, of which hq is a multiple too.
 
     Returns:
         (..., hq, sq, dv), contiguous, the kind, dtype and device of query.
@@ -84,6 +85,7 @@ def attention(
     *,
     causal: bool | Literal["top-left"] = False,
     window: tuple[int | None, int | None] | None = None,
+    q_offset: Any = None,
     q_lengths: Any = None,
     k_lengths: Any = None,
     k_start: Any = None,
@@ -104,7 +106,7 @@ def attention(
     """softmax(scale * q k^T) v, with everything that may change it.
 
     For row i of a sequence of sq queries and sk keys, i' = i + sk - sq (the last query sees the
-    last key; i' = i for causal="top-left"), in this order:
+    last key; i' = i for causal="top-left"; i' = i + q_offset where that is given), in this order:
 
         s_j = scale * (q_i . k_j)
         s_j = softcap * tanh(s_j / softcap)          if softcap > 0
@@ -122,19 +124,25 @@ def attention(
         q: (b, hq, sq, d), or (b, sq, hq, d) with layout="bshd"; float64, float32, float16 or
             bfloat16. Any strides, 0 and negative included.
         k: (b, hk, sk, d); hq is a multiple of hk, query head h uses key head h // (hq / hk).
-        v: (b, hk, sk, dv). d and dv from 1 to 256.
+        v: (b, hk, sk, dv). d and dv of any size on the CPU, from 1 to 256 on a GPU. Of d = 0 every
+            score is 0, of hq = 0 or dv = 0 the output is empty.
         causal: False, True (keys j <= i') or "top-left" (keys j <= i).
-        window: (left, right), keys i' - left to i' + right, inclusive; None: unbounded on that
-            side. With causal: the intersection.
+        window: (left, right), keys i' - left to i' + right, inclusive, each of any sign but
+            left + right >= 0; None: unbounded on that side. With causal: the intersection.
+        q_offset: an int, or (b,) int32: where row 0 lies on the key axis. 0 is the top left, for
+            windows too; the number of keys that came before is what a cache wants. None: sk - sq.
+            Window bounds and offsets beyond 2^30 count as that, the sign kept.
         q_lengths: (b,) int32, true query lengths; later rows give output 0 and lse -inf.
         k_lengths: (b,) int32, true key lengths; i' counts from the true lengths.
-        k_start: (b,) int32, first key that counts; it does not move i'.
+        k_start: (b,) int32, first key that counts; it does not move i'. All three on the CPU: from
+            0 to sq or sk, else ValueError; on a GPU the nearest number counts.
         mask: broadcastable to (b, hq, sq, sk) whatever the layout; bool (True = attend), or
             float32, float16, bfloat16: added to the scaled score.
-        softcap: >= 0; 0 is off.
+        softcap: any finite value >= 0; 0 is off. One of 2^40 or more changes nothing on a GPU.
         alibi_slopes: (hq,) or (b, hq) float32.
         sink: (hq,) float32, an extra logit per head that carries no value.
-        scale: default d ** -0.5; any finite value.
+        scale: default d ** -0.5, or 1 for d = 0; any finite value. Beyond 1e30 (of float64: 1e300)
+            it counts as that, the sign kept: only a row's greatest scores are left.
         dropout_p: 0 (off) to 1 (output 0). keep_ij is 1 where 16 random bits are at least
             65,536 * dropout_p, rounded. The bits are Philox4x32-7's, a function of the seed and of
             b, h, i and j: the same on every backend, whatever the strides and the other arguments.
@@ -142,10 +150,16 @@ def attention(
             int64 array () or (1,) on q's device. None: with torch tensors one is drawn from the
             generator of their device, anew by each replay of a CUDA graph; with others ValueError.
         layout: "bhsd" or "bshd", of q, k, v and the output.
+<<<<<<< HEAD
         return_lse: also return lse, float32 (b, hq, sq) whatever the layout, natural logarithm.
         out: the output is written here; same shape, dtype and device. It may lie between the elements
             of inputs, as one of buffer.unbind(2), but shares none with them: ValueError, also where
             strides are too odd to tell.
+=======
+        return_lse: also return lse, (b, hq, sq) whatever the layout, natural logarithm; float32,
+            or float64 where q is.
+        out: the output is written here; same shape, dtype and device, overlapping no input.
+>>>>>>> 5a71011 (The contract: q_offset, windows of any sign, lse and caps in double, heads of any size)
         deterministic: of the backward pass; the forward pass always is.
         batch_invariant: a sequence's bits do not depend on the other sequences or the batch size.
         backend: None is the best that can; or "sm90", "sm80", "cpu".
@@ -179,6 +193,7 @@ def attention_varlen(
     *,
     seqused_q: Any = None,
     seqused_k: Any = None,
+    q_offset: Any = None,
     page_table: Any = None,
     causal: bool | Literal["top-left"] = False,
     window: tuple[int | None, int | None] | None = None,
@@ -209,14 +224,16 @@ def attention_varlen(
     Args:
         q: (total_q, hq, d) of float64, float32, float16 or bfloat16. Any strides.
         k: (total_k, hk, d); hq is a multiple of hk, query head h uses key head h // (hq / hk).
-        v: (total_k, hk, dv). d and dv from 1 to 256.
+        v: (total_k, hk, dv). d and dv as in attention.
         cu_seqlens_q: (b + 1,) int32, non-decreasing from 0 to at most total_q.
         cu_seqlens_k: (b + 1,) int32, non-decreasing from 0 to at most total_k.
         max_seqlen_q: no sequence has more queries; the time taken does not depend on it, but for a
             bool mask on a GPU, which is read whole.
         max_seqlen_k: no sequence has more keys.
-        seqused_q: (b,) int32, true query lengths; from 0 to the sequence's rows, or the nearest.
-        seqused_k: (b,) int32, true key lengths; i' counts from the true lengths.
+        seqused_q: (b,) int32, true query lengths, from 0 to the sequence's rows; on the CPU others
+            are a ValueError, on a GPU the nearest counts.
+        seqused_k: (b,) int32, likewise true key lengths; i' counts from the true lengths.
+        q_offset: as in attention: an int, or (b,) int32, one for each sequence.
         page_table: not built yet: NotImplementedError.
         causal: as in attention, by each sequence's own lengths.
         window: likewise.
@@ -228,8 +245,13 @@ def attention_varlen(
         scale: as in attention.
         dropout_p: as in attention; b of the random bits is the sequence, i and j positions in it.
         seed: as in attention.
+<<<<<<< HEAD
         return_lse: also return lse, float32 (hq, total_q), natural logarithm.
         out: as in attention; of shape (total_q, hq, dv).
+=======
+        return_lse: also return lse, (hq, total_q), natural logarithm; dtype as in attention.
+        out: the output is written here; same shape, dtype and device, overlapping no input.
+>>>>>>> 5a71011 (The contract: q_offset, windows of any sign, lse and caps in double, heads of any size)
         deterministic: as in attention.
         batch_invariant: as in attention.
         backend: as in attention.
@@ -239,7 +261,7 @@ def attention_varlen(
 
     Raises:
         ValueError: a shape or value; cu_seqlens on the CPU that do not start at 0, decrease, run
-            past the total or hold a sequence longer than max_seqlen.
+            past the total or hold a sequence longer than max_seqlen; seqused of more rows there.
         TypeError, NotImplementedError, RuntimeError: as attention.
 
     Source: as attention; the packed layout is flash-attn's.
@@ -252,12 +274,14 @@ def merge_states(
 ) -> tuple[Array, Any]:
     """Partial results of the same queries over disjoint keys, merged into the result over all.
 
-    lse = log(sum_i exp(lse_i)), out = sum_i exp(lse_i - lse) * out_i; where all parts are empty,
-    out is 0 and lse -inf. A sink belongs to exactly one of the parts.
+    lse = log(sum_i exp(lse_i)), out = sum_i exp(lse_i - lse) * out_i. A part is empty where its lse
+    is -inf, or +inf as flash-attn has it; where all parts are empty, out is 0 and lse -inf. A sink
+    belongs to exactly one of the parts.
 
     Args:
         outs: any number of (b, h, s, dv), or (b, s, h, dv) with layout="bshd".
-        lses: as many float32 (b, h, s), natural logarithm, as attention(return_lse=True) gives.
+        lses: as many (b, h, s), natural logarithm, as attention(return_lse=True) gives: float64
+            where outs are, else float32.
         layout: "bhsd" or "bshd", of outs and the output.
 
     Returns:
@@ -287,6 +311,7 @@ def attention_backward(
     dv: Any = None,
     causal: bool | Literal["top-left"] = False,
     window: tuple[int | None, int | None] | None = None,
+    q_offset: Any = None,
     q_lengths: Any = None,
     k_lengths: Any = None,
     k_start: Any = None,
@@ -322,6 +347,7 @@ def attention_varlen_backward(
     *,
     seqused_q: Any = None,
     seqused_k: Any = None,
+    q_offset: Any = None,
     dlse: Any = None,
     need_dmask: bool = False,
     need_dsink: bool = False,
