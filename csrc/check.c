@@ -53,8 +53,8 @@ const char *fa_dtype_name(DLDataType t, char buffer[32]) {
 }
 
 static const char *device_name(DLDevice device, char buffer[32]) {
-    if (device.device_type == DL_CPU) return "cpu";
-    snprintf(buffer, 32, "cuda:%d", device.device_id);
+    if (device.device_type == DL_CPU && device.device_id == 0) return "cpu";
+    snprintf(buffer, 32, "%s:%d", device.device_type == DL_CPU ? "cpu" : "cuda", device.device_id);
     return buffer;
 }
 
@@ -544,7 +544,7 @@ fa_status fa_check_attention(const fa_request *r, fa_plan *plan, fa_error *error
     TRY(check_scores(r, plan, error));
     TRY(check_dropout(r, plan, error));
     plan->params.where.device_type = r->q->device.device_type == DL_CPU ? FA_CPU : FA_CUDA;
-    plan->params.where.device_id = r->q->device.device_id;
+    plan->params.where.device_id = r->q->device.device_type == DL_CPU ? 0 : r->q->device.device_id;
     plan->params.where.stream = r->q->stream;
     return FA_OK;
 }
@@ -714,7 +714,7 @@ fa_status fa_check_merge(int32_t n, const fa_array *outs, const fa_array *lses, 
     }
     merge->n = n, merge->outs = tensors, merge->lses = tensors + n;
     merge->where.device_type = first->device.device_type == DL_CPU ? FA_CPU : FA_CUDA;
-    merge->where.device_id = first->device.device_id;
+    merge->where.device_id = first->device.device_type == DL_CPU ? 0 : first->device.device_id;
     merge->where.stream = first->stream;
     plan->out_dtype = first->dtype;
     plan->out_ndim = 4, plan->lse_ndim = 3;

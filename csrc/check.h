@@ -17,7 +17,7 @@ enum { FA_MAX_RANK = 8 };
 typedef struct fa_array {
     const char *name; /* the argument, for sentences */
     void *data;       /* NULL only if a dimension is 0 */
-    DLDevice device;  /* device_type DL_CPU or DL_CUDA */
+    DLDevice device;  /* device_type DL_CPU (device_id: JAX has more than one) or DL_CUDA */
     DLDataType dtype;
     int32_t ndim;
     int64_t shape[FA_MAX_RANK], stride[FA_MAX_RANK]; /* no sum of them passes 2^60 bytes */

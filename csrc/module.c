@@ -232,12 +232,16 @@ static fa_status check_out(call *c, PyObject *object) {
     if (!c->out.writeable)
         return fa_fail(&c->error, FA_VALUE, "`out` must be writeable, got a read-only array");
     if (c->out.kind == KIND_DLPACK) {
-        PyObject *immutable = PyObject_CallMethod(c->state->arrays, "is_jax", "O", object);
-        if (!immutable) return FA_RAISED;
-        Py_DECREF(immutable);
-        if (immutable == Py_True)
+        PyObject *of = PyObject_CallMethod(c->state->arrays, "never_written", "O", object);
+        char name[16];
+        if (!of) return FA_RAISED;
+        if (of != Py_None) {
+            tensor_text(of, sizeof name, name);
             return fa_fail(&c->error, FA_TYPE,
-                           "`out` must not be a JAX array: JAX arrays are never written");
+                           "`out` must not be %s %s array: %s arrays are never written",
+                           *name == 'M' ? "an" : "a", name, name);
+        }
+        Py_DECREF(of);
     }
     return fa_check_out(&c->request, &c->plan, &c->out.array, &c->error);
 }

@@ -428,11 +428,12 @@ static fa_status borrow_numpy(PyObject *object, borrowed *b, fa_error *error) {
 static fa_status borrow_dlpack(module_state *state, PyObject *object, borrowed *b,
                                fa_error *error) {
     char got[128];
-    PyObject *pair = call_arrays(state, "export", "(Os)", object, b->array.name), *capsule = NULL;
+    PyObject *found = call_arrays(state, "export", "(Os)", object, b->array.name), *capsule = NULL;
     unsigned long long stream = 0;
-    if (!pair) return FA_RAISED;
-    if (!PyArg_ParseTuple(pair, "OK", &capsule, &stream)) {
-        Py_DECREF(pair);
+    int cpu;
+    if (!found) return FA_RAISED;
+    if (!PyArg_ParseTuple(found, "OKi", &capsule, &stream, &cpu)) {
+        Py_DECREF(found);
         return FA_RAISED;
     }
     b->array.stream = (void *)(uintptr_t)stream;
@@ -461,8 +462,9 @@ static fa_status borrow_dlpack(module_state *state, PyObject *object, borrowed *
                              ? "consumed one"
                              : type_name(capsule, got));
     }
-    Py_DECREF(pair);
+    Py_DECREF(found);
     if (status == FA_OK) status = describe(t, &b->array, error);
+    if (b->array.device.device_type == DL_CPU) b->array.device.device_id = cpu;
     if (status != FA_OK) tensor_release(b);
     return status;
 }
@@ -617,6 +619,7 @@ static fa_status new_buffer(const DLTensor *t, output *out, fa_error *error) {
         elements *= t->shape[i];
     }
     buffer->managed.deleter = free_buffer;
+    buffer->managed.manager_ctx = buffer; /* Paddle 3.3 calls no deleter where this is NULL */
     size_t bytes = ((size_t)elements * t->dtype.bits / 8 + 63) / 64 * 64;
     own->data = aligned_alloc(64, bytes ? bytes : 64);
     if (!own->data) {
@@ -629,6 +632,27 @@ static fa_status new_buffer(const DLTensor *t, output *out, fa_error *error) {
         return FA_RAISED;
     }
     return describe(own, &out->memory.array, error);
+}
+
+/* That a framework gave the array that was asked for: contiguous, writeable, of this shape, dtype
+ * and device. */
+static fa_status check_new(const borrowed *like, const DLTensor *want, const borrowed *got,
+                           fa_error *error) {
+    const fa_array *a = &got->array;
+    int64_t stride = 1;
+    int fits = got->writeable && a->ndim == want->ndim &&
+               !memcmp(&a->dtype, &want->dtype, sizeof a->dtype) &&
+               !memcmp(&a->device, &want->device, sizeof a->device);
+    for (int32_t i = want->ndim - 1; i >= 0 && fits; i--) {
+        fits = a->shape[i] == want->shape[i] && (a->shape[i] <= 1 || a->stride[i] == stride);
+        stride *= a->shape[i] ? a->shape[i] : 1;
+    }
+    if (fits) return FA_OK;
+    return fa_fail(error, FA_TYPE,
+                   "`%s` must come from a framework whose empty() gives the shape, dtype and "
+                   "device asked for, contiguous and writeable: pass `out`, or another kind of "
+                   "array",
+                   like->array.name);
 }
 
 fa_status tensor_new(module_state *state, const borrowed *like, int32_t ndim, const int64_t *shape,
@@ -660,6 +684,7 @@ fa_status tensor_new(module_state *state, const borrowed *like, int32_t ndim, co
         } else {
             torch_now now = {0};
             status = tensor_borrow(state, &now, out->object, "the output", &out->memory, error);
+            if (status == FA_OK) status = check_new(like, &t, &out->memory, error);
         }
     }
     if (status != FA_OK) tensor_drop(out);
@@ -669,7 +694,11 @@ fa_status tensor_new(module_state *state, const borrowed *like, int32_t ndim, co
 PyObject *tensor_hand_over(module_state *state, const borrowed *like, output *out) {
     PyObject *object = out->object;
     out->object = NULL;
-    if (out->capsule) object = call_arrays(state, "hand_over", "(OO)", like->object, out->capsule);
+    if (out->capsule) {
+        char name[32];
+        object = call_arrays(state, "hand_over", "(OOs)", like->object, out->capsule,
+                             fa_dtype_name(out->memory.array.dtype, name));
+    }
     tensor_drop(out);
     return object;
 }

@@ -105,7 +105,7 @@ void tensor_release(borrowed *b);
 /* An array of the kind of `like`, from its framework's allocator, on its device. */
 typedef struct output {
     PyObject *object;  /* owned; NULL for a buffer of our own */
-    PyObject *capsule; /* owned: our own buffer, given to `like`'s framework at the end (JAX) */
+    PyObject *capsule; /* owned: our own buffer, given to `like`'s framework at the end */
     borrowed memory;   /* what is written */
 } output;
 

@@ -37,30 +37,63 @@ def loaded() -> tuple[tuple[Any, ...] | None, Any]:
     return parts, getattr(numpy, "ndarray", None)
 
 
-def is_jax(array: Any) -> bool:
+def _is_jax(array: Any) -> bool:
     return _is(array, "jax", "Array")
 
 
-def export(array: Any, name: str) -> tuple[Any, int]:
-    """(capsule, stream): the array as a DLPack capsule, and its framework's current CUDA stream.
+def _is_mlx(array: Any) -> bool:
+    return _is(array, "mlx.core", "array")
 
-    Raises TypeError for what is no array, NotImplementedError for JAX on a GPU.
+
+def _is_paddle(array: Any) -> bool:
+    return _is(array, "paddle", "Tensor")
+
+
+def never_written(array: Any) -> str | None:
+    """The framework of an array whose memory only that framework may write, else None."""
+    return "JAX" if _is_jax(array) else "MLX" if _is_mlx(array) else None
+
+
+def _jax_device(array: Any, name: str) -> Any:
+    """The one device that a JAX array lies on."""
+    if array.is_deleted():
+        raise ValueError(
+            f"`{name}` must have memory, got a deleted JAX array (donated to a jitted function, "
+            "or delete() was called)"
+        )
+    devices = array.devices()
+    if len(devices) != 1:
+        how = "replicated" if array.is_fully_replicated else "sharded"
+        raise ValueError(
+            f"`{name}` must lie on one device, got a JAX array {how} over {len(devices)}: "
+            f"pass jax.device_put({name}, device)"
+        )
+    return next(iter(devices))
+
+
+def export(array: Any, name: str) -> tuple[Any, int, int]:
+    """(capsule, stream, cpu): the array as a DLPack capsule, and where it is.
+
+    stream is its framework's current CUDA stream; cpu tells JAX's CPU devices apart, which DLPack
+    calls 0 all. Raises TypeError for what is no array, NotImplementedError for JAX on a GPU.
     """
     if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
-        what = "a traced JAX array" if is_jax(array) else type(array).__name__
+        what = "a traced JAX array" if _is_jax(array) else type(array).__name__
         raise TypeError(
             f"`{name}` must be an array (torch, NumPy, JAX, CuPy, any with __dlpack__), got {what}"
         )
-    device_type, device_id = (int(x) for x in array.__dlpack_device__())
+    jax_device = _jax_device(array, name) if _is_jax(array) else None
+    kind, number = array.__dlpack_device__()
+    device_type, device_id = int(kind), int(number or 0)  # Paddle's CPU has no number but None
     on_gpu = device_type in (_CUDA, _CUDA_MANAGED)
     if _is(array, "torch", "Tensor"):
         array = array.detach()  # a leaf under no_grad; csrc/tensor.c has refused all other grads
-    if on_gpu and is_jax(array):
+    if on_gpu and jax_device:
         raise NotImplementedError(
             f"`{name}` is a JAX array on CUDA: these go through XLA's FFI (fastattn.jax), "
             "which owns its streams and buffers and is not built yet"
         )
-    if is_jax(array):
+    if jax_device:
         array.block_until_ready()
     # -1: no synchronisation, because the kernel runs on the producer's own stream. A producer
     # whose stream we do not know is asked to order its work before the legacy default stream.
@@ -72,16 +105,23 @@ def export(array: Any, name: str) -> tuple[Any, int]:
     elif on_gpu:
         ordered = 1
     try:
-        capsule = array.__dlpack__(stream=ordered, max_version=_DLPACK)
-    except TypeError:  # a producer from before DLPack 1.0
-        capsule = array.__dlpack__(stream=ordered)
-    return capsule, stream
+        try:
+            capsule = array.__dlpack__(stream=ordered, max_version=_DLPACK)
+        except TypeError:  # a producer from before DLPack 1.0
+            capsule = array.__dlpack__(stream=ordered)
+    except BufferError as error:
+        raise BufferError(f"`{name}` cannot be exported by DLPack: {error}") from error
+    return capsule, stream, jax_device.local_hardware_id or 0 if jax_device else 0
 
 
 def empty(like: Any, shape: tuple[int, ...], dtype: str, on_gpu: bool) -> Any:
-    """An uninitialised array of like's framework and device; None for a buffer of our own (JAX)."""
-    if is_jax(like):
-        return None
+    """An uninitialised array of like's framework and device; None for a buffer of our own.
+
+    On the CPU a framework that has no such dtype, or does not say where its arrays are, gets a
+    NumPy array.
+    """
+    if not on_gpu and (_is_jax(like) or _is_mlx(like) or _is_paddle(like)):
+        return None  # hand_over() makes their array of the finished buffer
     if _is(like, "torch", "Tensor"):
         torch = sys.modules["torch"]
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
@@ -90,7 +130,8 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str, on_gpu: bool) -> Any:
             return sys.modules["cupy"].empty(shape, _numpy_dtype(dtype))
     if hasattr(like, "__array_namespace__"):
         xp = like.__array_namespace__()
-        return xp.empty(shape, dtype=getattr(xp, dtype), device=like.device)
+        if hasattr(xp, dtype) and hasattr(like, "device"):
+            return xp.empty(shape, dtype=getattr(xp, dtype), device=like.device)
     if on_gpu:
         raise TypeError(
             f"cannot allocate an output like {type(like).__name__}: pass `out` "
@@ -110,23 +151,36 @@ def _numpy_dtype(name: str) -> Any:
 
 
 class _Buffer:
-    """Our own CPU buffer as a DLPack producer, for frameworks whose arrays are never written."""
+    """Our own CPU buffer as a DLPack producer."""
 
-    def __init__(self, capsule: Any) -> None:
-        self._capsule = capsule
+    def __init__(self, capsule: Any, cpu: int = 0) -> None:
+        self._capsule, self._cpu = capsule, cpu
 
     def __dlpack__(self, **_: Any) -> Any:
         return self._capsule
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return (_CPU, 0)
+        return (_CPU, self._cpu)
 
 
-def hand_over(like: Any, capsule: Any) -> Any:
-    """The finished buffer as an array of like's framework (JAX), without a copy."""
+def hand_over(like: Any, capsule: Any, dtype: str) -> Any:
+    """The finished buffer as an array of like's framework: JAX and Paddle take it, MLX copies."""
+    if _is_mlx(like):
+        mlx = sys.modules["mlx.core"]
+        # Without a dtype MLX makes float32 of float64.
+        return mlx.asarray(_Buffer(capsule), dtype=getattr(mlx, dtype))
+    if _is_paddle(like):
+        return sys.modules["paddle"].utils.dlpack.from_dlpack(capsule)
     import jax.dlpack
 
-    return jax.dlpack.from_dlpack(_Buffer(capsule))
+    (device,) = like.devices()
+    buffer = _Buffer(capsule, device.local_hardware_id or 0)
+    if dtype != "float64":
+        return jax.dlpack.from_dlpack(buffer)
+    # Outside of its x64 context JAX makes float32 of float64, where like + like stays float64.
+    here: Any = jax if hasattr(jax, "enable_x64") else jax.experimental  # before JAX 0.8
+    with here.enable_x64(True):
+        return jax.dlpack.from_dlpack(buffer)
 
 
 def is_plain_ndarray(array: Any) -> bool:

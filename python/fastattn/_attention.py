@@ -165,7 +165,9 @@ def attention(
         backend: None is the best that can; or "sm90", "sm80", "cpu".
 
     Returns:
-        out, or (out, lse), of the kind and on the device of q.
+        out, or (out, lse), of the kind and on the device of q. Of a library that is none of NumPy,
+        torch, JAX, CuPy, MLX and Paddle, and has no array namespace with the dtype and device of q:
+        a NumPy array, on the CPU only.
 
     Raises:
         ValueError: a shape or value; the message names the argument, the rule and what came.
