@@ -161,6 +161,7 @@ def test_out_between_the_bytes_of_other_dtypes():
     assert is_legal(out, q=q, k=k, v=v, mask=mask, k_lengths=lengths)
     assert np.array_equal(out, fastattn.attention(q, k, v, k_lengths=lengths.copy()))
     assert not is_legal(out, q=q, k=k, v=v, mask=gaps[..., 15:19].view(bool))
+    out.fill(0)
     assert not is_legal(out, q=q, k=k, v=v, k_lengths=rows.view(np.int32)[:, 0, 0, 3])
 
 
