@@ -2,8 +2,8 @@
 
 benchmarks/
     peers.csv              every known peer's time on one H100, for the column "x known"
-    results/               one JSON file per campaign: header (machine, versions, command), all rows
-    table.py               writes README's tables from those files
+    results/               JSON of the latest run on each card: header, rows
+    report.py              makes RESULTS.md, README's numbers and the pictures from those files
     sdpa_comparison.ipynb  the comparison with PyTorch's SDPA as a notebook
     correctness.py         inputs that PyTorch's own attention gets wrong, and ours
     gpu_run.py             GPU tests and benchmarks in one call, on a machine without a network

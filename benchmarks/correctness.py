@@ -19,6 +19,7 @@ import warnings
 from dataclasses import dataclass, field
 
 import fastattn
+import report
 import torch
 from fastattn import _bench
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -142,19 +143,6 @@ def rows_of(item, device):
         yield row | {"right": right, "verdict": words}
 
 
-def table(rows):
-    """The lines of a Markdown table: an input a line, an implementation a column."""
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
-    names = [name for name in names if name != "fastattn"] + ["fastattn"]
-    said = {(row["input"], row["implementation"]): row["verdict"] for row in rows}
-    lines = [[f"bfloat16 b {B} h {H} s {S} d {D}", *names]]
-    lines += [
-        [x, *(said.get((x, name), "") for name in names)]
-        for x in dict.fromkeys(r["input"] for r in rows)
-    ]
-    return _bench.markdown(lines)
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -170,7 +158,7 @@ def main():
     command = shlex.join(["python", "benchmarks/correctness.py", *sys.argv[1:]])
     header = _bench.environment(_bench.arrays_for(options.device), command, commit)
     print(_bench.caption(header), end=":\n\n")
-    print("\n".join(table(rows)))
+    print("\n".join(report.verdicts(rows)))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(_bench.dump({"header": header, "rows": rows}))

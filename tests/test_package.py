@@ -1,4 +1,4 @@
-"""What a user gets: source distribution, wheel, `python -m fastattn`, the README's programs."""
+"""What a user gets: source distribution, wheel, `python -m fastattn`."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import zipfile
 import fastattn
 import numpy as np
 import pytest
-from conftest import ROOT, needs, python
+from conftest import ROOT, python
 
 # From the sources only: an installed package brings no setup.py.
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no source tree")
@@ -107,34 +107,6 @@ def test_the_first_command_with_numpy_alone():
         "except SystemExit as end: assert not end.code, end.code\n",
     )
     assert "A first attention" in said
-
-
-def programs(path, language="python"):
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.M | re.S)
-
-
-@pytest.mark.parametrize("number", range(len(programs(ROOT / "README.md"))))
-@needs("torch")
-def test_readme_programs_run(number, tmp_path):
-    program = tmp_path / "readme.py"
-    program.write_text(programs(ROOT / "README.md")[number])
-    assert python(program)
-
-
-def test_readme_opens_with_a_program():
-    text = (ROOT / "README.md").read_text()
-    assert 0 < text.index("```python") < 600
-    for command in ("pip install . && python -m fastattn", "pip install '.[test]' && pytest"):
-        assert command in text
-
-
-def test_readme_links_lead_somewhere():
-    for name in ("README.md", ".github/CONTRIBUTING.md", "kernels/README.md", "CHANGELOG.md"):
-        path = ROOT / name
-        if not path.exists():
-            continue
-        for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", path.read_text()):
-            assert (path.parent / target).exists() or (ROOT / target).exists(), f"{name}: {target}"
 
 
 def test_versions_agree():

@@ -1,0 +1,302 @@
+"""The one command behind every published number: `python benchmarks/report.py`.
+
+From the result files in results/ it writes RESULTS.md (all tables), the blocks of README.md between
+`<!-- report: NAME -->` and `<!-- end -->`, and the pictures gpu-bf16.svg and cpu.svg. Of each card
+and suite the newest file counts; files that no longer count are named, to be deleted. --check
+writes nothing and fails where something is not what would be written.
+
+New results: `python benchmarks --suite ... --json benchmarks/results/DATE-CARD-PART.json`, on a GPU
+all of them by gpu_run.py.
+"""
+
+import hashlib
+import json
+import pathlib
+import re
+import sys
+import tempfile
+import textwrap
+
+from fastattn import _bench, _bench_plot
+
+HERE = pathlib.Path(__file__).resolve().parent
+README, RESULTS = HERE.parent / "README.md", HERE / "RESULTS.md"
+BLOCK = re.compile(r"(<!-- report: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PICTURES = {"gpu-bf16": "cuda", "cpu": "cpu"}  # suite -> device
+TITLES = {
+    "correctness": "What PyTorch's and JAX's own attention gets wrong",
+    "gpu-bf16": "bfloat16, 16,384 tokens, hq * d = 2,048",
+    "gpu-fp16": "float16, the same shapes",
+    "gpu-origin": "The two shapes that this project began with",
+    "gpu-sustained": "One of them, one second without a pause",
+    "gpu-gqa": "Grouped heads",
+    "gpu-heads": "Other head sizes",
+    "gpu-short": "Short sequences",
+    "gpu-hostile": "Inputs that make the running maximum move",
+    "gpu-mask": "Dense masks",
+    "gpu-scores": "Soft caps, ALiBi, sinks, dropout",
+    "gpu-window": "Windows of 1,024 and 4,096 keys",
+    "gpu-flex": "Beside FlexAttention",
+    "gpu-varlen": "Packed sequences",
+    "gpu-host": "Host time, Python to launch",
+    "cpu": "The CPU: b 1, h 8",
+    "cpu-mask": "A dense mask",
+    "cpu-threads": "One head on all threads",
+    "cpu-host": "Host time of a tiny call",
+}
+HOW_TO_READ = """\
+# Results
+
+Written by `python benchmarks/report.py` from the files in [results](results), where every row has
+its error, bound, spread, versions and command. Medians of interleaved timings, all implementations
+in one process, each output checked against float64 first; `python -m fastattn bench` measures the
+machine at hand. Ratios are the other's time over ours: above 1 fastattn is faster, **bold** where
+it is slower. "x floor" is our time over the higher of two floors: arithmetic at the run's own
+matrix product rate (or at what was faster), memory at its copy rate.
+"""
+
+
+def load():
+    """[(file name, result)], the newest first."""
+    found = [(p.name, json.loads(p.read_text())) for p in (HERE / "results").glob("*.json")]
+    return sorted(found, key=lambda item: (item[1]["header"]["date"], item[0]), reverse=True)
+
+
+def card_of(header):
+    return header.get("gpu") or f"{header['cpu']} ({header['cpu_level']})"
+
+
+def newest(files):
+    """{card: {suite: (file name, result)}}, GPUs first, then the newest first."""
+    cards = {}
+    for name, result in sorted(files, key=lambda item: item[1]["header"]["device"] != "cuda"):
+        suites = cards.setdefault(card_of(result["header"]), {})
+        for suite in dict.fromkeys(row["suite"] for row in result["rows"]):
+            suites.setdefault(suite, (name, result))
+    return cards
+
+
+def find(cards, suite, device):
+    """The newest result of a suite on a kind of device, or None."""
+    found = [suites[suite][1] for suites in cards.values() if suite in suites]
+    found = [result for result in found if result["header"]["device"] == device]
+    return max(found, key=lambda result: result["header"]["date"], default=None)
+
+
+def cells_of(result, suite):
+    """Of each cell {implementation: row}."""
+    cells = {}
+    for row in result["rows"]:
+        if row["suite"] == suite:
+            cells.setdefault(row["label"], {})[row["implementation"]] = row
+    return list(cells.values())
+
+
+def best_peer(cell):
+    """The fastest implementation that is not ours: (its time over ours, name); or None."""
+    peers = [r for r in cell.values() if r["implementation"] not in _bench.VARIANTS and "ms" in r]
+    best = min(peers, key=lambda row: row["ms"], default=None)
+    return (best["ratio"], best["implementation"]) if best and "ratio" in best else None
+
+
+def marked(text, ratio):
+    return f"**{text}**" if round(ratio, 2) < 1 else text
+
+
+# ------------------------------------------------------------------------------------ RESULTS.md
+
+
+def grid(cells, result):
+    """Lines dtype, d, mask; columns s: speed, and the fastest peer's time over ours."""
+    unit, scale = _bench.UNITS[result["header"]["device"]]
+    lengths = sorted({cell["fastattn"]["s"] for cell in cells})
+    yield [unit, *(f"s {s}" for s in lengths), "geometric mean"]
+    lines = {}
+    for cell in cells:
+        ours = cell["fastattn"]
+        lines.setdefault((ours["dtype"], ours["d"], ours["mask"]), {})[ours["s"]] = cell
+    for (dtype, d, mask), row in lines.items():
+        line, ratios = [f"{dtype} d{d} {mask}"], []
+        for s in lengths:
+            ours = row[s]["fastattn"] if s in row else {}
+            best = best_peer(row[s]) if ours else None
+            speed = f"{ours['flops'] * scale:.0f}" if "flops" in ours else "-"
+            ratios.append(best and best[0])
+            line.append(marked(f"{speed} ({best[0]:.2f} x {best[1]})", best[0]) if best else speed)
+        mean = _bench.geometric_mean(ratios)
+        yield [*line, marked(f"{mean:.2f}", mean) if mean else "-"]
+
+
+def listing(cells, result):
+    """A line per cell, for suites that are no grid."""
+    limits = _bench.limits_of(result)
+    yield ["", "ms (p10 to p90)", "us per head", "x floor", "compared, time over ours"]
+    for cell in cells:
+        ours = cell["fastattn"]
+        if "ms" not in ours:
+            yield [ours["label"], "refused", "-", "-", ours["refused"]]
+            continue
+        others = [r for r in cell.values() if r is not ours and "ratio" in r]
+        compared = [marked(f"{r['implementation']} {r['ratio']:.2f}", r["ratio"]) for r in others]
+        time = f"{ours['ms']:.4g} ({ours['p10']:.4g} to {ours['p90']:.4g})"
+        over = _bench.shares(ours, limits)[1]
+        per_head = f"{ours['ms'] * 1e3 / ours['hq']:,.2f}"
+        yield [ours["label"], time, per_head, f"{over:.2f}" if over else "-", ", ".join(compared)]
+
+
+def verdicts(rows):
+    """Of correctness.py: an input a line, an implementation a column, ours the last."""
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    names = [name for name in names if name != "fastattn"] + ["fastattn"]
+    said = {}
+    for row in rows:
+        plain = row["right"] or row["verdict"] == "refused"
+        words = row["verdict"] if plain else f"**{row['verdict']}**"
+        said[row["input"], row["implementation"]] = words
+    inputs = dict.fromkeys(row["input"] for row in rows)
+    lines = [[x, *(said.get((x, name), "") for name in names)] for x in inputs]
+    return _bench.markdown([["bfloat16, b 2, h 4, s 100, d 64", *names], *lines])
+
+
+def table(result, suite):
+    if suite == "correctness":
+        return verdicts(result["rows"])
+    cells = cells_of(result, suite)
+    return _bench.markdown(list((grid if suite in _bench.GRIDS else listing)(cells, result)))
+
+
+def results_text(cards):
+    lines = [HOW_TO_READ]
+    for card, suites in cards.items():
+        lines += [f"## {card}", ""]
+        for name, result in dict(suites.values()).items():
+            header = result["header"]
+            lines += [f"- [{name}](results/{name}): {_bench.caption(header)}"]
+            lines += [f"  `{header['command']}`"]
+        for suite in sorted(suites, key=[*TITLES, *suites].index):
+            lines += ["", f"### {TITLES.get(suite, suite)} (`{suite}`)", ""]
+            lines += table(suites[suite][1], suite)
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# ------------------------------------------------------------------------------------- README.md
+
+
+def shape(cell):
+    ours = cell["fastattn"]
+    return f"d {ours['d']} {ours['mask']} at s {ours['s']}"
+
+
+def slower(cells, name):
+    """'name ratio (peer)' of the cells where another is faster, the worst first."""
+    ratios = [(best_peer(cell), name(cell)) for cell in cells if best_peer(cell)]
+    losing = sorted((best, text) for best, text in ratios if round(best[0], 2) < 1)
+    return [f"{text} {ratio:.2f} ({peer})" for (ratio, peer), text in losing]
+
+
+def overall(cells):
+    return _bench.geometric_mean([(best_peer(cell) or (None,))[0] for cell in cells])
+
+
+def gpu_words(cards):
+    """The grid in a paragraph, with the cells that lose, and the worst of each other suite."""
+    result = find(cards, "gpu-bf16", "cuda")
+    cells, header = cells_of(result, "gpu-bf16"), result["header"]
+    losing = slower(cells, shape)
+    where = f"{header['gpu']}, {header['date'][:10]}, commit {header['commit']}"
+    yield (
+        f"{where}: over {len(cells)} cells the fastest other implementation, live in the same run, "
+        f"takes **{overall(cells):.2f} times** as long (geometric mean). "
+    )
+    yield f"Slower are {'; '.join(losing)}. " if losing else "No cell is slower. "
+    yield "Of the other suites those where a cell is slower, each with its worst: "
+    worst = []
+    for suite, (_, result) in cards[card_of(header)].items():
+        if suite not in ("gpu-bf16", "correctness"):
+            losing = slower(cells_of(result, suite), lambda cell: cell["fastattn"]["label"])
+            worst += [f"{TITLES.get(suite, suite).lower()}: {losing[0]}"] if losing else []
+    yield f"{'; '.join(worst) or 'none'}. "
+
+
+def cpu_words(cards):
+    result = find(cards, "cpu", "cpu")
+    cells, header = cells_of(result, "cpu"), result["header"]
+    yield (
+        f"{header['cpu']} ({header['cpu_level']}, {header['cpu_threads']} threads), "
+        f"{header['date'][:10]}, commit {header['commit']}: time of torch "
+        f"{header['versions'].get('torch')} over ours, geometric means: "
+    )
+    dtypes = dict.fromkeys(cell["fastattn"]["dtype"] for cell in cells)
+    means = {d: overall([c for c in cells if c["fastattn"]["dtype"] == d]) for d in dtypes}
+    yield f"{', '.join(f'{dtype} **{mean:.2f}**' for dtype, mean in means.items() if mean)}. "
+    losing = slower(cells, lambda cell: f"{cell['fastattn']['dtype']} {shape(cell)}")
+    yield f"Slower are {'; '.join(losing)}. " if losing else "No cell is slower. "
+
+
+def correctness_words(cards):
+    """The table of the newest GPU, else of the CPU."""
+    result = find(cards, "correctness", "cuda") or find(cards, "correctness", "cpu")
+    yield f"{_bench.caption(result['header'])}:\n\n"
+    yield "\n".join(verdicts(result["rows"]))
+
+
+def wrapped(text, width=118):
+    """Paragraphs broken into lines; tables as they are."""
+    return "\n".join(x if x.startswith("|") else textwrap.fill(x, width) for x in text.split("\n"))
+
+
+def readme_text(cards):
+    blocks = {"gpu": gpu_words, "cpu": cpu_words, "correctness": correctness_words}
+
+    def block(match):
+        return match[1] + wrapped("".join(blocks[match[2]](cards)).strip()) + "\n" + match[3]
+
+    return BLOCK.sub(block, README.read_text())
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+
+def picture_of(cards, suite, device):
+    """(the part of the newest result that is drawn, a fingerprint of it and of the drawing)."""
+    result = find(cards, suite, device)
+    rows = [row for row in result["rows"] if row["suite"] == suite]
+    drawn = {"header": result["header"], "rows": rows}
+    code = pathlib.Path(_bench_plot.__file__).read_bytes()
+    return drawn, hashlib.sha256(_bench.dump(drawn).encode() + code).hexdigest()
+
+
+def draw(drawn, fingerprint):
+    with tempfile.TemporaryDirectory() as folder:
+        about = {"Date": None, "Description": fingerprint}
+        (path,) = _bench_plot.save(drawn, folder, "svg", metadata=about)
+        text = "\n".join(line.rstrip() for line in path.read_text().splitlines())
+    return text + "\n"
+
+
+def main():
+    files = load()
+    cards = newest(files)
+    check, stale = "--check" in sys.argv[1:], []
+    for path, text in ((RESULTS, results_text(cards)), (README, readme_text(cards))):
+        if not path.exists() or path.read_text() != text:
+            stale.append(path.name)
+            if not check:
+                path.write_text(text)
+    for suite, device in PICTURES.items():
+        path, (drawn, fingerprint) = HERE / f"{suite}.svg", picture_of(cards, suite, device)
+        if not path.exists() or fingerprint not in path.read_text():
+            stale.append(path.name)
+            if not check:
+                path.write_text(draw(drawn, fingerprint))
+    counted = {name for suites in cards.values() for name, _ in suites.values()}
+    for name in sorted({name for name, _ in files} - counted):
+        print(f"results/{name} is superseded: delete it", file=sys.stderr)
+    if check and stale:
+        sys.exit(f"{', '.join(stale)}: not what benchmarks/report.py writes; run it")
+    print(f"written: {', '.join(stale)}" if stale else "nothing has changed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""README and the recipes: programs run, calls are right, every cell of the matrix is so."""
+
+import functools
+import re
+import subprocess
+import sys
+
+import fastattn
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+from conftest import ROOT, has, needs, python
+from test_gpu_host import ROWS
+
+# From the sources only: an installed package brings no README.
+pytestmark = pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="no source tree")
+
+TEXTS = [path for path in (ROOT / "README.md", ROOT / ".github" / "RECIPES.md") if path.exists()]
+README = TEXTS[0].read_text() if TEXTS else ""
+
+
+def programs(path, language="python"):
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+PROGRAMS = {f"{path.stem}-{i}": text for path in TEXTS for i, text in enumerate(programs(path))}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_run(name, tmp_path):
+    for module in set(re.findall(r"^(?:import|from) (\w+)", PROGRAMS[name], re.MULTILINE)):
+        if not has(module):
+            pytest.skip(f"{module} is not installed")
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAMS[name])
+    python(program)
+
+
+def test_readme_opens_with_what_it_is():
+    """The limits of this version, both pictures and both commands, before any program."""
+    first, commands = README.partition("## Two commands")[::2]
+    for words in ("forward pass only", "Hopper", "CPU", "JAX", "benchmarks/gpu-bf16.svg"):
+        assert words in first
+    assert "benchmarks/cpu.svg" in first
+    for command in ("pip install . && python -m fastattn", "pip install '.[test]' && pytest"):
+        assert command in commands.partition("```python")[0]
+
+
+def test_links_lead_somewhere():
+    names = ("README.md", ".github/CONTRIBUTING.md", ".github/RECIPES.md", "kernels/README.md")
+    for name in (*names, "CHANGELOG.md", "benchmarks/RESULTS.md"):
+        path = ROOT / name
+        for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", path.read_text()):
+            assert (path.parent / target).exists() or (ROOT / target).exists(), f"{name}: {target}"
+
+
+def test_published_numbers_are_what_the_result_files_say():
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "report.py", "--check"], check=True)
+
+
+@needs("torch")
+def test_what_the_default_gets_wrong_is_right_here(tmp_path):
+    said = python(ROOT / "benchmarks" / "correctness.py", "--device", "cpu")
+    lines = [line.split(" | ") for line in said.splitlines() if line.startswith("| ")]
+    assert lines[0][-1] == "fastattn |" and len(lines) == 8
+    assert all(line[-1] == "right |" for line in lines[1:])
+    assert [line[1] for line in lines[1:3]] == ["**NaN in 99 %**"] * 2  # torch 2.13, 2.14
+
+
+# --------------------------------------------------------------------------------- padded batches
+
+N = np.array([10, 7], np.int32)
+PAST = np.array([7, 4], np.int32)
+
+
+def arrays(b=2, hq=4, hk=4, sq=10, sk=10, d=64, dv=None, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    shapes = (b, hq, sq, d), (b, hk, sk, d), (b, hk, sk, dv or d)
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def padded(side, sq=10):
+    """(b, sq, sk) bool by the plain words: which keys each row of a padded causal batch sees."""
+    i, j = np.arange(sq)[None, :, None], np.arange(10)[None, None, :]
+    n = N[:, None, None]
+    if side == "right":
+        return (i < n) & (j < n) & (j <= i)
+    if side == "left":
+        return (j >= 10 - n) & (j <= i)
+    if side == "keys":
+        return np.broadcast_to(j < n, (2, sq, 10))
+    return j <= i + PAST[:, None, None]  # cache
+
+
+def test_the_four_right_calls():
+    """As README has them, against the visible keys of each."""
+    q, k, v = arrays()
+    new = q[:, :, :3]
+    scope = {"fastattn": fastattn, "q": q, "k": k, "v": v, "n": N, "past": PAST, "new": new}
+    section = README.partition("### Padded batches")[2].partition("###")[0]
+    calls = re.findall(r"^fastattn\.attention\(.*\)", section, re.MULTILINE)
+    assert len(calls) == 4
+    for call, side in zip(calls, ("right", "keys", "left", "cache"), strict=True):
+        rows = new if side == "cache" else q
+        seen = padded(side, rows.shape[2])[:, None]
+        out = eval(call, scope)
+        exact = reference.attention(rows, k, v, mask=np.broadcast_to(seen, (2, 4, *seen.shape[2:])))
+        np.testing.assert_allclose(out, exact.out, atol=1e-6, err_msg=call)
+
+
+def test_the_wrong_call_is_wrong():
+    """What README warns of: the diagonal shifts by the padding."""
+    q, k, v = arrays()
+    wrong = fastattn.attention(q, k, v, causal=True, k_lengths=N)
+    right = fastattn.attention(q, k, v, causal=True, q_lengths=N, k_lengths=N)
+    assert np.abs(wrong[1, :, :7] - right[1, :, :7]).max() > 0.1
+    np.testing.assert_array_equal(wrong[0], right[0])
+
+
+# ------------------------------------------------------------------------------ what runs where
+
+
+def computes(dtype=np.float32, hq=4, d=64, dv=None, **keywords):
+    """The CPU backend computes it, and rightly."""
+    q, k, v = arrays(hq=hq, hk=2, sk=13, d=d, dv=dv, dtype=dtype)
+    out, lse = fastattn.attention(q, k, v, backend="cpu", return_lse=True, **keywords)
+    assert reference.check(out, lse, q, k, v, **keywords) == []
+
+
+def packs(**keywords):
+    rng, cu = np.random.default_rng(0), np.array([0, 4, 4, 10], np.int32)
+    q, k, v = (rng.standard_normal((10, 2, 64), np.float32) for _ in range(3))
+    fastattn.attention_varlen(q, k, v, cu, cu, 6, 6, backend="cpu", **keywords)
+
+
+def grades():
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.randn(1, 2, 5, 16, requires_grad=True) for _ in range(3))
+    fastattn.attention(q, k, v, backend="cpu")
+
+
+MASKS = [np.tri(10, 13, dtype=bool), np.random.default_rng(1).standard_normal((4, 1, 13))]
+CALLS = {  # line of the matrix -> calls
+    "float64, float32": [
+        functools.partial(computes, np.float64),
+        functools.partial(computes, np.float32),
+    ],
+    "float16, bfloat16": [
+        functools.partial(computes, np.float16),
+        functools.partial(computes, ml_dtypes.bfloat16),
+    ],
+    "d and dv up to 256, different ones too": [
+        functools.partial(computes, d=d, dv=dv) for d, dv in ((256, 256), (1, 255), (200, 8))
+    ],
+    "d and dv above 256": [
+        functools.partial(computes, d=d, dv=dv) for d, dv in ((512, 512), (576, 512), (64, 300))
+    ],
+    "causal, window, lengths, start": [
+        functools.partial(computes, **keywords)
+        for keywords in (
+            {"causal": True},
+            {"causal": "top-left"},
+            {"window": (3, 0)},
+            {"window": (None, 2), "causal": True},
+            {"q_lengths": N, "k_lengths": N + 3, "causal": True},
+            {"k_start": N - 5},
+        )
+    ],
+    "q_offset, windows of any sign": [
+        functools.partial(computes, causal=True, q_offset=3),
+        functools.partial(computes, window=(-1, 4)),
+        functools.partial(computes, window=(5, -2)),
+        functools.partial(computes, window=(5, 1), q_offset=PAST),
+    ],
+    "bool and float masks": [
+        functools.partial(computes, mask=MASKS[0]),
+        functools.partial(computes, mask=MASKS[1].astype(np.float32)),
+        functools.partial(computes, mask=MASKS[1].astype(np.float16)),
+    ],
+    "softcap, ALiBi, sink": [
+        functools.partial(computes, softcap=5.0),
+        functools.partial(computes, alibi_slopes=np.array([0.5, 0.25, 0.1, 0.0], np.float32)),
+        functools.partial(computes, sink=np.array([0, 1, -1, 2], np.float32)),
+    ],
+    "dropout": [functools.partial(computes, dropout_p=0.5, seed=3)],
+    "grouped heads, any strides, lse": [functools.partial(computes, hq=8)],
+    "packed sequences": [packs],
+    "gradients": [grades],
+    "page_table": [functools.partial(packs, page_table=np.zeros((3, 1), np.int32))],
+}
+
+
+def declared(dtypes=("FA_BF16", "FA_F16"), d=256, general=False):
+    """Whether the Hopper kernels' table has a variant for each dtype: what `reject` asks there."""
+    return all(
+        any(
+            row["dtype"] == dtype
+            and int(row["d"]) >= d <= int(row["dv"])
+            and int(row["general"]) >= general
+            for row in ROWS
+        )
+        for dtype in dtypes
+    )
+
+
+ON_HOPPER = {  # what is not asked of the table is refused by the binding, before any backend
+    "float64, float32": declared(("FA_F64",)) or declared(("FA_F32",)),
+    "d and dv above 256": declared(d=257),
+    "bool and float masks": declared(general=True),
+    "softcap, ALiBi, sink": declared(general=True),
+    "dropout": declared(general=True),
+    "gradients": False,
+    "page_table": False,
+}
+
+
+def matrix():
+    section = README.partition("### What runs where")[2].partition("##")[0]
+    lines = re.findall(r"^\| (\S.*?) \| (yes|no) \| (yes|no) \|$", section, re.MULTILINE)
+    return {what: (cpu == "yes", hopper == "yes") for what, cpu, hopper in lines}
+
+
+def test_every_line_of_the_matrix_is_tried():
+    assert set(matrix()) == set(CALLS)
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_the_matrix_is_true(what):
+    on_cpu, on_hopper = matrix()[what]
+    for call in CALLS[what]:
+        if on_cpu:
+            call()
+        else:
+            with pytest.raises(NotImplementedError):
+                call()
+    assert on_hopper == ON_HOPPER.get(what, declared())
