@@ -150,16 +150,11 @@ def attention(
             int64 array () or (1,) on q's device. None: with torch tensors one is drawn from the
             generator of their device, anew by each replay of a CUDA graph; with others ValueError.
         layout: "bhsd" or "bshd", of q, k, v and the output.
-<<<<<<< HEAD
-        return_lse: also return lse, float32 (b, hq, sq) whatever the layout, natural logarithm.
-        out: the output is written here; same shape, dtype and device. It may lie between the elements
-            of inputs, as one of buffer.unbind(2), but shares none with them: ValueError, also where
-            strides are too odd to tell.
-=======
         return_lse: also return lse, (b, hq, sq) whatever the layout, natural logarithm; float32,
             or float64 where q is.
-        out: the output is written here; same shape, dtype and device, overlapping no input.
->>>>>>> 5a71011 (The contract: q_offset, windows of any sign, lse and caps in double, heads of any size)
+        out: the output is written here; same shape, dtype and device. It may lie between elements
+            of inputs, as one of buffer.unbind(2), but shares none with them: ValueError, also where
+            strides are too odd to tell.
         deterministic: of the backward pass; the forward pass always is.
         batch_invariant: a sequence's bits do not depend on the other sequences or the batch size.
         backend: None is the best that can; or "sm90", "sm80", "cpu".
@@ -247,13 +242,8 @@ def attention_varlen(
         scale: as in attention.
         dropout_p: as in attention; b of the random bits is the sequence, i and j positions in it.
         seed: as in attention.
-<<<<<<< HEAD
-        return_lse: also return lse, float32 (hq, total_q), natural logarithm.
-        out: as in attention; of shape (total_q, hq, dv).
-=======
         return_lse: also return lse, (hq, total_q), natural logarithm; dtype as in attention.
-        out: the output is written here; same shape, dtype and device, overlapping no input.
->>>>>>> 5a71011 (The contract: q_offset, windows of any sign, lse and caps in double, heads of any size)
+        out: as in attention; of shape (total_q, hq, dv).
         deterministic: as in attention.
         batch_invariant: as in attention.
         backend: as in attention.
