@@ -152,12 +152,6 @@ static fa_status reject(const fa_params *p, fa_error *why) {
     if (w->dtype != FA_F16 && w->dtype != FA_BF16)
         return fa_fail(why, FA_UNSUPPORTED, "it takes float16 and bfloat16, not %s",
                        dtype_name(w->dtype));
-<<<<<<< HEAD
-    if (!fa_has_row(p))
-        return fa_fail(why, FA_UNSUPPORTED,
-                       "it has no kernel for %s with d = %d and dv = %d" FA_OF_SOME,
-                       dtype_name(w->dtype), w->d, w->dv);
-=======
     if (w->d < 1 || w->dv < 1 || w->d > FA_MAX_HEAD_SIZE || w->dv > FA_MAX_HEAD_SIZE)
         return fa_fail(why, FA_UNSUPPORTED,
                        "it takes d and dv from 1 to %d, not d = %d and dv = %d", FA_MAX_HEAD_SIZE,
@@ -169,10 +163,10 @@ static fa_status reject(const fa_params *p, fa_error *why) {
     for (int32_t i = 0; i < parts; ++i) {
         fa_params part;
         if (!fa_has_row(fa_head_part(p, i, &part)))
-            return fa_fail(why, FA_UNSUPPORTED, "it has no kernel for %s with d = %d and dv = %d",
+            return fa_fail(why, FA_UNSUPPORTED,
+                           "it has no kernel for %s with d = %d and dv = %d" FA_OF_SOME,
                            dtype_name(w->dtype), w->d, w->dv);
     }
->>>>>>> 5a71011 (The contract: q_offset, windows of any sign, lse and caps in double, heads of any size)
     return FA_OK;
 }
 
