@@ -323,7 +323,7 @@ class BuildExtension(build_ext):
         command += [str(job.object) for job in jobs]
         if kernels:
             command += cudart_flags(nvcc)
-        command += ["-static-libgcc", "-lm"]
+        command += ["-static-libgcc", "-lm", "-ldl"]
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([*command, "-o", str(target)], check=True, cwd=ROOT)

@@ -1,9 +1,9 @@
-/* cpu_pool.h - threads for the CPU backend: started at the first call that needs them, asleep in
- * between.
+/* cpu_pool.h - threads for the CPU backend: torch's, where torch is in the process
+ * (cpu_openmp.h), else its own, started at the first call that needs them, asleep in between.
  *
- * One job at a time has the pool; a caller that finds it busy works alone, so callers never wait
- * for each other. After fork() the child has no threads but the caller: it starts with an empty
- * pool.
+ * One job at a time has them; a caller that finds them busy works alone, so callers never wait for
+ * each other. After fork() the child has no threads but the caller: it starts with an empty pool,
+ * and stays with threads of its own, for torch's runtime may wait for those of the parent.
  */
 #ifndef FASTATTN_CPU_POOL_H
 #define FASTATTN_CPU_POOL_H
@@ -15,10 +15,12 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "cpu_openmp.h"
+
 enum { FA_MAX_THREADS = 1024 };
 
 static struct {
-    pthread_mutex_t busy; /* held by the one caller that has the pool */
+    pthread_mutex_t busy; /* held by the one caller that has the threads; guards openmp, forked */
     pthread_mutex_t lock; /* guards everything below */
     pthread_cond_t wake;  /* a job is open */
     pthread_cond_t done;  /* the last worker left the job */
@@ -27,6 +29,8 @@ static struct {
     void *context;
     int places;  /* workers that may still join it */
     int working; /* workers inside it */
+    int forked;  /* this process is a fork */
+    fa_openmp openmp;
 } fa_pool = {.busy = PTHREAD_MUTEX_INITIALIZER,
              .lock = PTHREAD_MUTEX_INITIALIZER,
              .wake = PTHREAD_COND_INITIALIZER,
@@ -44,6 +48,7 @@ static void fa_pool_after_fork(void) {
     fa_pool.threads = 0;
     fa_pool.work = NULL;
     fa_pool.places = fa_pool.working = 0;
+    fa_pool.forked = 1;
 }
 
 static void fa_pool_setup(void) {
@@ -54,6 +59,7 @@ static void fa_pool_setup(void) {
     if (n <= 0) n = sysconf(_SC_NPROCESSORS_ONLN); /* more cores than a cpu_set_t holds */
     if (n <= 0) n = 1;
     fa_pool_size = (int)(n > FA_MAX_THREADS ? FA_MAX_THREADS : n);
+    fa_pool.forked = fa_openmp_forked();
     pthread_atfork(NULL, NULL, fa_pool_after_fork);
 }
 
@@ -94,14 +100,8 @@ static int fa_pool_threads(void) {
     return fa_pool_size;
 }
 
-/* Calls work(context) on this thread and on up to `threads` - 1 others at once; they share out the
- * work themselves. */
-static void fa_pool_run(int threads, void (*work)(void *), void *context) {
-    if (threads > fa_pool_threads()) threads = fa_pool_size;
-    if (threads <= 1 || pthread_mutex_trylock(&fa_pool.busy)) {
-        work(context);
-        return;
-    }
+/* A job for this thread and `threads` - 1 of the pool's. */
+static void fa_pool_share(int threads, void (*work)(void *), void *context) {
     pthread_mutex_lock(&fa_pool.lock);
     fa_pool_start(threads - 1);
     fa_pool.work = work;
@@ -119,6 +119,18 @@ static void fa_pool_run(int threads, void (*work)(void *), void *context) {
     fa_pool.places = 0; /* who has not come by now has nothing left to do */
     while (fa_pool.working) pthread_cond_wait(&fa_pool.done, &fa_pool.lock);
     pthread_mutex_unlock(&fa_pool.lock);
+}
+
+/* Calls work(context) on this thread and on up to `threads` - 1 others at once; they share out the
+ * work themselves. */
+static void fa_pool_run(int threads, void (*work)(void *), void *context) {
+    if (threads > fa_pool_threads()) threads = fa_pool_size;
+    if (threads <= 1 || pthread_mutex_trylock(&fa_pool.busy)) {
+        work(context);
+        return;
+    }
+    if (fa_pool.forked || !fa_openmp_run(&fa_pool.openmp, threads, work, context))
+        fa_pool_share(threads, work, context);
     pthread_mutex_unlock(&fa_pool.busy);
 }
 
