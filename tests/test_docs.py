@@ -55,6 +55,16 @@ def test_links_lead_somewhere():
             assert (path.parent / target).exists() or (ROOT / target).exists(), f"{name}: {target}"
 
 
+def test_variables_are_read():
+    """Each environment variable that README tells of is one that the sources ask for."""
+    sources = [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.c")]
+    text = "".join(path.read_text() for path in sources)
+    names = set(re.findall(r"`(FASTATTN_\w+|OMP_\w+)", README))
+    assert len(names) >= 3
+    for name in names:
+        assert f'"{name}"' in text, name
+
+
 def test_published_numbers_are_what_the_result_files_say():
     subprocess.run([sys.executable, ROOT / "benchmarks" / "report.py", "--check"], check=True)
 
