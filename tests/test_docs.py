@@ -57,7 +57,7 @@ def test_links_lead_somewhere():
 
 def test_variables_are_read():
     """Each environment variable that README tells of is one that the sources ask for."""
-    sources = [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.c")]
+    sources = [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.[ch]")]
     text = "".join(path.read_text() for path in sources)
     names = set(re.findall(r"`(FASTATTN_\w+|OMP_\w+)", README))
     assert len(names) >= 3
