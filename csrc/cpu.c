@@ -153,6 +153,17 @@ const char *fa_cpu_level(void) { return the_level()->name; }
 
 int32_t fa_cpu_threads(void) { return fa_pool_threads(); }
 
+void fa_cpu_set_threads(const int32_t *n) {
+    char unused[160];
+    fa_pool_threads(); /* the setup comes first, or it would undo this */
+    atomic_store(&fa_pool_size, n ? *n : fa_default_threads(unused, sizeof unused));
+}
+
+const char *fa_cpu_warning(void) {
+    fa_pool_threads();
+    return fa_pool_warning;
+}
+
 /* ---- one call ---- */
 
 /* A call is cut into tasks of up to `rows` rows of one head; threads draw them one by one. Where

@@ -9,15 +9,12 @@
 #define FASTATTN_CPU_POOL_H
 
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdint.h>
-#include <stdlib.h>
-#include <unistd.h>
 
 #include "cpu_openmp.h"
-
-enum { FA_MAX_THREADS = 1024 };
+#include "cpu_threads.h"
 
 static struct {
     pthread_mutex_t busy; /* held by the one caller that has the threads; guards openmp, forked */
@@ -37,7 +34,8 @@ static struct {
              .done = PTHREAD_COND_INITIALIZER};
 
 static pthread_once_t fa_pool_once = PTHREAD_ONCE_INIT;
-static int fa_pool_size; /* threads a call may use, the caller's included */
+static atomic_int fa_pool_size;   /* threads a call may use, the caller's included */
+static char fa_pool_warning[160]; /* a sentence about the environment, or empty */
 
 /* In the child: locks may be held by threads that are not there any more. */
 static void fa_pool_after_fork(void) {
@@ -52,13 +50,7 @@ static void fa_pool_after_fork(void) {
 }
 
 static void fa_pool_setup(void) {
-    const char *text = getenv("FASTATTN_NUM_THREADS");
-    long n = text ? strtol(text, NULL, 10) : 0;
-    cpu_set_t set;
-    if (n <= 0 && sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
-    if (n <= 0) n = sysconf(_SC_NPROCESSORS_ONLN); /* more cores than a cpu_set_t holds */
-    if (n <= 0) n = 1;
-    fa_pool_size = (int)(n > FA_MAX_THREADS ? FA_MAX_THREADS : n);
+    atomic_store(&fa_pool_size, fa_default_threads(fa_pool_warning, sizeof fa_pool_warning));
     fa_pool.forked = fa_openmp_forked();
     pthread_atfork(NULL, NULL, fa_pool_after_fork);
 }
@@ -97,7 +89,7 @@ static void fa_pool_start(int wanted) {
 
 static int fa_pool_threads(void) {
     pthread_once(&fa_pool_once, fa_pool_setup);
-    return fa_pool_size;
+    return atomic_load_explicit(&fa_pool_size, memory_order_relaxed);
 }
 
 /* A job for this thread and `threads` - 1 of the pool's. */
@@ -124,7 +116,8 @@ static void fa_pool_share(int threads, void (*work)(void *), void *context) {
 /* Calls work(context) on this thread and on up to `threads` - 1 others at once; they share out the
  * work themselves. */
 static void fa_pool_run(int threads, void (*work)(void *), void *context) {
-    if (threads > fa_pool_threads()) threads = fa_pool_size;
+    const int most = fa_pool_threads();
+    if (threads > most) threads = most;
     if (threads <= 1 || pthread_mutex_trylock(&fa_pool.busy)) {
         work(context);
         return;

@@ -23,6 +23,7 @@ extern "C" {
 #endif
 
 enum {
+    FA_MAX_THREADS = 1024,         /* of the CPU backend */
     FA_MAX_LENGTH = (1 << 30) - 1, /* sq and sk: any sum of two row numbers fits an int32 */
     FA_MAX_SHIFT = 1 << 30,        /* window bounds and offsets lie in +-this: past every key */
 };
@@ -167,7 +168,10 @@ typedef struct fa_backend {
 extern const fa_backend fa_cpu; /* csrc/cpu.c */
 /* The CPU's vector level that fa_cpu runs with: "portable", "avx2", "avx512", "avx512_bf16". */
 const char *fa_cpu_level(void);
-int32_t fa_cpu_threads(void);
+int32_t fa_cpu_threads(void); /* that a call may use, the caller's included */
+/* 1 .. FA_MAX_THREADS, for all calls that start later; NULL: as the environment says. */
+void fa_cpu_set_threads(const int32_t *n);
+const char *fa_cpu_warning(void); /* a sentence about FASTATTN_NUM_THREADS, or empty */
 
 #ifdef FASTATTN_CUDA             /* built with nvcc; kernels/ */
 extern const fa_backend fa_sm90; /* kernels/sm90.cu */

@@ -346,6 +346,14 @@ static int is_tiny(const fa_params *p) {
     return p->where.device_type == FA_CPU && products < 3e4;
 }
 
+/* Says once what is wrong with FASTATTN_NUM_THREADS, before the first work on the CPU. */
+static fa_status warn_once(module_state *state) {
+    if (state->warned) return FA_OK;
+    state->warned = 1;
+    const char *text = fa_cpu_warning();
+    return *text && PyErr_WarnEx(PyExc_RuntimeWarning, text, 1) < 0 ? FA_RAISED : FA_OK;
+}
+
 /* Outputs and workspace from the caller's allocator, then the backend without the GIL. */
 static fa_status run(call *c, output *out, output *lse) {
     static const DLDataType byte = {DL_UINT, 8, 1};
@@ -353,6 +361,7 @@ static fa_status run(call *c, output *out, output *lse) {
     fa_error *error = &c->error;
     const fa_backend *backend = fa_choose(plan, c->backend, NULL, error);
     if (!backend) return FA_UNSUPPORTED;
+    if (plan->params.where.device_type == FA_CPU) TRY(warn_once(c->state));
     if (c->draws) {
         c->drawn = 1;
         TRY(tensor_draw_seed(c->state, &c->arrays[0], &c->seed, error));
@@ -711,6 +720,32 @@ static PyObject *info(PyObject *module, PyObject *unused) {
                          fa_no_kernels());
 }
 
+static PyObject *get_num_threads(PyObject *module, PyObject *unused) {
+    (void)unused;
+    if (warn_once(PyModule_GetState(module)) != FA_OK) return NULL;
+    return PyLong_FromLong(fa_cpu_threads());
+}
+
+static PyObject *set_num_threads(PyObject *module, PyObject *n) {
+    static const char rule[] = "be an int from 1 to 1024 or None";
+    char got[64];
+    int overflow;
+    int64_t value = 0;
+    fa_error error;
+    fa_status status = FA_OK;
+    (void)module;
+    if (PyBool_Check(n))
+        status = fa_fail(&error, FA_TYPE, "`n` must %s, got %s", rule, repr(n, got));
+    else if (n != Py_None)
+        status = get_int(n, "n", rule, &value, &overflow, &error);
+    if (status == FA_OK && n != Py_None && (value < 1 || value > FA_MAX_THREADS))
+        status = fa_fail(&error, FA_VALUE, "`n` must %s, got %s", rule, repr(n, got));
+    if (status != FA_OK) return raise_status(status, &error);
+    const int32_t threads = (int32_t)value;
+    fa_cpu_set_threads(n == Py_None ? NULL : &threads);
+    return Py_NewRef(Py_None);
+}
+
 /* ---- The module ---------------------------------------------------------------------------- */
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
@@ -720,6 +755,8 @@ static PyMethodDef methods[] = {
     FAST(explain),
     {"function", function, METH_VARARGS, NULL},
     {"info", info, METH_NOARGS, NULL},
+    {"get_num_threads", get_num_threads, METH_NOARGS, NULL},
+    {"set_num_threads", set_num_threads, METH_O, NULL},
     {0},
 };
 

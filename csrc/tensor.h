@@ -66,6 +66,7 @@ typedef struct module_state {
     PyObject *arrays;                /* fastattn._arrays: the frameworks without a C table */
     signature signatures[FUNCTIONS]; /* in the order of module.c's table */
     PyObject *requires_grad, *current_level; /* interned names */
+    int warned;                              /* of the environment, if there was a reason */
 } module_state;
 
 int tensor_init(module_state *state);

@@ -179,7 +179,6 @@ def test_jax_float64_stays_outside_its_context(inside):
     with enable_x64(True):
         q, k, v = (jax.numpy.asarray(x) for x in arrays)
     with enable_x64(inside):
-        assert (q + q).dtype == np.float64
         out, lse = fastattn.attention(q, k, v, return_lse=True)
         assert jax.numpy.ones(1).dtype == (np.float64 if inside else np.float32)  # left as it was
     assert out.dtype == np.float64

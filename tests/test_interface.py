@@ -16,9 +16,11 @@ FUNCTIONS = [
     "attention_varlen",
     "attention_varlen_backward",
     "explain",
+    "get_num_threads",
     "info",
     "merge_states",
     "scaled_dot_product_attention",
+    "set_num_threads",
 ]
 BUILT = ["attention", "attention_varlen", "scaled_dot_product_attention", "merge_states"]
 DEFAULTS = (

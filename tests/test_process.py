@@ -1,6 +1,5 @@
 """A good guest in the process: threads, forks, memory, environment."""
 
-import os
 import threading
 
 import cases
@@ -106,36 +105,6 @@ print(all(bool(ok) for batch in loader for ok in batch))
         timeout=120,
     )
     assert said.strip() == "True"
-
-
-@pytest.mark.parametrize("setting, threads", [("1", 1), ("3", 3), ("", None), ("none", None)])
-def test_number_of_threads(setting, threads):
-    """FASTATTN_NUM_THREADS, else the cores this process may use; and as many run, no more."""
-    said = python(
-        "-c",
-        """
-import os, numpy as np, fastattn
-x = np.ones((1, 8, 600, 64), np.float32)
-before = len(os.listdir("/proc/self/task"))
-for _ in range(5): fastattn.attention(x, x, x)
-print(fastattn.info()["cpu"]["threads"], len(os.listdir("/proc/self/task")) - before)
-""",
-        FASTATTN_NUM_THREADS=setting,
-        OPENBLAS_NUM_THREADS="1",
-    )
-    number, started = (int(n) for n in said.split())
-    assert number == (threads or len(os.sched_getaffinity(0)))
-    assert started == number - 1
-
-
-def test_the_affinity_of_the_process_counts():
-    said = python(
-        "-c",
-        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "import fastattn; print(fastattn.info()['cpu']['threads'])",
-        FASTATTN_NUM_THREADS="",
-    )
-    assert said.strip() == "1"
 
 
 def test_exit_while_a_thread_computes():

@@ -11,9 +11,11 @@ from ._attention import (
     attention_varlen,
     attention_varlen_backward,
     explain,
+    get_num_threads,
     info,
     merge_states,
     scaled_dot_product_attention,
+    set_num_threads,
 )
 
 __version__ = "0.1.0"
@@ -26,7 +28,9 @@ __all__ = [
     "attention_varlen",
     "attention_varlen_backward",
     "explain",
+    "get_num_threads",
     "info",
     "merge_states",
     "scaled_dot_product_attention",
+    "set_num_threads",
 ]

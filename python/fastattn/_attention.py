@@ -454,6 +454,28 @@ def explain(function: Callable[..., Any], *args: Any, **keywords: Any) -> Explan
     return Explanation(*_C.explain(name, *bound.arguments.values()))
 
 
+def set_num_threads(n: int | None) -> None:
+    """How many threads a call on the CPU may use, the caller's own included; for all later calls.
+
+    Where this was never called: FASTATTN_NUM_THREADS, else OMP_NUM_THREADS (both read at the first
+    call on the CPU), else the cores that the process may run on, or fewer where a container's
+    cpu.max grants less. A FASTATTN_NUM_THREADS that is no number from 1 to 1024 is ignored with a
+    RuntimeWarning. The number changes the time that a call takes, never its bits.
+
+    Args:
+        n: from 1 to 1024, more than there are cores too; None: as if this was never called.
+
+    Raises:
+        ValueError, TypeError: no such number.
+    """
+    _C.set_num_threads(n)
+
+
+def get_num_threads() -> int:
+    """How many threads a call on the CPU may use; see set_num_threads."""
+    return _C.get_num_threads()
+
+
 def info() -> dict[str, Any]:
     """What this build and this machine have, as a dict of plain values.
 
