@@ -30,6 +30,7 @@ struct score_args {
     float unit;        /* what a score counts before masks and ALiBi: `scale`, or softcap's c */
     float scale;       /* what it counts in the end, times log2(e) */
     int32_t caps;
+    int32_t cap_wide;  /* c is so large that 2e-7 of it is too much */
     float cap_scale;   /* scale / c */
     uint32_t cap_near; /* bits of a float: scores up to here take a polynomial in their squares, */
     float cap_series[3], cap_exponents[3]; /* constant first; times `scale` */
@@ -175,18 +176,32 @@ PTX float cap_near(const float (&series)[3], float s, float minus) {
     return fmaf(s, fmaf(fmaf(series[2], u, series[1]), u, series[0]), minus);
 }
 
-/* The same of all scores; where some are not near 0, as 1 - 2 / (1 + e^2y), to 2e-7. */
+/* tanh of a score times its scale as 1 - 2 / (1 + e^2y), to 2e-7. */
+PTX float cap_far(float scale, float s) {
+    return fmaf(-2.f, rcp_approx(1.f + ex2_approx(2.885390081777927f * scale * s)), 1.f);
+}
+
+/* The polynomial of all scores, if all are near 0; else the other way, whose error is too much of a
+ * small score where c is large: there each score has its own. (NaN in padding is not near.) */
 PTX void cap_scores(const score_args &a, float (&s)[BLOCK_N / 2]) {
     float top[2];
     tops_of(s, top);
     if (__all_sync(~0u, caps_near(a, s, fmaxf(top[0], top[1])))) {
 #pragma unroll
         for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = cap_near(a.cap_series, s[i], 0.f);
+    } else if (!a.cap_wide) {
+#pragma unroll
+        for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = cap_far(a.cap_scale, s[i]);
     } else {
 #pragma unroll
-        for (int i = 0; i < BLOCK_N / 2; ++i)
-            s[i] = fmaf(-2.f, rcp_approx(1.f + ex2_approx(2.885390081777927f * a.cap_scale * s[i])),
-                        1.f);
+        for (int i = 0; i < BLOCK_N / 2; ++i) {
+            if ((__float_as_uint(s[i]) & 0x7fffffff) <= a.cap_near) {
+                s[i] = cap_near(a.cap_series, s[i], 0.f);
+            } else {
+                asm volatile("" : "+f"(s[i])); /* a branch: both at once do not fit the registers */
+                s[i] = cap_far(a.cap_scale, s[i]);
+            }
+        }
     }
 }
 
@@ -321,16 +336,16 @@ static score_args make_scores(const fa_params *p, const char *packed) {
         /* The least maximum of relative errors up to 0.3, 1.2e-6: of a score of 40, 5e-5. */
         const double series[3] = {0.99999884, -0.33310022, 0.12633946};
         const double y = fmax(-1e30, fmin(scale / cap, 1e30));
-        /* What is not near has an error of 2e-7 of c: too much of a small score where c is large.
-         */
-        const bool wide = cap >= 4096;
-        const float near = (float)fmin((wide ? 0.3 : fmin(0.3, 40. / cap)) / fabs(y), 1e38);
-        double power = y;
-        for (int i = 0; i < 3; ++i, power *= y * y) a.cap_series[i] = (float)(series[i] * power);
-        /* Where a float would not hold y^5, only 0 is near. And where bits may not depend on other
-         * sequences, whose rows may share a warp and its vote. */
-        if (near > 1e-4f && (wide || near < 1e4f) && !alone)
+        a.cap_wide = cap >= 256;
+        const float near = (float)fmin((a.cap_wide ? 0.3 : fmin(0.3, 40. / cap)) / fabs(y), 1e38);
+        /* Where a float would not hold y^5, only 0 is near, and stays 0. Where bits may not depend
+         * on other sequences, whose rows may share a warp and its vote, it is each score's own. */
+        if (near > 1e-4f && (a.cap_wide || (near < 1e4f && !alone))) {
+            double power = y;
+            for (int i = 0; i < 3; ++i, power *= y * y)
+                a.cap_series[i] = (float)(series[i] * power);
             memcpy(&a.cap_near, &near, sizeof near);
+        }
         a.cap_scale = (float)y;
     }
     a.unit = (float)(a.caps ? cap : scale);
@@ -368,7 +383,7 @@ static score_args make_scores(const fa_params *p, const char *packed) {
     }
     const bool natural = a.mask > BITS || a.slopes;
     if (p->what.scale > 0 && a.caps + (a.mask != NO_MASK) + (a.slopes != NULL) + a.drops == 1)
-        a.only = a.caps           ? (cap < 4096 ? CAPS : ANY) /* no offset is coarse */
+        a.only = a.caps           ? (cap < 4096 && !(alone && a.cap_wide) ? CAPS : ANY) /* coarse offsets */
                  : a.slopes       ? (alone ? ANY : ALIBI)
                  : a.drops        ? DROPS
                  : a.mask == BITS ? WORDS
