@@ -383,7 +383,8 @@ static score_args make_scores(const fa_params *p, const char *packed) {
     }
     const bool natural = a.mask > BITS || a.slopes;
     if (p->what.scale > 0 && a.caps + (a.mask != NO_MASK) + (a.slopes != NULL) + a.drops == 1)
-        a.only = a.caps           ? (cap < 4096 && !(alone && a.cap_wide) ? CAPS : ANY) /* coarse offsets */
+        /* CAPS takes no offset that is coarse, and votes. */
+        a.only = a.caps           ? (cap < 4096 && !(alone && a.cap_wide) ? CAPS : ANY)
                  : a.slopes       ? (alone ? ANY : ALIBI)
                  : a.drops        ? DROPS
                  : a.mask == BITS ? WORDS

@@ -568,12 +568,14 @@ def _mha(cell):
 
 
 def _package(name, module):
-    """This package once more, with another build's compiled module."""
-    folder, here = tempfile.mkdtemp(prefix="fastattn-"), pathlib.Path(__file__).parent
-    shutil.copytree(
-        here, pathlib.Path(folder, name), ignore=shutil.ignore_patterns("*.so", "__pycache__")
-    )
-    shutil.copy2(module, pathlib.Path(folder, name, "_C.abi3.so"))
+    """Another build's package under its own name: a folder, or this one with a compiled module."""
+    folder = tempfile.mkdtemp(prefix="fastattn-")
+    whole = pathlib.Path(module).is_dir()
+    source = pathlib.Path(module) if whole else pathlib.Path(__file__).parent
+    others = shutil.ignore_patterns("__pycache__", *([] if whole else ["*.so"]))
+    shutil.copytree(source, pathlib.Path(folder, name), ignore=others)
+    if not whole:
+        shutil.copy2(module, pathlib.Path(folder, name, "_C.abi3.so"))
     sys.path.append(folder)
     return importlib.import_module(name)
 
@@ -1112,8 +1114,9 @@ def parser_of(program, tree):
         "--module",
         action="append",
         default=[],
-        metavar="NAME=FILE",
-        help="another build's compiled module, measured as NAME beside this one; repeats",
+        metavar="NAME=PATH",
+        help="another build, measured as NAME beside this one: its compiled module, or where the "
+        "two do not fit together its package's folder; repeats",
     )
     add("--timings", type=int, default=25, help="of each implementation, at least 20")
     add("--warmup", type=float, default=0.3, help="seconds, each cell")
