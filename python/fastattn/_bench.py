@@ -1208,10 +1208,8 @@ def choose_peers(args, device):
     """(everyone who may be asked, the names that --peers gives); else a Refusal."""
     modules = [text.partition("=")[::2] for text in args.module]
     for name, file in modules:
-        if not (name.isidentifier() and pathlib.Path(file).is_file()):
-            raise Refusal(
-                f"--module must be NAME=FILE with a file that is there, got {name}={file}"
-            )
+        if not (name.isidentifier() and pathlib.Path(file).exists()):
+            raise Refusal(f"--module must be NAME=PATH of what is there, got {name}={file}")
     VARIANTS.extend(name for name, _ in modules)
     everyone = [peer for peer in peers(args.backend, modules) if peer.device == device]
     named = tuple(args.peers.split(",")) if args.peers else ()
