@@ -10,6 +10,7 @@
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 fa_status fa_fail(fa_error *error, fa_status status, const char *format, ...) {
@@ -447,6 +448,59 @@ static fa_status check_dropout(const fa_request *r, fa_plan *plan, fa_error *err
     return FA_OK;
 }
 
+/* Whether axis a of `like` lies outside of axis b: 1, or inside: -1; 0 says nothing. shape is the
+ * output's, to which `like` broadcasts. */
+static int lies_outside(const fa_array *like, int32_t ndim, const int64_t *shape, int32_t a,
+                        int32_t b) {
+    const int32_t from = ndim - like->ndim, axis[2] = {a - from, b - from};
+    int64_t step[2];
+    for (int i = 0; i < 2; i++)
+        step[i] = axis[i] < 0 || like->shape[axis[i]] != shape[axis[i] + from]
+                      ? 0
+                      : llabs(like->stride[axis[i]]);
+    if (!step[0] || !step[1]) return 0;
+    if (step[0] != step[1]) return step[0] > step[1] ? 1 : -1;
+    return shape[a] > shape[b];
+}
+
+/* The output's shape in the caller's layout, and its dense strides: contiguous, or its axes in the
+ * order of q's, found as torch's empty_like() does. The last one stays innermost, for backends
+ * write whole rows. */
+static fa_status lay_out(const fa_request *r, const int64_t *lead, int32_t n, int32_t ndim,
+                         fa_plan *plan, view *out, fa_error *error) {
+    const fa_what *w = &plan->params.what;
+    const int64_t tail[2][3] = {{w->hq, w->sq, w->dv}, {w->sq, w->hq, w->dv}};
+    int64_t bytes = r->q->dtype.bits / 8, stride = 1;
+    int32_t order[FA_MAX_RANK]; /* axes, innermost first */
+    fa_array array;
+    plan->out_ndim = array.ndim = ndim;
+    plan->out_dtype = r->q->dtype, plan->lse_dtype = lse_dtype(w->dtype);
+    for (int32_t i = 0; i < ndim; i++) {
+        const int32_t at = i - ndim + 3;
+        order[i] = ndim - 1 - i;
+        array.shape[i] = at < 0 ? lead[n + at] : tail[r->layout][at];
+        if (__builtin_mul_overflow(bytes, array.shape[i] ? array.shape[i] : 1, &bytes))
+            return fa_fail(error, FA_VALUE, "`%s` is too large for an output", r->q->name);
+    }
+    for (int32_t i = 2; i < ndim && r->keeps_order; i++)
+        for (int32_t j = i - 1, moved = i; j >= 1; j--) {
+            const int outside = lies_outside(r->q, ndim, array.shape, order[j], order[moved]);
+            if (outside < 0) break;
+            if (!outside) continue;
+            const int32_t axis = order[j];
+            order[j] = order[moved], order[moved] = axis, moved = j;
+        }
+    for (int32_t i = 0; i < ndim; i++) {
+        array.stride[order[i]] = stride;
+        if (array.shape[order[i]]) stride *= array.shape[order[i]];
+    }
+    memcpy(plan->out_shape, array.shape, (size_t)ndim * sizeof *array.shape);
+    memcpy(plan->out_stride, array.stride, (size_t)ndim * sizeof *array.stride);
+    array.data = NULL; /* no memory yet */
+    view_array(&array, n, r->layout, out);
+    return FA_OK;
+}
+
 fa_status fa_check_attention(const fa_request *r, fa_plan *plan, fa_error *error) {
     const fa_array *arrays[3] = {r->q, r->k, r->v};
     fa_what *w = &plan->params.what;
@@ -476,7 +530,6 @@ fa_status fa_check_attention(const fa_request *r, fa_plan *plan, fa_error *error
     }
 
     view q, k, v, mask, out;
-    out.tensor.data = NULL; /* no memory yet */
     int32_t n = ndim > 4 ? ndim - 3 : 1;
     view_array(r->q, n, r->layout, &q);
     view_array(r->k, n, r->layout, &k);
@@ -504,25 +557,7 @@ fa_status fa_check_attention(const fa_request *r, fa_plan *plan, fa_error *error
                            INT32_MAX);
     }
 
-    /* The shape of the output, in the caller's layout, and its own contiguous strides. */
-    int64_t tail[3] = {w->hq, w->sq, w->dv}, stride = 1, bytes = r->q->dtype.bits / 8;
-    plan->out_ndim = ndim;
-    plan->out_dtype = r->q->dtype, plan->lse_dtype = lse_dtype(w->dtype);
-    for (int i = 2; i >= 0; i--) {
-        if (__builtin_mul_overflow(bytes, tail[i] ? tail[i] : 1, &bytes))
-            return fa_fail(error, FA_VALUE, "`%s` is too large for an output", r->q->name);
-        out.tensor.shape[i + 1] = tail[i], out.tensor.stride[i + 1] = stride;
-        stride *= tail[i];
-        if (ndim - 3 + i >= 0) plan->out_shape[ndim - 3 + i] = tail[i];
-    }
-    for (int32_t i = n - 1; i >= 0; i--) {
-        if (__builtin_mul_overflow(bytes, lead[i] ? lead[i] : 1, &bytes))
-            return fa_fail(error, FA_VALUE, "`%s` is too large for an output", r->q->name);
-        out.lead_stride[i] = lead[i] == 1 ? 0 : stride;
-        stride *= lead[i];
-        if (ndim - 3 - n + i >= 0) plan->out_shape[ndim - 3 - n + i] = lead[i];
-    }
-    if (r->layout == FA_BSHD) plan->out_shape[ndim - 3] = w->sq, plan->out_shape[ndim - 2] = w->hq;
+    TRY(lay_out(r, lead, n, ndim, plan, &out, error));
     const int64_t lse_shape[3] = {lead[0], w->hq, w->sq};
     plan->lse_ndim = r->cu_q ? 2 : 3;
     memcpy(plan->lse_shape, lse_shape + 3 - plan->lse_ndim, plan->lse_ndim * sizeof *lse_shape);
@@ -684,7 +719,7 @@ void fa_bind_outputs(fa_plan *plan, const fa_array *out, const fa_array *lse) {
     if (plan->out_ndim <= 4)
         bind(&plan->params.what.out, out, plan->layout);
     else
-        plan->params.what.out.data = out->data; /* contiguous, as fa_check_attention assumed */
+        plan->params.what.out.data = out->data; /* laid out as fa_check_attention says */
     if (lse) bind_lse(&plan->params.what.lse, lse);
 }
 

@@ -38,6 +38,7 @@ typedef struct fa_request {
     int64_t seed_value;
     int sdpa;       /* scaled_dot_product_attention's shapes: any rank >= 2, leading broadcasting */
     int enable_gqa; /* of sdpa */
+    int keeps_order; /* the output's axes lie in memory in the order of q's, not contiguous */
     int causal, top_left;
     int has_left, has_right;
     int64_t left, right; /* any; clamped */
@@ -61,7 +62,7 @@ typedef struct fa_plan {
     int64_t outer_stride[FA_OUTER][5]; /* elements: q, k, v, mask, out */
     DLDataType out_dtype, lse_dtype;
     int32_t out_ndim, lse_ndim;
-    int64_t out_shape[FA_MAX_RANK], lse_shape[3];
+    int64_t out_shape[FA_MAX_RANK], out_stride[FA_MAX_RANK], lse_shape[3];
     fa_layout layout;
 } fa_plan;
 

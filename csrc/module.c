@@ -9,16 +9,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The one place where a status becomes an exception. */
-static PyObject *raise_status(fa_status status, const fa_error *error) {
+/* The one place where a status becomes an exception. Where torch raises RuntimeError, sdpa's is one
+ * too (and Python's NotImplementedError is by itself). */
+static PyObject *raise_status(const module_state *state, fa_status status, int sdpa,
+                              const fa_error *error) {
     PyObject *type = PyExc_RuntimeError;
     if (PyErr_Occurred()) return NULL; /* FA_RAISED, or a Ctrl-C while the sentence was made */
     switch ((int)status) {
         case FA_VALUE:
-            type = PyExc_ValueError;
+            type = sdpa ? state->value_error : PyExc_ValueError;
             break;
         case FA_TYPE:
-            type = PyExc_TypeError;
+            type = sdpa ? state->type_error : PyExc_TypeError;
             break;
         case FA_UNSUPPORTED:
             type = PyExc_NotImplementedError;
@@ -37,8 +39,9 @@ static PyObject *raise_status(fa_status status, const fa_error *error) {
 }
 
 /* What a call returns, once its arrays are released: a deleter may have left an exception. */
-static PyObject *finish(PyObject *result, fa_status status, const fa_error *error) {
-    if (status != FA_OK) return raise_status(status, error);
+static PyObject *finish(const module_state *state, PyObject *result, fa_status status, int sdpa,
+                        const fa_error *error) {
+    if (status != FA_OK) return raise_status(state, status, sdpa, error);
     if (result && PyErr_Occurred()) Py_CLEAR(result);
     return result;
 }
@@ -56,8 +59,18 @@ static fa_status get_bool(PyObject *object, const char *name, int *out, fa_error
     return fa_fail(error, FA_TYPE, "`%s` must be True or False, got %s", name, repr(object, got));
 }
 
-static fa_status get_double(PyObject *object, const char *name, double *out, fa_error *error) {
+static fa_status get_double(module_state *state, PyObject *object, const char *name, double *out,
+                            fa_error *error) {
     char got[64];
+    if (!PyFloat_Check(object) && !PyLong_Check(object)) {
+        const int is_number = tensor_is_number(state, object);
+        if (is_number < 0) return FA_RAISED;
+        if (!is_number)
+            return fa_fail(error, FA_TYPE,
+                           "`%s` must be a float, got a torch tensor that requires grad or has "
+                           "dimensions: its gradient would be lost",
+                           name);
+    }
     *out = PyFloat_AsDouble(object);
     if (*out != -1 || !PyErr_Occurred()) return FA_OK;
     if (PyLong_Check(object) && PyErr_ExceptionMatches(PyExc_OverflowError)) {
@@ -174,6 +187,12 @@ static fa_status borrow(call *c, PyObject *object, const char *name, const fa_ar
     return FA_OK;
 }
 
+/* q, k, v or a mask, which torch's autocast casts. */
+static fa_status borrow_operand(call *c, PyObject *object, const char *name, const fa_array **out) {
+    TRY(borrow(c, object, name, out));
+    return tensor_autocast(c->state, &c->now, &c->arrays[c->count - 1], &c->error);
+}
+
 /* An argument that may be None. */
 static fa_status borrow_some(call *c, PyObject *object, const char *name, const fa_array **out) {
     return object == Py_None ? FA_OK : borrow(c, object, name, out);
@@ -229,6 +248,7 @@ static fa_status check_out(call *c, PyObject *object) {
     if (object == Py_None) return FA_OK;
     TRY(tensor_borrow(c->state, &c->now, object, "out", &c->out, &c->error));
     c->has_out = 1;
+    TRY(tensor_check_writable(c->state, &c->out, &c->error));
     if (!c->out.writeable)
         return fa_fail(&c->error, FA_VALUE, "`out` must be writeable, got a read-only array");
     if (c->out.kind == KIND_DLPACK) {
@@ -250,13 +270,13 @@ static fa_status check_out(call *c, PyObject *object) {
 static fa_status get_scores(call *c, PyObject *const *a) {
     fa_request *r = &c->request;
     fa_error *error = &c->error;
-    TRY(borrow_some(c, a[0], "mask", &r->mask));
-    TRY(get_double(a[1], "softcap", &r->softcap, error));
+    if (a[0] != Py_None) TRY(borrow_operand(c, a[0], "mask", &r->mask));
+    TRY(get_double(c->state, a[1], "softcap", &r->softcap, error));
     TRY(borrow_some(c, a[2], "alibi_slopes", &r->alibi_slopes));
     TRY(borrow_some(c, a[3], "sink", &r->sink));
     r->has_scale = a[4] != Py_None;
-    if (r->has_scale) TRY(get_double(a[4], "scale", &r->scale, error));
-    TRY(get_double(a[5], "dropout_p", &r->dropout_p, error));
+    if (r->has_scale) TRY(get_double(c->state, a[4], "scale", &r->scale, error));
+    TRY(get_double(c->state, a[5], "dropout_p", &r->dropout_p, error));
     return get_seed(c, a[6]);
 }
 
@@ -275,9 +295,9 @@ static fa_status get_rest(call *c, PyObject *const *a) {
 static fa_status prepare_attention(call *c, PyObject *const *a) {
     fa_request *r = &c->request;
     fa_error *error = &c->error;
-    TRY(borrow(c, a[0], "q", &r->q));
-    TRY(borrow(c, a[1], "k", &r->k));
-    TRY(borrow(c, a[2], "v", &r->v));
+    TRY(borrow_operand(c, a[0], "q", &r->q));
+    TRY(borrow_operand(c, a[1], "k", &r->k));
+    TRY(borrow_operand(c, a[2], "v", &r->v));
     TRY(get_causal(a[3], r, error));
     TRY(get_window(a[4], r, error));
     TRY(get_offset(c, a[5]));
@@ -295,9 +315,9 @@ static fa_status prepare_varlen(call *c, PyObject *const *a) {
     fa_error *error = &c->error;
     int overflow;
     r->layout = FA_BSHD;
-    TRY(borrow(c, a[0], "q", &r->q));
-    TRY(borrow(c, a[1], "k", &r->k));
-    TRY(borrow(c, a[2], "v", &r->v));
+    TRY(borrow_operand(c, a[0], "q", &r->q));
+    TRY(borrow_operand(c, a[1], "k", &r->k));
+    TRY(borrow_operand(c, a[2], "v", &r->v));
     TRY(borrow(c, a[3], "cu_seqlens_q", &r->cu_q));
     TRY(borrow(c, a[4], "cu_seqlens_k", &r->cu_k));
     TRY(get_int(a[5], "max_seqlen_q", "be an int", &r->max_sq, &overflow, error));
@@ -314,27 +334,45 @@ static fa_status prepare_varlen(call *c, PyObject *const *a) {
     return get_rest(c, a + 20);
 }
 
+/* attn_mask=: None, an array, or torch's CausalBias, which stands for one. */
+static fa_status get_attn_mask(call *c, PyObject *object) {
+    fa_request *r = &c->request;
+    int64_t sq, sk;
+    if (object == Py_None) return FA_OK;
+    TRY(tensor_causal_bias(c->state, object, &r->causal, &r->top_left, &sq, &sk));
+    if (!r->causal) return borrow_operand(c, object, "attn_mask", &r->mask);
+    const int64_t q_rows = r->q->ndim < 2 ? 0 : r->q->shape[r->q->ndim - 2];
+    const int64_t k_rows = r->k->ndim < 2 ? 0 : r->k->shape[r->k->ndim - 2];
+    if (r->top_left || (sq == q_rows && sk == k_rows)) return FA_OK;
+    return fa_fail(&c->error, FA_VALUE,
+                   "`attn_mask` must be the CausalBias of %lld queries and %lld keys, got one of "
+                   "%lld and %lld",
+                   (long long)q_rows, (long long)k_rows, (long long)sq, (long long)sk);
+}
+
 /* Arguments of scaled_dot_product_attention, in the order of its signature. */
 static fa_status prepare_sdpa(call *c, PyObject *const *a) {
     fa_request *r = &c->request;
     fa_error *error = &c->error;
     r->sdpa = 1;
-    TRY(borrow(c, a[0], "query", &r->q));
-    TRY(borrow(c, a[1], "key", &r->k));
-    TRY(borrow(c, a[2], "value", &r->v));
-    TRY(borrow_some(c, a[3], "attn_mask", &r->mask));
-    TRY(get_double(a[4], "dropout_p", &r->dropout_p, error));
+    TRY(borrow_operand(c, a[0], "query", &r->q));
+    TRY(borrow_operand(c, a[1], "key", &r->k));
+    TRY(borrow_operand(c, a[2], "value", &r->v));
+    r->keeps_order = is_torch(c);
+    TRY(get_attn_mask(c, a[3]));
+    TRY(get_double(c->state, a[4], "dropout_p", &r->dropout_p, error));
     c->draws = drops(c);
     if (c->draws && !is_torch(c))
         return fa_fail(
             error, FA_VALUE,
             "`dropout_p` > 0 needs a torch generator here: use attention(seed=) for other arrays");
-    TRY(get_bool(a[5], "is_causal", &r->causal, error));
-    r->top_left = r->causal;
-    if (r->causal && r->mask)
+    int is_causal;
+    TRY(get_bool(a[5], "is_causal", &is_causal, error));
+    if (is_causal && a[3] != Py_None)
         return fa_fail(error, FA_VALUE, "`attn_mask` must be None with is_causal=True, got both");
+    if (is_causal) r->causal = r->top_left = 1;
     r->has_scale = a[6] != Py_None;
-    if (r->has_scale) TRY(get_double(a[6], "scale", &r->scale, error));
+    if (r->has_scale) TRY(get_double(c->state, a[6], "scale", &r->scale, error));
     TRY(get_bool(a[7], "enable_gqa", &r->enable_gqa, error));
     return fa_check_attention(r, &c->plan, error);
 }
@@ -368,17 +406,17 @@ static fa_status run(call *c, output *out, output *lse) {
         plan->params.dropout.seed_data = c->seed.memory.array.data;
     }
     if (!c->has_out)
-        TRY(tensor_new(c->state, &c->arrays[0], plan->out_ndim, plan->out_shape, plan->out_dtype,
-                       out, error));
+        TRY(tensor_new(c->state, &c->arrays[0], plan->out_ndim, plan->out_shape, plan->out_stride,
+                       plan->out_dtype, out, error));
     if (c->return_lse)
-        TRY(tensor_new(c->state, &c->arrays[0], plan->lse_ndim, plan->lse_shape, plan->lse_dtype,
-                       lse, error));
+        TRY(tensor_new(c->state, &c->arrays[0], plan->lse_ndim, plan->lse_shape, NULL,
+                       plan->lse_dtype, lse, error));
     fa_bind_outputs(plan, c->has_out ? &c->out.array : &out->memory.array,
                     c->return_lse ? &lse->memory.array : NULL);
     int64_t bytes = backend->workspace(&plan->params);
     output workspace;
     fa_clear(&workspace, sizeof workspace);
-    if (bytes) TRY(tensor_new(c->state, &c->arrays[0], 1, &bytes, byte, &workspace, error));
+    if (bytes) TRY(tensor_new(c->state, &c->arrays[0], 1, &bytes, NULL, byte, &workspace, error));
     PyThreadState *thread = is_tiny(&plan->params) ? NULL : PyEval_SaveThread();
     fa_status status = fa_run(backend, plan, workspace.memory.array.data, error);
     if (thread) PyEval_RestoreThread(thread);
@@ -432,7 +470,7 @@ static PyObject *compute(module_state *state, PyObject *const *arguments,
         tensor_drop(&lse);
     }
     release(&c);
-    return finish(result, status, &c.error);
+    return finish(state, result, status, c.request.sdpa, &c.error);
 }
 
 /* ---- Public functions ---------------------------------------------------------------------- */
@@ -577,7 +615,8 @@ static PyObject *explain(PyObject *module, PyObject *const *arguments, Py_ssize_
         if (chosen) kernel = chosen->kernel(&c.plan.params);
     }
     release(&c);
-    if (status != FA_OK || PyErr_Occurred()) return raise_status(status, &c.error);
+    if (status != FA_OK || PyErr_Occurred())
+        return raise_status(c.state, status, c.request.sdpa, &c.error);
     PyObject *refused = PyDict_New();
     for (int32_t i = 0; i < fa_backend_count() && refused; i++) {
         PyObject *reason = reasons[i].text[0] ? PyUnicode_FromString(reasons[i].text) : NULL;
@@ -619,9 +658,9 @@ static fa_status merge_parts(merge_call *c, PyObject *outs, PyObject *lses, fa_l
     }
     TRY(fa_check_merge((int32_t)c->n, c->arrays, c->arrays + c->n, layout, c->tensors, &merge,
                        &plan, &c->error));
-    TRY(tensor_new(c->state, c->parts, plan.out_ndim, plan.out_shape, plan.out_dtype, out,
+    TRY(tensor_new(c->state, c->parts, plan.out_ndim, plan.out_shape, NULL, plan.out_dtype, out,
                    &c->error));
-    TRY(tensor_new(c->state, c->parts, plan.lse_ndim, plan.lse_shape, plan.lse_dtype, lse,
+    TRY(tensor_new(c->state, c->parts, plan.lse_ndim, plan.lse_shape, NULL, plan.lse_dtype, lse,
                    &c->error));
     fa_bind_merge(&merge, layout, &out->memory.array, &lse->memory.array);
     PyThreadState *thread = PyEval_SaveThread();
@@ -665,7 +704,7 @@ static PyObject *merge_states(PyObject *module, PyObject *const *arguments, Py_s
     free(c.arrays);
     free(c.tensors);
     free(c.names);
-    return finish(result, status, &c.error);
+    return finish(c.state, result, status, 0, &c.error);
 }
 
 /* ---- info ---------------------------------------------------------------------------------- */
@@ -740,7 +779,7 @@ static PyObject *set_num_threads(PyObject *module, PyObject *n) {
         status = get_int(n, "n", rule, &value, &overflow, &error);
     if (status == FA_OK && n != Py_None && (value < 1 || value > FA_MAX_THREADS))
         status = fa_fail(&error, FA_VALUE, "`n` must %s, got %s", rule, repr(n, got));
-    if (status != FA_OK) return raise_status(status, &error);
+    if (status != FA_OK) return raise_status(NULL, status, 0, &error);
     const int32_t threads = (int32_t)value;
     fa_cpu_set_threads(n == Py_None ? NULL : &threads);
     return Py_NewRef(Py_None);
@@ -760,13 +799,27 @@ static PyMethodDef methods[] = {
     {0},
 };
 
+/* A name of the module, so that it can be pickled: an exception that is also a RuntimeError. */
+static PyObject *add_error(PyObject *module, const char *name, PyObject *base) {
+    char full[64];
+    snprintf(full, sizeof full, "fastattn._C.%s", name);
+    PyObject *bases = PyTuple_Pack(2, base, PyExc_RuntimeError);
+    PyObject *error = bases ? PyErr_NewException(full, bases, NULL) : NULL;
+    Py_XDECREF(bases);
+    if (error && PyModule_AddObjectRef(module, name, error) < 0) Py_CLEAR(error);
+    return error;
+}
+
 /* NumPy's C API and torch's tensors belong to one interpreter. */
 static int module_exec(PyObject *module) {
     if (PyInterpreterState_GetID(PyInterpreterState_Get()) != 0) {
         PyErr_SetString(PyExc_ImportError, "fastattn cannot be imported in a subinterpreter");
         return -1;
     }
-    return tensor_init(PyModule_GetState(module));
+    module_state *state = PyModule_GetState(module);
+    state->value_error = add_error(module, "SDPAValueError", PyExc_ValueError);
+    state->type_error = add_error(module, "SDPATypeError", PyExc_TypeError);
+    return state->value_error && state->type_error ? tensor_init(state) : -1;
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg) {

@@ -77,6 +77,10 @@ static torch_c find_torch_c(PyObject *sample, uintptr_t impl) {
         {&c.is_neg, "_ZN2at6native6is_negERKNS_6TensorE"},
         {&c.requires_grad, "_ZNK3c1010TensorImpl13requires_gradEv"},
         {&c.dispatch_modes, "_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv"},
+        {&c.function_modes, "_ZN2at4impl22PythonTorchFunctionTLS9stack_lenEv"},
+        {&c.tracing_state, "_ZN5torch3jit6tracer15getTracingStateEv"},
+        {&c.autocast_is_enabled, "_ZN2at8autocast19is_autocast_enabledEN3c1010DeviceTypeE"},
+        {&c.autocast_dtype, "_ZN2at8autocast18get_autocast_dtypeEN3c1010DeviceTypeE"},
         {&c.grad_mode_is_enabled, "aoti_torch_grad_mode_is_enabled"},
         {&c.empty_strided, "aoti_torch_empty_strided"},
         {&c.get_data_ptr, "aoti_torch_get_data_ptr"},
@@ -101,7 +105,7 @@ static torch_c find_torch_c(PyObject *sample, uintptr_t impl) {
         size_t offset = sizeof(PyObject) + word * sizeof impl;
         if (!memcmp((char *)sample + offset, &impl, sizeof impl)) c.offset = (Py_ssize_t)offset;
     }
-    return c; /* the library stays referenced, as the functions are */
+    return c.offset ? c : (torch_c){0}; /* the library stays referenced, as the functions are */
 }
 
 /* Learns about the frameworks that have been imported since the last look. `tensor` and `ndarray`
@@ -151,6 +155,8 @@ int tensor_traverse(module_state *state, visitproc visit, void *arg) {
     Py_VISIT(state->forward_ad);
     Py_VISIT(state->ndarray);
     Py_VISIT(state->arrays);
+    Py_VISIT(state->value_error);
+    Py_VISIT(state->type_error);
     return 0;
 }
 
@@ -161,6 +167,8 @@ void tensor_clear(module_state *state) {
     Py_CLEAR(state->forward_ad);
     Py_CLEAR(state->ndarray);
     Py_CLEAR(state->arrays);
+    Py_CLEAR(state->value_error);
+    Py_CLEAR(state->type_error);
     Py_CLEAR(state->requires_grad);
     Py_CLEAR(state->current_level);
     for (int i = 0; i < FUNCTIONS; i++) {
@@ -240,14 +248,37 @@ static fa_status describe(const DLTensor *t, fa_array *a, fa_error *error) {
     return check_reach(a, size, error);
 }
 
+/* Refuses a tensor that is not what it seems to be, or whose operators are being recorded, by a
+ * sentence of fastattn._arrays. The one place that gives way to operators of torch. */
+static fa_status refuse_torch(module_state *state, PyObject *object, const char *name,
+                              fa_error *error) {
+    PyObject *refusal = call_arrays(state, "refusal", "(O)", object), *sentence;
+    int later;
+    if (!refusal) return FA_RAISED;
+    fa_status status = FA_OK;
+    if (refusal != Py_None) {
+        char text[384];
+        status = PyArg_ParseTuple(refusal, "pO", &later, &sentence) ? FA_OK : FA_RAISED;
+        if (status == FA_OK)
+            status = fa_fail(error, later ? FA_UNSUPPORTED : FA_TYPE, "`%s` %s", name,
+                             tensor_text(Py_NewRef(sentence), sizeof text, text));
+    }
+    Py_DECREF(refusal);
+    return status;
+}
+
 static fa_status ask_torch(module_state *state, torch_now *now) {
-    if (state->c.grad_mode_is_enabled) {
-        now->grad_enabled = state->c.grad_mode_is_enabled();
+    const torch_c *c = &state->c;
+    if (c->offset) {
+        now->grad_enabled = c->grad_mode_is_enabled();
+        now->dispatch_modes = c->dispatch_modes() > 0;
+        now->is_seen = now->dispatch_modes || c->function_modes() || *c->tracing_state();
     } else {
         PyObject *enabled = PyObject_CallObject(state->is_grad_enabled, NULL);
         if (!enabled) return FA_RAISED;
         Py_DECREF(enabled);
         now->grad_enabled = enabled == Py_True;
+        now->is_seen = 1; /* fastattn._arrays will know */
     }
     PyObject *level = PyDict_GetItemWithError(state->forward_ad, state->current_level);
     now->dual_level = level && PyLong_AsLong(level) >= 0;
@@ -282,14 +313,17 @@ static fa_status ask_tensor(module_state *state, const torch_now *now, PyObject 
  * bit needs a complex dtype, which check.c refuses). */
 static fa_status check_torch(module_state *state, torch_now *now, PyObject *object,
                              const char *name, fa_error *error) {
-    if (!now->asked) TRY(ask_torch(state, now));
+    if (!now->asked) {
+        TRY(ask_torch(state, now));
+        if (now->is_seen) TRY(refuse_torch(state, object, name, error));
+    }
     int requires_grad, neg;
     TRY(ask_tensor(state, now, object, &requires_grad, &neg));
     if (requires_grad)
         return fa_fail(error, FA_UNSUPPORTED,
                        "`%s` requires grad and the backward pass is not built yet: call under "
-                       "torch.no_grad() or pass `%s`.detach()",
-                       name, name);
+                       "torch.no_grad() where no gradient is wanted",
+                       name);
     if (neg)
         return fa_fail(
             error, FA_TYPE,
@@ -325,19 +359,26 @@ static const struct {
                     {{DL_FLOAT, 64, 1}, 7},   {{DL_BOOL, 8, 1}, 11},  {{DL_INT, 32, 1}, 3},
                     {{DL_UINT, 8, 1}, 0}};
 
+/* -1 where there is none. */
+static int32_t torch_number(DLDataType dtype) {
+    for (size_t i = 0; i < sizeof torch_dtypes / sizeof *torch_dtypes; i++)
+        if (!memcmp(&dtype, &torch_dtypes[i].dtype, sizeof dtype)) return torch_dtypes[i].number;
+    return -1;
+}
+
 /* What the exchange table says of a strided tensor in CPU or CUDA memory, of a dtype above, in half
  * the time; 0 for all others. Shape and strides are the tensor's own. */
 static int view_by_torch_c(const torch_c *c, PyObject *object, DLTensor *t) {
     const void *tensor = (const char *)object + c->offset;
-    int32_t layout, dtype, type, id;
+    int32_t layout, dtype, type, id = 0;
     int64_t ndim;
     if (!c->offset || c->get_layout(tensor, &layout) || layout != 0 ||
         c->get_device_type(tensor, &type) || (type != 0 && type != 1) ||
-        c->get_dtype(tensor, &dtype) || c->get_device_index(tensor, &id) ||
+        c->get_dtype(tensor, &dtype) || (type && c->get_device_index(tensor, &id)) ||
         c->get_dim(tensor, &ndim) || c->get_sizes(tensor, &t->shape) ||
         c->get_strides(tensor, &t->strides) || c->get_data_ptr(tensor, &t->data))
         return 0;
-    t->device = (DLDevice){type ? DL_CUDA : DL_CPU, type ? id : 0};
+    t->device = (DLDevice){type ? DL_CUDA : DL_CPU, id};
     t->ndim = (int32_t)ndim;
     t->byte_offset = 0;
     for (size_t i = 0; i < sizeof torch_dtypes / sizeof *torch_dtypes; i++)
@@ -354,17 +395,18 @@ static fa_status borrow_torch(module_state *state, torch_now *now, PyObject *obj
     if (!view_by_torch_c(&state->c, object, &t) &&
         state->torch->borrow_from_object(object, &t) < 0) {
         /* A tensor without strided memory: sparse, meta, or under a functorch transform. */
-        char got[128];
         if (!PyErr_ExceptionMatches(PyExc_Exception)) return FA_RAISED;
         PyErr_Clear();
+        TRY(refuse_torch(state, object, b->array.name, error));
         return fa_fail(error, FA_TYPE,
-                       "`%s` must be a strided tensor with memory of its own, got a %s without",
-                       b->array.name, type_name(object, got));
+                       "`%s` must be a strided tensor with memory of its own, got one without",
+                       b->array.name);
     }
+    if (!t.data) TRY(refuse_torch(state, object, b->array.name, error)); /* or it is empty */
     fa_status status = describe(&t, &b->array, error);
     if (status == FA_OK) status = check_torch(state, now, object, b->array.name, error);
     if (status != FA_OK) return status;
-    b->kind = KIND_TABLE;
+    b->kind = now->dispatch_modes ? KIND_DLPACK : KIND_TABLE;
     return b->array.device.device_type == DL_CUDA ? find_stream(state, now, &b->array) : FA_OK;
 }
 
@@ -476,6 +518,7 @@ fa_status tensor_borrow(module_state *state, torch_now *now, PyObject *object, c
     b->array.name = name;
     b->array.stream = NULL;
     b->object = object;
+    b->cast = NULL;
     b->writeable = 1;
     b->versioned = NULL;
     b->unversioned = NULL;
@@ -489,9 +532,7 @@ fa_status tensor_borrow(module_state *state, torch_now *now, PyObject *object, c
         }
         if (ndarray && type == ndarray) return borrow_numpy(object, b, error);
         if (tensor && PyType_IsSubtype(type, tensor))
-            return fa_fail(error, FA_TYPE,
-                           "`%s` must be a plain torch.Tensor or Parameter, got its subclass %s",
-                           name, type_name(object, got));
+            return refuse_torch(state, object, name, error);
         if (ndarray && PyType_IsSubtype(type, ndarray)) {
             PyObject *plain = call_arrays(state, "is_plain_ndarray", "(O)", object);
             if (!plain) return FA_RAISED;
@@ -512,6 +553,7 @@ void tensor_release(borrowed *b) {
     DLManagedTensorVersioned *versioned = b->versioned;
     DLManagedTensor *unversioned = b->unversioned;
     PyObject *type, *value, *traceback;
+    Py_CLEAR(b->cast);
     if (!versioned && !unversioned) return;
     b->versioned = NULL;
     b->unversioned = NULL;
@@ -527,55 +569,69 @@ void tensor_release(borrowed *b) {
     Py_XDECREF(traceback);
 }
 
+fa_status tensor_autocast(module_state *state, torch_now *now, borrowed *b, fa_error *error) {
+    const fa_array *a = &b->array;
+    PyTypeObject *type = Py_TYPE(b->object);
+    if ((type != state->tensor && type != state->parameter) || a->dtype.code == DL_BOOL)
+        return FA_OK;
+    if (state->c.offset) {
+        const int8_t device = a->device.device_type == DL_CUDA;
+        if (now->autocast_device != device + 1) {
+            const bool enabled = state->c.autocast_is_enabled(device);
+            now->autocast_device = device + 1;
+            now->autocast_dtype = enabled ? state->c.autocast_dtype(device) : -1;
+        }
+        if (now->autocast_dtype < 0 || now->autocast_dtype == torch_number(a->dtype)) return FA_OK;
+    }
+    PyObject *cast = call_arrays(state, "autocast", "(O)", b->object);
+    if (!cast || cast == b->object) {
+        Py_XDECREF(cast);
+        return cast ? FA_OK : FA_RAISED;
+    }
+    tensor_release(b);
+    fa_status status = tensor_borrow(state, now, cast, a->name, b, error);
+    b->cast = cast;
+    return status;
+}
+
+int tensor_is_number(module_state *state, PyObject *object) {
+    if (!state->tensor && learn(state) < 0) return -1;
+    if (!state->tensor || !PyType_IsSubtype(Py_TYPE(object), state->tensor)) return 1;
+    PyObject *answer = call_arrays(state, "is_number", "(O)", object);
+    Py_XDECREF(answer); /* a bool, kept by the interpreter */
+    return answer ? answer == Py_True : -1;
+}
+
+fa_status tensor_causal_bias(module_state *state, PyObject *object, int *is_one, int *top_left,
+                             int64_t *sq, int64_t *sk) {
+    PyTypeObject *type = Py_TYPE(object);
+    long long rows, keys;
+    *is_one = 0;
+    if (!state->tensor || type == state->tensor || !PyType_IsSubtype(type, state->tensor))
+        return FA_OK;
+    PyObject *found = call_arrays(state, "causal_bias", "(O)", object);
+    *is_one = found && found != Py_None;
+    fa_status status = found ? FA_OK : FA_RAISED;
+    if (*is_one && !PyArg_ParseTuple(found, "pLL", top_left, &rows, &keys)) status = FA_RAISED;
+    if (*is_one && status == FA_OK) *sq = rows, *sk = keys;
+    Py_XDECREF(found);
+    return status;
+}
+
 /* ---- Out ----------------------------------------------------------------------------------- */
 
-static void set_error(void *context, const char *kind, const char *message) {
-    (void)context;
-    PyErr_SetString(kind && !strcmp(kind, "MemoryError") ? PyExc_MemoryError : PyExc_RuntimeError,
-                    message);
-}
-
 /* 0 where torch refuses; it does not say why. */
-static int new_by_torch_c(const torch_c *c, const DLTensor *t, PyObject **object, void **data) {
-    int64_t stride[FA_MAX_RANK], elements = 1;
-    int on_gpu = t->device.device_type == DL_CUDA;
-    int32_t dtype = -1;
+static int new_by_torch_c(const torch_c *c, DLTensor *t, PyObject **object) {
+    const int on_gpu = t->device.device_type == DL_CUDA;
+    const int32_t dtype = torch_number(t->dtype);
     void *tensor;
-    for (size_t i = 0; i < sizeof torch_dtypes / sizeof *torch_dtypes; i++)
-        if (!memcmp(&t->dtype, &torch_dtypes[i].dtype, sizeof t->dtype))
-            dtype = torch_dtypes[i].number;
-    if (dtype < 0) return 0;
-    for (int32_t i = t->ndim - 1; i >= 0; i--) {
-        stride[i] = elements;
-        elements *= t->shape[i] ? t->shape[i] : 1;
-    }
-    if (c->empty_strided(t->ndim, t->shape, stride, dtype, on_gpu,
+    if (!c->empty_strided || dtype < 0 ||
+        c->empty_strided(t->ndim, t->shape, t->strides, dtype, on_gpu,
                          on_gpu ? t->device.device_id : -1, &tensor))
         return 0;
-    *object = c->get_data_ptr(tensor, data) ? NULL : c->wrap(tensor);
+    *object = c->get_data_ptr(tensor, &t->data) ? NULL : c->wrap(tensor);
     c->delete_tensor(tensor);
     return *object != NULL;
-}
-
-static fa_status new_torch(module_state *state, DLTensor *prototype, output *out, fa_error *error) {
-    if (state->c.empty_strided && !state->c.dispatch_modes()) {
-        DLTensor t = *prototype;
-        if (new_by_torch_c(&state->c, &t, &out->object, &t.data))
-            return describe(&t, &out->memory.array, error);
-        if (PyErr_Occurred()) return FA_RAISED;
-    }
-    /* The table's allocator, which also says why there is none. */
-    DLManagedTensorVersioned *managed = NULL;
-    void *object = NULL;
-    if (state->torch->allocate(prototype, &managed, NULL, set_error) < 0 || !managed) {
-        if (!PyErr_Occurred()) PyErr_NoMemory();
-        return FA_RAISED;
-    }
-    fa_status status = describe(&managed->dl_tensor, &out->memory.array, error);
-    if (state->torch->managed_to_object(managed, &object) < 0)
-        return FA_RAISED; /* it took managed */
-    out->object = object;
-    return status;
 }
 
 static fa_status new_numpy(const borrowed *like, const DLTensor *t, output *out, fa_error *error) {
@@ -634,18 +690,17 @@ static fa_status new_buffer(const DLTensor *t, output *out, fa_error *error) {
     return describe(own, &out->memory.array, error);
 }
 
-/* That a framework gave the array that was asked for: contiguous, writeable, of this shape, dtype
- * and device. */
+/* That a framework gave the array that was asked for: writeable, of this shape, strides, dtype and
+ * device. */
 static fa_status check_new(const borrowed *like, const DLTensor *want, const borrowed *got,
                            fa_error *error) {
     const fa_array *a = &got->array;
-    int64_t stride = 1;
     int fits = got->writeable && a->ndim == want->ndim &&
                !memcmp(&a->dtype, &want->dtype, sizeof a->dtype) &&
                !memcmp(&a->device, &want->device, sizeof a->device);
-    for (int32_t i = want->ndim - 1; i >= 0 && fits; i--) {
-        fits = a->shape[i] == want->shape[i] && (a->shape[i] <= 1 || a->stride[i] == stride);
-        stride *= a->shape[i] ? a->shape[i] : 1;
+    for (int32_t i = 0; i < want->ndim && fits; i++) {
+        fits =
+            a->shape[i] == want->shape[i] && (a->shape[i] <= 1 || a->stride[i] == want->strides[i]);
     }
     if (fits) return FA_OK;
     return fa_fail(error, FA_TYPE,
@@ -655,38 +710,54 @@ static fa_status check_new(const borrowed *like, const DLTensor *want, const bor
                    like->array.name);
 }
 
-fa_status tensor_new(module_state *state, const borrowed *like, int32_t ndim, const int64_t *shape,
-                     DLDataType dtype, output *out, fa_error *error) {
-    int64_t sizes[FA_MAX_RANK];
-    memcpy(sizes, shape, (size_t)ndim * sizeof *shape);
-    DLTensor t = {NULL, like->array.device, ndim, dtype, sizes, NULL, 0};
-    out->memory.array.name = "the output";
-    fa_status status;
-    if (like->kind == KIND_TABLE) {
-        status = new_torch(state, &t, out, error);
-    } else if (like->kind == KIND_NUMPY) {
-        status = new_numpy(like, &t, out, error);
-    } else {
-        char name[32];
-        PyObject *tuple = PyTuple_New(ndim);
-        for (int32_t i = 0; i < ndim && tuple; i++) {
-            PyObject *size = PyLong_FromLongLong(shape[i]);
-            if (!size || PyTuple_SetItem(tuple, i, size) < 0) Py_CLEAR(tuple);
-        }
-        if (!tuple) return FA_RAISED;
-        out->object =
-            call_arrays(state, "empty", "(ONsi)", like->object, tuple, fa_dtype_name(dtype, name),
-                        like->array.device.device_type == DL_CUDA);
-        if (!out->object) return FA_RAISED;
-        if (out->object == Py_None) {
-            Py_CLEAR(out->object);
-            status = new_buffer(&t, out, error);
-        } else {
-            torch_now now = {0};
-            status = tensor_borrow(state, &now, out->object, "the output", &out->memory, error);
-            if (status == FA_OK) status = check_new(like, &t, &out->memory, error);
-        }
+static PyObject *tuple_of(int32_t n, const int64_t *numbers) {
+    PyObject *tuple = PyTuple_New(n);
+    for (int32_t i = 0; i < n && tuple; i++) {
+        PyObject *number = PyLong_FromLongLong(numbers[i]);
+        if (!number || PyTuple_SetItem(tuple, i, number) < 0) Py_CLEAR(tuple);
     }
+    return tuple;
+}
+
+/* By the framework's own function for it, which also says why there is none. */
+static fa_status new_by_python(module_state *state, const borrowed *like, DLTensor *t, output *out,
+                               fa_error *error) {
+    char name[32];
+    PyObject *shape = tuple_of(t->ndim, t->shape), *strides = tuple_of(t->ndim, t->strides);
+    if (shape && strides)
+        out->object = call_arrays(state, "empty", "(OOOsi)", like->object, shape, strides,
+                                  fa_dtype_name(t->dtype, name), t->device.device_type == DL_CUDA);
+    Py_XDECREF(shape);
+    Py_XDECREF(strides);
+    if (!out->object) return FA_RAISED;
+    if (out->object == Py_None) {
+        Py_CLEAR(out->object);
+        return new_buffer(t, out, error);
+    }
+    torch_now now = {0};
+    TRY(tensor_borrow(state, &now, out->object, "the output", &out->memory, error));
+    return check_new(like, t, &out->memory, error);
+}
+
+fa_status tensor_new(module_state *state, const borrowed *like, int32_t ndim, const int64_t *shape,
+                     const int64_t *stride, DLDataType dtype, output *out, fa_error *error) {
+    int64_t sizes[FA_MAX_RANK], steps[FA_MAX_RANK], contiguous = 1;
+    for (int32_t i = ndim - 1; i >= 0; i--) {
+        sizes[i] = shape[i];
+        steps[i] = stride ? stride[i] : contiguous;
+        if (shape[i]) contiguous *= shape[i];
+    }
+    DLTensor t = {NULL, like->array.device, ndim, dtype, sizes, steps, 0};
+    out->memory.array.name = "the output";
+    fa_status status = FA_OK;
+    if (like->kind == KIND_TABLE && new_by_torch_c(&state->c, &t, &out->object))
+        status = describe(&t, &out->memory.array, error);
+    else if (PyErr_Occurred())
+        status = FA_RAISED;
+    else if (like->kind == KIND_NUMPY)
+        status = new_numpy(like, &t, out, error);
+    else
+        status = new_by_python(state, like, &t, out, error);
     if (status != FA_OK) tensor_drop(out);
     return status;
 }
@@ -716,6 +787,19 @@ fa_status tensor_draw_seed(module_state *state, const borrowed *like, output *ou
     if (!out->object) return FA_RAISED;
     torch_now now = {0};
     return tensor_borrow(state, &now, out->object, "seed", &out->memory, error);
+}
+
+fa_status tensor_check_writable(module_state *state, const borrowed *out, fa_error *error) {
+    PyTypeObject *type = Py_TYPE(out->object);
+    if (!state->tensor || (type != state->tensor && type != state->parameter)) return FA_OK;
+    PyObject *frozen = call_arrays(state, "is_frozen", "(O)", out->object);
+    Py_XDECREF(frozen); /* a bool, kept by the interpreter */
+    if (!frozen) return FA_RAISED;
+    if (frozen != Py_True) return FA_OK;
+    return fa_fail(error, FA_VALUE,
+                   "`%s` must not be an inference tensor outside of torch.inference_mode(): pass "
+                   "its clone()",
+                   out->array.name);
 }
 
 fa_status tensor_mark_written(module_state *state, const borrowed *out) {

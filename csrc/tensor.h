@@ -37,7 +37,11 @@ typedef struct torch_c {
     bool (*is_neg)(const void *tensor);
     bool (*requires_grad)(const void *impl); /* what an at::Tensor points to */
     bool (*grad_mode_is_enabled)(void);
-    int64_t (*dispatch_modes)(void); /* not 0: outputs are made by the table, seen by the mode */
+    int64_t (*dispatch_modes)(void);
+    int64_t (*function_modes)(void);
+    void *const *(*tracing_state)(void); /* of torch.jit.trace; points to NULL where none runs */
+    bool (*autocast_is_enabled)(int8_t device_type);
+    int8_t (*autocast_dtype)(int8_t device_type);
     int32_t (*empty_strided)(int64_t ndim, const int64_t *shape, const int64_t *strides,
                              int32_t dtype, int32_t device_type, int32_t device_id, void **tensor);
     int32_t (*delete_tensor)(void *tensor);
@@ -66,7 +70,8 @@ typedef struct module_state {
     PyObject *arrays;                /* fastattn._arrays: the frameworks without a C table */
     signature signatures[FUNCTIONS]; /* in the order of module.c's table */
     PyObject *requires_grad, *current_level; /* interned names */
-    int warned;                              /* of the environment, if there was a reason */
+    PyObject *value_error, *type_error; /* the drop-in's, each a RuntimeError too, as torch's */
+    int warned;                         /* of the environment, if there was a reason */
 } module_state;
 
 int tensor_init(module_state *state);
@@ -82,7 +87,8 @@ typedef enum array_kind { KIND_TABLE, KIND_NUMPY, KIND_DLPACK } array_kind;
 typedef struct borrowed {
     fa_array array;
     array_kind kind;
-    PyObject *object; /* the caller's; not owned */
+    PyObject *object; /* the caller's, not owned; or `cast` */
+    PyObject *cast;   /* owned: what autocast made of the caller's, or NULL */
     int writeable;
     DLManagedTensorVersioned *versioned; /* owned where object came by __dlpack__, else NULL */
     DLManagedTensor *unversioned;        /* same */
@@ -90,18 +96,34 @@ typedef struct borrowed {
 
 /* What one call has asked torch so far; the answers hold for all its tensors. */
 typedef struct torch_now {
-    int asked;        /* whether the next two are set */
-    int grad_enabled; /* torch.is_grad_enabled() */
-    int dual_level;   /* whether forward-mode gradients are being taken */
-    int has_stream;   /* whether the next two are set */
+    int asked;          /* whether the next four are set */
+    int grad_enabled;   /* torch.is_grad_enabled() */
+    int dual_level;     /* whether forward-mode gradients are being taken */
+    int dispatch_modes; /* whether modes see torch's operators: then one makes the outputs */
+    int is_seen;        /* whether anything does, and so may record them */
+    int has_stream;     /* whether the next two are set */
     int32_t device_id;
-    void *stream; /* current on that device */
+    void *stream;            /* current on that device */
+    int32_t autocast_device; /* 1 + torch's number of the device type that was asked for; 0: none */
+    int32_t autocast_dtype;  /* torch's number; -1: no autocast there */
 } torch_now;
 
 /* Describes object; owns nothing after a failure. */
 fa_status tensor_borrow(module_state *state, torch_now *now, PyObject *object, const char *name,
                         borrowed *out, fa_error *error);
 void tensor_release(borrowed *b);
+
+/* Inside an autocast region of its device a torch tensor becomes what torch's own operators would
+ * make of it. */
+fa_status tensor_autocast(module_state *state, torch_now *now, borrowed *b, fa_error *error);
+
+/* Whether object may stand for a float, as far as torch goes: 0 for a tensor that has a gradient or
+ * dimensions, as torch has it; -1 with an exception. */
+int tensor_is_number(module_state *state, PyObject *object);
+
+/* Where `object` is torch's CausalBias: *is_one is set, with what the mask means. */
+fa_status tensor_causal_bias(module_state *state, PyObject *object, int *is_one, int *top_left,
+                             int64_t *sq, int64_t *sk);
 
 /* An array of the kind of `like`, from its framework's allocator, on its device. */
 typedef struct output {
@@ -110,9 +132,10 @@ typedef struct output {
     borrowed memory;   /* what is written */
 } output;
 
-/* out: cleared; after a failure too. */
+/* stride: of a torch tensor; all others, and all where it is NULL, are contiguous. out: cleared;
+ * after a failure too. */
 fa_status tensor_new(module_state *state, const borrowed *like, int32_t ndim, const int64_t *shape,
-                     DLDataType dtype, output *out, fa_error *error);
+                     const int64_t *stride, DLDataType dtype, output *out, fa_error *error);
 /* The finished array as the caller's kind: a new reference, or NULL with an exception. */
 PyObject *tensor_hand_over(module_state *state, const borrowed *like, output *out);
 void tensor_drop(output *out);
@@ -120,7 +143,9 @@ void tensor_drop(output *out);
 /* A seed for dropout from the generator of torch, on the device of `like`. */
 fa_status tensor_draw_seed(module_state *state, const borrowed *like, output *out, fa_error *error);
 
-/* Tells torch that out= was written, so that autograd notices a stale saved tensor. */
+/* Whether torch lets out= be written here; if it was, tells torch, so that autograd notices a stale
+ * saved tensor. */
+fa_status tensor_check_writable(module_state *state, const borrowed *out, fa_error *error);
 fa_status tensor_mark_written(module_state *state, const borrowed *out);
 
 #endif

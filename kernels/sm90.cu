@@ -150,7 +150,9 @@ static fa_status reject(const fa_params *p, fa_error *why) {
         return fa_fail(why, FA_UNSUPPORTED, "the NVIDIA driver cannot encode tensor maps");
 
     if (w->dtype != FA_F16 && w->dtype != FA_BF16)
-        return fa_fail(why, FA_UNSUPPORTED, "it takes float16 and bfloat16, not %s",
+        return fa_fail(why, FA_UNSUPPORTED,
+                       "it takes float16 and bfloat16, not %s: cast the arrays (with torch "
+                       ".bfloat16(), or a region of torch.autocast)",
                        dtype_name(w->dtype));
     if (w->d < 1 || w->dv < 1 || w->d > FA_MAX_HEAD_SIZE || w->dv > FA_MAX_HEAD_SIZE)
         return fa_fail(why, FA_UNSUPPORTED,

@@ -205,5 +205,5 @@ def test_options_that_change_nothing_here_are_taken():
 
 def test_the_module_has_what_the_stub_has():
     stub = (ROOT / "python" / "fastattn" / "_C.pyi").read_text()
-    declared = set(re.findall(r"^def (\w+)", stub, re.M))
+    declared = set(re.findall(r"^(?:def|class) (\w+)", stub, re.M))
     assert declared == {name for name in dir(_C) if not name.startswith("__")}

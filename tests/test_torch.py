@@ -1,5 +1,7 @@
 """What a torch tensor carries besides numbers: gradients, lazy bits, types. Nothing gets lost."""
 
+from pathlib import Path
+
 import fastattn
 import numpy as np
 import pytest
@@ -18,7 +20,10 @@ def qkv(**keywords):
 def test_promise_15_no_gradient_is_dropped(which):
     tensors = qkv()
     tensors[which].requires_grad_()
-    sentence = f"`{NAMES[which]}` requires grad and the backward pass is not built yet"
+    sentence = (
+        f"^`{NAMES[which]}` requires grad and the backward pass is not built yet: call under "
+        r"torch\.no_grad\(\) where no gradient is wanted$"
+    )
     with pytest.raises(NotImplementedError, match=sentence):
         fastattn.attention(*tensors)
     tensors[which] = torch.nn.Parameter(tensors[which].detach())
@@ -65,20 +70,6 @@ def test_forward_mode_gradients():
         fastattn.attention(q, k, v)
 
 
-def test_function_transforms():
-    """Under vmap, grad and functionalize a tensor is not the memory behind it."""
-    q, k, v = (x[0] for x in qkv())
-
-    def f(q, k, v):
-        return fastattn.scaled_dot_product_attention(q, k, v)
-
-    stack = [torch.stack([x, 2 * x]) for x in (q, k, v)]
-    with pytest.raises((TypeError, NotImplementedError, RuntimeError)):
-        torch.func.vmap(f)(*stack)
-    with pytest.raises((TypeError, NotImplementedError, RuntimeError)):
-        torch.func.grad(lambda q: f(q, k, v).sum())(q)
-
-
 def test_conjugate_and_negative_views():
     """z.conj().imag is a view with the negative bit: its memory holds the opposite sign."""
     q, k, v = qkv()
@@ -95,62 +86,12 @@ def test_conjugate_and_negative_views():
             fastattn.attention(complex_, k, v)
 
 
-def test_fake_and_meta_tensors_have_no_memory():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    q, k, v = qkv()
-    with FakeTensorMode() as mode:
-        fake = mode.from_tensor(q)
-        with pytest.raises(TypeError, match=r"`q` must be a plain torch\.Tensor .* FakeTensor"):
-            fastattn.attention(fake, fake, fake)
-    with pytest.raises(TypeError, match=r"`q` must be .*memory|`q` must have memory"):
-        fastattn.attention(*(x.to("meta") for x in (q, k, v)))
+def test_memory_that_was_given_back():
+    _, k, v = qkv()
     gone = torch.randn(1, 2, 6, 8)
     gone.untyped_storage().resize_(0)
-    with pytest.raises((TypeError, ValueError, RuntimeError)):
+    with pytest.raises(TypeError, match="`q` must have memory"):
         fastattn.attention(gone, k, v)
-
-
-def test_under_a_dispatch_mode():
-    """A mode sees that an output is made, and what it gives instead is refused where it is fake."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Listens(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), keywords=None):
-            heard.append(str(function))
-            return function(*args, **(keywords or {}))
-
-    heard = []
-    q, k, v = qkv()
-    with Listens():
-        out = fastattn.attention(q, k, v)
-    assert any("empty" in name for name in heard) and torch.equal(out, fastattn.attention(q, k, v))
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        pytest.raises(TypeError, match="`the output` must have memory"),
-    ):
-        fastattn.attention(q, k, v)
-
-
-def test_subclasses_are_not_taken_for_plain_tensors():
-    class Mine(torch.Tensor):
-        pass
-
-    q, k, v = qkv()
-    with pytest.raises(TypeError, match=r"`k` must be a plain torch\.Tensor .* subclass .*Mine"):
-        fastattn.attention(q, k.as_subclass(Mine), v)
-
-
-def test_sparse_and_quantized_tensors():
-    q, k, v = qkv()
-    for strange in (q[0, 0].to_sparse(), q[0, 0].to_mkldnn()):
-        with pytest.raises((TypeError, ValueError, RuntimeError)):
-            fastattn.scaled_dot_product_attention(strange, k, v)
-    with pytest.raises(TypeError):
-        fastattn.scaled_dot_product_attention(
-            torch.quantize_per_tensor(q, 0.1, 0, torch.qint8), k, v
-        )
 
 
 def test_writing_out_is_seen_by_autograd():
@@ -173,26 +114,15 @@ def test_a_refused_out_keeps_its_version():
     assert out._version == version and (out == 1).all()
 
 
-def test_under_autocast_and_default_dtype():
-    """Modes that change what torch's own operators do change nothing here: dtypes in, dtype out."""
+def test_under_a_default_dtype():
     q, k, v = qkv()
     plain = fastattn.attention(q, k, v)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = fastattn.attention(q, k, v)
-    assert out.dtype == torch.float32 and torch.equal(out, plain)
     torch.set_default_dtype(torch.float64)
     try:
         out, lse = fastattn.attention(q, k, v, return_lse=True)
     finally:
         torch.set_default_dtype(torch.float32)
     assert out.dtype == lse.dtype == torch.float32 and torch.equal(out, plain)
-
-
-def test_under_a_default_device():
-    q, k, v = qkv()
-    with torch.device("meta"):
-        out = fastattn.attention(q, k, v)
-    assert out.device.type == "cpu" and torch.isfinite(out).all()
 
 
 def test_outputs_are_torchs_own_memory():
@@ -211,7 +141,10 @@ def test_outputs_are_torchs_own_memory():
         assert fastattn.attention(q, k, v).is_inference()
 
 
-def test_without_torchs_c_functions():
+@pytest.mark.parametrize(
+    "concern", ["torch", "autocast", "memory_order", "tracing", "torch_arguments"]
+)
+def test_without_torchs_c_functions(concern):
     """A torch whose C functions are not found is asked through Python, and refused the same."""
     program = """
 import sys
@@ -225,7 +158,7 @@ _arrays.loaded = without_address
 deselected = "not without_torchs_c_functions and not torchs_own_memory"
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", deselected, sys.argv[1]]))
 """
-    assert " passed" in python("-c", program, __file__)
+    assert " passed" in python("-c", program, Path(__file__).with_name(f"test_{concern}.py"))
 
 
 def test_pinned_shared_and_numpy_memory():

@@ -1,6 +1,9 @@
 from collections.abc import Callable
 from typing import Any
 
+class SDPAValueError(ValueError, RuntimeError): ...
+class SDPATypeError(TypeError, RuntimeError): ...
+
 def function(
     text: bytes, names: tuple[str, ...], defaults: tuple[Any, ...], positional: int
 ) -> Callable[..., Any]: ...

@@ -75,12 +75,20 @@ def export(array: Any, name: str) -> tuple[Any, int, int]:
     """(capsule, stream, cpu): the array as a DLPack capsule, and where it is.
 
     stream is its framework's current CUDA stream; cpu tells JAX's CPU devices apart, which DLPack
-    calls 0 all. Raises TypeError for what is no array, NotImplementedError for JAX on a GPU.
+    calls 0 all. Raises TypeError for what is no array, NotImplementedError for JAX on a GPU and
+    for what torch.fx or JAX traces.
     """
+    if _is(array, "torch.fx", "Proxy"):
+        raise NotImplementedError(f"`{name}` {_traced_by('torch.fx.symbolic_trace')}")
+    if _is(array, "jax.core", "Tracer"):
+        raise NotImplementedError(
+            f"`{name}` is traced by JAX (jit, vmap, grad), and fastattn is no primitive of JAX "
+            "yet: call it outside of what is traced"
+        )
     if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
-        what = "a traced JAX array" if _is_jax(array) else type(array).__name__
         raise TypeError(
-            f"`{name}` must be an array (torch, NumPy, JAX, CuPy, any with __dlpack__), got {what}"
+            f"`{name}` must be an array (torch, NumPy, JAX, CuPy, any with __dlpack__), "
+            f"got {type(array).__name__}"
         )
     jax_device = _jax_device(array, name) if _is_jax(array) else None
     kind, number = array.__dlpack_device__()
@@ -114,17 +122,20 @@ def export(array: Any, name: str) -> tuple[Any, int, int]:
     return capsule, stream, jax_device.local_hardware_id or 0 if jax_device else 0
 
 
-def empty(like: Any, shape: tuple[int, ...], dtype: str, on_gpu: bool) -> Any:
+def empty(
+    like: Any, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, on_gpu: bool
+) -> Any:
     """An uninitialised array of like's framework and device; None for a buffer of our own.
 
     On the CPU a framework that has no such dtype, or does not say where its arrays are, gets a
-    NumPy array.
+    NumPy array. Strides other than contiguous ones are asked for of torch alone.
     """
     if not on_gpu and (_is_jax(like) or _is_mlx(like) or _is_paddle(like)):
         return None  # hand_over() makes their array of the finished buffer
     if _is(like, "torch", "Tensor"):
         torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+        dtype = getattr(torch, dtype)
+        return torch.empty_strided(shape, strides, dtype=dtype, device=like.device)
     if _is(like, "cupy", "ndarray"):
         with sys.modules["cupy"].cuda.Device(like.device.id):
             return sys.modules["cupy"].empty(shape, _numpy_dtype(dtype))
@@ -186,6 +197,105 @@ def hand_over(like: Any, capsule: Any, dtype: str) -> Any:
 def is_plain_ndarray(array: Any) -> bool:
     """Whether a subclass of numpy.ndarray means the same as one (a masked array does not)."""
     return _is(array, "numpy", "memmap")
+
+
+def _traced_by(recorder: str) -> str:
+    return (
+        f"is traced by {recorder}, and fastattn is no operator of torch yet, which a graph could "
+        "hold: call it outside of what is traced"
+    )
+
+
+def _recorder(torch: Any) -> str | None:
+    """What records this thread's operators into a graph, or replaces them; None if nothing does."""
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
+        if getattr(mode, "_mode_key", None) is not None:  # torch's own: fake, proxy, functional
+            return type(mode).__name__
+    for mode in torch.overrides._get_current_function_mode_stack():
+        if type(mode).__module__ == "torch.fx.experimental.proxy_tensor":  # before dispatch
+            return type(mode).__name__
+    return None
+
+
+def refusal(tensor: Any) -> tuple[bool, str] | None:
+    """What is said of a torch tensor that is not simply numbers in memory, after its name.
+
+    Its like may be served one day (True), or not. None: nothing speaks against it.
+    """
+    torch = sys.modules["torch"]
+    functorch = torch._C._functorch
+    recorder = _recorder(torch)
+    if functorch.is_functionaltensor(tensor):
+        recorder = "torch.func.functionalize"
+    if recorder is not None:
+        return True, _traced_by(recorder)
+    if functorch.is_batchedtensor(tensor):
+        return True, (
+            "is batched by torch.vmap, for which fastattn has no rule yet: pass the whole batch in "
+            "one call, scaled_dot_product_attention takes any leading dimensions"
+        )
+    if functorch.is_gradtrackingtensor(tensor):
+        return True, (
+            "is followed by torch.func.grad, vjp or jvp, and the backward pass is not built yet: "
+            "call torch's attention there"
+        )
+    kind = type(tensor).__qualname__
+    if _is(tensor, "torch._subclasses.fake_tensor", "FakeTensor"):
+        return True, (
+            "is a FakeTensor, which has no values, and fastattn is no operator of torch yet: "
+            "pass a tensor with values"
+        )
+    if _is(tensor, "torch.distributed.tensor", "DTensor"):
+        return False, "must be a plain torch.Tensor, got a DTensor: pass its to_local()"
+    if tensor.is_nested:
+        return False, (
+            "must not be nested: pass its values() and offsets() to attention_varlen, or its "
+            "to_padded_tensor(0) with q_lengths and k_lengths"
+        )
+    if tensor.is_quantized:
+        return False, f"must not be quantized, got {tensor.dtype}: pass its dequantize()"
+    if tensor.layout != torch.strided:
+        return False, f"must be a strided tensor, got {tensor.layout}: pass its to_dense()"
+    if tensor.is_meta:
+        return False, "must have memory, got a meta tensor, which has only a shape"
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return False, (
+            f"must be a plain torch.Tensor or Parameter, got its subclass {kind}: pass its "
+            "as_subclass(torch.Tensor) if that means the same"
+        )
+    return None
+
+
+def autocast(tensor: Any) -> Any:
+    """A torch tensor as torch's own operators take it here; itself where autocast does nothing."""
+    torch = sys.modules["torch"]
+    device = tensor.device.type
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    if not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def causal_bias(mask: Any) -> tuple[bool, int, int] | None:
+    """(whether top-left, queries, keys) of torch's CausalBias; None for all else."""
+    bias = sys.modules.get("torch.nn.attention.bias")
+    if bias is None or not isinstance(mask, bias.CausalBias):
+        return None
+    top_left = mask.variant == bias.CausalVariant.UPPER_LEFT
+    return top_left, mask.seq_len_q, mask.seq_len_kv
+
+
+def is_number(tensor: Any) -> bool:
+    """Whether torch's own functions would take a tensor of its for a float."""
+    return tensor.dim() == 0 and not tensor.requires_grad
+
+
+def is_frozen(tensor: Any) -> bool:
+    """Whether torch forbids to write a tensor of its here: one made in inference mode, outside."""
+    return tensor.is_inference() and not sys.modules["torch"].is_inference_mode_enabled()
 
 
 def has_tangent(tensor: Any) -> bool:

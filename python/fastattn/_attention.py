@@ -49,14 +49,15 @@ def scaled_dot_product_attention(
 ) -> Array:
     """`torch.nn.functional.scaled_dot_product_attention`, for every framework.
 
-    Same signature and meaning as PyTorch's, with exact zeros for rows that see nothing.
+    Same signature and meaning as PyTorch's, with exact zeros for rows that see nothing. Inside a
+    torch.autocast region of their device, torch tensors are cast as by torch's.
 
     Args:
         query: (..., hq, sq, d) of float64, float32, float16 or bfloat16; rank 2 and up.
         key: (..., hk, sk, d). Leading dimensions of the three broadcast as in matmul.
         value: (..., hk, sk, dv). d and dv as in attention.
         attn_mask: broadcastable to (..., hq, sq, sk). bool: True takes part. float32 or query's
-            dtype: added to the scaled score.
+            dtype: added to the scaled score. Or torch's CausalBias.
         dropout_p: 0 to 1, as in attention, and applied whether training or not. The seed comes from
             torch's generator; other than torch arrays: ValueError, attention takes a seed.
         is_causal: query i sees keys j <= i (top-left, also where sq != sk).
@@ -65,12 +66,16 @@ def scaled_dot_product_attention(
             have another number of heads than key, of which hq is a multiple too.
 
     Returns:
-        (..., hq, sq, dv), contiguous, the kind, dtype and device of query.
+        (..., hq, sq, dv), the kind, dtype and device of query. Contiguous; a torch tensor is dense,
+        its axes in the order of query's in memory, the last one innermost.
 
     Raises:
-        ValueError: a shape or value, or attn_mask together with is_causal.
-        TypeError: no array, a dtype, or a torch subclass.
-        NotImplementedError: no backend serves the call, or a gradient is asked for.
+        ValueError: a shape or value, or attn_mask together with is_causal. A RuntimeError too, as
+            torch's.
+        TypeError: no array, a dtype, or a torch subclass. A RuntimeError too, but for no array.
+        NotImplementedError: no backend serves the call, a gradient is asked for, or the call is
+            traced (torch.jit.trace, torch.export, torch.func, jax.jit); torch.compile breaks its
+            graph here.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1.
     """
@@ -120,6 +125,9 @@ def attention(
 
     A row that sees nothing has output 0 and lse -inf (the sink's value, if there is one).
 
+    Inside a torch.autocast region of their device, torch tensors q, k, v and a float mask are cast
+    to its dtype first, but for float64, as by torch's own operators.
+
     Args:
         q: (b, hq, sq, d), or (b, sq, hq, d) with layout="bshd"; float64, float32, float16 or
             bfloat16. Any strides, 0 and negative included.
@@ -167,8 +175,8 @@ def attention(
     Raises:
         ValueError: a shape or value; the message names the argument, the rule and what came.
         TypeError: no array, or a dtype.
-        NotImplementedError: no backend serves the call (each one's reason is in the message), or
-            a gradient is asked for.
+        NotImplementedError: no backend serves the call (each one's reason is in the message), a
+            gradient is asked for, or the call is traced.
         RuntimeError: CUDA's name and text for a failure.
 
     Source: Vaswani et al., 2017, equation 1; online softmax: Milakov and Gimelshein, 2018; tiling:
@@ -221,7 +229,7 @@ def attention_varlen(
     Args:
         q: (total_q, hq, d) of float64, float32, float16 or bfloat16. Any strides.
         k: (total_k, hk, d); hq is a multiple of hk, query head h uses key head h // (hq / hk).
-        v: (total_k, hk, dv). d and dv as in attention.
+        v: (total_k, hk, dv). d and dv as in attention. Autocast as in attention.
         cu_seqlens_q: (b + 1,) int32, non-decreasing from 0 to at most total_q.
         cu_seqlens_k: (b + 1,) int32, non-decreasing from 0 to at most total_k.
         max_seqlen_q: no sequence has more queries; the time taken does not depend on it, but for a
