@@ -81,7 +81,7 @@ def test_autocast_is_captured_in_a_graph():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [64, 72, 128])
 def test_memory_order_as_torch(d, dtype):
-    test_memory_order.check_as_torch("cuda", DTYPES[dtype], d)
+    test_memory_order.check_as_torch("cuda", DTYPES[dtype], 64, d)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

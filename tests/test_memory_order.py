@@ -48,19 +48,27 @@ def steps(x):
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 
-def check_as_torch(device, dtype, d=D):
+def same(a, b):
+    """Equal; on a GPU other strides may run another kernel, which adds in another order."""
+    if a.device.type == "cpu":
+        return torch.equal(a, b)
+    torch.testing.assert_close(a, b)
+    return True
+
+
+def check_as_torch(device, dtype, s=S, d=D):
     """Strides and values of the fused path, which torch takes for these."""
     for sizes in ({}, {"b": 1}, {"h": 1}, {"s": 1}, {"b": 1, "s": 1}):
-        for name, q in queries(d=d, device=device, dtype=dtype, **sizes).items():
-            b, h, s, _ = q.shape
-            k, v = (normal(b, h, n, d, device=device, dtype=dtype) for n in (s, s))
+        for name, q in queries(**{"s": s, **sizes}, d=d, device=device, dtype=dtype).items():
+            b, h, rows, _ = q.shape
+            k, v = (normal(b, h, s, d, device=device, dtype=dtype) for _ in range(2))
             want = sdpa(q, k, v)
             got = ours(q, k, v)
             assert steps(got) == steps(want) == steps(torch.empty_like(q)), (name, sizes)
             plain = ours(q.contiguous(), k, v)
-            assert plain.is_contiguous() and torch.equal(got, plain), (name, sizes)
+            assert plain.is_contiguous() and same(got, plain), (name, sizes)
             if want.transpose(1, 2).is_contiguous():
-                got.transpose(1, 2).view(b, s, h * d)
+                got.transpose(1, 2).view(b, rows, h * d)
 
 
 def test_as_torch():
@@ -85,13 +93,15 @@ def check_packed(device, dtype, d):
         ((k.contiguous(), v.contiguous()), {}),
     ):
         out = ours(q, *keys, **keywords)
-        assert out.stride() == sdpa(q, *keys, **keywords).stride() == (S * H * d, d, H * d, 1)
+        assert out.stride() == (S * H * d, d, H * d, 1)
+        if device == "cpu":  # on a GPU torch has no fused kernel for some of these
+            assert sdpa(q, *keys, **keywords).stride() == out.stride()
         rows = out.transpose(1, 2).view(B, S, H * d)
         plain = ours(q.contiguous(), *keys, **keywords)
-        assert torch.equal(rows, plain.transpose(1, 2).reshape(B, S, H * d))
+        assert same(rows, plain.transpose(1, 2).reshape(B, S, H * d))
     narrow = ours(q, k, v[..., : d // 2])
     assert narrow.transpose(1, 2).is_contiguous()
-    assert torch.equal(narrow, ours(q.contiguous(), k, v[..., : d // 2]))
+    assert same(narrow, ours(q.contiguous(), k, v[..., : d // 2]))
 
 
 def test_packed_qkv():
@@ -107,7 +117,7 @@ def check_ranks(device, dtype, d):
             k, v = (normal(*shape, device=device, dtype=dtype) for _ in range(2))
             out = ours(q, k, v)
             assert out.stride() == q.stride(), (shape, order)
-            assert torch.equal(out, ours(q.contiguous(), k, v)), (shape, order)
+            assert same(out, ours(q.contiguous(), k, v)), (shape, order)
 
 
 def test_every_rank():
