@@ -5,6 +5,7 @@
  */
 #include "tensor.h"
 
+#include <link.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -741,8 +742,45 @@ static PyObject *cuda_info(void) {
 static PyObject *cuda_info(void) { return Py_NewRef(Py_None); }
 #endif
 
+/* Of this very module, by the linker: its dynamic section, and where it is loaded. */
+extern ElfW(Dyn) _DYNAMIC[] __attribute__((visibility("hidden")));
+extern const char __ehdr_start[] __attribute__((visibility("hidden")));
+
+/* What an entry points to: some of them the dynamic linker has turned into addresses, some not. */
+static const char *entry_data(const ElfW(Dyn) * d) {
+    const uintptr_t base = (uintptr_t)__ehdr_start, at = d->d_un.d_ptr;
+    return (const char *)(at < base ? base + at : at);
+}
+
+/* The newest version of glibc that a symbol of this module asks for, "2.34", from the table that
+ * the dynamic linker has checked; NULL: none. */
+static const char *glibc_needed(char text[32]) {
+    const char *names = NULL, *entry = NULL;
+    int needs = 0, major, minor, newest[2] = {0, 0};
+    for (const ElfW(Dyn) *d = _DYNAMIC; d->d_tag != DT_NULL; d++) {
+        if (d->d_tag == DT_STRTAB) names = entry_data(d);
+        if (d->d_tag == DT_VERNEED) entry = entry_data(d);
+        if (d->d_tag == DT_VERNEEDNUM) needs = (int)d->d_un.d_val;
+    }
+    for (; names && entry && needs > 0; needs--) { /* one library each */
+        const ElfW(Verneed) *need = (const void *)entry;
+        const char *version = entry + need->vn_aux;
+        for (int i = 0; i < need->vn_cnt; i++) {
+            const ElfW(Vernaux) *aux = (const void *)version;
+            if (sscanf(names + aux->vna_name, "GLIBC_%d.%d", &major, &minor) == 2 &&
+                (major > newest[0] || (major == newest[0] && minor > newest[1])))
+                newest[0] = major, newest[1] = minor;
+            version += aux->vna_next;
+        }
+        entry += need->vn_next;
+    }
+    snprintf(text, 32, "%d.%d", newest[0], newest[1]);
+    return newest[0] ? text : NULL;
+}
+
 /* What only C knows; python/fastattn/_attention.py makes the public dict of it. */
 static PyObject *info(PyObject *module, PyObject *unused) {
+    char glibc[32];
     (void)module, (void)unused;
     PyObject *cuda = cuda_info(), *backends = cuda ? PyList_New(0) : NULL;
     for (int32_t i = 0; i < fa_backend_count() && backends; i++) {
@@ -754,9 +792,9 @@ static PyObject *info(PyObject *module, PyObject *unused) {
         Py_XDECREF(cuda);
         return NULL;
     }
-    return Py_BuildValue("{s:N, s:{s:s, s:i}, s:N, s:z}", "backends", backends, "cpu", "level",
-                         fa_cpu_level(), "threads", fa_cpu_threads(), "cuda", cuda, "no_kernels",
-                         fa_no_kernels());
+    return Py_BuildValue("{s:N, s:{s:s, s:i}, s:z, s:N, s:z}", "backends", backends, "cpu", "level",
+                         fa_cpu_level(), "threads", fa_cpu_threads(), "glibc_needed",
+                         glibc_needed(glibc), "cuda", cuda, "no_kernels", fa_no_kernels());
 }
 
 static PyObject *get_num_threads(PyObject *module, PyObject *unused) {

@@ -5,11 +5,9 @@ them from the definitions here, whose bodies never run.
 """
 
 import inspect
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from . import _C
@@ -445,21 +443,20 @@ def explain(function: Callable[..., Any], *args: Any, **keywords: Any) -> Explan
     Raises:
         What the call would raise before it chooses a backend; TypeError for another function.
     """
-    if function in (
-        attention_backward,
-        attention_varlen_backward,
-        attention_kvcache,
+    # By identity: where the function was forgotten, it is an array with an equality of its own.
+    if any(
+        function is f for f in (attention_backward, attention_varlen_backward, attention_kvcache)
     ):
         function(*args, **keywords)  # raises why it is not built
-    name = getattr(function, "__name__", repr(function))
-    if function not in (attention, attention_varlen, scaled_dot_product_attention):
+    if not any(function is f for f in (attention, attention_varlen, scaled_dot_product_attention)):
+        name = getattr(function, "__name__", None)
         raise TypeError(
-            "`function` must be attention, attention_varlen or scaled_dot_product_attention, "
-            f"got {name}"
+            "`function` must be attention, attention_varlen or scaled_dot_product_attention, got "
+            + (name or f"{type(function).__name__}: explain(fastattn.attention, q, k, v)")
         )
     bound = inspect.signature(function).bind(*args, **keywords)
     bound.apply_defaults()
-    return Explanation(*_C.explain(name, *bound.arguments.values()))
+    return Explanation(*_C.explain(function.__name__, *bound.arguments.values()))
 
 
 def set_num_threads(n: int | None) -> None:
@@ -504,13 +501,11 @@ def info() -> dict[str, Any]:
         for version in ("toolkit", "driver"):
             major, minor = divmod(cuda[version], 1000)
             cuda[version] = f"{major}.{minor // 10}" if major else None
-    needed = re.findall(rb"GLIBC_(\d+)\.(\d+)", Path(_C.__file__).read_bytes())
-    glibc = max(((int(a), int(b)) for a, b in needed), default=None)
     return {
         "version": __version__,
         "backends": found["backends"],
         "cpu": found["cpu"],
-        "glibc_needed": "{}.{}".format(*glibc) if glibc else None,
+        "glibc_needed": found["glibc_needed"],
         "cuda": cuda,
         "no_kernels": found["no_kernels"],
     }
