@@ -804,6 +804,8 @@ def test_sdpa_refuses_what_torch_refuses():
             want = tuple(theirs(*tensors).shape)
         except RuntimeError:
             want = None
+        if shapes[1][-2] != shapes[2][-2]:
+            want = None  # more keys than values: from 2.14.1 on torch computes something for some
         try:
             got = tuple(fastattn.scaled_dot_product_attention(*tensors).shape)
         except ValueError:
