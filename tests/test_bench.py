@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -78,6 +79,19 @@ def test_a_named_peer_must_be_installed(nothing_is_measured, monkeypatch, capsys
     args = _bench.parser_of("bench", None).parse_args(["--peers", "cudnn,fa3"])
     with pytest.raises(_bench.Refusal, match="no module fa3_fwd_interface"):
         _bench.choose_peers(args, "cuda")
+
+
+def test_another_build_is_measured_beside_this_one(monkeypatch):
+    """By its module, or by its package's folder."""
+    monkeypatch.setattr(_bench, "VARIANTS", list(_bench.VARIANTS))
+    package = pathlib.Path(fastattn.__file__).parent
+    module = next(package.glob("_C*.so"))
+    args = _bench.parser_of("bench", None).parse_args(
+        ["--module", f"one={module}", "--module", f"other={package}"]
+    )
+    everyone, _ = _bench.choose_peers(args, "cuda")
+    assert [peer.name for peer in everyone[:3]] == ["one", "other", "fastattn"]
+    assert {"one", "other"} <= {*_bench.VARIANTS}
 
 
 def test_every_suite_and_peer_can_be_named(monkeypatch):

@@ -1208,7 +1208,7 @@ def choose_peers(args, device):
     """(everyone who may be asked, the names that --peers gives); else a Refusal."""
     modules = [text.partition("=")[::2] for text in args.module]
     for name, file in modules:
-        if not (name.isidentifier() and pathlib.Path(file).exists()):
+        if not (name.isidentifier() and file and pathlib.Path(file).exists()):
             raise Refusal(f"--module must be NAME=PATH of what is there, got {name}={file}")
     VARIANTS.extend(name for name, _ in modules)
     everyone = [peer for peer in peers(args.backend, modules) if peer.device == device]
