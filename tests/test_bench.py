@@ -177,7 +177,8 @@ def test_the_limit_is_the_rate_of_real_matrix_products(kind, level, monkeypatch)
 def result_of(*rows, limits):
     for label in {row["label"] for row in rows}:
         _bench.derive([row for row in rows if row["label"] == label], {})
-    header = {"device": "cpu", "cpu": "some CPU", "cpu_threads": 2, "limits": limits}
+    header = {"device": "cpu", "cpu": "some CPU", "cpu_level": "avx2", "cpu_threads": 2}
+    header["limits"] = limits
     return {"header": header, "rows": list(rows)}
 
 

@@ -52,7 +52,8 @@ def _different(rows, key):
 
 
 def _title(rows, header):
-    machine = header.get("gpu") or f"{header['cpu']}, {header['cpu_threads']} threads"
+    cpu = "{cpu} ({cpu_level}, {cpu_threads} threads)"
+    machine = header.get("gpu") or cpu.format(**header)
     dtypes, passes = _different(rows, "dtype"), "attention, forward"
     kind = f"{dtypes[0]} {passes}" if len(dtypes) == 1 else passes
     return f"{machine}: {kind}; higher is faster"
