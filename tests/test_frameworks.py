@@ -31,7 +31,7 @@ def test_numpy_in_numpy_out(dtype):
     q, k, v = qkv(dtype)
     out, lse = fastattn.attention(q, k, v, return_lse=True)
     assert type(out) is type(lse) is np.ndarray
-    assert out.dtype == q.dtype and lse.dtype == np.float32
+    assert out.dtype == q.dtype and lse.dtype == (np.float64 if dtype == "float64" else np.float32)
     assert out.flags.c_contiguous and out.flags.owndata and out.flags.writeable
     right(out, q, k, v, lse)
 
@@ -118,7 +118,8 @@ def test_torch_in_torch_out(dtype):
     q, k, v = (cases.Torch().array(cases.store(x, "plain", None)) for x in qkv(dtype))
     out, lse = fastattn.attention(q, k, v, return_lse=True)
     assert type(out) is type(lse) is torch.Tensor
-    assert out.dtype == q.dtype and lse.dtype == torch.float32 and out.is_contiguous()
+    assert out.dtype == q.dtype and out.is_contiguous()
+    assert lse.dtype == (torch.float64 if dtype == "float64" else torch.float32)
     right(cases.Torch().numpy(out), *qkv(dtype), lse.numpy())
     parameter = torch.nn.Parameter(q, requires_grad=False)
     assert torch.equal(fastattn.attention(parameter, k, v), out)
