@@ -82,17 +82,42 @@ static fa_status check_shape(const fa_array *a, int32_t ndim, const int64_t *sha
                    shape_text(ndim, shape, want), shape_text(a->ndim, a->shape, got));
 }
 
+static const char *array_cast(const fa_array *a, const char *name, const char *torch_method,
+                              char buffer[64]) {
+    if (a->is_torch)
+        snprintf(buffer, 64, "%s.%s()", a->name, torch_method);
+    else
+        snprintf(buffer, 64, "%s.astype(\"%s\")", a->name, name);
+    return buffer;
+}
+
+/* The cast that makes an int or a float of the wrong size the wanted one, as ": pass x.int()". */
+static const char *size_mend(const fa_array *a, DLDataType want, char buffer[80]) {
+    const int ints = want.code == DL_INT && (a->dtype.code == DL_INT || a->dtype.code == DL_UINT);
+    const int floats =
+        want.code == DL_FLOAT && (a->dtype.code == DL_FLOAT || a->dtype.code == DL_BFLOAT);
+    char name[32], cast[64];
+    if (!ints && !floats) return "";
+    const char *method = floats            ? want.bits == 64   ? "double"
+                                             : want.bits == 32 ? "float"
+                                                               : "half"
+                         : want.bits == 64 ? "long"
+                                           : "int";
+    snprintf(buffer, 80, ": pass %s", array_cast(a, fa_dtype_name(want, name), method, cast));
+    return buffer;
+}
+
 /* like: the argument whose dtype this is, or NULL. */
 static fa_status check_dtype(const fa_array *a, DLDataType want, const fa_array *like,
                              fa_error *error) {
     if (!memcmp(&a->dtype, &want, sizeof want)) return FA_OK;
-    char expected[32], got[32];
+    char expected[32], got[32], mend[80];
     const char *name = fa_dtype_name(want, expected);
     if (like)
         return fa_fail(error, FA_TYPE, "`%s` must be %s like `%s`, got %s", a->name, name,
                        like->name, fa_dtype_name(a->dtype, got));
-    return fa_fail(error, FA_TYPE, "`%s` must be %s, got %s", a->name, name,
-                   fa_dtype_name(a->dtype, got));
+    return fa_fail(error, FA_TYPE, "`%s` must be %s, got %s%s", a->name, name,
+                   fa_dtype_name(a->dtype, got), size_mend(a, want, mend));
 }
 
 /* Same device, and on a GPU the same stream: arrays of two streams would need an order between
@@ -195,23 +220,49 @@ static void fold_batch(view *views[5], int32_t n, fa_plan *plan) {
     }
 }
 
+/* What would make a mask of (b, sk) or (b, sq, sk) fit, of ints a bool one and of other floats a
+ * float32 one, as ": pass mask.bool()[:, None, None, :]"; empty for any other. want: (b, hq, sq,
+ * sk). */
+static const char *mask_mend(const fa_array *a, const int64_t want[4], int fits_dtype,
+                             char buffer[128]) {
+    static const DLDataType float32 = {DL_FLOAT, 32, 1};
+    const int64_t *shape = a->shape;
+    const char *index = "";
+    char cast[80] = "";
+    if (a->ndim == 2 && shape[0] == want[0] && shape[0] != want[2] && shape[1] == want[3])
+        index = "[:, None, None, :]";
+    if (a->ndim == 3 && shape[0] == want[0] && shape[0] != want[1] && shape[1] == want[2] &&
+        shape[2] == want[3])
+        index = "[:, None]";
+    if (fits_dtype)
+        snprintf(cast, sizeof cast, ": pass %s", a->name);
+    else if (a->dtype.code == DL_INT || a->dtype.code == DL_UINT)
+        snprintf(cast, sizeof cast, ": pass %s", array_cast(a, "bool", "bool", buffer));
+    else
+        size_mend(a, float32, cast);
+    if (!*cast || (fits_dtype && !*index)) return "";
+    snprintf(buffer, 128, "%s%s", cast, index);
+    return buffer;
+}
+
 static fa_status check_mask(const fa_request *r, int32_t n, const int64_t *lead, fa_plan *plan,
                             view *mask, fa_error *error) {
     const fa_array *a = r->mask;
     const fa_what *w = &plan->params.what;
     fa_dtype dtype = contract_dtype(a->dtype);
     int same = dtype == w->dtype;
-    char got[32], want_shape[192], got_shape[192];
-    if (r->sdpa && dtype != FA_BOOL && dtype != FA_F32 && !same)
-        return fa_fail(error, FA_TYPE, "`%s` must be bool, float32 or of `%s`'s dtype, got %s",
-                       a->name, r->q->name, fa_dtype_name(a->dtype, got));
-    if (!dtype || (dtype == FA_F64 && !same))
-        return fa_fail(error, FA_TYPE, "`%s` must be bool, float32, float16 or bfloat16, got %s",
-                       a->name, fa_dtype_name(a->dtype, got));
-    TRY(check_place(a, r->q, error));
+    char got[32], want_shape[192], got_shape[192], mend[128];
     int64_t want[FA_MAX_RANK];
     memcpy(want, lead, n * sizeof *lead);
     want[n] = w->hq, want[n + 1] = w->sq, want[n + 2] = w->sk;
+    if (r->sdpa && dtype != FA_BOOL && dtype != FA_F32 && !same)
+        return fa_fail(error, FA_TYPE, "`%s` must be bool, float32 or of `%s`'s dtype, got %s%s",
+                       a->name, r->q->name, fa_dtype_name(a->dtype, got),
+                       mask_mend(a, want + n - 1, 0, mend));
+    if (!dtype || (dtype == FA_F64 && !same))
+        return fa_fail(error, FA_TYPE, "`%s` must be bool, float32, float16 or bfloat16, got %s%s",
+                       a->name, fa_dtype_name(a->dtype, got), mask_mend(a, want + n - 1, 0, mend));
+    TRY(check_place(a, r->q, error));
     int fits = a->ndim <= n + 3;
     if (fits) view_array(a, n, FA_BHSD, mask);
     for (int32_t i = 0; i < n && fits; i++) fits = stretch(&mask->lead_shape[i], lead[i]);
@@ -219,9 +270,10 @@ static fa_status check_mask(const fa_request *r, int32_t n, const int64_t *lead,
     if (!fits) {
         /* Ranks 2 and 3 have no leading dimension, but packed sequences have. */
         int32_t skip = r->cu_q ? 0 : n + 3 - plan->out_ndim;
-        return fa_fail(error, FA_VALUE, "`%s` must broadcast to %s, got %s", a->name,
+        return fa_fail(error, FA_VALUE, "`%s` must broadcast to %s, got %s%s", a->name,
                        shape_text(n + 3 - skip, want + skip, want_shape),
-                       shape_text(a->ndim, a->shape, got_shape));
+                       shape_text(a->ndim, a->shape, got_shape),
+                       mask_mend(a, want + n - 1, 1, mend));
     }
     plan->params.scores.mask_dtype = dtype;
     return FA_OK;
@@ -338,6 +390,15 @@ static fa_status check_what(const fa_request *r, const view *q, const view *k, c
 }
 
 /* hq, hk and hv. Without grouped heads sdpa broadcasts them like any leading dimension. */
+/* Whether the heads would fit if heads and rows changed places; then the layout, as a clause. */
+static const char *layout_mend(const fa_request *r, const view *q, const view *k, const view *v) {
+    const int64_t hq = q->tensor.shape[2], hk = k->tensor.shape[2], hv = v->tensor.shape[2];
+    const int fits = k->tensor.shape[1] == v->tensor.shape[1] && hq && hk && hk == hv && !(hq % hk);
+    if (r->cu_q || !fits || r->q->ndim != 4 || (r->sdpa && !r->enable_gqa && hq != hk)) return "";
+    if (r->sdpa) return ": attention(layout=\"bshd\") would fit";
+    return r->layout == FA_BHSD ? ": layout=\"bshd\" would fit" : ": layout=\"bhsd\" would fit";
+}
+
 static fa_status check_heads(const fa_request *r, view *q, view *k, view *v, fa_plan *plan,
                              fa_error *error) {
     int64_t hq = q->tensor.shape[1], hk = k->tensor.shape[1], hv = v->tensor.shape[1];
@@ -359,12 +420,14 @@ static fa_status check_heads(const fa_request *r, view *q, view *k, view *v, fa_
         if (sides[i].heads ? hq % sides[i].heads : hq)
             return fa_fail(
                 error, FA_VALUE,
-                "`%s` must have a number of heads that is a multiple of `%s`'s %lld, got %lld",
-                r->q->name, sides[i].a->name, (long long)sides[i].heads, (long long)hq);
+                "`%s` must have a number of heads that is a multiple of `%s`'s %lld, got %lld%s",
+                r->q->name, sides[i].a->name, (long long)sides[i].heads, (long long)hq,
+                layout_mend(r, q, k, v));
     if (broadcasts && hk != 1 && hk != hq)
         return fa_fail(error, FA_VALUE,
-                       "`%s` must have hk = %lld like `%s` or 1 without enable_gqa, got %lld",
-                       r->k->name, (long long)hq, r->q->name, (long long)hk);
+                       "`%s` must have hk = %lld like `%s` or 1 without enable_gqa, got %lld%s",
+                       r->k->name, (long long)hq, r->q->name, (long long)hk,
+                       layout_mend(r, q, k, v));
     q->tensor.shape[1] = hq, k->tensor.shape[1] = hk, v->tensor.shape[1] = hv;
     fa_what *w = &plan->params.what;
     w->hq = (int32_t)hq, w->hk = hk ? (int32_t)hk : 1, w->hv = hv ? (int32_t)hv : 1;

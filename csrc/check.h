@@ -22,6 +22,7 @@ typedef struct fa_array {
     int32_t ndim;
     int64_t shape[FA_MAX_RANK], stride[FA_MAX_RANK]; /* no sum of them passes 2^60 bytes */
     void *stream; /* the producer's current CUDA stream; NULL is the legacy default stream */
+    int is_torch; /* casts are spelled x.float(), else x.astype("float32"), in sentences */
 } fa_array;
 
 typedef enum fa_layout { FA_BHSD, FA_BSHD } fa_layout;

@@ -53,10 +53,22 @@ static const char *repr(PyObject *object, char buffer[64]) {
     return tensor_text(PyObject_Repr(object), 64, buffer);
 }
 
-static fa_status get_bool(PyObject *object, const char *name, int *out, fa_error *error) {
+/* *out is NULL where object is neither Python's nor NumPy's bool. */
+static fa_status as_bool(module_state *state, PyObject *object, PyObject **out) {
+    *out = object == Py_True || object == Py_False ? object : NULL;
+    if (*out || PyUnicode_Check(object) || PyLong_Check(object)) return FA_OK;
+    const int truth = tensor_truth(state, object);
+    if (truth >= 0) *out = truth ? Py_True : Py_False;
+    return truth == -2 ? FA_RAISED : FA_OK;
+}
+
+static fa_status get_bool(module_state *state, PyObject *object, const char *name, int *out,
+                          fa_error *error) {
     char got[64];
-    *out = object == Py_True;
-    if (object == Py_True || object == Py_False) return FA_OK;
+    PyObject *value;
+    TRY(as_bool(state, object, &value));
+    *out = value == Py_True;
+    if (value) return FA_OK;
     return fa_fail(error, FA_TYPE, "`%s` must be True or False, got %s", name, repr(object, got));
 }
 
@@ -95,11 +107,13 @@ static fa_status get_layout(PyObject *object, fa_layout *out, fa_error *error) {
     return fa_fail(error, FA_VALUE, "`layout` must be 'bhsd' or 'bshd', got %s", repr(object, got));
 }
 
-static fa_status get_causal(PyObject *object, fa_request *r, fa_error *error) {
+static fa_status get_causal(module_state *state, PyObject *object, fa_request *r, fa_error *error) {
     char got[64];
+    PyObject *value;
+    TRY(as_bool(state, object, &value));
     r->top_left = is_text(object, "top-left");
-    r->causal = r->top_left || object == Py_True;
-    if (r->causal || object == Py_False) return FA_OK;
+    r->causal = r->top_left || value == Py_True;
+    if (r->top_left || value) return FA_OK;
     return fa_fail(error, FA_VALUE, "`causal` must be False, True or 'top-left', got %s",
                    repr(object, got));
 }
@@ -284,9 +298,9 @@ static fa_status get_scores(call *c, PyObject *const *a) {
 /* From return_lse to backend there, and the verdict on all arguments. */
 static fa_status get_rest(call *c, PyObject *const *a) {
     int deterministic; /* the forward pass always is */
-    TRY(get_bool(a[0], "return_lse", &c->return_lse, &c->error));
-    TRY(get_bool(a[2], "deterministic", &deterministic, &c->error));
-    TRY(get_bool(a[3], "batch_invariant", &c->request.batch_invariant, &c->error));
+    TRY(get_bool(c->state, a[0], "return_lse", &c->return_lse, &c->error));
+    TRY(get_bool(c->state, a[2], "deterministic", &deterministic, &c->error));
+    TRY(get_bool(c->state, a[3], "batch_invariant", &c->request.batch_invariant, &c->error));
     TRY(get_backend(a[4], &c->backend, &c->error));
     TRY(fa_check_attention(&c->request, &c->plan, &c->error));
     return check_out(c, a[1]);
@@ -299,7 +313,7 @@ static fa_status prepare_attention(call *c, PyObject *const *a) {
     TRY(borrow_operand(c, a[0], "q", &r->q));
     TRY(borrow_operand(c, a[1], "k", &r->k));
     TRY(borrow_operand(c, a[2], "v", &r->v));
-    TRY(get_causal(a[3], r, error));
+    TRY(get_causal(c->state, a[3], r, error));
     TRY(get_window(a[4], r, error));
     TRY(get_offset(c, a[5]));
     TRY(borrow_some(c, a[6], "q_lengths", &r->q_lengths));
@@ -329,7 +343,7 @@ static fa_status prepare_varlen(call *c, PyObject *const *a) {
     if (a[10] != Py_None)
         return fa_fail(error, FA_UNSUPPORTED,
                        "`page_table` is not built yet: no backend reads keys from pages");
-    TRY(get_causal(a[11], r, error));
+    TRY(get_causal(c->state, a[11], r, error));
     TRY(get_window(a[12], r, error));
     TRY(get_scores(c, a + 13));
     return get_rest(c, a + 20);
@@ -368,13 +382,13 @@ static fa_status prepare_sdpa(call *c, PyObject *const *a) {
             error, FA_VALUE,
             "`dropout_p` > 0 needs a torch generator here: use attention(seed=) for other arrays");
     int is_causal;
-    TRY(get_bool(a[5], "is_causal", &is_causal, error));
+    TRY(get_bool(c->state, a[5], "is_causal", &is_causal, error));
     if (is_causal && a[3] != Py_None)
         return fa_fail(error, FA_VALUE, "`attn_mask` must be None with is_causal=True, got both");
     if (is_causal) r->causal = r->top_left = 1;
     r->has_scale = a[6] != Py_None;
     if (r->has_scale) TRY(get_double(c->state, a[6], "scale", &r->scale, error));
-    TRY(get_bool(a[7], "enable_gqa", &r->enable_gqa, error));
+    TRY(get_bool(c->state, a[7], "enable_gqa", &r->enable_gqa, error));
     return fa_check_attention(r, &c->plan, error);
 }
 

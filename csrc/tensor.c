@@ -517,6 +517,7 @@ fa_status tensor_borrow(module_state *state, torch_now *now, PyObject *object, c
     char got[128];
     b->array.name = name;
     b->array.stream = NULL;
+    b->array.is_torch = 0;
     b->object = object;
     b->cast = NULL;
     b->writeable = 1;
@@ -526,6 +527,7 @@ fa_status tensor_borrow(module_state *state, torch_now *now, PyObject *object, c
         PyTypeObject *tensor = __atomic_load_n(&state->tensor, __ATOMIC_ACQUIRE);
         PyTypeObject *ndarray = __atomic_load_n(&state->ndarray, __ATOMIC_ACQUIRE);
         if (tensor && (type == tensor || type == state->parameter)) {
+            b->array.is_torch = 1;
             if (state->torch) return borrow_torch(state, now, object, b, error);
             fa_status status = check_torch(state, now, object, name, error);
             return status == FA_OK ? borrow_dlpack(state, object, b, error) : status;
@@ -592,6 +594,12 @@ fa_status tensor_autocast(module_state *state, torch_now *now, borrowed *b, fa_e
     fa_status status = tensor_borrow(state, now, cast, a->name, b, error);
     b->cast = cast;
     return status;
+}
+
+int tensor_truth(module_state *state, PyObject *object) {
+    PyObject *answer = call_arrays(state, "truth", "(O)", object);
+    Py_XDECREF(answer); /* a bool or None, kept by the interpreter */
+    return !answer ? -2 : answer == Py_None ? -1 : answer == Py_True;
 }
 
 int tensor_is_number(module_state *state, PyObject *object) {

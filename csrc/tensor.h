@@ -117,6 +117,9 @@ void tensor_release(borrowed *b);
  * make of it. */
 fa_status tensor_autocast(module_state *state, torch_now *now, borrowed *b, fa_error *error);
 
+/* 1 or 0 for a bool of NumPy's, -1 for any other object, -2 with an exception. */
+int tensor_truth(module_state *state, PyObject *object);
+
 /* Whether object may stand for a float, as far as torch goes: 0 for a tensor that has a gradient or
  * dimensions, as torch has it; -1 with an exception. */
 int tensor_is_number(module_state *state, PyObject *object);

@@ -194,6 +194,11 @@ def hand_over(like: Any, capsule: Any, dtype: str) -> Any:
         return jax.dlpack.from_dlpack(buffer)
 
 
+def truth(value: Any) -> bool | None:
+    """A bool of NumPy's as Python's, None for any other object."""
+    return bool(value) if _is(value, "numpy", "bool_") else None
+
+
 def is_plain_ndarray(array: Any) -> bool:
     """Whether a subclass of numpy.ndarray means the same as one (a masked array does not)."""
     return _is(array, "numpy", "memmap")
