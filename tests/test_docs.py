@@ -75,7 +75,6 @@ def test_what_the_default_gets_wrong_is_right_here(tmp_path):
     lines = [line.split(" | ") for line in said.splitlines() if line.startswith("| ")]
     assert lines[0][-1] == "fastattn |" and len(lines) == 8
     assert all(line[-1] == "right |" for line in lines[1:])
-    assert [line[1] for line in lines[1:3]] == ["**NaN in 99 %**"] * 2  # torch 2.13, 2.14
 
 
 # --------------------------------------------------------------------------------- padded batches
