@@ -82,7 +82,8 @@ def formula(
             biggest, torch.where(seen, s, 0).abs().nan_to_num().max().item() if s.numel() else 0.0
         )
         if softcap:
-            s = softcap * torch.tanh(s / softcap)
+            wide = s if 1e-30 < softcap < 1e30 else s.double()  # that a float holds
+            s = (softcap * torch.tanh(wide / softcap)).to(real)
         if mask is not None and mask.dtype != torch.bool:
             s = s + mask[b, h].to(real)
         if alibi_slopes is not None:

@@ -111,6 +111,9 @@ def features(b, hq, sq, sk):
     yield "causal, one key head", {"hk": 1}, {"causal": True}
     yield "narrow heads", {"less": 8}, {"causal": True}  # no load touches their last columns
     yield "window and lengths", {}, {"window": (50, 20), **limits}
+    offset = {"q_offset": [sk // 2 - 40 * i for i in range(b)]}
+    yield "offsets", {}, {"causal": True, **offset}
+    yield "window before", {}, {"window": (90, -7), "q_offset": sk // 2}
     yield "odd strides", {"move": odd}, {"causal": "top-left"}
     yield "columns apart", {"move": apart}, {"causal": "top-left"}
     yield "heads anywhere", {"move": beside}, {"causal": True}
@@ -119,6 +122,7 @@ def features(b, hq, sq, sk):
     yield "sink", {}, {"sink": torch.linspace(-3, 3, hq), **limits}
     yield "packed, full", {"packed": True}, {}
     yield "packed, causal", {"packed": True}, {"causal": True}
+    yield "packed, offsets", {"packed": True}, {"window": (-7, 90), **offset}
     yield "packed, odd strides", {"packed": True, "move": odd}, {"causal": "top-left"}
     yield "packed, columns apart", {"packed": True, "move": apart}, {}
     yield "packed, heads anywhere", {"packed": True, "move": beside}, {}
@@ -141,6 +145,9 @@ def changes(b, hq, sq, sk):
     yield "softcap, narrow heads", {"less": 8}, {"softcap": 5.0}
     yield "softcap, far", {}, {"softcap": 0.5, "causal": True}
     yield "alibi", {"hk": 1}, {"alibi_slopes": slopes, "causal": True}
+    offset = {"q_offset": [sk // 2 - 40 * i for i in range(b)], "window": (90, -7)}
+    yield "alibi, offsets", {}, {"alibi_slopes": slopes, **offset}
+    yield "bool mask, offsets", {}, {"mask": mask(sq, sk), **offset}
     yield "dropout", {}, {"dropout_p": 0.1, "seed": 2**40 + 3}
     yield "bool mask", {}, {"mask": mask(sq, sk), **limits}
     yield "bool mask of each head", {}, {"mask": mask(b, hq, sq, sk), "causal": True}
