@@ -1103,7 +1103,14 @@ class Refusal(Exception):  # noqa: N818 - a sentence for the user, not a fault
 def parser_of(program, tree):
     parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"suites: {', '.join(_suites())}; 'cpu*' and 'gpu*' take all of a kind."
+    others = [peer for peer in peers() if peer.name not in VARIANTS]
+    parser.epilog = "\n".join(
+        [
+            f"suites: {', '.join(_suites())}; 'cpu*' and 'gpu*' take all of a kind.",
+            f"peers of the CPU: {', '.join(x.name for x in others if x.device == 'cpu')}; "
+            f"of a GPU: {', '.join(x.name for x in others if x.device == 'cuda')}",
+        ]
+    )
     add = parser.add_argument
     add("--suite", action="append", help="name, or a prefix with *; default: by the device")
     add("--filter", action="append", default=[], help="words of a cell's label; repeats")
