@@ -4,7 +4,8 @@ One *cell* is a shape, a dtype and a mask. Every implementation installed here c
 is checked against float64, then all are timed side by side, interleaved round by round, because
 clocks and power move more between two runs than most optimisations gain. What is printed is the
 median, with the 10th and 90th percentile, beside the two limits of the machine as measured in the
-same run: its matrix product rate and its copy bandwidth. Losing cells are printed like the others.
+same run: its matrix product rate and its copy bandwidth, or what was faster. Losing cells are
+printed like the others.
 """
 
 from __future__ import annotations

@@ -1,0 +1,117 @@
+"""benchmarks/report.py: which result files count, and what is made of them."""
+
+import importlib.util
+import json
+
+import pytest
+from conftest import ROOT, needs
+from fastattn import _bench
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "benchmarks" / "report.py").exists(), reason="no source tree"
+)
+
+README = (
+    "before\n<!-- report: gpu -->\nold\n<!-- end -->\n<!-- report: cpu -->\n<!-- end -->\nafter\n"
+)
+README += "<!-- report: correctness -->\n<!-- end -->\n"
+GPU, CPU = "NVIDIA Test", "some CPU"
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    """The script, on a folder of its own."""
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "results").mkdir()
+    for name, path in (("HERE", ""), ("README", "README.md"), ("RESULTS", "RESULTS.md")):
+        monkeypatch.setattr(module, name, tmp_path / path)
+    module.README.write_text(README)
+    monkeypatch.setattr("sys.argv", ["report.py"])
+    return module
+
+
+def write(report, name, device, rows, date="2030-01-01 10:00 UTC", level="avx2", commit="abc"):
+    header = {"date": date, "command": f"measure {name}", "commit": commit, "device": device}
+    header |= {"cpu": CPU, "cpu_level": level, "cpu_threads": 2, "versions": {"torch": "2.x"}}
+    header["limits"] = {"bf16": 1e15, "fp32": 1e12, "copy": 1e13}
+    if device == "cuda":
+        header |= {"gpu": GPU, "driver": "1", "clocks": {"clocks.sm": "1 MHz"}}
+    text = _bench.dump({"header": header, "rows": rows})
+    (report.HERE / "results" / f"{name}.json").write_text(text)
+
+
+def rows_of(cell, ours=1.0, **peers):
+    rows = []
+    for name, ms in {"fastattn": ours, **peers}.items():
+        row = {"implementation": name, "label": cell.label, **vars(cell), "repeats": True}
+        row |= {"work": cell.flops, "traffic": cell.bytes, "error": 0.0, "bound": 1.0}
+        timed = {"ms": ms, "p10": ms, "p90": ms}
+        rows.append(row | ({"refused": "not here"} if ms is None else timed))
+    return _bench.derive(rows, {})
+
+
+def grid(suite, device, ours, **peers):
+    dtype = "bf16" if device == "cuda" else "fp32"
+    cells = [_bench.Cell(suite, device, 1, 8, s, 64, dtype) for s in (512, 1024)]
+    return [row for cell in cells for row in rows_of(cell, ours, **peers)]
+
+
+def verdict(implementation, words):
+    row = {"suite": "correctness", "input": "an input", "implementation": implementation}
+    return row | {"verdict": words, "right": words == "right"}
+
+
+@pytest.fixture
+def filled(report):
+    write(report, "old", "cuda", grid("gpu-bf16", "cuda", 9.0, fa3=1.0), "2029-01-01 10:00 UTC")
+    write(report, "new", "cuda", grid("gpu-bf16", "cuda", 1.0, fa3=1.2, cudnn=1.5))
+    short = _bench.Cell("gpu-short", "cuda", 1, 8, 64, 64)
+    write(report, "short", "cuda", rows_of(short, 1.0, cudnn=0.8))
+    write(report, "cpu", "cpu", grid("cpu", "cpu", 1.0, torch=2.0))
+    write(report, "cpu-other", "cpu", grid("cpu", "cpu", 1.0, torch=3.0), level="avx512")
+    write(report, "wrong", "cpu", [verdict("default", "NaN in 9 %"), verdict("fastattn", "right")])
+    return report
+
+
+@needs("matplotlib")
+def test_one_command_writes_everything(filled, capsys, monkeypatch):
+    filled.main()
+    assert "results/old.json is superseded" in capsys.readouterr().err
+    readme, results = filled.README.read_text(), filled.RESULTS.read_text()
+    assert readme.startswith("before\n") and "\nafter\n" in readme and "old" not in readme
+    assert "takes **1.20 times**" in " ".join(readme.split())
+    assert "short sequences: bf16 b1 h8 s64 d64 full 0.80 (cudnn)" in " ".join(readme.split())
+    assert "| an input | **NaN in 9 %** | right |" in readme
+    assert f"## {GPU}" in results and f"## {CPU} (avx2)" in results
+    assert f"## {CPU} (avx512)" in results and "old.json" not in results
+    assert "(1.20 x fa3)" in results and "**cudnn 0.80**" in results
+
+    monkeypatch.setattr("sys.argv", ["report.py", "--check"])
+    filled.main()  # all is as written
+    filled.RESULTS.write_text(results.replace("1.20", "1.30"))
+    with pytest.raises(SystemExit, match=r"RESULTS\.md: not what"):
+        filled.main()
+
+
+@needs("matplotlib")
+def test_pictures_follow_their_data(filled, monkeypatch):
+    filled.main()
+    for suite in filled.PICTURES:
+        text = (filled.HERE / f"{suite}.svg").read_text()
+        assert text.startswith("<?xml") and len(text) < 150_000
+    write(filled, "new", "cuda", grid("gpu-bf16", "cuda", 1.0, fa3=1.3))
+    monkeypatch.setattr("sys.argv", ["report.py", "--check"])
+    with pytest.raises(SystemExit, match=r"gpu-bf16\.svg"):
+        filled.main()
+
+
+def test_a_refusal_of_ours_and_a_cell_without_peers_are_shown(report):
+    cells = [_bench.Cell("gpu-heads", "cuda", 1, 8, 64, d) for d in (96, 300)]
+    rows = rows_of(cells[0], 1.0, cudnn=None) + rows_of(cells[1], None, cudnn=1.0)
+    write(report, "heads", "cuda", rows)
+    (result,) = [json.loads(p.read_text()) for p in (report.HERE / "results").iterdir()]
+    lines = report.table(result, "gpu-heads")
+    assert len(lines) == 4 and "refused" in lines[3] and "not here" in lines[3]
+    assert lines[2].startswith("| bf16 b1 h8 s64 d96 full | 1 (1 to 1) |")
