@@ -8,13 +8,51 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast, overload
 
 from . import _C
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Array = TypeVar("Array")
 Function = TypeVar("Function", bound=Callable[..., Any])
 Layout = Literal["bhsd", "bshd"]
+
+
+class _Options(TypedDict, total=False):
+    """The keywords of attention and attention_varlen but return_lse, for their overloads.
+
+    The lse is Any there: of q's kind, but of another dtype and rank, which a type may name.
+    """
+
+    causal: bool | Literal["top-left"]
+    window: tuple[int | None, int | None] | None
+    q_offset: Any
+    mask: Any
+    softcap: float
+    alibi_slopes: Any
+    sink: Any
+    scale: float | None
+    dropout_p: float
+    seed: Any
+    out: Any
+    deterministic: bool
+    batch_invariant: bool
+    backend: Literal["sm90", "sm80", "cpu"] | None
+
+
+class _Padded(_Options, total=False):
+    q_lengths: Any
+    k_lengths: Any
+    k_start: Any
+    layout: Layout
+
+
+class _Packed(_Options, total=False):
+    seqused_q: Any
+    seqused_k: Any
+    page_table: Any
 
 
 def _in_c(function: Function) -> Function:
@@ -80,6 +118,18 @@ def scaled_dot_product_attention(
     raise NotImplementedError  # never runs
 
 
+@overload
+def attention(
+    q: Array, k: Any, v: Any, *, return_lse: Literal[False] = ..., **options: "Unpack[_Padded]"
+) -> Array: ...
+@overload
+def attention(
+    q: Array, k: Any, v: Any, *, return_lse: Literal[True], **options: "Unpack[_Padded]"
+) -> tuple[Array, Any]: ...
+@overload
+def attention(
+    q: Array, k: Any, v: Any, *, return_lse: bool, **options: "Unpack[_Padded]"
+) -> Array | tuple[Array, Any]: ...
 @_in_c
 def attention(
     q: Array,
@@ -184,6 +234,45 @@ def attention(
     raise NotImplementedError  # never runs
 
 
+@overload
+def attention_varlen(
+    q: Array,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: "Unpack[_Packed]",
+) -> Array: ...
+@overload
+def attention_varlen(
+    q: Array,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: Literal[True],
+    **options: "Unpack[_Packed]",
+) -> tuple[Array, Any]: ...
+@overload
+def attention_varlen(
+    q: Array,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: bool,
+    **options: "Unpack[_Packed]",
+) -> Array | tuple[Array, Any]: ...
 @_in_c
 def attention_varlen(
     q: Array,
