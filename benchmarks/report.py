@@ -51,8 +51,10 @@ Written by `python benchmarks/report.py` from the files in [results](results), w
 its error, bound, spread, versions and command. Medians of interleaved timings, all implementations
 in one process, each output checked against float64 first; `python -m fastattn bench` measures the
 machine at hand. Ratios are the other's time over ours: above 1 fastattn is faster, **bold** where
-it is slower. "x floor" is our time over the higher of two floors: arithmetic at the run's own
-matrix product rate (or at what was faster), memory at its copy rate.
+it is slower. "unmasked", "plain", "ordinary", "causal", "dense", "32 kv heads" and "1 thread" are
+fastattn too, on the cell without what is special. "x floor" is our time over the higher of two
+floors: arithmetic at the run's own matrix product rate (or at what was faster), memory at its copy
+rate.
 """
 
 
@@ -136,8 +138,12 @@ def listing(cells, result):
         if "ms" not in ours:
             yield [ours["label"], "refused", "-", "-", ours["refused"]]
             continue
-        others = [r for r in cell.values() if r is not ours and "ratio" in r]
-        compared = [marked(f"{r['implementation']} {r['ratio']:.2f}", r["ratio"]) for r in others]
+        compared = []
+        for row in cell.values():
+            if row is not ours and "ratio" in row:
+                text = f"{row['implementation']} {row['ratio']:.2f}"
+                own = row["implementation"] in _bench.VARIANTS
+                compared.append(text if own else marked(text, row["ratio"]))
         time = f"{ours['ms']:.4g} ({ours['p10']:.4g} to {ours['p90']:.4g})"
         over = _bench.shares(ours, limits)[1]
         per_head = f"{ours['ms'] * 1e3 / ours['hq']:,.2f}"

@@ -198,6 +198,16 @@ def test_no_row_is_above_its_limit_or_below_its_floor(rate):
     assert result["header"]["limits"] == limits  # as measured
 
 
+def test_what_a_mask_hides_by_blocks_is_no_work():
+    full, blocks = (
+        _bench.Cell("gpu-mask", "cuda", 1, 1, 1024, 64, mask=m) for m in ("full", "blocks")
+    )
+    assert blocks.flops == full.flops / 2
+    limits = {"bf16": full.flops / 1e-3, "copy": 1e30}
+    result = result_of(row_of(full), row_of(blocks, ms=0.1), limits=limits)
+    assert _bench.limits_of(result)["bf16"] == limits["bf16"]
+
+
 def test_without_a_limit_there_is_no_share():
     result = result_of(row_of(CELLS[0]), limits={"copy": 1e10})
     assert _bench.shares(result["rows"][0], _bench.limits_of(result)) == (None, None)

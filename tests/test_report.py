@@ -107,6 +107,16 @@ def test_pictures_follow_their_data(filled, monkeypatch):
         filled.main()
 
 
+def test_bold_is_another_implementation_that_is_faster(report):
+    """Not fastattn on another cell."""
+    cell = _bench.Cell("gpu-mask", "cuda", 1, 8, 512, 64, mask="bool")
+    write(report, "mask", "cuda", rows_of(cell, 1.0, unmasked=0.5, cudnn=0.9, efficient=2.0))
+    (result,) = [result for _, result in report.load()]
+    assert report.table(result, "gpu-mask")[2].endswith(
+        "| unmasked 0.50, **cudnn 0.90**, efficient 2.00 |"
+    )
+
+
 def test_a_refusal_of_ours_and_a_cell_without_peers_are_shown(report):
     cells = [_bench.Cell("gpu-heads", "cuda", 1, 8, 64, d) for d in (96, 300)]
     rows = rows_of(cells[0], 1.0, cudnn=None) + rows_of(cells[1], None, cudnn=1.0)

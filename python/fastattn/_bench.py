@@ -69,7 +69,7 @@ class Cell:
             return float((n * (n + 1) / 2 if self.mask == "causal" else n * n).sum())
         if self.mask in WINDOWS:
             return float(self.b * sum(min(i + 1, WINDOWS[self.mask]) for i in range(self.s)))
-        return self.b * self.s**2 / (2 if self.mask == "causal" else 1)
+        return self.b * self.s**2 / (2 if self.mask in ("causal", "blocks") else 1)
 
     @property
     def rows(self):
@@ -895,7 +895,7 @@ def limits_of(result):
     GPU that its power holds back, attention may be faster than products of random numbers."""
     limits = dict(result["header"]["limits"])
     for row in result["rows"]:
-        if "ms" in row and row["clock"] != "host":
+        if "ms" in row and row["clock"] != "host" and row["mask"] != "blocks":  # those may skip
             for name, work in ((row["dtype"], row["work"]), ("copy", row["traffic"])):
                 if name in limits:
                     limits[name] = max(limits[name], work / row["ms"] * 1e3)
