@@ -227,6 +227,16 @@ static int is_torch(const call *c) {
     return type == c->state->tensor || type == c->state->parameter;
 }
 
+/* Of an argument that may be an int too; -1 with an exception. */
+static int is_array(PyObject *object) {
+    PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
+    Py_XDECREF(method);
+    if (method) return 1;
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
+    PyErr_Clear();
+    return 0;
+}
+
 /* seed=: an int, an array, or None; then run() asks the generator of torch. */
 static fa_status get_seed(call *c, PyObject *object) {
     char got[64];
@@ -239,8 +249,8 @@ static fa_status get_seed(call *c, PyObject *object) {
         return fa_fail(&c->error, FA_VALUE,
                        "`seed` must be an int or an int64 array where dropout_p > 0 and `q` is no "
                        "torch tensor, got None");
-    if (PyObject_HasAttrString(object, "__dlpack__"))
-        return borrow(c, object, "seed", &c->request.seed);
+    const int array = is_array(object);
+    if (array) return array < 0 ? FA_RAISED : borrow(c, object, "seed", &c->request.seed);
     TRY(get_int(object, "seed", "be an int or an int64 array", value, &overflow, &c->error));
     if (!overflow) return FA_OK;
     return fa_fail(&c->error, FA_VALUE, "`seed` must be from -2^63 to 2^63 - 1, got %s",
@@ -252,8 +262,8 @@ static fa_status get_offset(call *c, PyObject *object) {
     fa_request *r = &c->request;
     int overflow;
     if (object == Py_None) return FA_OK;
-    if (PyObject_HasAttrString(object, "__dlpack__"))
-        return borrow(c, object, "q_offset", &r->q_offset);
+    const int array = is_array(object);
+    if (array) return array < 0 ? FA_RAISED : borrow(c, object, "q_offset", &r->q_offset);
     r->has_offset = 1;
     return get_int(object, "q_offset", "be an int or an int32 array (b,)", &r->offset, &overflow,
                    &c->error);

@@ -274,6 +274,17 @@ def test_a_ctrl_c_while_the_sentence_is_made(option):
         call_with(option, Slow(TypeError("theirs")))
 
 
+@pytest.mark.parametrize("option", ["seed", "q_offset"])
+def test_a_ctrl_c_while_an_int_is_told_from_an_array(option):
+    class Slow:
+        @property
+        def __dlpack__(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call_with(option, Slow())
+
+
 @pytest.mark.parametrize("option", ["scale", "softcap", "dropout_p"])
 @pytest.mark.parametrize("value", [10**400, -(10**400)])
 def test_an_int_that_no_float_holds(option, value):
