@@ -333,7 +333,9 @@ static fa_status check_masks(const fa_request *r, fa_plan *plan, fa_error *error
                        (long long)r->left, (long long)r->right);
     if (r->causal && (!r->has_right || m->right > 0)) m->right = 0;
     if (r->top_left && (r->has_offset || r->q_offset))
-        return fa_fail(error, FA_VALUE, "`q_offset` must be None with causal='top-left'");
+        return fa_fail(error, FA_VALUE,
+                       "`q_offset` must be None with causal='top-left', whose offset is 0, got %s",
+                       r->q_offset ? "an array" : "an int");
     m->flags = (r->has_left ? FA_HAS_LEFT : 0) | (r->has_right || r->causal ? FA_HAS_RIGHT : 0) |
                (r->has_offset || r->top_left ? FA_HAS_OFFSET : 0);
     m->offset = clamp_shift(r->offset);

@@ -157,6 +157,7 @@ FA_FAST vec log2_(vec x) {
     vec z = (t - 1) / (t + 1), w = z * z;
     const int last = DOUBLE ? 23 : 11;
     vec y = splat((real)(2 * FA_LOG2E / last));
+#pragma GCC unroll 11
     for (int n = last - 2; n > 0; n -= 2) y = fma_(y, w, splat((real)(2 * FA_LOG2E / n)));
     return fma_(y, z, __builtin_convertvector(n, vec) + (x - x));
 }
