@@ -17,6 +17,19 @@ from conftest import ROOT, python
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no source tree")
 
 
+def sources():
+    """Every file of ROOT that is no product: as git tells, where it is a clone."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return [name for name in done.stdout.split("\0") if (ROOT / name).is_file()]
+    product = (
+        r"(^|/)(build|dist|__pycache__|[^/]*\.egg-info|\.\w+_cache|\.hypothesis|\.venv)/|\.so$"
+    )
+    names = (path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.is_file())
+    return [name for name in names if not re.search(product, name)]
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The names in an sdist, and in the wheel (without CUDA) that this very sdist gives."""
@@ -24,8 +37,9 @@ def built(tmp_path_factory):
         pytest.skip("no C compiler")
     folder = tmp_path_factory.mktemp("package")
     tree = folder / "tree"
-    skip = shutil.ignore_patterns("build", "dist", "*.so", "*.egg-info", "__pycache__", ".*")
-    shutil.copytree(ROOT, tree, ignore=skip)
+    for name in sources():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
     run = "import setuptools.build_meta as b, sys; getattr(b, sys.argv[1])(sys.argv[2])"
     environment = {**os.environ, "FASTATTN_CUDA": "0"}
 
@@ -47,12 +61,8 @@ def built(tmp_path_factory):
 
 def test_the_sdist_has_all_that_a_build_and_its_tests_need(built):
     sdist, _ = built
-    wanted = {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
-    for folder in ("csrc", "kernels", "python", "tests"):
-        for path in (ROOT / folder).rglob("*"):
-            name = path.relative_to(ROOT).as_posix()
-            if path.is_file() and not re.search(r"\.(so|pyc)$|egg-info|/\.", name):
-                wanted.add(name)
+    wanted = set(sources())
+    assert {"setup.py", "benchmarks/report.py", ".ci/run", ".github/CONTRIBUTING.md"} <= wanted
     assert wanted <= sdist, wanted - sdist
     assert not [n for n in sdist if n.endswith((".so", ".o", ".pyc"))]
 
@@ -70,6 +80,8 @@ def test_promise_1_the_wheel_is_the_package_and_nothing_else(built):
     requires = [line for line in text.splitlines() if line.startswith("Requires-Dist")]
     assert [r for r in requires if "extra ==" not in r] == ["Requires-Dist: numpy>=1.23"]
     assert f"Version: {fastattn.__version__}" in text and "BSD-3-Clause" in text
+    assert "Classifier: Development Status ::" in text and "GPU :: NVIDIA CUDA" in text
+    assert not re.search(r"^Project-URL:.*(example|localhost|todo)", text, re.M | re.I)
 
 
 def test_promise_1_the_wheel_imports_with_nothing_beside_it(built, tmp_path):
