@@ -10,6 +10,7 @@ import cases
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")  # of the CPU backend, the plainest first
 EXAMPLES = int(os.environ.get("FASTATTN_TEST_EXAMPLES", "2000"))
 
 
@@ -77,8 +78,7 @@ def place(request):
 def cpu_levels():
     """The levels of instructions that this CPU can run, the plainest first."""
     ask = "import fastattn; print(fastattn.info()['cpu']['level'])"
-    names = ("portable", "avx2", "avx512", "avx512_bf16")
-    return names[: names.index(python("-c", ask, FASTATTN_CPU_LEVEL="").strip()) + 1]
+    return LEVELS[: LEVELS.index(python("-c", ask, FASTATTN_CPU_LEVEL="").strip()) + 1]
 
 
 def pytest_configure(config):

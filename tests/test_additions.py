@@ -1,0 +1,48 @@
+"""What CONTRIBUTING's table asks of an addition, where forgetting it would go unnoticed."""
+
+import re
+
+import pytest
+from conftest import LEVELS, ROOT
+
+pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="no source tree")
+
+
+def text(name):
+    """Without comments."""
+    return re.sub(r"/\*.*?\*/", " ", (ROOT / name).read_text(), flags=re.S)
+
+
+def forgotten(contract, rows, cpu):
+    """(what changes scores, backend) for each that a backend would silently compute without: the
+    fields of fa_scores, but for what describes another field."""
+    (fields,) = re.findall(r"typedef struct fa_scores \{(.*?)\} fa_scores;", contract, re.S)
+    names = [name for name in re.findall(r"(\w+)(?:\[\d\])?;", fields)]
+    changes = [name for name in names if not name.endswith(("_dtype", "_stride"))]
+    assert {"softcap", "mask", "alibi_slopes", "sink"} <= set(changes)
+    changes.remove("sink")  # it joins a row's sum at the end, in every kernel
+    (general,) = re.findall(r"fa_needs_general\(const fa_params \*p\) \{(.*?)\n\}", rows, re.S)
+    (changed,) = re.findall(r"c\.changed = (.*?);", cpu, re.S)
+    switches = {"cpu": changed, "sm90": general}
+    return [
+        (name, backend)
+        for name in changes
+        for backend, switch in switches.items()
+        if not re.search(rf"\b{name}\b", switch)
+    ]
+
+
+def test_a_change_of_the_scores_is_switched_on_in_every_backend():
+    contract, rows = text("csrc/fastattn.h"), text("kernels/rows.h")
+    cpu = text("csrc/cpu_kernel.h")
+    assert not forgotten(contract, rows, cpu)
+    more = contract.replace("} fa_scores;", "float temperature; } fa_scores;")
+    assert forgotten(more, rows, cpu) == [("temperature", "cpu"), ("temperature", "sm90")]
+    assert forgotten(contract, rows.replace("s->softcap", "0"), cpu) == [("softcap", "sm90")]
+    assert forgotten(contract, rows, cpu.replace("c.mask", "0")) == [("mask", "cpu")]
+
+
+def test_every_cpu_level_is_tested():
+    assert tuple(re.findall(r"^ *LEVEL\((\w+),", text("csrc/cpu.c"), re.M)) == LEVELS
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{level}`" in readme for level in LEVELS)
