@@ -35,7 +35,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OBJECTS = ROOT / "build" / "objects"
-BINDING = {"module", "tensor"}  # the only files that see Python.h
+BINDING = {"module", "tensor", "info"}  # the only files that see Python.h
 
 # Free-threaded CPython has no stable ABI: there the module is built for one version.
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
