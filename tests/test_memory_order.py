@@ -52,7 +52,7 @@ def same(a, b):
     """Equal; on a GPU other strides may run another kernel, which adds in another order."""
     if a.device.type == "cpu":
         return torch.equal(a, b)
-    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(a, b, rtol=0.016, atol=0.004)  # two roundings of P and the output
     return True
 
 
