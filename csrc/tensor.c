@@ -452,8 +452,8 @@ static fa_status borrow_numpy(PyObject *object, borrowed *b, fa_error *error) {
     char got[128];
     if (!t.dtype.bits || !PyArray_ISNOTSWAPPED(array))
         return fa_fail(error, FA_TYPE,
-                       "`%s` must be float64, float32, float16 or bfloat16 in native byte order, "
-                       "got %s",
+                       "`%s` must hold float64, float32, float16 or bfloat16, integers or bools, "
+                       "in native byte order, got %s",
                        b->array.name,
                        tensor_text(PyObject_Str((PyObject *)descr), sizeof got, got));
     for (int i = 0; i < t.ndim; i++) {

@@ -6,6 +6,7 @@ given back exactly once.
 
 import contextlib
 import gc
+import itertools
 import sys
 
 import fastattn
@@ -78,19 +79,23 @@ WRONG = {
     "bool q": (TypeError, "`q` must be float64, .* got bool", {"q": a(2, 4, 5, 8, dtype=bool)}),
     "fp8 q": (
         TypeError,
-        "`q` must be float64, .* got float8_e4m3fn",
+        "`q` must hold float64, .* got float8_e4m3fn",
         {"q": a(2, 4, 5, 8, dtype=ml_dtypes.float8_e4m3fn)},
     ),
-    "string q": (TypeError, "`q` must be float64, .* got <U1", {"q": np.full((2, 4, 5, 8), "x")}),
+    "string q": (TypeError, "`q` must hold float64, .* got <U1", {"q": np.full((2, 4, 5, 8), "x")}),
     "longdouble q": (
         TypeError,
-        "`q` must be float64, .* got",
+        "`q` must hold float64, .* got float128",
         {"q": a(2, 4, 5, 8, dtype=np.longdouble)},
     ),
-    "structured q": (TypeError, "`q` must be float64, .* got", {"q": a(2, 4, 5, 8, dtype="f4,f4")}),
+    "structured q": (
+        TypeError,
+        "`q` must hold float64, .* got",
+        {"q": a(2, 4, 5, 8, dtype="f4,f4")},
+    ),
     "big-endian q": (
         TypeError,
-        "`q` must be .* in native byte order, got >f4",
+        "`q` must hold .* in native byte order, got >f4",
         {"q": a(2, 4, 5, 8, dtype=">f4")},
     ),
     "dtype of k": (
@@ -444,8 +449,9 @@ def test_refusals_leave_no_object_behind(what):
         gc.collect()
         return sys.getallocatedblocks()
 
-    before = blocks(20)
-    assert blocks(300) - before < 150
+    # Caches and pools of Python's still fill in some rounds; what leaks grows by 100 in each.
+    counts = [blocks(20), *(blocks(100) for _ in range(4))]
+    assert min(after - before for before, after in itertools.pairwise(counts)) < 50
 
 
 def _immortal(x):

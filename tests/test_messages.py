@@ -162,6 +162,24 @@ def test_what_no_cast_mends(value):
         call(numpy_arrays, mask=np.ones((SQ, SK), np.complex64))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("k_lengths", np.array([3, 4], ">i4")),
+        ("k_lengths", np.array([3, 4], object)),
+        ("mask", np.ones((SQ, SK), ">f4")),
+        ("mask", np.ones((SQ, SK), "M8[s]")),
+        ("sink", np.zeros(HQ, np.longdouble)),
+    ],
+)
+def test_what_no_argument_takes(name, value):
+    """The sentence is true of every argument: lengths are no floats."""
+    rule = "float64, float32, float16 or bfloat16, integers or bools, in native byte order"
+    with pytest.raises(TypeError) as error:
+        call(numpy_arrays, **{name: value})
+    assert str(error.value) == f"`{name}` must hold {rule}, got {value.dtype}"
+
+
 # ------------------------------------------------------------------------------------------- layout
 
 
