@@ -25,11 +25,6 @@ FA_INLINE int32_t fa_clamp(int32_t x, int32_t lo, int32_t hi) {
     return x < lo ? lo : x > hi ? hi : x;
 }
 
-/* The nearest from lo to hi, of a sum that an int32 may not hold. */
-FA_INLINE int32_t fa_near(int64_t x, int32_t lo, int32_t hi) {
-    return x < lo ? lo : x > hi ? hi : (int32_t)x;
-}
-
 /* What came from memory is clamped, never trusted. */
 FA_INLINE fa_lengths fa_sequence_lengths(const fa_masks *m, int64_t b, int32_t sq, int32_t sk) {
     fa_lengths n = {sq, sk, 0, 0, 0, 0};
@@ -40,8 +35,11 @@ FA_INLINE fa_lengths fa_sequence_lengths(const fa_masks *m, int64_t b, int32_t s
     if (m->q_offset)
         n.shift = fa_clamp(m->q_offset[b * m->q_offset_stride], -FA_MAX_SHIFT, FA_MAX_SHIFT);
     n.from = -n.sq, n.to = n.sk; /* no row, no key is past these */
-    if (m->flags & FA_HAS_LEFT) n.from = fa_near((int64_t)n.shift - m->left, -n.sq, n.sk);
-    if (m->flags & FA_HAS_RIGHT) n.to = fa_near((int64_t)n.shift + m->right + 1, -n.sq, n.sk);
+    /* Both within these ends. It is the bounds that are clamped: the sums may not fit an int32. */
+    if (m->flags & FA_HAS_LEFT)
+        n.from = n.shift - fa_clamp(m->left, n.shift - n.sk, n.shift + n.sq);
+    if (m->flags & FA_HAS_RIGHT)
+        n.to = n.shift + fa_clamp(m->right, -n.sq - 1 - n.shift, n.sk - 1 - n.shift) + 1;
     if (n.to <= n.from) n.from = n.to = -n.sq; /* no row sees a key */
     return n;
 }
