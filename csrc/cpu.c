@@ -52,7 +52,7 @@ static void write_lse(const fa_tensor *lse, fa_dtype type, int64_t b, int64_t h,
 /* ---- the levels ---- */
 
 typedef struct fa_cpu_kernel {
-    int lanes, rows; /* rows in a vector; the most that run() takes at once */
+    int lanes, strip, rows; /* rows in a vector, in a strip; the most that run() takes at once */
     size_t (*scratch)(const fa_params *p, int rows);
     void (*run)(const fa_params *p, int64_t b, int64_t h, fa_sequence sequence, int first,
                 int count, void *memory);
@@ -166,27 +166,35 @@ const char *fa_cpu_warning(void) {
 
 /* ---- one call ---- */
 
-/* A call is cut into tasks of up to `rows` rows of one head; threads draw them one by one. Where
- * sequences are packed, a task is `rows` rows of the packed axis and takes the blocks that start
- * there: the work is shared out by what there is, whatever the sequences' lengths. */
+/* A call is cut into strips of one head, mostly a panel of rows each. Threads draw them, several at
+ * once that share what is read of K and V, fewer towards the end, so that no thread waits long for
+ * the last one. Where sequences are packed, a strip is `rows` rows of the packed axis and takes the
+ * blocks that start there: the work is shared out by what there is, whatever the sequences'
+ * lengths. */
 typedef struct call {
     const fa_params *p;
     const fa_cpu_kernel *kernel;
-    int rows;
-    int64_t length;        /* rows of a head: sq, or total_q */
-    int64_t blocks, tasks; /* row blocks of a head; tasks in all */
+    int rows;               /* that run() takes at once */
+    int strip, most;        /* rows in a strip; strips in a draw */
+    int threads;            /* that draw */
+    int64_t length;         /* rows of a head: sq, or total_q */
+    int64_t strips, in_all; /* of a head; of all heads */
     atomic_llong next;
 } call;
 
-/* Rows that are no query: 0 and -inf. */
-static void empty_rows(const fa_what *what, int64_t b, int64_t h, int64_t first, int64_t end) {
+/* Rows without a key: 0, and for lse -inf or the sink. */
+static void empty_rows(const fa_what *what, int64_t b, int64_t h, int64_t first, int64_t end,
+                       double lse) {
     const int64_t size = fa_size(what->dtype);
     char *out = (char *)what->out.data + (b * what->out.stride[0] + h * what->out.stride[1]) * size;
     for (int64_t row = first; row < end; row++) {
         char *to = out + row * what->out.stride[2] * size;
-        for (int64_t i = 0; i < what->dv; i++)
-            memset(to + i * what->out.stride[3] * size, 0, (size_t)size);
-        if (what->lse.data) write_lse(&what->lse, what->dtype, b, h, row, -INFINITY);
+        if (what->out.stride[3] == 1)
+            memset(to, 0, (size_t)(what->dv * size));
+        else
+            for (int64_t i = 0; i < what->dv; i++)
+                memset(to + i * what->out.stride[3] * size, 0, (size_t)size);
+        if (what->lse.data) write_lse(&what->lse, what->dtype, b, h, row, lse);
     }
 }
 
@@ -194,8 +202,14 @@ static void empty_rows(const fa_what *what, int64_t b, int64_t h, int64_t first,
 static void run_block(const call *c, int64_t b, int64_t h, fa_sequence s, int first, int end,
                       void *memory) {
     const int valid = fa_clamp(s.lengths.sq, first, end);
-    if (first < valid) c->kernel->run(c->p, b, h, s, first, valid - first, memory);
-    if (valid < end) empty_rows(&c->p->what, b, h, (int64_t)s.q + valid, (int64_t)s.q + end);
+    const fa_scores *scores = &c->p->scores;
+    if (first < valid &&
+        fa_row_interval(s.lengths, first).begin < fa_row_interval(s.lengths, valid - 1).end)
+        c->kernel->run(c->p, b, h, s, first, valid - first, memory);
+    else
+        empty_rows(&c->p->what, b, h, (int64_t)s.q + first, (int64_t)s.q + valid,
+                   scores->sink ? scores->sink[h * scores->sink_stride] : -INFINITY);
+    empty_rows(&c->p->what, b, h, (int64_t)s.q + valid, (int64_t)s.q + end, -INFINITY);
 }
 
 /* The blocks that start in the rows begin .. end - 1 of the packed axis. */
@@ -226,6 +240,34 @@ static void run_packed(const call *c, int64_t h, int64_t begin, int64_t end, voi
     }
 }
 
+/* Rows first .. end - 1 of one head, or of the packed axis. */
+static void run_strips(const call *c, int64_t b, int64_t h, int64_t first, int64_t end,
+                       void *memory) {
+    const fa_what *what = &c->p->what;
+    if (c->p->varlen.cu_q) {
+        run_packed(c, h, first, end, memory);
+        return;
+    }
+    const fa_sequence s = fa_find_sequence(&c->p->varlen, &c->p->masks, b, what->sq, what->sk);
+    run_block(c, b, h, s, (int)first, (int)end, memory);
+}
+
+/* The next strips, from *at on; returns how many. */
+static int64_t draw(call *c, int64_t *at) {
+    long long from = atomic_load_explicit(&c->next, memory_order_relaxed);
+    for (;;) {
+        const int64_t left = c->in_all - from;
+        if (left <= 0) return 0;
+        int64_t n = left / (4 * c->threads) + 1;
+        if (n > c->most) n = c->most;
+        if (c->strips > 1 && n > c->strips - from % c->strips) n = c->strips - from % c->strips;
+        *at = from;
+        if (atomic_compare_exchange_weak_explicit(&c->next, &from, from + n, memory_order_relaxed,
+                                                  memory_order_relaxed))
+            return n;
+    }
+}
+
 static void work(void *argument) {
     call *c = argument;
     const fa_what *what = &c->p->what;
@@ -234,20 +276,17 @@ static void work(void *argument) {
     char *memory = bytes <= sizeof small ? small : malloc(bytes);
     if (!memory) return; /* the other threads do the work */
     char *aligned = memory + (-(uintptr_t)memory & 63);
-    for (;;) {
-        const int64_t task = atomic_fetch_add_explicit(&c->next, 1, memory_order_relaxed);
-        if (task >= c->tasks) break;
-        /* Last rows first: under a causal mask they see most, and short tasks at the end even out.
-         */
-        const int64_t first = (c->blocks - 1 - task % c->blocks) * c->rows;
-        const int64_t end = c->length - first < c->rows ? c->length : first + c->rows;
-        const int64_t b = task / c->blocks / what->hq, h = task / c->blocks % what->hq;
-        if (c->p->varlen.cu_q) {
-            run_packed(c, h, first, end, aligned);
-            continue;
+    for (int64_t at = 0, n; (n = draw(c, &at)) > 0;) {
+        for (int64_t end = at + n, more; at < end; at += more) { /* head by head */
+            const int64_t head = at / c->strips, strip = at % c->strips;
+            more = c->strips - strip < end - at ? c->strips - strip : end - at;
+            /* Last rows first: under a causal mask they see most, and short work at the end evens
+             * out. */
+            const int64_t first = (c->strips - strip - more) * c->strip;
+            const int64_t past = (c->strips - strip) * c->strip;
+            run_strips(c, head / what->hq, head % what->hq, first,
+                       past < c->length ? past : c->length, aligned);
         }
-        const fa_sequence s = fa_find_sequence(&c->p->varlen, &c->p->masks, b, what->sq, what->sk);
-        run_block(c, b, h, s, (int)first, (int)end, aligned);
     }
     if (memory != small) free(memory);
 }
@@ -269,14 +308,19 @@ static fa_status cpu_run(const fa_params *p, void *workspace, fa_error *error) {
     /* Fewer rows of great heads: they are to stay in the cache, and to have memory at all. */
     while (c.rows > lanes && (int64_t)c.rows * (what->d + (int64_t)what->dv) > 1 << 18)
         c.rows = (c.rows / 2 + lanes - 1) / lanes * lanes;
-    c.blocks = (c.length + c.rows - 1) / c.rows;
-    while (threads > 1 && c.rows > lanes && heads * c.blocks < 4 * threads) {
-        c.rows = (c.rows / 2 + lanes - 1) / lanes * lanes;
-        c.blocks = (c.length + c.rows - 1) / c.rows;
+    c.strip = packed || c.rows < c.kernel->strip ? c.rows : c.kernel->strip;
+    c.strips = (c.length + c.strip - 1) / c.strip;
+    while (threads > 1 && c.strip > lanes && heads * c.strips < 4 * threads) {
+        c.strip -= lanes;
+        c.strips = (c.length + c.strip - 1) / c.strip;
     }
-    c.tasks = heads * c.blocks;
-    fa_pool_run(c.tasks < threads ? (int)c.tasks : threads, work, &c);
-    if (atomic_load(&c.next) < c.tasks) { /* no thread had memory */
+    c.most = (c.rows + c.strip - 1) / c.strip;
+    c.rows = packed ? c.strip : c.most * c.strip;
+    if (c.strips == 1) c.most = 64;
+    c.in_all = heads * c.strips;
+    c.threads = c.in_all < threads ? (int)c.in_all : threads;
+    fa_pool_run(c.threads, work, &c);
+    if (atomic_load(&c.next) < c.in_all) { /* no thread had memory */
         snprintf(error->text, sizeof error->text, "no memory for the CPU backend's scratch");
         return FA_MEMORY;
     }

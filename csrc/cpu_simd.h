@@ -86,27 +86,26 @@ FA_FAST vec max_(vec a, vec b) {
 #endif
 }
 
-/* log2 of the base of a power, in two parts so that x * log2 loses nothing, and the x where the
- * power becomes 0. */
+/* log2 of the base of a power, and the x where the power becomes 0. Rounding log2 makes x greater
+ * by half an ulp at most, which is what the scores have lost already. */
 typedef struct base {
-    real high, low, floor;
+    real log2, floor;
 } base;
 
 static base base_of(double log2) {
-    const real high = (real)log2;
-    return (base){high, (real)(log2 - high), (DOUBLE ? -1023 : -127) / high};
+    return (base){(real)log2, (DOUBLE ? -1023 : -127) / (real)log2};
 }
 
 /* base^x = 2^n 2^f for x <= 0 (or NaN, which stays NaN), with n an integer and |f| <= 1/2: *scale =
  * 2^n (0 below 2^-126, or 2^-1022), and the result is 2^f - 1, which is exact to the last bit or so
  * also near 0. */
 FA_FAST vec power_parts(base e, vec x, vec *scale) {
-    const real round = DOUBLE ? 6755399441055744. : 12582912.; /* 1.5 * 2^mantissa bits */
-    const int mantissa = DOUBLE ? 52 : 23, bias = DOUBLE ? 1023 : 127;
+    /* Adding it leaves n, and the exponent's bias, in the lowest bits of a number. */
+    const real round = DOUBLE ? 6755399441055744. + 1023 : 12582912. + 127; /* 1.5 * 2^mantissa */
     x = max_(splat(e.floor), x);
-    vec shifted = fma_(x, splat(e.high), splat(round));
-    vec f = fma_(x, splat(e.low), fma_(x, splat(e.high), round - shifted));
-    *scale = (vec)(((ivec)shifted << mantissa) + ((FA_INT)bias << mantissa));
+    vec shifted = fma_(x, splat(e.log2), splat(round));
+    vec f = fma_(x, splat(e.log2), round - shifted);
+    *scale = (vec)((ivec)shifted << (DOUBLE ? 52 : 23));
     vec y; /* (2^f - 1) / f, interpolated at Chebyshev nodes: 5e-9, or 8e-18 in double */
     if (DOUBLE) {
         y = splat(4.4549605981865183938e-10);
@@ -167,17 +166,21 @@ FA_FAST vec log2_(vec x) {
 static void transpose(real *to, int64_t to_stride, const real *from, int64_t from_stride) {
     vec a[LANES], b[LANES];
     ivec low, high;
+#pragma GCC unroll 16 /* all of it: what the shuffles do is then known to the compiler */
     for (int i = 0; i < LANES; i++) {
         low[i] = i / 2 + i % 2 * LANES;
         high[i] = low[i] + LANES / 2;
         memcpy(&a[i], from + i * from_stride, sizeof(vec));
     }
+#pragma GCC unroll 4
     for (int round = 1; round < LANES; round *= 2) {
+#pragma GCC unroll 8
         for (int i = 0; i < LANES / 2; i++) {
             b[2 * i] = __builtin_shuffle(a[i], a[i + LANES / 2], low);
             b[2 * i + 1] = __builtin_shuffle(a[i], a[i + LANES / 2], high);
         }
-        memcpy(a, b, sizeof a);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) a[i] = b[i];
     }
     for (int i = 0; i < LANES; i++) memcpy(to + i * to_stride, &a[i], sizeof(vec));
 }

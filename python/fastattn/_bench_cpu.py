@@ -1,0 +1,204 @@
+"""The CPU backend beside torch, as a program meets them: `python -m fastattn._bench_cpu`.
+
+Each cell is timed twice. *alone*: one call after 20 ms of rest, ours and torch's in turn.
+*alternating*: ours, torch's, ours, torch's without a pause, as the operators of a model follow each
+other; idle threads of the one may then be in the way of the other. The limit is the machine's
+matrix rate in the same run, the faster of torch and NumPy in float32. Every output is compared with
+float64 first.
+
+`--level avx2` holds this package, torch and the libraries of both to AVX2. `--json` keeps the rows
+that the file has of other cells, so that a suite can be measured in several short runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import sys
+import time
+
+import numpy as np
+
+import fastattn
+
+AVX2 = {  # each library's own way of asking
+    "FASTATTN_CPU_LEVEL": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "OPENBLAS_CORETYPE": "Haswell",
+}
+TOLERANCE = {"fp64": 1e-12, "fp32": 2e-6, "fp16": 2e-3, "bf16": 2e-2}  # of the largest |v|
+
+
+def cells():
+    """(label, dtype, b, h, sq, sk, d, causal, threads); 0 threads: all."""
+    product = itertools.product
+    for dtype, d, causal, s in product(
+        ("fp32", "bf16", "fp16"), (64, 128), (False, True), (512, 2048, 4096)
+    ):
+        mask = "causal" if causal else "full"
+        yield f"{dtype} b1 h8 s{s} d{d} {mask}", dtype, 1, 8, s, s, d, causal, 0
+    short = [
+        (dtype, 1, h, sq, sk, 64)
+        for dtype in ("fp32", "bf16")
+        for h, sq, sk in ((10_000, 1, 1), (8, 4096, 1), (8, 4096, 16))
+    ]
+    short += [("fp64", 1, 10_000, 16, 16, 64), ("fp32", 1000, 1000, 1, 0, 64)]
+    for dtype, b, h, sq, sk, d in short:
+        yield f"{dtype} b{b} h{h} sq{sq} sk{sk} d{d} short", dtype, b, h, sq, sk, d, False, 1
+
+
+def seconds(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def turns(calls, budget, rest):
+    """Times of the calls, in turn for `budget` seconds and at least five rounds."""
+    for call in calls:
+        call()
+    times = [[] for _ in calls]
+    end = time.perf_counter() + budget
+    while len(times[0]) < 5 or time.perf_counter() < end:
+        for call, taken in zip(calls, times, strict=True):
+            if rest:
+                time.sleep(rest)
+            taken.append(seconds(call))
+    return [float(np.median(taken)) for taken in times]
+
+
+def matrix_rate(torch, n=1536):
+    """GFLOP/s of a float32 product: the faster of torch's and NumPy's."""
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    x, y, out, z = a.numpy(), b.numpy(), torch.empty(n, n), np.empty((n, n), np.float32)
+    best = math.inf
+    for call in (lambda: torch.mm(a, b, out=out), lambda: np.matmul(x, y, out=z)):
+        call()
+        best = min(best, *(seconds(call) for _ in range(8)))
+        time.sleep(0.05)  # idle threads of the one are not to slow the other down
+    return 2 * n**3 / best / 1e9
+
+
+def error(out, q, k, v, causal):
+    """The largest distance from float64, over the first and last head, rows 0, 1, 31 ..."""
+    worst = 0.0
+    for b, h in {(0, 0), (q.shape[0] - 1, q.shape[1] - 1)}:
+        rows = np.unique(np.r_[0, np.arange(1, q.shape[2], 31), q.shape[2] - 1])
+        x, y, z = (t[b, h].double().numpy() for t in (q, k, v))
+        if y.shape[0] == 0:
+            want = np.zeros((len(rows), z.shape[1]))
+        else:
+            s = x[rows] @ y.T * x.shape[1] ** -0.5
+            if causal:
+                s[np.arange(y.shape[0]) > rows[:, None]] = -np.inf
+            p = np.exp(s - s.max(-1, keepdims=True))
+            want = p / p.sum(-1, keepdims=True) @ z
+        worst = max(worst, float(np.abs(out[b, h].double().numpy()[rows] - want).max()))
+    return worst
+
+
+def measure(torch, cell, budget):
+    label, dtype, b, h, sq, sk, d, causal, threads = cell
+    kind = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}[dtype]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(b, h, s, d, generator=generator).to(getattr(torch, kind)) for s in (sq, sk, sk)
+    )
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    calls = (
+        lambda: fastattn.attention(q, k, v, causal=causal),
+        lambda: sdpa(q, k, v, is_causal=causal),
+    )
+    row = {"cell": label, "error": error(calls[0](), q, k, v, causal)}
+    largest = max(1.0, float(v.abs().max())) if v.numel() else 1.0
+    row["right"] = row["error"] <= TOLERANCE[dtype] * largest
+    flops = 4 * b * h * sq * sk * d / (2 if causal else 1) / 1e9
+    for mode, rest in (("alone", 0.02), ("alternating", 0)):
+        ours, torchs = turns(calls, budget, rest)
+        row[mode] = {"ms": ours * 1e3, "torch_ms": torchs * 1e3, "x": torchs / ours}
+        if flops and not threads:
+            row[mode]["gflops"] = flops / ours
+    return row
+
+
+def report(rows):
+    print(f"{'cell':32} {'alone ms':>9} {'x torch':>8} {'of mm':>6} {'alternating x':>14} error")
+    for row in rows:
+        limit = row["alone"].get("gflops", math.nan) / row["matrix_rate"]
+        print(
+            f"{row['cell']:32} {row['alone']['ms']:9.3f} {row['alone']['x']:8.2f} {limit:6.2f} "
+            f"{row['alternating']['x']:14.2f} {row['error']:.1e}{'' if row['right'] else ' WRONG'}"
+        )
+    groups = {}
+    for row in rows:
+        if not row["cell"].endswith("short"):
+            groups.setdefault(row["cell"].split()[0], []).append(row)
+    for dtype, group in groups.items():
+        for mode in ("alone", "alternating"):
+            x = [row[mode]["x"] for row in group]
+            mean = math.exp(sum(map(math.log, x)) / len(x))
+            print(f"{dtype} {mode}: geometric mean {mean:.2f}, worst {min(x):.2f}, {len(x)} cells")
+
+
+def restart(argv):
+    """This program once more: libraries read these variables when they are loaded."""
+    command = [sys.executable, "-m", "fastattn._bench_cpu", *argv]
+    os.execve(sys.executable, command, {**os.environ, **AVX2})
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="python -m fastattn._bench_cpu")
+    parser.add_argument("--level", choices=("avx2", "all"), default="all")
+    parser.add_argument("--filter", default="", help="words that a cell's name must have")
+    parser.add_argument("--budget", type=float, default=0.6, help="seconds for a cell and mode")
+    parser.add_argument("--json", type=pathlib.Path, help="file for the results")
+    args = parser.parse_args(argv)
+    if args.level == "avx2" and os.environ.get("FASTATTN_CPU_LEVEL") != "avx2":
+        restart(argv)
+    words = set(args.filter.split())
+    chosen = [cell for cell in cells() if words <= set(cell[0].split())]
+    if any(cell[-1] for cell in chosen) and fastattn.info()["cpu"]["threads"] != 1:
+        left = [cell for cell in chosen if not cell[-1]]
+        if not left:
+            os.environ["FASTATTN_NUM_THREADS"] = "1"
+            restart(argv) if args.level == "avx2" else os.execv(
+                sys.executable, [sys.executable, "-m", "fastattn._bench_cpu", *argv]
+            )
+        print("the short cells are of one thread: --filter short", file=sys.stderr)
+        chosen = left
+    import torch
+
+    torch.set_num_threads(fastattn.info()["cpu"]["threads"])
+    known = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    header = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "level": fastattn.info()["cpu"]["level"],
+        "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
+        "fastattn": fastattn.__version__,
+        "command": f"python -m fastattn._bench_cpu --level {args.level}",
+    }
+    names, rows = {cell[0] for cell in chosen}, []
+    for cell in chosen:
+        rate, load = matrix_rate(torch), os.getloadavg()[0]
+        row = measure(torch, cell, args.budget)
+        rows.append({**row, "matrix_rate": max(rate, matrix_rate(torch)), "load": load})
+        if args.json:
+            kept = [row for row in known.get("rows", []) if row["cell"] not in names]
+            text = ",\n".join("  " + json.dumps(row) for row in kept + rows)
+            args.json.write_text(f'{{"header": {json.dumps(header)},\n"rows": [\n{text}\n]}}\n')
+    print(header, f"load {os.getloadavg()}")
+    report(rows)
+    return 0 if all(row["right"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
