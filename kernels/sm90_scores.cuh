@@ -330,8 +330,8 @@ static score_args make_scores(const fa_params *p, const char *packed) {
     /* Bits may not depend on other sequences, whose rows may share a warp and its votes. */
     const bool alone = p->what.batch_invariant && p->varlen.cu_q;
     /* A cap changes a score by a third of (s / c)^2 of itself: one so large changes none that a
-     * float can tell from its neighbours. (Without a vote, below, less than tanh's error.) */
-    a.caps = s->softcap != 0 && s->softcap < (alone ? 0x1p16 : 0x1p40);
+     * float can tell from its neighbours. */
+    a.caps = s->softcap != 0 && s->softcap < 0x1p40;
     if (a.caps) {
         /* The least maximum of relative errors up to 0.3, 1.2e-6: of a score of 40, 5e-5. */
         const double series[3] = {0.99999884, -0.33310022, 0.12633946};
