@@ -59,9 +59,11 @@ rate.
 
 
 def load():
-    """[(file name, result)], the newest first."""
+    """[(file name, result)] of the benchmark, the newest first; the same of fastattn._bench_cpu."""
     found = [(p.name, json.loads(p.read_text())) for p in (HERE / "results").glob("*.json")]
-    return sorted(found, key=lambda item: (item[1]["header"]["date"], item[0]), reverse=True)
+    found.sort(key=lambda item: (item[1]["header"]["date"], item[0]), reverse=True)
+    ours = [item for item in found if "device" in item[1]["header"]]
+    return ours, [item for item in found if item not in ours]
 
 
 def card_of(header):
@@ -171,7 +173,24 @@ def table(result, suite):
     return _bench.markdown(list((grid if suite in _bench.GRIDS else listing)(cells, result)))
 
 
-def results_text(cards):
+def beside_torch(files):
+    """What fastattn._bench_cpu measured: a call after a rest, and in turn with torch's."""
+    for name, result in files:
+        header = result["header"]
+        yield from ("", f"## The CPU as a program meets it: {header['level']}", "")
+        about = f"{header['machine']}, torch {header['torch']}; {header['date']}"
+        yield f"- [{name}](results/{name}): {about}"
+        yield from (f"  `{header['command']}`", "")
+        lines = [["", "ms", "of the matrix rate", "x torch", "x torch, alternating"]]
+        for row in result["rows"]:
+            alone, other = row["alone"], row["alternating"]
+            share = f"{alone['gflops'] / row['matrix_rate']:.2f}" if "gflops" in alone else "-"
+            ratios = (marked(f"{mode['x']:.2f}", mode["x"]) for mode in (alone, other))
+            lines.append([row["cell"], f"{alone['ms']:.4g}", share, *ratios])
+        yield from _bench.markdown(lines)
+
+
+def results_text(cards, beside):
     lines = [HOW_TO_READ]
     for card, suites in cards.items():
         lines += [f"## {card}", ""]
@@ -183,7 +202,8 @@ def results_text(cards):
             lines += ["", f"### {TITLES.get(suite, suite)} (`{suite}`)", ""]
             lines += table(suites[suite][1], suite)
         lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
+    lines = [*"\n".join(lines).rstrip().split("\n"), *beside_torch(beside)]
+    return "\n".join(lines) + "\n"
 
 
 # ------------------------------------------------------------------------------------- README.md
@@ -282,10 +302,10 @@ def draw(drawn, fingerprint):
 
 
 def main():
-    files = load()
+    files, beside = load()
     cards = newest(files)
     check, stale = "--check" in sys.argv[1:], []
-    for path, text in ((RESULTS, results_text(cards)), (README, readme_text(cards))):
+    for path, text in ((RESULTS, results_text(cards, beside)), (README, readme_text(cards))):
         if not path.exists() or path.read_text() != text:
             stale.append(path.name)
             if not check:

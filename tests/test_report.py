@@ -71,6 +71,11 @@ def filled(report):
     write(report, "short", "cuda", rows_of(short, 1.0, cudnn=0.8))
     write(report, "cpu", "cpu", grid("cpu", "cpu", 1.0, torch=2.0))
     write(report, "cpu-other", "cpu", grid("cpu", "cpu", 1.0, torch=3.0), level="avx512")
+    header = {"date": "2030-01-01", "level": "avx2", "machine": "a machine", "torch": "2.x"}
+    turns = {"alone": {"ms": 2.0, "x": 1.5, "gflops": 50}, "alternating": {"ms": 2.0, "x": 0.9}}
+    row = {"cell": "fp32 a cell", "matrix_rate": 100, **turns}
+    beside = {"header": header | {"command": "measure"}, "rows": [row]}
+    (report.HERE / "results" / "beside.json").write_text(json.dumps(beside))
     write(report, "wrong", "cpu", [verdict("default", "NaN in 9 %"), verdict("fastattn", "right")])
     return report
 
@@ -86,6 +91,7 @@ def test_one_command_writes_everything(filled, capsys, monkeypatch):
     assert "| an input | **NaN in 9 %** | right |" in readme
     assert f"## {GPU}" in results and f"## {CPU} (avx2)" in results
     assert f"## {CPU} (avx512)" in results and "old.json" not in results
+    assert "| fp32 a cell | 2 | 0.50 | 1.50 | **0.90** |" in results
     assert "(1.20 x fa3)" in results and "**cudnn 0.80**" in results
 
     monkeypatch.setattr("sys.argv", ["report.py", "--check"])
@@ -111,7 +117,7 @@ def test_bold_is_another_implementation_that_is_faster(report):
     """Not fastattn on another cell."""
     cell = _bench.Cell("gpu-mask", "cuda", 1, 8, 512, 64, mask="bool")
     write(report, "mask", "cuda", rows_of(cell, 1.0, unmasked=0.5, cudnn=0.9, efficient=2.0))
-    (result,) = [result for _, result in report.load()]
+    (result,) = [result for _, result in report.load()[0]]
     assert report.table(result, "gpu-mask")[2].endswith(
         "| unmasked 0.50, **cudnn 0.90**, efficient 2.00 |"
     )
