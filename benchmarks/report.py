@@ -260,6 +260,21 @@ def cpu_words(cards):
     yield f"Slower are {'; '.join(losing)}. " if losing else "No cell is slower. "
 
 
+def beside_words(files):
+    """The same of what was measured alone and alternating, by dtype, and its losing cells."""
+    for _, result in files:
+        groups = {}
+        for row in result["rows"]:
+            groups.setdefault(row["cell"].partition(" ")[0], []).append(row["alone"]["x"])
+        means = (f"{dtype} **{_bench.geometric_mean(x):.2f}**" for dtype, x in groups.items())
+        yield f"\n{result['header']['level']}, {result['header']['date']}: {', '.join(means)}. "
+        losing = [
+            (min(row[m]["x"] for m in ("alone", "alternating")), row) for row in result["rows"]
+        ]
+        losing = [f"{row['cell']} {x:.2f}" for x, row in losing if round(x, 2) < 1]
+        yield f"Slower are {'; '.join(losing)}. " if losing else "No cell is slower. "
+
+
 def correctness_words(cards):
     """The table of the newest GPU, else of the CPU."""
     result = find(cards, "correctness", "cuda") or find(cards, "correctness", "cpu")
@@ -272,11 +287,13 @@ def wrapped(text, width=118):
     return "\n".join(x if x.startswith("|") else textwrap.fill(x, width) for x in text.split("\n"))
 
 
-def readme_text(cards):
+def readme_text(cards, beside):
     blocks = {"gpu": gpu_words, "cpu": cpu_words, "correctness": correctness_words}
 
     def block(match):
-        return match[1] + wrapped("".join(blocks[match[2]](cards)).strip()) + "\n" + match[3]
+        words = "".join(blocks[match[2]](cards))
+        words += "".join(beside_words(beside)) if match[2] == "cpu" else ""
+        return match[1] + wrapped(words.strip()) + "\n" + match[3]
 
     return BLOCK.sub(block, README.read_text())
 
@@ -305,7 +322,10 @@ def main():
     files, beside = load()
     cards = newest(files)
     check, stale = "--check" in sys.argv[1:], []
-    for path, text in ((RESULTS, results_text(cards, beside)), (README, readme_text(cards))):
+    for path, text in (
+        (RESULTS, results_text(cards, beside)),
+        (README, readme_text(cards, beside)),
+    ):
         if not path.exists() or path.read_text() != text:
             stale.append(path.name)
             if not check:
