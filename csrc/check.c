@@ -391,7 +391,6 @@ static fa_status check_what(const fa_request *r, const view *q, const view *k, c
     return FA_OK;
 }
 
-/* hq, hk and hv. Without grouped heads sdpa broadcasts them like any leading dimension. */
 /* Whether the heads would fit if heads and rows changed places; then the layout, as a clause. */
 static const char *layout_mend(const fa_request *r, const view *q, const view *k, const view *v) {
     const int64_t hq = q->tensor.shape[2], hk = k->tensor.shape[2], hv = v->tensor.shape[2];
@@ -401,6 +400,7 @@ static const char *layout_mend(const fa_request *r, const view *q, const view *k
     return r->layout == FA_BHSD ? ": layout=\"bshd\" would fit" : ": layout=\"bhsd\" would fit";
 }
 
+/* hq, hk and hv. Without grouped heads sdpa broadcasts them like any leading dimension. */
 static fa_status check_heads(const fa_request *r, view *q, view *k, view *v, fa_plan *plan,
                              fa_error *error) {
     int64_t hq = q->tensor.shape[1], hk = k->tensor.shape[1], hv = v->tensor.shape[1];
