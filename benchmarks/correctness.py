@@ -5,8 +5,9 @@
 Each input goes to torch.nn.functional.scaled_dot_product_attention as it stands ("default"), to
 the same held to one of its backends, to jax.nn.dot_product_attention where that is asked the same,
 and to fastattn. "right" is the rule of the tests: no more than twice the error of a careful unfused
-computation, against float64, and the rounding of the output. Empty: not asked, or no answer. Prints a table in Markdown, with
---json FILE also writes it for benchmarks/report.py. Fails if fastattn is wrong.
+computation, against float64, and the rounding of the output. Empty: not asked, or no answer.
+Prints a table in Markdown, with --json FILE also writes it for benchmarks/report.py. Fails if
+fastattn is wrong.
 """
 
 import argparse
