@@ -501,15 +501,16 @@ static size_t scratch_bytes(const fa_params *p, int rows) {
     return lay_out(NULL, NULL, &p->what, p->scores.mask.data != NULL, rows);
 }
 
-/* Whether rows first .. last of a sequence have one key, see it, and nothing changes its weight. */
-static int has_one_key(const fa_params *p, fa_lengths lengths, int first, int last) {
+/* Whether all rows of a sequence have one key, see it, and nothing changes its weight. (All: a row's
+ * bits must not depend on which others are in its task.) */
+static int has_one_key(const fa_params *p, fa_lengths lengths) {
     const fa_scores *scores = &p->scores;
     const double scale = fabs(p->what.scale);
     if (lengths.sk - lengths.k_start != 1) return 0;
     if (scores->mask.data || scores->sink || scores->alibi_slopes || scores->softcap > 0) return 0;
     return p->dropout.p == 0 && scale > 1e-30 && scale < 1e30 &&
-           fa_row_interval(lengths, first).end > lengths.k_start &&
-           fa_row_interval(lengths, last).begin == lengths.k_start;
+           fa_row_interval(lengths, 0).end > lengths.k_start &&
+           fa_row_interval(lengths, lengths.sq - 1).begin == lengths.k_start;
 }
 
 /* Their output is the key's value, and their lse the score. */
@@ -563,7 +564,7 @@ static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_sequence seque
     const int64_t hk = h / (what->hq / what->hk), hv = h / (what->hq / what->hv);
     const int native = FA_PAIRS || (what->dtype == (DOUBLE ? FA_F64 : FA_F32));
     const int hides = scores->mask.data && scores->mask_dtype == FA_BOOL;
-    if (has_one_key(p, lengths, first, first + count - 1)) {
+    if (has_one_key(p, lengths)) {
         one_key(p, b, h, sequence, first, count, memory);
         return;
     }

@@ -50,6 +50,29 @@ def test_one_key_whose_score_is_minus_infinity():
     assert not out.any() and lse == -np.inf
 
 
+SOME_ROWS_SEE_IT = [
+    (1, {"causal": True, "q_offset": -50}),
+    (1, {"window": (40, None), "q_offset": 0}),
+    (9, {"causal": True, "k_start": np.array([8], np.int32)}),
+]
+
+
+@pytest.mark.parametrize("sk, options", SOME_ROWS_SEE_IT)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_a_key_that_some_rows_see_has_the_same_bits_however_rows_are_shared_out(sk, options, dtype):
+    """The number of threads, and of sequences, decides which rows are computed together."""
+    q, k, v = (normal(1, 8, s, 200, dtype=dtype) for s in (600, sk, sk))
+    before, seen = fastattn.get_num_threads(), set()
+    for threads, b in ((1, 1), (8, 1), (64, 1), (1, 3), (8, 3)):
+        fastattn.set_num_threads(threads)
+        mine = {n: np.tile(x, b) if isinstance(x, np.ndarray) else x for n, x in options.items()}
+        arrays = (np.tile(x, (b, 1, 1, 1)) for x in (q, k, v))
+        results = fastattn.attention(*arrays, **mine, return_lse=True, batch_invariant=True)
+        seen |= {tuple(x[i].tobytes() for x in results) for i in range(b)}
+    fastattn.set_num_threads(before)
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("sink", [None, np.arange(6, dtype=np.float32) - 3])
 @pytest.mark.parametrize("shape", [(3, 6, 1), (1, 6, 300), (0, 6, 4)])
 def test_no_key(shape, sink):
