@@ -125,8 +125,9 @@ def test_causal_bias_that_does_not_fit():
         ours(q, k, v, causal_upper_left(6, 6), is_causal=True)
     # Top-left does not depend on the sizes, and torch does not look at them.
     assert torch.equal(ours(q, k, v, causal_upper_left(9, 9)), ours(q, k, v, is_causal=True))
-    with pytest.raises(TypeError, match=r"`mask` must be a plain torch\.Tensor .* CausalBias"):
-        fastattn.attention(q, k, v, mask=causal_lower_right(6, 6))
+    for bias, instead in ((causal_lower_right, "True"), (causal_upper_left, '"top-left"')):
+        with pytest.raises(TypeError, match=f"got a CausalBias: pass causal={instead}"):
+            fastattn.attention(q, k, v, mask=bias(6, 6))
 
 
 # --------------------------------------------------------------------- tensors that are not plain

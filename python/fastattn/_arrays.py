@@ -265,6 +265,9 @@ def refusal(tensor: Any) -> tuple[bool, str] | None:
         return False, f"must be a strided tensor, got {tensor.layout}: pass its to_dense()"
     if tensor.is_meta:
         return False, "must have memory, got a meta tensor, which has only a shape"
+    if (bias := causal_bias(tensor)) is not None:
+        instead = '"top-left"' if bias[0] else "True"
+        return False, f"must be a plain torch.Tensor, got a CausalBias: pass causal={instead}"
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return False, (
             f"must be a plain torch.Tensor or Parameter, got its subclass {kind}: pass its "
