@@ -155,6 +155,29 @@ def test_ctrl_c(tmp_path):
     assert json.loads(file.read_text())["rows"][0]["label"] in out
 
 
+def test_one_thread_is_held_for_its_turns_alone(monkeypatch):
+    cell, before = (
+        _bench.Cell("cpu-threads", "cpu", 1, 1, 64, 16, "fp32"),
+        fastattn.get_num_threads(),
+    )
+    attention, seen = fastattn.attention, set()
+
+    def spy(*args, **keywords):
+        seen.add((name, fastattn.get_num_threads()))
+        return attention(*args, **keywords)
+
+    monkeypatch.setattr(fastattn, "attention", spy)
+    found = {peer.name: peer for peer in _bench.peers() if peer.device == "cpu"}
+    arrays = _bench.NumpyArrays()
+    for name in ("fastattn", "1 thread", "fastattn"):
+        with found[name].context():
+            found[name].build(cell, *_bench.make_inputs(arrays, cell))()
+    assert seen == {("fastattn", before), ("1 thread", 1)}
+    rows = _bench.measure(arrays, cell, list(found.values()), _bench.Options(20, 0.0, ("none",)))
+    assert [row["implementation"] for row in rows] == ["fastattn", "1 thread"]
+    assert not _bench.wrong(rows) and fastattn.get_num_threads() == before
+
+
 # ------------------------------------------------------------------------------------------ limits
 
 

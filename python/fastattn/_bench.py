@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import operator
-import os
 import pathlib
 import platform
 import shlex
@@ -515,37 +514,14 @@ def _jax(cell, q, k, v, mask):
     return lambda: call(q, k, v, mask).block_until_ready()
 
 
-def _one_thread(cell, q, k, v, mask):
-    """Ours with one thread: in another process, since the number is fixed at the first call."""
-    child = """if True:
-        import sys, numpy, fastattn
-        q, k, v = (numpy.load(f"{sys.argv[1]}/{name}.npy") for name in "qkv")
-        numpy.save(f"{sys.argv[1]}/out.npy", fastattn.attention(q, k, v))
-        while print(flush=True) or sys.stdin.readline():
-            fastattn.attention(q, k, v)
-    """
-    folder = tempfile.TemporaryDirectory()
-    for name, array in zip("qkv", (q, k, v), strict=True):
-        np.save(f"{folder.name}/{name}.npy", np.asarray(array))
-    process = subprocess.Popen(
-        [sys.executable, "-c", child, folder.name],
-        env={**os.environ, "FASTATTN_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C is for this process
-    )
-    process.stdout.readline()
-    out = np.load(f"{folder.name}/out.npy")
-
-    def run():
-        process.stdin.write(b"\n")
-        process.stdin.flush()
-        if not process.stdout.readline():
-            raise RuntimeError("the process with one thread ended")
-        return out
-
-    run.close = lambda: (process.communicate(), folder.cleanup())
-    return run
+@contextlib.contextmanager
+def _one_thread():
+    """Ours held to one thread."""
+    fastattn.set_num_threads(1)
+    try:
+        yield
+    finally:
+        fastattn.set_num_threads(None)
 
 
 def _unmasked(cell):
@@ -598,7 +574,7 @@ def peers(backend=None, modules=()):
         *(Peer(name, "cuda", build) for name, build in others.items()),
         Peer("fastattn", "cpu", ours),
         Peer("unmasked", "cpu", ours, suites=("cpu-mask",), of=_unmasked),
-        Peer("1 thread", "cpu", _one_thread, suites=("cpu-threads",)),
+        Peer("1 thread", "cpu", ours, suites=("cpu-threads",), context=_one_thread),
         Peer("torch", "cpu", _sdpa, "torch"),
         Peer("jax", "cpu", _jax, "jax"),
         Peer("fastattn", "cuda", ours),
@@ -783,7 +759,7 @@ def measure(arrays, cell, everyone, options):
     """One cell: the rows of all implementations, ours first, as plain dictionaries."""
     copies = [make_inputs(arrays, cell, seed) for seed in range(arrays.copies(cell))]
     samples = sampled(arrays, cell, copies[0])
-    running, rows, closers = [], [], []
+    running, rows = [], []
     for peer in everyone:
         if peer.device != cell.device or (peer.suites and cell.suite not in peer.suites):
             continue
@@ -819,15 +795,10 @@ def measure(arrays, cell, everyone, options):
             continue
         rows.append(row)
         running.append((peer, calls, row, out))
-        closers += [call.close for call in calls if hasattr(call, "close")]
-    try:
-        _time(arrays, cell, running, options)
-        for peer, calls, row, out in running:
-            if peer.name in VARIANTS:  # what was timed is what was checked
-                row["repeats"] = arrays.equal(arrays.take(calls[0]()), out)
-    finally:
-        for close in closers:
-            close()
+    _time(arrays, cell, running, options)
+    for peer, calls, row, out in running:
+        if peer.name in VARIANTS:  # what was timed is what was checked
+            row["repeats"] = arrays.equal(arrays.take(calls[0]()), out)
     return rows
 
 
