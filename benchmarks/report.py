@@ -17,7 +17,7 @@ import sys
 import tempfile
 import textwrap
 
-from fastattn import _bench, _bench_plot
+from fastattn import _bench, _bench_cpu, _bench_plot
 
 HERE = pathlib.Path(__file__).resolve().parent
 README, RESULTS = HERE.parent / "README.md", HERE / "RESULTS.md"
@@ -55,6 +55,12 @@ it is slower. "unmasked", "plain", "ordinary", "causal", "dense", "32 kv heads" 
 fastattn too, on the cell without what is special. "x floor" is our time over the higher of two
 floors: arithmetic at the run's own matrix product rate (or at what was faster), memory at its copy
 rate.
+"""
+
+
+LOAD = """\
+Load is the system's one-minute average when a cell begins. Work that was stopped during the
+measurement still decays in it.
 """
 
 
@@ -173,20 +179,25 @@ def table(result, suite):
     return _bench.markdown(list((grid if suite in _bench.GRIDS else listing)(cells, result)))
 
 
+def machine_of(header):
+    """Of a result of fastattn._bench_cpu; its first ones had no name of the CPU."""
+    return ", ".join(header[key] for key in ("cpu", "machine") if key in header)
+
+
 def beside_torch(files):
     """What fastattn._bench_cpu measured: a call after a rest, and in turn with torch's."""
     for name, result in files:
         header = result["header"]
         yield from ("", f"## The CPU as a program meets it: {header['level']}", "")
-        about = f"{header['machine']}, torch {header['torch']}; {header['date']}"
+        about = f"{machine_of(header)}, torch {header['torch']}; {header['date']}"
         yield f"- [{name}](results/{name}): {about}"
-        yield from (f"  `{header['command']}`", "")
-        lines = [["", "ms", "of the matrix rate", "x torch", "x torch, alternating"]]
+        yield from (f"  `{header['command']}`", "", *LOAD.split("\n"))
+        lines = [["", "ms", "of the matrix rate", "x torch", "x torch, alternating", "load"]]
         for row in result["rows"]:
             alone, other = row["alone"], row["alternating"]
             share = f"{alone['gflops'] / row['matrix_rate']:.2f}" if "gflops" in alone else "-"
             ratios = (marked(f"{mode['x']:.2f}", mode["x"]) for mode in (alone, other))
-            lines.append([row["cell"], f"{alone['ms']:.4g}", share, *ratios])
+            lines.append([row["cell"], f"{alone['ms']:.4g}", share, *ratios, f"{row['load']:.1f}"])
         yield from _bench.markdown(lines)
 
 
@@ -261,18 +272,29 @@ def cpu_words(cards):
 
 
 def beside_words(files):
-    """The same of what was measured alone and alternating, by dtype, and its losing cells."""
+    """What was measured alone and alternating: means of the grid, and its and the short losers."""
     for _, result in files:
-        groups = {}
-        for row in result["rows"]:
-            groups.setdefault(row["cell"].partition(" ")[0], []).append(row["alone"]["x"])
-        means = (f"{dtype} **{_bench.geometric_mean(x):.2f}**" for dtype, x in groups.items())
-        yield f"\n{result['header']['level']}, {result['header']['date']}: {', '.join(means)}. "
-        losing = [
-            (min(row[m]["x"] for m in ("alone", "alternating")), row) for row in result["rows"]
-        ]
-        losing = [f"{row['cell']} {x:.2f}" for x, row in losing if round(x, 2) < 1]
-        yield f"Slower are {'; '.join(losing)}. " if losing else "No cell is slower. "
+        header, rows = result["header"], result["rows"]
+        means = {
+            mode: ", ".join(
+                f"{dtype} **{_bench.geometric_mean(x):.2f}**"
+                for dtype, x in _bench_cpu.ratios(rows, mode).items()
+            )
+            for mode in _bench_cpu.MODES
+        }
+        yield (
+            f"\n{machine_of(header)} ({header['level']}), {header['date']}, the same cells: each "
+            f"call after a rest {means['alone']}; in turn with torch's {means['alternating']}. "
+        )
+        worst = sorted((min(row[mode]["x"] for mode in means), row["cell"]) for row in rows)
+        short = [f"{cell[:-6]} {x:.2f}" for x, cell in worst if cell.endswith("short")]
+        losing = [(x, cell) for x, cell in worst if round(x, 2) < 1]
+        grid = [f"{cell} {x:.2f}" for x, cell in losing if not cell.endswith("short")]
+        yield f"Slower are {'; '.join(grid)}. " if grid else "No cell of these is slower. "
+        if short:
+            slower = short[: len(losing) - len(grid)]
+            yield f"Of {len(short)} other cells, with few keys and on one thread, "
+            yield f"slower are {'; '.join(slower)}. " if slower else f"the worst is {short[0]}. "
 
 
 def correctness_words(cards):

@@ -58,6 +58,23 @@ def grid(suite, device, ours, **peers):
     return [row for cell in cells for row in rows_of(cell, ours, **peers)]
 
 
+def beside(report, cells, **header):
+    """A result of fastattn._bench_cpu: torch's time over ours, alone and alternating."""
+    header |= {"date": "2030-01-01", "level": "avx2", "machine": "a machine", "torch": "2.x"}
+    rows = [
+        {
+            "cell": cell,
+            "matrix_rate": 100,
+            "load": 0.26,
+            "alone": {"ms": 2.0, "x": alone, "gflops": 50},
+            "alternating": {"ms": 2.0, "x": alternating},
+        }
+        for cell, (alone, alternating) in cells.items()
+    ]
+    text = json.dumps({"header": header | {"command": "measure"}, "rows": rows})
+    (report.HERE / "results" / "beside.json").write_text(text)
+
+
 def verdict(implementation, words):
     row = {"suite": "correctness", "input": "an input", "implementation": implementation}
     return row | {"verdict": words, "right": words == "right"}
@@ -71,11 +88,7 @@ def filled(report):
     write(report, "short", "cuda", rows_of(short, 1.0, cudnn=0.8))
     write(report, "cpu", "cpu", grid("cpu", "cpu", 1.0, torch=2.0))
     write(report, "cpu-other", "cpu", grid("cpu", "cpu", 1.0, torch=3.0), level="avx512")
-    header = {"date": "2030-01-01", "level": "avx2", "machine": "a machine", "torch": "2.x"}
-    turns = {"alone": {"ms": 2.0, "x": 1.5, "gflops": 50}, "alternating": {"ms": 2.0, "x": 0.9}}
-    row = {"cell": "fp32 a cell", "matrix_rate": 100, **turns}
-    beside = {"header": header | {"command": "measure"}, "rows": [row]}
-    (report.HERE / "results" / "beside.json").write_text(json.dumps(beside))
+    beside(report, {"fp32 b1 h8 s512 d64 full": (1.5, 0.9), "fp64 b1 sk1 d64 short": (4.0, 5.0)})
     write(report, "wrong", "cpu", [verdict("default", "NaN in 9 %"), verdict("fastattn", "right")])
     return report
 
@@ -91,7 +104,7 @@ def test_one_command_writes_everything(filled, capsys, monkeypatch):
     assert "| an input | **NaN in 9 %** | right |" in readme
     assert f"## {GPU}" in results and f"## {CPU} (avx2)" in results
     assert f"## {CPU} (avx512)" in results and "old.json" not in results
-    assert "| fp32 a cell | 2 | 0.50 | 1.50 | **0.90** |" in results
+    assert "| fp32 b1 h8 s512 d64 full | 2 | 0.50 | 1.50 | **0.90** | 0.3 |" in results
     assert "(1.20 x fa3)" in results and "**cudnn 0.80**" in results
 
     monkeypatch.setattr("sys.argv", ["report.py", "--check"])
@@ -131,3 +144,36 @@ def test_a_refusal_of_ours_and_a_cell_without_peers_are_shown(report):
     lines = report.table(result, "gpu-heads")
     assert len(lines) == 4 and "refused" in lines[3] and "not here" in lines[3]
     assert lines[2].startswith("| bf16 b1 h8 s64 d96 full | 1 (1 to 1) |")
+
+
+@pytest.mark.parametrize(
+    ("ratios", "header", "words"),
+    [
+        (
+            ((1.0, 2.0), (4.0, 2.0), (0.8, 0.9), (0.7, 5.0)),
+            {"cpu": "a CPU"},
+            "fp32 **2.00**; in turn with torch's fp32 **2.00**. No cell of these is slower. Of 2 "
+            "other cells, with few keys and on one thread, slower are fp64 sk1 d64 0.70; "
+            "fp32 sk1 d64 0.80. ",
+        ),
+        (
+            ((1.0, 0.5), (4.0, 2.0), (0.8, 0.9), (6.0, 5.0)),
+            {},
+            "fp32 **2.00**; in turn with torch's fp32 **1.00**. Slower are fp32 s512 full "
+            "0.50. Of 2 other cells, with few keys and on one thread, slower are fp32 sk1 d64 0.80. ",
+        ),
+        (
+            ((1.0, 2.0), (4.0, 2.0), (1.8, 1.2), (6.0, 5.0)),
+            {},
+            "fp32 **2.00**; in turn with torch's fp32 **2.00**. No cell of these is slower. "
+            "Of 2 other cells, with few keys and on one thread, the worst is fp32 sk1 d64 1.20. ",
+        ),
+    ],
+)
+def test_means_are_of_the_grid_and_the_short_cells_named_apart(report, ratios, header, words):
+    labels = "fp32 s512 full", "fp32 s2048 full", "fp32 sk1 d64 short", "fp64 sk1 d64 short"
+    beside(report, dict(zip(labels, ratios, strict=True)), **header)
+    where = f"{', '.join([*header.values(), 'a machine'])} (avx2), 2030-01-01"
+    assert "".join(report.beside_words(report.load()[1])) == (
+        f"\n{where}, the same cells: each call after a rest {words}"
+    )

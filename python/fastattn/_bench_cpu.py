@@ -4,7 +4,7 @@ Each cell is timed twice. *alone*: one call after 20 ms of rest, ours and torch'
 *alternating*: ours, torch's, ours, torch's without a pause, as the operators of a model follow each
 other; idle threads of the one may then be in the way of the other. The limit is the machine's
 matrix rate in the same run, the faster of torch and NumPy in float32. Every output is compared with
-float64 first.
+float64 first. Cells of few keys, called short, run on one thread.
 
 `--level avx2` holds this package, torch and the libraries of both to AVX2. `--json` keeps the rows
 that the file has of other cells, so that a suite can be measured in several short runs.
@@ -26,6 +26,7 @@ import time
 import numpy as np
 
 import fastattn
+from fastattn import _bench
 
 AVX2 = {  # each library's own way of asking
     "FASTATTN_CPU_LEVEL": "avx2",
@@ -34,6 +35,7 @@ AVX2 = {  # each library's own way of asking
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "OPENBLAS_CORETYPE": "Haswell",
 }
+MODES = {"alone": 0.02, "alternating": 0}  # seconds of rest before a call
 TOLERANCE = {"fp64": 1e-12, "fp32": 2e-6, "fp16": 2e-3, "bf16": 2e-2}  # of the largest |v|
 
 
@@ -121,7 +123,7 @@ def measure(torch, cell, budget):
     largest = max(1.0, float(v.abs().max())) if v.numel() else 1.0
     row["right"] = row["error"] <= TOLERANCE[dtype] * largest
     flops = 4 * b * h * sq * sk * d / (2 if causal else 1) / 1e9
-    for mode, rest in (("alone", 0.02), ("alternating", 0)):
+    for mode, rest in MODES.items():
         ours, torchs = turns(calls, budget, rest)
         row[mode] = {"ms": ours * 1e3, "torch_ms": torchs * 1e3, "x": torchs / ours}
         if flops and not threads:
@@ -137,21 +139,25 @@ def report(rows):
             f"{row['cell']:32} {row['alone']['ms']:9.3f} {row['alone']['x']:8.2f} {limit:6.2f} "
             f"{row['alternating']['x']:14.2f} {row['error']:.1e}{'' if row['right'] else ' WRONG'}"
         )
-    groups = {}
-    for row in rows:
-        if not row["cell"].endswith("short"):
-            groups.setdefault(row["cell"].split()[0], []).append(row)
-    for dtype, group in groups.items():
-        for mode in ("alone", "alternating"):
-            x = [row[mode]["x"] for row in group]
-            mean = math.exp(sum(map(math.log, x)) / len(x))
+    for mode in MODES:
+        for dtype, x in ratios(rows, mode).items():
+            mean = _bench.geometric_mean(x)
             print(f"{dtype} {mode}: geometric mean {mean:.2f}, worst {min(x):.2f}, {len(x)} cells")
 
 
-def restart(argv):
-    """This program once more: libraries read these variables when they are loaded."""
-    command = [sys.executable, "-m", "fastattn._bench_cpu", *argv]
-    os.execve(sys.executable, command, {**os.environ, **AVX2})
+def ratios(rows, mode):
+    """{dtype: torch's time over ours, of each cell of the grid}: of all but the short ones."""
+    found = {}
+    for row in rows:
+        if not row["cell"].endswith("short"):
+            found.setdefault(row["cell"].split()[0], []).append(row[mode]["x"])
+    return found
+
+
+def hold(torch, threads):
+    """Both sides on so many threads; 0: on all."""
+    fastattn.set_num_threads(threads or None)
+    torch.set_num_threads(fastattn.get_num_threads())
 
 
 def main(argv):
@@ -161,25 +167,20 @@ def main(argv):
     parser.add_argument("--budget", type=float, default=0.6, help="seconds for a cell and mode")
     parser.add_argument("--json", type=pathlib.Path, help="file for the results")
     args = parser.parse_args(argv)
-    if args.level == "avx2" and os.environ.get("FASTATTN_CPU_LEVEL") != "avx2":
-        restart(argv)
     words = set(args.filter.split())
     chosen = [cell for cell in cells() if words <= set(cell[0].split())]
-    if any(cell[-1] for cell in chosen) and fastattn.info()["cpu"]["threads"] != 1:
-        left = [cell for cell in chosen if not cell[-1]]
-        if not left:
-            os.environ["FASTATTN_NUM_THREADS"] = "1"
-            restart(argv) if args.level == "avx2" else os.execv(
-                sys.executable, [sys.executable, "-m", "fastattn._bench_cpu", *argv]
-            )
-        print("the short cells are of one thread: --filter short", file=sys.stderr)
-        chosen = left
+    if not chosen:
+        parser.error(f"no cell has the words of --filter {args.filter!r}")
+    if args.level == "avx2" and not AVX2.items() <= os.environ.items():
+        # once more from the start: libraries read these variables when they are loaded
+        command = [sys.executable, "-m", "fastattn._bench_cpu", *argv]
+        os.execve(sys.executable, command, {**os.environ, **AVX2})
     import torch
 
-    torch.set_num_threads(fastattn.info()["cpu"]["threads"])
     known = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     header = {
         "date": datetime.date.today().isoformat(),
+        "cpu": _bench.cpu_name(),
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "level": fastattn.info()["cpu"]["level"],
         "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
@@ -187,9 +188,12 @@ def main(argv):
         "command": f"python -m fastattn._bench_cpu --level {args.level}",
     }
     names, rows = {cell[0] for cell in chosen}, []
+    hold(torch, 0)
     for cell in chosen:
         rate, load = matrix_rate(torch), os.getloadavg()[0]
+        hold(torch, cell[-1])
         row = measure(torch, cell, args.budget)
+        hold(torch, 0)
         rows.append({**row, "matrix_rate": max(rate, matrix_rate(torch)), "load": load})
         if args.json:
             kept = [row for row in known.get("rows", []) if row["cell"] not in names]
