@@ -160,7 +160,8 @@ def test_a_refusal_of_ours_and_a_cell_without_peers_are_shown(report):
             ((1.0, 0.5), (4.0, 2.0), (0.8, 0.9), (6.0, 5.0)),
             {},
             "fp32 **2.00**; in turn with torch's fp32 **1.00**. Slower are fp32 s512 full "
-            "0.50. Of 2 other cells, with few keys and on one thread, slower are fp32 sk1 d64 0.80. ",
+            "0.50. Of 2 other cells, with few keys and on one thread, "
+            "slower are fp32 sk1 d64 0.80. ",
         ),
         (
             ((1.0, 2.0), (4.0, 2.0), (1.8, 1.2), (6.0, 5.0)),
