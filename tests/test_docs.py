@@ -1,6 +1,7 @@
 """README and the recipes: programs run, calls are right, every cell of the matrix is so."""
 
 import functools
+import json
 import re
 import subprocess
 import sys
@@ -67,6 +68,18 @@ def test_variables_are_read():
 
 def test_published_numbers_are_what_the_result_files_say():
     subprocess.run([sys.executable, ROOT / "benchmarks" / "report.py", "--check"], check=True)
+
+
+def test_the_notebook_shows_what_it_printed_and_drew():
+    """On a page that runs nothing; and nothing of the machine that ran it but what it prints."""
+    path = ROOT / "benchmarks" / "sdpa_comparison.ipynb"
+    text = path.read_text()
+    outputs = [x for cell in json.loads(text)["cells"] for x in cell.get("outputs", ())]
+    assert [output["output_type"] for output in outputs] == ["stream"] * 2 + ["display_data"] * 3
+    assert all(output.get("name", "stdout") == "stdout" for output in outputs)
+    assert sum("image/png" in output.get("data", ()) for output in outputs) == 3
+    assert path.stat().st_size < 300_000
+    assert not re.search(r"/(home|root|tmp|usr|work)/|[A-Z]:\\\\|site-packages", text)
 
 
 @needs("torch")
