@@ -283,8 +283,9 @@ def beside_words(files):
             for mode in _bench_cpu.MODES
         }
         yield (
-            f"\n{machine_of(header)} ({header['level']}), {header['date']}, the same cells: each "
-            f"call after a rest {means['alone']}; in turn with torch's {means['alternating']}. "
+            f"\n{machine_of(header)} ({header['level']}), {header['date']}, the same "
+            f"cells, each call after a rest: {means['alone']}; in turn with torch's calls: "
+            f"{means['alternating']}. "
         )
         worst = sorted((min(row[mode]["x"] for mode in means), row["cell"]) for row in rows)
         short = [f"{cell[:-6]} {x:.2f}" for x, cell in worst if cell.endswith("short")]

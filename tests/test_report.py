@@ -152,21 +152,21 @@ def test_a_refusal_of_ours_and_a_cell_without_peers_are_shown(report):
         (
             ((1.0, 2.0), (4.0, 2.0), (0.8, 0.9), (0.7, 5.0)),
             {"cpu": "a CPU"},
-            "fp32 **2.00**; in turn with torch's fp32 **2.00**. No cell of these is slower. Of 2 "
-            "other cells, with few keys and on one thread, slower are fp64 sk1 d64 0.70; "
+            "fp32 **2.00**; in turn with torch's calls: fp32 **2.00**. No cell of these is slower. "
+            "Of 2 other cells, with few keys and on one thread, slower are fp64 sk1 d64 0.70; "
             "fp32 sk1 d64 0.80. ",
         ),
         (
             ((1.0, 0.5), (4.0, 2.0), (0.8, 0.9), (6.0, 5.0)),
             {},
-            "fp32 **2.00**; in turn with torch's fp32 **1.00**. Slower are fp32 s512 full "
+            "fp32 **2.00**; in turn with torch's calls: fp32 **1.00**. Slower are fp32 s512 full "
             "0.50. Of 2 other cells, with few keys and on one thread, "
             "slower are fp32 sk1 d64 0.80. ",
         ),
         (
             ((1.0, 2.0), (4.0, 2.0), (1.8, 1.2), (6.0, 5.0)),
             {},
-            "fp32 **2.00**; in turn with torch's fp32 **2.00**. No cell of these is slower. "
+            "fp32 **2.00**; in turn with torch's calls: fp32 **2.00**. No cell of these is slower. "
             "Of 2 other cells, with few keys and on one thread, the worst is fp32 sk1 d64 1.20. ",
         ),
     ],
@@ -176,5 +176,5 @@ def test_means_are_of_the_grid_and_the_short_cells_named_apart(report, ratios, h
     beside(report, dict(zip(labels, ratios, strict=True)), **header)
     where = f"{', '.join([*header.values(), 'a machine'])} (avx2), 2030-01-01"
     assert "".join(report.beside_words(report.load()[1])) == (
-        f"\n{where}, the same cells: each call after a rest {words}"
+        f"\n{where}, the same cells, each call after a rest: {words}"
     )
