@@ -156,7 +156,7 @@ int32_t fa_cpu_threads(void) { return fa_pool_threads(); }
 void fa_cpu_set_threads(const int32_t *n) {
     char unused[160];
     fa_pool_threads(); /* the setup comes first, or it would undo this */
-    atomic_store(&fa_pool_size, n ? *n : fa_default_threads(unused, sizeof unused));
+    atomic_store(&fa_pool_size, n ? *n : fa_pool_default(unused, sizeof unused));
 }
 
 const char *fa_cpu_warning(void) {

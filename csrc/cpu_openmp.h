@@ -20,6 +20,7 @@ typedef struct fa_openmp {
     void (*parallel)(void (*work)(void *), void *context, unsigned threads, unsigned flags);
     int (*in_parallel)(void);
     int (*max_threads)(void); /* of a team that this thread starts */
+    int (*cores)(void); /* that the process had before the runtime bound this thread to some */
     unsigned long long loads; /* by the dynamic linker when torch was last looked for */
 } fa_openmp;
 
@@ -55,9 +56,19 @@ static void fa_openmp_find(fa_openmp *openmp) {
     if (!torch) return;
     *(void **)&openmp->in_parallel = fa_openmp_symbol(torch, "omp_in_parallel");
     *(void **)&openmp->max_threads = fa_openmp_symbol(torch, "omp_get_max_threads");
-    if (openmp->in_parallel && openmp->max_threads)
+    *(void **)&openmp->cores = fa_openmp_symbol(torch, "omp_get_num_procs");
+    if (openmp->in_parallel && openmp->max_threads && openmp->cores)
         *(void **)&openmp->parallel = fa_openmp_symbol(torch, "GOMP_parallel");
     dlclose(torch);
+}
+
+/* Threads of a team that have a core each; 0: there is no runtime. */
+static int fa_openmp_team(void) {
+    fa_openmp openmp = {0};
+    fa_openmp_find(&openmp);
+    if (!openmp.parallel) return 0;
+    const int team = openmp.max_threads(), cores = openmp.cores();
+    return team < cores ? team : cores;
 }
 
 typedef struct fa_openmp_job {

@@ -49,9 +49,13 @@ static void fa_pool_after_fork(void) {
     fa_pool.forked = 1;
 }
 
+static int fa_pool_default(char *warning, size_t size) {
+    return fa_default_threads(fa_pool.forked ? 0 : fa_openmp_team(), warning, size);
+}
+
 static void fa_pool_setup(void) {
-    atomic_store(&fa_pool_size, fa_default_threads(fa_pool_warning, sizeof fa_pool_warning));
     fa_pool.forked = fa_openmp_forked();
+    atomic_store(&fa_pool_size, fa_pool_default(fa_pool_warning, sizeof fa_pool_warning));
     pthread_atfork(NULL, NULL, fa_pool_after_fork);
 }
 

@@ -1,7 +1,8 @@
 /* cpu_threads.h - how many threads the CPU backend uses where the program has not said so.
  *
  * FASTATTN_NUM_THREADS, else OMP_NUM_THREADS, else the cores that the process may run on, or fewer
- * where a container grants it less time than these have.
+ * where a container grants it less time than these have. An OpenMP runtime may have bound this
+ * thread to some of the cores (OMP_PROC_BIND): they count that its team has.
  */
 #ifndef FASTATTN_CPU_THREADS_H
 #define FASTATTN_CPU_THREADS_H
@@ -57,9 +58,9 @@ static long fa_cgroup_cpus(const char *self, const char *root) {
     }
 }
 
-/* warning, of `size` bytes, is a sentence where FASTATTN_NUM_THREADS is no such number, else empty.
- */
-static int fa_default_threads(char *warning, size_t size) {
+/* team: of the OpenMP runtime that computes, or 0. warning, of `size` bytes, is a sentence where
+ * FASTATTN_NUM_THREADS is no such number, else empty. */
+static int fa_default_threads(int team, char *warning, size_t size) {
     const char *ours = getenv("FASTATTN_NUM_THREADS"), *openmp = getenv("OMP_NUM_THREADS");
     cpu_set_t set;
     long n = ours ? fa_parse_threads(ours, "") : 0;
@@ -69,6 +70,7 @@ static int fa_default_threads(char *warning, size_t size) {
     if (!n) {
         if (sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
         if (n <= 0) n = sysconf(_SC_NPROCESSORS_ONLN); /* more cores than a cpu_set_t holds */
+        if (team > n) n = team;
         const long granted = fa_cgroup_cpus("/proc/self/cgroup", "/sys/fs/cgroup");
         if (granted && granted < n) n = granted;
     }

@@ -44,6 +44,21 @@ print(ours, np.array_equal(fastattn.attention(x, x, x), want), threads() - n)
     assert python("-c", program, **TWO).split() == ["1", "True", "0"]
 
 
+@pytest.mark.parametrize("binds", ["OMP_PROC_BIND", "GOMP_CPU_AFFINITY"])
+def test_a_runtime_that_binds_its_threads(binds):
+    """The caller is bound to one core then; its team has the others, and we use as many."""
+    program = "n = fastattn.get_num_threads(); fastattn.set_num_threads(7); "
+    program += "fastattn.set_num_threads(None); "
+    program += "print(n, fastattn.get_num_threads(), torch.get_num_threads())"
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    bound = {binds: "true" if binds == "OMP_PROC_BIND" else cores}
+    none = {"FASTATTN_NUM_THREADS": "", "OMP_NUM_THREADS": ""}
+    free = int(run(program, **none)[0])
+    first, again, team = map(int, run(program, **none, **bound))
+    assert first == again >= min(free, team)
+    assert run(program, **bound, FASTATTN_NUM_THREADS="1")[:2] == ["1", "1"]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_any_number_of_threads_gives_the_same_bits(threads):
     """More threads than torch's team come from our own pool; of a larger team some stand by."""

@@ -172,7 +172,7 @@ DRIVER = """
 #include "cpu_threads.h"
 int main(int count, char **words) {
     if (count == 3) printf("%ld", fa_cgroup_cpus(words[1], words[2]));
-    return fa_default_threads((char[160]){0}, 160) < 1;
+    return fa_default_threads(0, (char[160]){0}, 160) < 1;
 }
 """
 
