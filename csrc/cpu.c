@@ -40,22 +40,53 @@ static int64_t element(const fa_tensor *t, int64_t b, int64_t h, int64_t s) {
     return b * t->stride[0] + h * t->stride[1] + s * t->stride[2];
 }
 
-/* lse of row (b, h, s): float64 where the arrays are, else float32. */
-static void write_lse(const fa_tensor *lse, fa_dtype type, int64_t b, int64_t h, int64_t s,
-                      double value) {
+/* Element `at` of lse: float64 where the arrays are, else float32. */
+static void put_lse(const fa_tensor *lse, fa_dtype type, int64_t at, double value) {
     if (type == FA_F64)
-        ((double *)lse->data)[element(lse, b, h, s)] = value;
+        ((double *)lse->data)[at] = value;
     else
-        ((float *)lse->data)[element(lse, b, h, s)] = (float)value;
+        ((float *)lse->data)[at] = (float)value;
 }
 
 /* ---- the levels ---- */
 
+/* Query heads that share the keys and values of one sequence. Their rows are one list, in which
+ * the heads alternate, so that along it the ends of what a row sees never decrease. */
+typedef struct fa_group {
+    fa_sequence sequence;
+    int64_t b, h; /* h: the first of `heads` */
+    int heads;
+} fa_group;
+
+/* Row `at` of a group's list: row `row` of the sequence, of head h + `head`. */
+typedef struct fa_row {
+    int head, row;
+} fa_row;
+
+static fa_row find_row(const fa_group *g, int64_t at) {
+    if (g->heads == 1) return (fa_row){0, (int)at}; /* a division is 5 % of a row of one key */
+    return (fa_row){(int)(at % g->heads), (int)(at / g->heads)};
+}
+
+static fa_interval row_keys(const fa_group *g, int64_t at) {
+    return fa_row_interval(g->sequence.lengths, find_row(g, at).row);
+}
+
+/* Where a row starts, in elements from row 0 of the first head on. */
+static int64_t row_offset(const fa_tensor *t, fa_row row) {
+    return row.head * t->stride[1] + row.row * t->stride[2];
+}
+
+/* lse of a row, where it is wanted. */
+static void write_lse(const fa_what *what, const fa_group *g, fa_row row, double value) {
+    const int64_t h = g->h + row.head, s = (int64_t)g->sequence.q + row.row;
+    if (what->lse.data) put_lse(&what->lse, what->dtype, element(&what->lse, g->b, h, s), value);
+}
+
 typedef struct fa_cpu_kernel {
     int lanes, strip, rows; /* rows in a vector, in a strip; the most that run() takes at once */
     size_t (*scratch)(const fa_params *p, int rows);
-    void (*run)(const fa_params *p, int64_t b, int64_t h, fa_sequence sequence, int first,
-                int count, void *memory);
+    void (*run)(const fa_params *p, const fa_group *g, int64_t first, int count, void *memory);
 } fa_cpu_kernel;
 
 #define FA_LEVEL portable /* 16-byte vectors: SSE2, NEON, or whatever gcc makes of them */
@@ -166,50 +197,50 @@ const char *fa_cpu_warning(void) {
 
 /* ---- one call ---- */
 
-/* A call is cut into strips of one head, mostly a panel of rows each. Threads draw them, several at
- * once that share what is read of K and V, fewer towards the end, so that no thread waits long for
- * the last one. Where sequences are packed, a strip is `rows` rows of the packed axis and takes the
- * blocks that start there: the work is shared out by what there is, whatever the sequences'
- * lengths. */
+/* A call is cut into strips of one group, mostly a panel of rows each. Threads draw them, several
+ * at once that share what is read of K and V, fewer towards the end, so that no thread waits long
+ * for the last one. Where sequences are packed, a strip is `rows` rows of the packed axis and takes
+ * the blocks that start there: the work is shared out by what there is, whatever the sequences'
+ * lengths. A group is one head where that has rows enough by itself. */
 typedef struct call {
     const fa_params *p;
     const fa_cpu_kernel *kernel;
     int rows;               /* that run() takes at once */
     int strip, most;        /* rows in a strip; strips in a draw */
     int threads;            /* that draw */
-    int64_t length;         /* rows of a head: sq, or total_q */
-    int64_t strips, in_all; /* of a head; of all heads */
+    int heads;              /* of a group */
+    int64_t length;         /* rows of a group: `heads` times sq, or total_q */
+    int64_t strips, in_all; /* of a group; of all groups */
     atomic_llong next;
 } call;
 
 /* Rows without a key: 0, and for lse -inf or the sink. */
-static void empty_rows(const fa_what *what, int64_t b, int64_t h, int64_t first, int64_t end,
-                       double lse) {
+static void empty_rows(const fa_params *p, const fa_group *g, int64_t first, int64_t end,
+                       const float *sink) {
+    const fa_what *what = &p->what;
     const int64_t size = fa_size(what->dtype);
-    char *out = (char *)what->out.data + (b * what->out.stride[0] + h * what->out.stride[1]) * size;
-    for (int64_t row = first; row < end; row++) {
-        char *to = out + row * what->out.stride[2] * size;
+    for (int64_t at = first; at < end; at++) {
+        const fa_row row = find_row(g, at);
+        const int64_t h = g->h + row.head, s = (int64_t)g->sequence.q + row.row;
+        char *to = (char *)what->out.data + element(&what->out, g->b, h, s) * size;
         if (what->out.stride[3] == 1)
             memset(to, 0, (size_t)(what->dv * size));
         else
             for (int64_t i = 0; i < what->dv; i++)
                 memset(to + i * what->out.stride[3] * size, 0, (size_t)size);
-        if (what->lse.data) write_lse(&what->lse, what->dtype, b, h, row, lse);
+        write_lse(what, g, row, sink ? sink[h * p->scores.sink_stride] : -INFINITY);
     }
 }
 
-/* Rows first .. end - 1 of one sequence. */
-static void run_block(const call *c, int64_t b, int64_t h, fa_sequence s, int first, int end,
-                      void *memory) {
-    const int valid = fa_clamp(s.lengths.sq, first, end);
-    const fa_scores *scores = &c->p->scores;
-    if (first < valid &&
-        fa_row_interval(s.lengths, first).begin < fa_row_interval(s.lengths, valid - 1).end)
-        c->kernel->run(c->p, b, h, s, first, valid - first, memory);
+/* Rows first .. end - 1 of one group. */
+static void run_block(const call *c, const fa_group *g, int64_t first, int64_t end, void *memory) {
+    int64_t valid = (int64_t)g->sequence.lengths.sq * g->heads;
+    valid = valid < first ? first : valid < end ? valid : end;
+    if (first < valid && row_keys(g, first).begin < row_keys(g, valid - 1).end)
+        c->kernel->run(c->p, g, first, (int)(valid - first), memory);
     else
-        empty_rows(&c->p->what, b, h, (int64_t)s.q + first, (int64_t)s.q + valid,
-                   scores->sink ? scores->sink[h * scores->sink_stride] : -INFINITY);
-    empty_rows(&c->p->what, b, h, (int64_t)s.q + valid, (int64_t)s.q + end, -INFINITY);
+        empty_rows(c->p, g, first, valid, c->p->scores.sink);
+    empty_rows(c->p, g, valid, end, NULL);
 }
 
 /* The blocks that start in the rows begin .. end - 1 of the packed axis. */
@@ -219,28 +250,29 @@ static void run_packed(const call *c, int64_t h, int64_t begin, int64_t end, voi
     int64_t low = 0, high = what->b; /* finds the first sequence that starts in these rows */
     while (low < high) {
         const int64_t middle = (low + high) / 2;
-        if (fa_first_row(v->cu_q, v->cu_q_stride, middle, v->total_q) < begin)
+        if (fa_first_row(v->cu_q, v->cu_q_stride, middle, v->total_q) * (int64_t)c->heads < begin)
             low = middle + 1;
         else
             high = middle;
     }
     /* The one before may reach into them; the one past the last is the rows of none. */
     for (int64_t b = low ? low - 1 : 0; b <= what->b; b++) {
-        fa_sequence s = {.q_end = v->total_q};
+        fa_group g = {.sequence.q_end = v->total_q, .b = b, .h = h, .heads = c->heads};
         if (b < what->b)
-            s = fa_find_sequence(v, &c->p->masks, b, what->sq, what->sk);
+            g.sequence = fa_find_sequence(v, &c->p->masks, b, what->sq, what->sk);
         else
-            s.q = fa_first_row(v->cu_q, v->cu_q_stride, b, v->total_q);
-        if (s.q >= end) break;
-        const int64_t length = s.q_end - s.q, stop = end - s.q < length ? end - s.q : length;
-        int64_t first = s.q < begin ? (begin - s.q + c->rows - 1) / c->rows * c->rows : 0;
+            g.sequence.q = fa_first_row(v->cu_q, v->cu_q_stride, b, v->total_q);
+        const int64_t start = (int64_t)g.sequence.q * c->heads;
+        const int64_t length = (int64_t)g.sequence.q_end * c->heads - start;
+        if (start >= end) break;
+        const int64_t stop = end - start < length ? end - start : length;
+        int64_t first = start < begin ? (begin - start + c->rows - 1) / c->rows * c->rows : 0;
         for (; first < stop; first += c->rows)
-            run_block(c, b, h, s, (int)first,
-                      (int)(length - first < c->rows ? length : first + c->rows), memory);
+            run_block(c, &g, first, length - first < c->rows ? length : first + c->rows, memory);
     }
 }
 
-/* Rows first .. end - 1 of one head, or of the packed axis. */
+/* Rows first .. end - 1 of one group, or of the packed axis. */
 static void run_strips(const call *c, int64_t b, int64_t h, int64_t first, int64_t end,
                        void *memory) {
     const fa_what *what = &c->p->what;
@@ -248,8 +280,12 @@ static void run_strips(const call *c, int64_t b, int64_t h, int64_t first, int64
         run_packed(c, h, first, end, memory);
         return;
     }
-    const fa_sequence s = fa_find_sequence(&c->p->varlen, &c->p->masks, b, what->sq, what->sk);
-    run_block(c, b, h, s, (int)first, (int)end, memory);
+    const fa_group g = {
+        .b = b,
+        .h = h,
+        .heads = c->heads,
+        .sequence = fa_find_sequence(&c->p->varlen, &c->p->masks, b, what->sq, what->sk)};
+    run_block(c, &g, first, end, memory);
 }
 
 /* The next strips, from *at on; returns how many. */
@@ -277,8 +313,8 @@ static void work(void *argument) {
     if (!memory) return; /* the other threads do the work */
     char *aligned = memory + (-(uintptr_t)memory & 63);
     for (int64_t at = 0, n; (n = draw(c, &at)) > 0;) {
-        for (int64_t end = at + n, more; at < end; at += more) { /* head by head */
-            const int64_t head = at / c->strips, strip = at % c->strips;
+        for (int64_t end = at + n, more; at < end; at += more) { /* group by group */
+            const int64_t head = at / c->strips * c->heads, strip = at % c->strips;
             more = c->strips - strip < end - at ? c->strips - strip : end - at;
             /* Last rows first: under a causal mask they see most, and short work at the end evens
              * out. */
@@ -291,33 +327,47 @@ static void work(void *argument) {
     if (memory != small) free(memory);
 }
 
+/* Neighbouring query heads whose key head and value head are the same: of the numbers of those
+ * that share the one and that share the other, the greatest common divisor. */
+static int heads_that_share(const fa_what *what) {
+    int a = what->hq / what->hk, b = what->hq / what->hv;
+    while (b) {
+        const int rest = a % b;
+        a = b, b = rest;
+    }
+    return a;
+}
+
 static fa_status cpu_run(const fa_params *p, void *workspace, fa_error *error) {
     const fa_what *what = &p->what;
     (void)workspace;
     const int packed = p->varlen.cu_q != NULL;
     call c = {.p = p, .kernel = the_level()->by_type[what->dtype]};
-    c.length = packed ? p->varlen.total_q : what->sq;
     const int64_t heads = packed ? what->hq : (int64_t)what->b * what->hq;
+    c.length = packed ? p->varlen.total_q : what->sq;
     if (heads == 0 || c.length == 0) return FA_OK;
-    const int lanes = c.kernel->lanes, longest = what->sq > 1 ? what->sq : 1;
+    c.heads = what->sq < c.kernel->rows ? heads_that_share(what) : 1;
+    c.length *= c.heads;
+    const int64_t groups = heads / c.heads, longest = (int64_t)c.heads * (what->sq ? what->sq : 1);
+    const int lanes = c.kernel->lanes;
     const int keys = packed && p->varlen.total_k < what->sk ? p->varlen.total_k : what->sk;
     /* Below some 40 us of work waking a thread costs more than it brings. */
-    const double products = (double)heads * c.length * keys * (what->d + what->dv);
+    const double products = (double)groups * c.length * keys * (what->d + what->dv);
     const int threads = products < 2e6 ? 1 : fa_pool_threads();
-    c.rows = longest < c.kernel->rows ? (longest + lanes - 1) / lanes * lanes : c.kernel->rows;
+    c.rows = longest < c.kernel->rows ? ((int)longest + lanes - 1) / lanes * lanes : c.kernel->rows;
     /* Fewer rows of great heads: they are to stay in the cache, and to have memory at all. */
     while (c.rows > lanes && (int64_t)c.rows * (what->d + (int64_t)what->dv) > 1 << 18)
         c.rows = (c.rows / 2 + lanes - 1) / lanes * lanes;
     c.strip = packed || c.rows < c.kernel->strip ? c.rows : c.kernel->strip;
     c.strips = (c.length + c.strip - 1) / c.strip;
-    while (threads > 1 && c.strip > lanes && heads * c.strips < 4 * threads) {
+    while (threads > 1 && c.strip > lanes && groups * c.strips < 4 * threads) {
         c.strip -= lanes;
         c.strips = (c.length + c.strip - 1) / c.strip;
     }
     c.most = (c.rows + c.strip - 1) / c.strip;
     c.rows = packed ? c.strip : c.most * c.strip;
     if (c.strips == 1) c.most = 64;
-    c.in_all = heads * c.strips;
+    c.in_all = groups * c.strips;
     c.threads = c.in_all < threads ? (int)c.in_all : threads;
     fa_pool_run(c.threads, work, &c);
     if (atomic_load(&c.next) < c.in_all) { /* no thread had memory */
@@ -385,7 +435,7 @@ static void merge_row(const fa_merge *m, int64_t b, int64_t h, int64_t s, double
     }
     double lse =
         total == 0 ? -INFINITY : top + log2_f64_portable((vec_f64_portable){total, 1})[0] * FA_LN2;
-    write_lse(&m->lse, m->dtype, b, h, s, lse);
+    put_lse(&m->lse, m->dtype, element(&m->lse, b, h, s), lse);
 }
 
 static fa_status cpu_merge(const fa_merge *m, fa_error *error) {

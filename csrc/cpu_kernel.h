@@ -1,9 +1,9 @@
 /* cpu_kernel.h - the algorithm of the CPU backend, once per instance (see cpu_simd.h). Included
  * without a guard.
  *
- * Online softmax over blocks of keys. The lanes of every vector are query rows, so all that a row
- * carries - its maximum, its sum, its interval - is one lane, and no step adds across lanes. A
- * panel of up to NV * LANES rows holds
+ * Online softmax over blocks of keys. The lanes of every vector are query rows, of one head or of
+ * several that share the keys, so all that a row carries - its maximum, its sum, its interval - is
+ * one lane, and no step adds across lanes. A panel of up to NV * LANES rows holds
  *
  *     Q^T [d][row]      S^T [key][row]      O^T [dv][row]
  *
@@ -62,17 +62,18 @@ typedef struct panel {
     vec m[NV], l[NV]; /* maximum m of the scores, sum of exp(s - m) */
     /* Of each row; begin = end in the lanes past the last row. */
     ivec begin[NV], end[NV], position[NV];
+    vec slope[NV];
     fa_interval any, all; /* keys that some row, and that every row sees */
-    int first, count, nv; /* rows, vectors of rows */
+    fa_row row[PANEL];    /* the last one in the lanes past it */
+    int count, nv;        /* rows, vectors of rows */
 } panel;
 
 /* What all blocks of a run share. */
 typedef struct context {
     const fa_params *p;
-    const char *q, *k, *v, *mask; /* of this sequence and head, from its row 0 on */
+    const fa_group *group;
+    const char *q, *k, *v, *mask; /* of this sequence and the group's first head, from row 0 on */
     char *out;
-    fa_tensor lse; /* likewise; data NULL: not wanted */
-    int32_t b, h;  /* as dropout counts them */
     int64_t seed;
     int unit_k, unit_v; /* K and V can be read in place */
     int units;          /* units of d */
@@ -81,7 +82,7 @@ typedef struct context {
     int changed;
     real scale, sign, nats;     /* nats: what a score counts in the end */
     base score_base, e_squared; /* e^nats; e^2 for tanh */
-    real softcap, slope;
+    real softcap;
     panel panels[PANELS];
     vec *s, *bias; /* [KEYS][NV]: scores, then probabilities; the mask's block */
     real *rows;    /* [LANES][longest row], to transpose from and to */
@@ -183,7 +184,7 @@ FA_FAST void change(const context *c, const panel *p, vec *s, vec *top, int begi
                 if (adds) x += c->bias[i * nv + j];
                 if (scores->alibi_slopes) {
                     vec distance = __builtin_convertvector(p->position[j] - key, vec);
-                    x -= max_(distance, -distance) * c->slope;
+                    x -= max_(distance, -distance) * p->slope[j];
                 }
             }
             if (hides) {
@@ -206,10 +207,9 @@ static void read_bias(const context *c, const panel *p, int begin, int n) {
     const int64_t size = fa_size(scores->mask_dtype), stride = mask->stride[3];
     for (int j = 0; j < p->nv; j++) {
         for (int i = 0; i < LANES; i++) {
-            int row = j * LANES + i < p->count ? j * LANES + i : p->count - 1;
             real *to = c->rows + i * (KEYS / packed);
             const char *from =
-                c->mask + ((p->first + row) * mask->stride[2] + begin * stride) * size;
+                c->mask + (row_offset(mask, p->row[j * LANES + i]) + begin * stride) * size;
             /* The next block's part of the row: rows lie too far apart for the hardware to see it
              * coming. */
             for (int64_t line = KEYS * size; line < 2 * KEYS * size; line += 64)
@@ -232,12 +232,17 @@ static void read_bias(const context *c, const panel *p, int begin, int n) {
 static __attribute__((noinline)) void drop(const context *c, const panel *p, vec *s, int begin,
                                            int n, int nv) {
     const FA_INT threshold = (FA_INT)c->p->dropout.threshold;
-    for (int at = begin / 8 * 8; at < begin + n; at += 8)
-        for (int j = 0; j < nv; j++) {
+    const int32_t b = (int32_t)(c->p->dropout.first_b + c->group->b), h = (int32_t)c->group->h;
+    for (int j = 0; j < nv; j++) {
+        int32_t head[LANES], row[LANES];
+        for (int i = 0; i < LANES; i++) {
+            head[i] = h + p->row[j * LANES + i].head;
+            row[i] = p->row[j * LANES + i].row;
+        }
+        for (int at = begin / 8 * 8; at < begin + n; at += 8) {
             FA_INT words[4][LANES];
             for (int i = 0; i < LANES; i++) {
-                const int32_t row = p->first + j * LANES + i;
-                fa_random bits = fa_dropout_bits(c->seed, c->b, c->h, row, at / 8);
+                fa_random bits = fa_dropout_bits(c->seed, b, head[i], row[i], at / 8);
                 for (int w = 0; w < 4; w++) words[w][i] = (FA_INT)bits.word[w];
             }
             for (int w = 0; w < 4; w++) {
@@ -259,6 +264,7 @@ static __attribute__((noinline)) void drop(const context *c, const panel *p, vec
                 }
             }
         }
+    }
 }
 
 /* One panel meets the keys [begin, end) of one block. */
@@ -340,34 +346,40 @@ static __attribute__((noinline)) void attend_panel(const context *c, panel *p, c
 }
 
 /* Rows first .. first + count - 1 in lanes: Q transposed, O empty, the interval of each. */
-static void open_panel(const context *c, panel *p, fa_lengths lengths, int first, int count) {
+static void open_panel(const context *c, panel *p, int64_t first, int count) {
     const fa_what *what = &c->p->what;
+    const fa_scores *scores = &c->p->scores;
+    const fa_group *g = c->group;
+    const int64_t *stride = scores->alibi_stride;
     const int64_t size = fa_size(what->dtype);
     const int64_t width = whole(c->units);
-    p->first = first;
     p->count = count;
     p->nv = (count + LANES - 1) / LANES;
-    fa_interval top = fa_row_interval(lengths, first);
-    fa_interval bottom = fa_row_interval(lengths, first + count - 1);
+    fa_interval top = row_keys(g, first), bottom = row_keys(g, first + count - 1);
     p->any = (fa_interval){top.begin, bottom.end};
     p->all = (fa_interval){bottom.begin, top.end};
     memset(p->o, 0, (size_t)whole(what->dv) * p->nv * sizeof(vec));
     for (int j = 0; j < p->nv; j++) {
         p->m[j] = splat(-(real)INFINITY);
-        p->l[j] = (vec){0};
+        p->l[j] = p->slope[j] = (vec){0};
         for (int i = 0; i < LANES; i++) {
-            const int row = j * LANES + i;
+            const int n = j * LANES + i;
+            const fa_row row = find_row(g, first + (n < count ? n : count - 1));
             real *to = c->rows + i * width;
+            p->row[n] = row;
             p->begin[j][i] = p->end[j][i] = p->position[j][i] = 0;
-            if (row >= count) {
+            if (n >= count) {
                 memset(to, 0, (size_t)width * sizeof(real));
                 continue;
             }
-            fa_interval keys = fa_row_interval(lengths, first + row);
+            const fa_interval keys = fa_row_interval(g->sequence.lengths, row.row);
             p->begin[j][i] = keys.begin;
             p->end[j][i] = keys.end;
-            p->position[j][i] = fa_row_position(lengths, first + row);
-            const char *from = c->q + (first + row) * what->q.stride[2] * size;
+            p->position[j][i] = fa_row_position(g->sequence.lengths, row.row);
+            if (scores->alibi_slopes)
+                p->slope[j][i] =
+                    scores->alibi_slopes[g->b * stride[0] + (g->h + row.head) * stride[1]];
+            const char *from = c->q + row_offset(&what->q, row) * size;
             read_units(to, from, what->dtype, what->q.stride[3], what->d);
             if (c->sign != 1) multiply_units(to, c->sign, what->d);
         }
@@ -381,17 +393,20 @@ static void close_panel(const context *c, panel *p) {
     const fa_what *what = &c->p->what;
     const fa_scores *scores = &c->p->scores;
     const int64_t width = whole(what->dv);
-    const float sink = scores->sink ? scores->sink[c->h * scores->sink_stride] : -INFINITY;
     const int drops = c->p->dropout.p > 0;
     const real gain = drops ? (real)c->p->dropout.gain : 1;
     for (int j = 0; j < p->nv; j++) {
         vec m = p->m[j] * c->nats, l = p->l[j], weight = splat(1);
+        vec sink = splat(-(real)INFINITY);
         const ivec empty = l == 0; /* the largest score gives 1, so 0 means that all are -inf */
         if (scores->sink) {
-            const vec s = splat(sink);
-            vec top = max_(m, s), finite = pick(top == -(real)INFINITY, (vec){0}, top);
+            for (int i = 0; i < LANES; i++)
+                sink[i] =
+                    scores->sink[(c->group->h + p->row[j * LANES + i].head) * scores->sink_stride];
+            vec top = max_(m, sink), finite = pick(top == -(real)INFINITY, (vec){0}, top);
             weight = power(base_of(FA_LOG2E), m - finite);
-            l = l * weight + power(base_of(FA_LOG2E), pick(s == finite, (vec){0}, s - finite));
+            l = l * weight +
+                power(base_of(FA_LOG2E), pick(sink == finite, (vec){0}, sink - finite));
             m = top;
         }
         const ivec zero = empty | (ivec)(splat(gain) == 0); /* also of an infinite value */
@@ -404,10 +419,10 @@ static void close_panel(const context *c, panel *p) {
             transpose(c->rows + i, width, (real *)(p->o + i * p->nv + j), p->nv * LANES);
         const vec value = m + log2_(l) * (real)FA_LN2;
         for (int i = 0; i < LANES && j * LANES + i < p->count; i++) {
-            const int64_t row = p->first + j * LANES + i;
-            write_row(c->out + row * what->out.stride[2] * fa_size(what->dtype), what->dtype,
+            const fa_row row = p->row[j * LANES + i];
+            write_row(c->out + row_offset(&what->out, row) * fa_size(what->dtype), what->dtype,
                       what->out.stride[3], c->rows + i * width, what->dv);
-            if (c->lse.data) write_lse(&c->lse, what->dtype, 0, 0, row, empty[i] ? sink : value[i]);
+            write_lse(what, c->group, row, empty[i] ? sink[i] : value[i]);
         }
     }
 }
@@ -415,18 +430,17 @@ static void close_panel(const context *c, panel *p) {
 /* Which keys of a block some row sees through the bool mask; returns how many. The rows' intervals
  * count too: a key that every row has hidden, by the one or by the other, is not read as a value.
  */
-static int see(const context *c, fa_lengths lengths, int first, int count, const block *keys,
-               uint8_t *seen) {
+static int see(const context *c, int64_t first, int count, const block *keys, uint8_t *seen) {
     const fa_tensor *mask = &c->p->scores.mask;
     const int64_t stride = mask->stride[3];
     int n = 0;
     memset(seen, 0, KEYS);
-    for (int row = first; row < first + count; row++) {
-        fa_interval of = fa_row_interval(lengths, row);
+    for (int64_t row = first; row < first + count; row++) {
+        fa_interval of = row_keys(c->group, row);
         int begin = of.begin > keys->begin ? of.begin : keys->begin;
         int end = of.end < keys->end ? of.end : keys->end;
         const uint8_t *restrict from =
-            (const uint8_t *)c->mask + row * mask->stride[2] + begin * stride;
+            (const uint8_t *)c->mask + row_offset(mask, find_row(c->group, row)) + begin * stride;
         uint8_t *restrict to = seen + (begin - keys->begin);
         if (stride == 1 && end - begin == KEYS)
             for (int i = 0; i < KEYS; i++) to[i] |= from[i];
@@ -501,8 +515,8 @@ static size_t scratch_bytes(const fa_params *p, int rows) {
     return lay_out(NULL, NULL, &p->what, p->scores.mask.data != NULL, rows);
 }
 
-/* Whether all rows of a sequence have one key, see it, and nothing changes its weight. (All: a row's
- * bits must not depend on which others are in its task.) */
+/* Whether all rows of a sequence have one key, see it, and nothing changes its weight. (All: a
+ * row's bits must not depend on which others are in its task.) */
 static int has_one_key(const fa_params *p, fa_lengths lengths) {
     const fa_scores *scores = &p->scores;
     const double scale = fabs(p->what.scale);
@@ -514,21 +528,20 @@ static int has_one_key(const fa_params *p, fa_lengths lengths) {
 }
 
 /* Their output is the key's value, and their lse the score. */
-static void one_key(const fa_params *p, int64_t b, int64_t h, fa_sequence sequence, int first,
-                    int count, void *memory) {
-    const fa_what *what = &p->what;
-    const int64_t size = fa_size(what->dtype), at = (int64_t)sequence.k + sequence.lengths.k_start;
-    const int64_t hk = h / (what->hq / what->hk), hv = h / (what->hq / what->hv);
+static void one_key(const context *c, int64_t first, int count, void *memory) {
+    const fa_what *what = &c->p->what;
+    const int64_t size = fa_size(what->dtype), start = c->group->sequence.lengths.k_start;
     const int width = whole(what->d), packed = what->v.stride[3] == 1 && what->out.stride[3] == 1;
-    const char *k = (const char *)what->k.data + element(&what->k, b, hk, at) * size;
-    const char *v = (const char *)what->v.data + element(&what->v, b, hv, at) * size;
+    const char *k = c->k + start * what->k.stride[2] * size;
+    const char *v = c->v + start * what->v.stride[2] * size;
     real *key = memory, *row = key + width; /* scratch has LANES of them */
     memset(row - LANES, 0, LANES * sizeof(real));
     memset(row + width - LANES, 0, LANES * sizeof(real));
     read_row(key, k, what->dtype, what->k.stride[3], what->d);
-    for (int64_t i = (int64_t)sequence.q + first; count > 0; i++, count--) {
-        const char *q = (const char *)what->q.data + element(&what->q, b, h, i) * size;
-        char *out = (char *)what->out.data + element(&what->out, b, h, i) * size;
+    for (int64_t at = first; at < first + count; at++) {
+        const fa_row to = find_row(c->group, at);
+        const char *q = c->q + row_offset(&what->q, to) * size;
+        char *out = c->out + row_offset(&what->out, to) * size;
         vec sum = {0};
         read_row(row, q, what->dtype, what->q.stride[3], what->d);
         for (int j = 0; j < width; j += LANES) {
@@ -550,35 +563,32 @@ static void one_key(const fa_params *p, int64_t b, int64_t h, fa_sequence sequen
             for (int64_t j = 0; j < what->dv; j++)
                 memcpy(out + j * what->out.stride[3] * size, v + j * what->v.stride[3] * size,
                        (size_t)size);
-        if (what->lse.data) write_lse(&what->lse, what->dtype, b, h, i, s + nothing);
+        write_lse(what, c->group, to, s + nothing);
     }
 }
 
-/* Rows first .. first + count - 1 (at most 128, all within the sequence's length) of one head. */
-static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_sequence sequence, int first,
-                     int count, void *memory) {
+/* Rows first .. first + count - 1 (at most 128, all within the sequence's length) of one group. */
+static void run_rows(const fa_params *p, const fa_group *g, int64_t first, int count,
+                     void *memory) {
     const fa_what *what = &p->what;
-    const fa_lengths lengths = sequence.lengths;
+    const fa_sequence sequence = g->sequence;
     const fa_scores *scores = &p->scores;
-    const int64_t size = fa_size(what->dtype);
+    const int64_t size = fa_size(what->dtype), b = g->b, h = g->h;
     const int64_t hk = h / (what->hq / what->hk), hv = h / (what->hq / what->hv);
     const int native = FA_PAIRS || (what->dtype == (DOUBLE ? FA_F64 : FA_F32));
     const int hides = scores->mask.data && scores->mask_dtype == FA_BOOL;
-    if (has_one_key(p, lengths)) {
-        one_key(p, b, h, sequence, first, count, memory);
-        return;
-    }
     context c;
     c.bias = NULL;
     c.p = p;
+    c.group = g;
     c.q = (const char *)what->q.data + element(&what->q, b, h, sequence.q) * size;
     c.k = (const char *)what->k.data + element(&what->k, b, hk, sequence.k) * size;
     c.v = (const char *)what->v.data + element(&what->v, b, hv, sequence.k) * size;
     c.out = (char *)what->out.data + element(&what->out, b, h, sequence.q) * size;
-    c.lse = what->lse;
-    if (c.lse.data)
-        c.lse.data = (char *)c.lse.data + element(&c.lse, b, h, sequence.q) * (DOUBLE ? 8 : 4);
-    c.b = (int32_t)(p->dropout.first_b + b), c.h = (int32_t)h;
+    if (has_one_key(p, sequence.lengths)) {
+        one_key(&c, first, count, memory);
+        return;
+    }
     c.seed = p->dropout.p > 0 ? fa_dropout_seed(&p->dropout) : 0;
     c.mask = scores->mask.data;
     if (c.mask)
@@ -599,17 +609,12 @@ static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_sequence seque
     c.score_base = base_of(c.changed ? FA_LOG2E : size_of_scale * FA_LOG2E);
     c.e_squared = base_of(2 * FA_LOG2E);
     c.softcap = (real)(DOUBLE ? scores->softcap : fmin(fmax(scores->softcap, FLT_MIN), FLT_MAX));
-    c.slope = scores->alibi_slopes
-                  ? scores->alibi_slopes[b * scores->alibi_stride[0] + h * scores->alibi_stride[1]]
-                  : 0;
     lay_out(&c, memory, what, c.mask != NULL, count);
 
     int panels = 0;
     for (int i = 0; i < count; i += PANEL, panels++)
-        open_panel(&c, &c.panels[panels], lengths, first + i,
-                   count - i < PANEL ? count - i : PANEL);
-    const int begin = fa_row_interval(lengths, first).begin;
-    const int end = fa_row_interval(lengths, first + count - 1).end;
+        open_panel(&c, &c.panels[panels], first + i, count - i < PANEL ? count - i : PANEL);
+    const int begin = row_keys(g, first).begin, end = row_keys(g, first + count - 1).end;
     /* Blocks start at multiples of KEYS, chains of additions at multiples of CHAIN, wherever the
      * rows' keys do: how rows are grouped, and so how many threads there are and how many
      * sequences, changes no bit. */
@@ -618,7 +623,7 @@ static void run_rows(const fa_params *p, int64_t b, int64_t h, fa_sequence seque
                       .end = at + KEYS < end ? at + KEYS : end};
         uint8_t seen[KEYS];
         const int n = keys.end - keys.begin;
-        const int sees = hides ? see(&c, lengths, first, count, &keys, seen) : n;
+        const int sees = hides ? see(&c, first, count, &keys, seen) : n;
         if (sees == 0) continue;
         load_block(&c, &keys, begin, sees < n ? seen : NULL);
         for (int i = 0; i < panels; i++) {
