@@ -187,7 +187,7 @@ def main(argv):
         "fastattn": fastattn.__version__,
         "command": f"python -m fastattn._bench_cpu --level {args.level}",
     }
-    names, rows = {cell[0] for cell in chosen}, []
+    names, rows, order = {cell[0] for cell in chosen}, [], [cell[0] for cell in cells()]
     hold(torch, 0)
     for cell in chosen:
         rate, load = matrix_rate(torch), os.getloadavg()[0]
@@ -197,7 +197,8 @@ def main(argv):
         rows.append({**row, "matrix_rate": max(rate, matrix_rate(torch)), "load": load})
         if args.json:
             kept = [row for row in known.get("rows", []) if row["cell"] not in names]
-            text = ",\n".join("  " + json.dumps(row) for row in kept + rows)
+            kept = sorted(kept + rows, key=lambda row: order.index(row["cell"]))
+            text = ",\n".join("  " + json.dumps(row) for row in kept)
             args.json.write_text(f'{{"header": {json.dumps(header)},\n"rows": [\n{text}\n]}}\n')
     print(header, f"load {os.getloadavg()}")
     report(rows)
