@@ -17,7 +17,6 @@ import importlib.util
 import multiprocessing
 import os
 import pathlib
-import shlex
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -180,7 +179,7 @@ def main():
     commit = options.commit or _bench.git(pathlib.Path(__file__).resolve().parent.parent)
 
     rows = list(all_rows(options.device))
-    command = shlex.join(["python", "benchmarks/correctness.py", *sys.argv[1:]])
+    command = _bench.recorded("python benchmarks/correctness.py", sys.argv[1:])
     header = _bench.environment(_bench.arrays_for(options.device), command, commit)
     print(_bench.caption(header), end=":\n\n")
     print("\n".join(report.verdicts(rows)))

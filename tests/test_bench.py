@@ -136,6 +136,15 @@ def test_what_is_finished_is_printed_and_saved(monkeypatch, capsys, tmp_path):
     assert kept["header"]["interrupted"] == "after 2 of 12 cells"
 
 
+def test_results_keep_the_command_without_folders_of_a_machine():
+    line = ["--filter", "s512 d64", "--json", "/data/a b/r.json", "--module=old=/data/old/_C.so"]
+    line += ["--plot=/data/plots", "--known", "benchmarks/peers.csv"]
+    assert _bench.recorded("python benchmarks", line) == (
+        "python benchmarks --filter 's512 d64' --json r.json --module=old=_C.so --plot=plots "
+        "--known benchmarks/peers.csv"
+    )
+
+
 def test_ctrl_c(tmp_path):
     file = tmp_path / "result.json"
     line = ["--suite", "cpu-host", "--suite", "cpu", "--json", file, "--warmup", "0"]

@@ -24,6 +24,7 @@ import math
 import operator
 import pathlib
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -1108,6 +1109,11 @@ def parser_of(program, tree):
     return parser
 
 
+def recorded(program, argv):
+    """The command line as results keep it: files by their names, without folders of a machine."""
+    return shlex.join([*program.split(), *(re.sub(r"(^|=)/.*/", r"\1", x) for x in argv)])
+
+
 def main(argv, program="python -m fastattn bench", tree=None):
     """The command line, called from the sources in `tree` (None: installed). Returns the status."""
     args = parser_of(program, tree).parse_args(argv)
@@ -1119,7 +1125,7 @@ def main(argv, program="python -m fastattn bench", tree=None):
         if args.source:
             result = json.loads(pathlib.Path(args.source).read_text())
         else:
-            result = run(args, shlex.join([*program.split(), *argv]))
+            result = run(args, recorded(program, argv))
     except (Refusal, OSError, json.JSONDecodeError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
