@@ -535,8 +535,10 @@ static void one_key(const context *c, int64_t first, int count, void *memory) {
     const char *k = c->k + start * what->k.stride[2] * size;
     const char *v = c->v + start * what->v.stride[2] * size;
     real *key = memory, *row = key + width; /* scratch has LANES of them */
-    memset(row - LANES, 0, LANES * sizeof(real));
-    memset(row + width - LANES, 0, LANES * sizeof(real));
+    if (width) { /* what is behind the last columns */
+        memset(row - LANES, 0, LANES * sizeof(real));
+        memset(row + width - LANES, 0, LANES * sizeof(real));
+    }
     read_row(key, k, what->dtype, what->k.stride[3], what->d);
     for (int64_t at = first; at < first + count; at++) {
         const fa_row to = find_row(c->group, at);
