@@ -535,7 +535,7 @@ static void one_key(const context *c, int64_t first, int count, void *memory) {
     const char *k = c->k + start * what->k.stride[2] * size;
     const char *v = c->v + start * what->v.stride[2] * size;
     real *key = memory, *row = key + width; /* scratch has LANES of them */
-    if (width) { /* what is behind the last columns */
+    if (width) {                            /* what is behind the last columns */
         memset(row - LANES, 0, LANES * sizeof(real));
         memset(row + width - LANES, 0, LANES * sizeof(real));
     }
