@@ -16,6 +16,7 @@
 #define base FN(base)
 #define base_of FN(base_of)
 #define dot FN(dot)
+#define exponent FN(exponent)
 #define fma_ FN(fma)
 #define log2_ FN(log2)
 #define max_ FN(max)
@@ -35,6 +36,15 @@
 #define LANES (FA_BYTES / (int)sizeof(real))
 #define DOUBLE (sizeof(real) == 8)
 #define STEP (FA_PAIRS ? 2 : 1) /* elements in a unit */
+
+/* Where products are rounded before they are added, numbers are cut in two: half of the bits times
+ * half of the bits is exact. */
+#if defined(__aarch64__)
+#define FUSED 1
+#else
+#define FUSED (FA_X86 != 0)
+#endif
+#define SPLIT (real)(DOUBLE ? 134217729. : 4097.) /* 2^(half of the bits) + 1 */
 
 #endif
 
@@ -86,14 +96,24 @@ FA_FAST vec max_(vec a, vec b) {
 #endif
 }
 
-/* log2 of the base of a power, and the x where the power becomes 0. Rounding log2 makes x greater
- * by half an ulp at most, which is what the scores have lost already. */
+/* log2 of the base of a power, in two parts so that x * log2 loses nothing (in one, a power that is
+ * all of a row's P, beside a sink, is off by 7e-7 of itself), and the x where the power becomes 0.
+ */
 typedef struct base {
-    real log2, floor;
+    real high, low, floor;
 } base;
 
 static base base_of(double log2) {
-    return (base){(real)log2, (DOUBLE ? -1023 : -127) / (real)log2};
+    const real single = (real)log2, c = single * SPLIT;
+    const real high = FUSED || c - c != 0 ? single : c - (c - single); /* c may overflow */
+    return (base){high, (real)(log2 - high), (DOUBLE ? -1023 : -127) / single};
+}
+
+/* x * log2 + y, where that is near 0. */
+FA_FAST vec exponent(base e, vec x, vec y) {
+    if (FUSED) return fma_(x, splat(e.low), fma_(x, splat(e.high), y));
+    const vec c = x * SPLIT, half = c - (c - x);
+    return half * e.high + y + ((x - half) * e.high + x * e.low);
 }
 
 /* base^x = 2^n 2^f for x <= 0 (or NaN, which stays NaN), with n an integer and |f| <= 1/2: *scale =
@@ -103,8 +123,8 @@ FA_FAST vec power_parts(base e, vec x, vec *scale) {
     /* Adding it leaves n, and the exponent's bias, in the lowest bits of a number. */
     const real round = DOUBLE ? 6755399441055744. + 1023 : 12582912. + 127; /* 1.5 * 2^mantissa */
     x = max_(splat(e.floor), x);
-    vec shifted = fma_(x, splat(e.log2), splat(round));
-    vec f = fma_(x, splat(e.log2), round - shifted);
+    vec shifted = fma_(x, splat(e.high + e.low), splat(round));
+    vec f = exponent(e, x, round - shifted);
     *scale = (vec)((ivec)shifted << (DOUBLE ? 52 : 23));
     vec y; /* (2^f - 1) / f, interpolated at Chebyshev nodes: 5e-9, or 8e-18 in double */
     if (DOUBLE) {
