@@ -1,4 +1,4 @@
-"""Builds fastattn._C: every C file of csrc/, and with nvcc every row of kernels/variants.def.
+"""Builds fastattn._C: every C file of csrc/, and with nvcc every row of kernels/sm90/fwd.def.
 
 One object per C file and per kernel row, compiled in parallel and kept in build/objects. An object
 is compiled again when its command line or a file that its depfile names has changed, so touching
@@ -35,7 +35,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OBJECTS = ROOT / "build" / "objects"
-BINDING = {"module", "tensor", "info"}  # the only files that see Python.h
+BINDING = ROOT / "csrc" / "binding"  # the only files that see Python.h
 
 # Free-threaded CPython has no stable ABI: there the module is built for one version.
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
@@ -43,7 +43,7 @@ ABI3 = "0x030A0000"  # CPython 3.10, as in [tool.distutils.bdist_wheel] of the w
 
 C_FLAGS = (
     "-std=c11 -O3 -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra "
-    "-Wno-missing-field-initializers -Werror=implicit-function-declaration"
+    "-Wno-missing-field-initializers -Werror=implicit-function-declaration -Icsrc"
 )
 SANITIZE_FLAGS = (
     "-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
@@ -51,7 +51,7 @@ SANITIZE_FLAGS = (
 # Without exceptions, RTTI and guarded statics the host pass of nvcc needs no C++ runtime.
 NVCC_FLAGS = (
     "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,"
-    "-fno-threadsafe-statics,-fno-asynchronous-unwind-tables"
+    "-fno-threadsafe-statics,-fno-asynchronous-unwind-tables -Icsrc -Ikernels"
 )
 LINK_FLAGS = "-shared -Wl,--exclude-libs,ALL -Wl,--as-needed -Wl,-z,relro,-z,now"
 
@@ -208,9 +208,9 @@ def cudart_flags(nvcc: Path) -> list[str]:
 
 
 def kernel_rows() -> list[dict[str, str]]:
-    """The rows of kernels/variants.def, each a dict from column name to value; those that
+    """The rows of kernels/sm90/fwd.def, each a dict from column name to value; those that
     FASTATTN_VARIANTS chooses, where it is set."""
-    path = ROOT / "kernels" / "variants.def"
+    path = ROOT / "kernels" / "sm90" / "fwd.def"
     text = path.read_text()
     columns = re.search(r"^// columns: (.*)$", text, re.M)[1].split()
     lines = re.findall(r"^FA_ROW\((.*)\)", text, re.M)
@@ -234,7 +234,7 @@ def table_flags(rows: list[dict[str, str]]) -> list[str]:
     if not table.exists():
         OBJECTS.mkdir(parents=True, exist_ok=True)
         table.write_text(text)
-    return [f'-DFA_VARIANTS="{os.path.relpath(table, ROOT / "kernels")}"']
+    return [f'-DFA_VARIANTS="{os.path.relpath(table, ROOT / "kernels" / "sm90")}"']
 
 
 def c_jobs(cuda: bool) -> list[Job]:
@@ -254,13 +254,13 @@ def c_jobs(cuda: bool) -> list[Job]:
             (
                 *compiler,
                 *flags,
-                *(python if path.stem in BINDING else []),
+                *(python if path.parent == BINDING else []),
                 *(why if path.stem == "dispatch" else []),
                 "-c",
-                f"csrc/{path.name}",
+                str(path.relative_to(ROOT)),
             ),
         )
-        for path in sorted((ROOT / "csrc").glob("*.c"))
+        for path in sorted((ROOT / "csrc").rglob("*.c"))
     ]
 
 
@@ -273,9 +273,9 @@ def cuda_jobs(nvcc: Path, rows: list[dict[str, str]]) -> list[Job]:
         command = (str(nvcc), *shlex.split(NVCC_FLAGS), gencode, *values)
         source = f"kernels/{row['source']}.cu"
         # A row's own line is in its command; the other rows of the table do not concern it.
-        jobs.append(Job(row["name"], (*command, "-c", source), frozenset({"variants.def"})))
+        jobs.append(Job(row["name"], (*command, "-c", source), frozenset({"fwd.def"})))
     host = (str(nvcc), *shlex.split(NVCC_FLAGS), "-gencode=arch=compute_90a,code=sm_90a")
-    jobs += [Job("sm90", (*host, *table_flags(rows), "-c", "kernels/sm90.cu"))]
+    jobs += [Job("sm90", (*host, *table_flags(rows), "-c", "kernels/sm90/backend.cu"))]
     return jobs
 
 

@@ -165,7 +165,7 @@ typedef struct fa_backend {
     fa_status (*merge)(const fa_merge *m, fa_error *error); /* NULL: not served */
 } fa_backend;
 
-extern const fa_backend fa_cpu; /* csrc/cpu.c */
+extern const fa_backend fa_cpu; /* csrc/cpu/cpu.c */
 /* The CPU's vector level that fa_cpu runs with: "portable", "avx2", "avx512", "avx512_bf16". */
 const char *fa_cpu_level(void);
 int32_t fa_cpu_threads(void); /* that a call may use, the caller's included */
@@ -174,7 +174,7 @@ void fa_cpu_set_threads(const int32_t *n);
 const char *fa_cpu_warning(void); /* a sentence about FASTATTN_NUM_THREADS, or empty */
 
 #ifdef FASTATTN_CUDA             /* built with nvcc; kernels/ */
-extern const fa_backend fa_sm90; /* kernels/sm90.cu */
+extern const fa_backend fa_sm90; /* kernels/sm90/backend.cu */
 
 typedef struct fa_gpu {
     char name[128];
@@ -190,9 +190,10 @@ typedef struct fa_cuda_state {
     char error[128]; /* CUDA's sentence where devices cannot be listed, else empty */
 } fa_cuda_state;
 
-void fa_cuda_probe(fa_cuda_state *state);                                  /* kernels/sm90.cu */
-fa_status fa_cuda_device(int32_t device_id, fa_gpu *gpu, fa_error *error); /* kernels/sm90.cu */
-const char *const *fa_cuda_rows(void); /* names of the rows built in, NULL-terminated */
+void fa_cuda_probe(fa_cuda_state *state); /* kernels/sm90/backend.cu */
+fa_status fa_cuda_device(int32_t device_id, fa_gpu *gpu,
+                         fa_error *error); /* kernels/sm90/backend.cu */
+const char *const *fa_cuda_rows(void);     /* names of the rows built in, NULL-terminated */
 #endif
 
 #ifdef __cplusplus

@@ -1,5 +1,5 @@
 /* fibers.h - one block of a CUDA kernel on the host: each thread a fiber, each warp in step where
- * the kernel says so. Enough of CUDA for kernels/packed.cuh, and slow; C++, g++ or clang. */
+ * the kernel says so. Enough of CUDA for kernels/common/packed.cuh, and slow; C++, g++ or clang. */
 #ifndef FASTATTN_TESTS_FIBERS_H
 #define FASTATTN_TESTS_FIBERS_H
 

@@ -33,8 +33,8 @@ def forgotten(contract, rows, cpu):
 
 
 def test_a_change_of_the_scores_is_switched_on_in_every_backend():
-    contract, rows = text("csrc/fastattn.h"), text("kernels/rows.h")
-    cpu = text("csrc/cpu_kernel.h")
+    contract, rows = text("csrc/fastattn.h"), text("kernels/sm90/rows.h")
+    cpu = text("csrc/cpu/kernel.h")
     assert not forgotten(contract, rows, cpu)
     more = contract.replace("} fa_scores;", "float temperature; } fa_scores;")
     assert forgotten(more, rows, cpu) == [("temperature", "cpu"), ("temperature", "sm90")]
@@ -43,6 +43,6 @@ def test_a_change_of_the_scores_is_switched_on_in_every_backend():
 
 
 def test_every_cpu_level_is_tested():
-    assert tuple(re.findall(r"^ *LEVEL\((\w+),", text("csrc/cpu.c"), re.M)) == LEVELS
+    assert tuple(re.findall(r"^ *LEVEL\((\w+),", text("csrc/cpu/cpu.c"), re.M)) == LEVELS
     readme = (ROOT / "README.md").read_text()
     assert all(f"`{level}`" in readme for level in LEVELS)

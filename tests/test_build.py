@@ -26,7 +26,7 @@ while [ $# -gt 1 ]; do
     case "$1" in -c) source=$2;; -MF) depfile=$2;; -o) object=$2;; esac
     shift
 done
-echo "$object: $source kernels/shared.cuh kernels/variants.def" > $depfile
+echo "$object: $source kernels/shared.cuh kernels/sm90/fwd.def" > $depfile
 echo "ptxas info    : (C7519) harmless"
 cat {say} 2>/dev/null
 echo | cc -x c -c - -o $object
@@ -38,7 +38,7 @@ def build(tmp_path):
     """A tree with three rows of two kernels and one C file; a function that builds it and returns
     the names of what was compiled."""
     tree, lib = tmp_path / "tree", tmp_path / "lib"
-    for folder in ("csrc", "kernels", "python/fastattn"):
+    for folder in ("csrc", "kernels/sm90", "python/fastattn"):
         (tree / folder).mkdir(parents=True)
     shutil.copy(ROOT / "setup.py", tree)
     shutil.copy(ROOT / "pyproject.toml", tree)
@@ -46,9 +46,9 @@ def build(tmp_path):
     (tree / "python/fastattn/__init__.py").write_text('__version__ = "0"\n')
     (tree / "csrc/check.h").write_text("int fa_check(void);\n")
     (tree / "csrc/check.c").write_text('#include "check.h"\nint fa_check(void) { return 0; }\n')
-    for name in ("first.cu", "second.cu", "sm90.cu", "shared.cuh"):
+    for name in ("first.cu", "second.cu", "sm90/backend.cu", "shared.cuh"):
         (tree / "kernels" / name).touch()
-    table = tree / "kernels" / "variants.def"
+    table = tree / "kernels" / "sm90" / "fwd.def"
     table.write_text(
         "// columns: name source arch d\n" + "".join(f"FA_ROW({row})\n" for row in ROWS)
     )
@@ -99,7 +99,7 @@ def test_one_object_per_row_and_again_only_what_changed(build):
 
 def test_a_changed_row_compiles_that_row_and_the_table(build):
     build()
-    table = build.tree / "kernels/variants.def"
+    table = build.tree / "kernels/sm90/fwd.def"
     later(table, table.read_text().replace(ROWS[1], "two, first, sm_90a, 96"))
     assert build() == {"two", "sm90"}
     later(table, table.read_text().replace(ROWS[0], "new, first, sm_90a, 32"))
@@ -119,7 +119,7 @@ def test_a_row_becomes_its_command_line(build):
 def test_some_variants(build):
     assert build(FASTATTN_VARIANTS="^t") == {"two", "three", "sm90", "check"}
     (table,) = re.findall(r'-DFA_VARIANTS="(.*?)"', build.log.read_text())
-    assert (build.tree / "kernels" / table).read_text() == "".join(
+    assert (build.tree / "kernels" / "sm90" / table).read_text() == "".join(
         f"FA_ROW({row})\n" for row in ROWS[1:]
     )
     assert build() == {"one", "sm90"}  # all of them: the table as it stands

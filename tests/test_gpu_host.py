@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
-VARIANTS = KERNELS / "variants.def"
+VARIANTS = KERNELS / "sm90" / "fwd.def"
+INCLUDES = (f"-I{KERNELS}", f"-I{KERNELS.parent}/csrc")
 SMS = 132
 LOADS = ("FA_BOXES", "FA_STRIDED", "FA_SLICES", "FA_RAW")
 
@@ -26,11 +27,11 @@ pytestmark = pytest.mark.skipif(
 
 SHIM = r"""
 #include <string.h>
-#include "driver.h"
-#include "mask_bits.h"
-#include "packed.h"
-#include "rows.h"
-#include "schedule.h"
+#include "common/driver.h"
+#include "common/mask_bits.h"
+#include "common/packed.h"
+#include "sm90/rows.h"
+#include "common/schedule.h"
 
 int choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int invariant,
            int odd, int flags,
@@ -200,7 +201,7 @@ double uneven(int b, int hq, int hk, int s, int d, int block_m, int blocks, int3
 PACKED_SHIM = r"""
 #include <string.h>
 #include "fibers.h"
-#include "packed.cuh"
+#include "common/packed.cuh"
 
 static packed_args arguments;
 
@@ -254,7 +255,7 @@ def host(tmp_path_factory):
         "-Werror",
         "-shared",
         "-fPIC",
-        f"-I{KERNELS}",
+        *INCLUDES,
     ]
     subprocess.run([*command, "shim.c", "-o", "shim.so"], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "shim.so"))
@@ -263,7 +264,7 @@ def host(tmp_path_factory):
 
 
 def read_rows():
-    """variants.def as a list of dicts, read as the build reads it."""
+    """fwd.def as a list of dicts, read as the build reads it."""
     text = VARIANTS.read_text()
     columns = re.search(r"// columns: (.*)", text).group(1).split()
     lines = re.findall(r"^FA_ROW\((.*)\)", text, re.MULTILINE)
@@ -697,7 +698,7 @@ def test_causal_sections_are_even_and_stay_in_the_l2(host, b, hq, hk, s, d, bloc
 def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     (folder / "packed.cpp").write_text(PACKED_SHIM)
-    includes = f"-I{KERNELS} -I{Path(__file__).parent}".split()
+    includes = [*INCLUDES, f"-I{Path(__file__).parent}"]
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unused-function", "-shared", "-fPIC"]
     command = ["g++", *flags, *includes, "packed.cpp", "-o", "packed.so"]
     subprocess.run(command, cwd=folder, check=True)

@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from test_gpu_host import BF16, KERNELS, ROWS, VARIANTS
+from test_gpu_host import BF16, INCLUDES, ROWS, VARIANTS
 
 pytestmark = pytest.mark.skipif(
     not VARIANTS.exists() or not shutil.which("gcc"), reason="needs the sources and gcc"
@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(
 
 SHIM = r"""
 #include <string.h>
-#include "mask_bits.h"
-#include "rows.h"
-#include "schedule.h"
+#include "common/mask_bits.h"
+#include "sm90/rows.h"
+#include "common/schedule.h"
 
 /* Planes of batches that a packed bool mask has, which is the same for all of them. */
 int planes(int b, int packed, int flags, int each) {
@@ -91,7 +91,15 @@ def host(tmp_path_factory):
     (folder / "shim.c").write_text(SHIM)
     flags = "-std=c11 -O1 -Wall -Wextra -Werror -shared -fPIC -fsanitize=undefined"
     trap = "-fsanitize-undefined-trap-on-error"
-    command = ["gcc", *flags.split(), trap, f"-I{KERNELS}", "shim.c", "-o", "shim.so"]
+    command = [
+        "gcc",
+        *flags.split(),
+        trap,
+        *INCLUDES,
+        "shim.c",
+        "-o",
+        "shim.so",
+    ]
     subprocess.run(command, cwd=folder, check=True)
     return ctypes.CDLL(str(folder / "shim.so"))
 

@@ -120,7 +120,7 @@ def test_info():
     assert found["cpu"]["threads"] >= 1
     if cuda := found["cuda"]:
         assert {"toolkit", "driver", "driver_needed", "devices", "kernels", "error"} <= set(cuda)
-        table = (ROOT / "kernels" / "variants.def").read_text()
+        table = (ROOT / "kernels" / "sm90" / "fwd.def").read_text()
         assert cuda["kernels"] == re.findall(r"^FA_ROW\((\w+),", table, re.M)
         assert found["no_kernels"] is None
     else:

@@ -169,7 +169,7 @@ def test_numbers_that_are_none(n, exception):
 
 DRIVER = """
 #define _GNU_SOURCE
-#include "cpu_threads.h"
+#include "cpu/threads.h"
 int main(int count, char **words) {
     if (count == 3) printf("%ld", fa_cgroup_cpus(words[1], words[2]));
     return fa_default_threads(0, (char[160]){0}, 160) < 1;

@@ -1,0 +1,119 @@
+/* sight.cuh - which keys the rows of a warpgroup see: blocks of them, and scores of a block.
+ *
+ * A part of fwd.cu, which includes it behind the item and the arguments. The intervals are
+ * csrc/mask.h's; a bool mask says more (blocks.cuh).
+ */
+#ifndef FASTATTN_SM90_SIGHT_CUH
+#define FASTATTN_SM90_SIGHT_CUH
+
+#if ROW_GENERAL
+/* The i-th key block of an item: from right to left those before `mid`, then the others. With ALiBi
+ * `mid` is behind the diagonal, where the highest scores are: offsets are raised least. */
+PTX int32_t key_block(const item &t, int32_t i) {
+    int32_t left = t.score.mid - t.begin;
+    return i < left ? t.score.mid - 1 - i : t.end - 1 - (i - left);
+}
+#else
+/* The i-th key block of an item: the masked ones first, from the right, then from the left. */
+PTX int32_t key_block(const item &t, int32_t i) {
+    if (i < t.right) return t.end - 1 - i;
+    if (i < t.right + t.left) return t.begin + i - t.right;
+    return t.end - 1 - (i - t.left);
+}
+#endif
+
+/* How much of a block of keys a warpgroup's rows see. */
+enum seen { NONE, PART, WHOLE };
+PTX enum seen see_interval(const item &t, int32_t block, int warpgroup) {
+    fa_interval some = t.some[warpgroup], whole = t.whole[warpgroup];
+    int32_t key = block * BLOCK_N;
+    bool none = key >= some.end || key + BLOCK_N <= some.begin;
+    bool part = key < whole.begin || key + BLOCK_N > whole.end;
+    return none ? NONE : part ? PART : WHOLE;
+}
+
+PTX int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
+
+/* The first of this thread's two rows; the other is 8 below. */
+PTX int32_t first_row(const item &t, int warpgroup) {
+    return t.row + 64 * warpgroup + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+}
+
+/* The first `columns` of a block, in scores that this thread has of a row: 2 of every 8. */
+PTX int32_t first_scores(int32_t columns) {
+    columns = min(max(columns, 0), BLOCK_N);
+    return columns / 8 * 2 + min(columns % 8, 2);
+}
+
+/* Columns `begin` to `end` of a block, as a bit per score that this thread has of a row. */
+PTX uint32_t scores_of(int32_t begin, int32_t end) {
+    begin = first_scores(begin);
+    return bit_mask(begin, max(first_scores(end) - begin, 0));
+}
+
+PTX enum seen see(const item &t, int32_t block, int warpgroup) {
+    return (enum seen)uniform(see_interval(t, block, warpgroup));
+}
+
+/* Which scores of a block this thread's two rows see, a bit each. */
+struct sight {
+    uint32_t rows[2];
+};
+PTX sight look(const kernel_args &a, const item &t, int32_t row, int32_t key, int warpgroup) {
+    sight see;
+    const int32_t column = key + 2 * (threadIdx.x % 4);
+    const bool begins = key < t.whole[warpgroup].begin; /* some row does, here or later */
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        fa_interval seen = fa_row_interval(t.lengths, row + 8 * r);
+        see.rows[r] = begins ? scores_of(seen.begin - column, seen.end - column)
+                             : bit_mask(0, first_scores(seen.end - column));
+    }
+    return see;
+}
+
+/* Hides the others. */
+PTX void mask_scores(const sight &see, float (&s)[BLOCK_N / 2]) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 2; ++i)
+        if (!(see.rows[i / 2 & 1] >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
+}
+
+/* Writes zeros over the rows of V that no row of the sequence sees: 0 * NaN is NaN. Every
+ * warpgroup does so before it reads the stage; what they all write is the same. */
+PTX void clear_hidden_v(const item &t, uint8_t *v, int32_t key, int warpgroup) {
+    const int32_t begin = t.seen.begin, end = t.seen.end;
+    if (key >= begin && min(key + BLOCK_N, t.keys) <= end) return;
+    for (int i = thread_here() % 128; i < V_BYTES / 16; i += 128) {
+        int32_t row = key + i / 8 % BLOCK_N;
+        if (row < begin || row >= end) ((uint4 *)v)[i] = make_uint4(0, 0, 0, 0);
+    }
+    fence_proxy_async();
+    bar_sync(1 + warpgroup, 128);
+}
+
+/* Writes zeros over what a block's rows have before column `begin` and from `end` on, other heads'
+ * columns: of Q and K, for 0 * NaN is NaN. (Of V they make columns of O that nobody stores.) It
+ * reads nothing: another warpgroup may be writing the same zeros. */
+template <int ROWS>
+PTX void clear_columns(uint8_t *block, int32_t begin, int32_t end, int32_t columns, int warpgroup) {
+    const int32_t last = end / 8, chunks = columns / 8 - last; /* and the first */
+    for (int i = thread_here() % 128; i < ROWS * (chunks + 1); i += 128) {
+        const int32_t row = i % ROWS, n = i / ROWS, chunk = n < chunks ? last + n : 0;
+        const uint32_t at =
+            smem_address(block) + (chunk / 8 * ROWS + row) * 128 + ((chunk % 8 ^ row % 8) << 4);
+        if (8 * chunk >= end) {
+            st_shared_v4(at, 0, 0, 0, 0);
+            continue;
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const int32_t column = 8 * chunk + j;
+            if (column < begin || column >= end) st_shared_b16(at + 2 * j, 0);
+        }
+    }
+    fence_proxy_async();
+    bar_sync(1 + warpgroup, 128);
+}
+
+#endif
