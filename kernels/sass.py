@@ -3,16 +3,27 @@
 An nvcc object holds one cubin, an ELF file, per architecture; every section .text.<kernel> of it is
 a kernel. SASS instructions of sm_70 and newer are 16 bytes: the low 12 bits are the opcode, bits
 12 to 14 the guard predicate (7: always) and 15 its negation.
+
+    python kernels/sass.py compare OLD NEW [--common]
+
+says of each kernel of two builds (modules, objects, or folders of objects) whether its machine
+code is the same. Symbols may differ, and where in the constant bank a parameter lies, as long as
+what was one parameter still is, everywhere. Exit status 1: one differs, or is in one of the two
+alone (--common: those are left out).
 """
 
 import re
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 WGMMA = {0x9F0, 0xDF0, 0x9F3, 0xDF3}  # HGMMA and QGMMA, A from shared memory and from registers
 LOCAL = {0x387: "STL", 0x983: "LDL"}
 BRANCH, CALL, RETURN, EXIT, TRAP = 0x947, 0x944, 0x950, 0x94D, 0x95A
+BARRIER = 0xB1D  # an immediate where other opcodes of its form have the constant bank
+PARAMETERS = 0x210  # where those of a kernel begin, in bank 0 on sm_90
 
 # What ptxas says, as "info", when it serialises wgmma or ignores setmaxnreg. C7519 is harmless.
 SLOW = re.compile(r"^.*\bC75(?:0[89]|1[0-8])\b.*$", re.M)
@@ -22,6 +33,20 @@ SLOW = re.compile(r"^.*\bC75(?:0[89]|1[0-8])\b.*$", re.M)
 class Kernel:
     name: str
     code: tuple[tuple[int, int], ...]  # (low, high) 64 bits of every instruction
+    registers: int = 0  # of a thread, at the launch
+
+    def variant(self) -> str:
+        """The function's name in the source: the first that the symbol spells out."""
+        match = re.search(r"_Z[A-Z]*(\d+)(\w+)", self.name)
+        return match[2][: int(match[1])] if match else self.name
+
+    def parameter(self, i: int) -> int | None:
+        """The constant bank's offset that an instruction reads, if a parameter lies there."""
+        low, _ = self.code[i]
+        if (low >> 9) & 7 not in (3, 5) or low & 0xFFF == BARRIER or (low >> 54) & 31:
+            return None
+        offset = (low >> 38) & 0xFFFF
+        return offset if offset >= PARAMETERS else None
 
     def opcodes(self) -> list[int]:
         return [low & 0xFFF for low, _ in self.code]
@@ -89,14 +114,14 @@ def kernels(data: bytes) -> list[Kernel]:
         size, count, names = struct.unpack_from("<HHH", cubin, 58)
         # (name, type, flags, address, offset, size)
         sections = [struct.unpack_from("<IIQQQQ", cubin, table + size * i) for i in range(count)]
-        for section in sections:
+        for i, section in enumerate(sections):
             at = sections[names][4] + section[0]
             name = cubin[at : cubin.index(b"\0", at)].decode()
             if name.startswith(".text."):
                 code = cubin[section[4] : section[4] + section[5]]
-                found.append(
-                    Kernel(name.removeprefix(".text."), tuple(struct.iter_unpack("<QQ", code)))
-                )
+                registers = struct.unpack_from("<I", cubin, table + size * i + 44)[0] >> 24
+                words = tuple(struct.iter_unpack("<QQ", code))
+                found.append(Kernel(name.removeprefix(".text."), words, registers))
     return found
 
 
@@ -111,3 +136,61 @@ def check(data: bytes, log: str) -> list[str]:
                 counts = ", ".join(f"{spills.count(op)} {LOCAL[op]}" for op in sorted(set(spills)))
                 problems.append(f"{kernel.name}: local memory in a loop that holds wgmma: {counts}")
     return problems
+
+
+def difference(old: Kernel, new: Kernel) -> str | None:
+    """The first thing in which the machine code differs, or None."""
+    if old.registers != new.registers:
+        return f"{new.registers} registers, {old.registers} before"
+    there, back = {}, {}  # parameters, one to one
+    for i, (before, after) in enumerate(zip(old.code, new.code, strict=False)):
+        x, y = old.parameter(i), new.parameter(i)
+        if x is not None and y is not None:
+            if there.setdefault(x, y) != y or back.setdefault(y, x) != x:
+                return f"instruction {i} reads parameter {y:#x}, {x:#x} before"
+            before = before[0] & ~(0xFFFF << 38), before[1]
+            after = after[0] & ~(0xFFFF << 38), after[1]
+        if before != after:
+            return "instruction {} is {:016x} {:016x}, {:016x} {:016x} before".format(
+                i, *reversed(new.code[i]), *reversed(old.code[i])
+            )
+    if len(old.code) != len(new.code):
+        return f"{len(new.code)} instructions, {len(old.code)} before"
+    return None
+
+
+def read(path: Path) -> dict[str, Kernel]:
+    """The kernels of a file, or of a folder's objects: of each variant the newest."""
+    files = sorted(path.glob("*.o"), key=lambda f: f.stat().st_mtime) if path.is_dir() else [path]
+    files = [f for f in files if not f.name.endswith(".tmp.o")]  # being written
+    found = {k.variant(): k for f in files for k in kernels(f.read_bytes())}
+    if not found:
+        raise SystemExit(f"{path} must hold kernels, and has none")
+    return found
+
+
+def compare(old: dict[str, Kernel], new: dict[str, Kernel], common: bool = False) -> int:
+    """Prints a line per variant; returns how many differ."""
+    names = sorted(old.keys() & new.keys() if common else old.keys() | new.keys())
+    differ = 0
+    for name in names:
+        if name not in new or name not in old:
+            problem = f"only in the {'old' if name in old else 'new'} build"
+        else:
+            problem = difference(old[name], new[name])
+        differ += problem is not None
+        print(f"{name}: {problem or 'identical'}")
+    print(f"{len(names) - differ} of {len(names)} identical")
+    return differ if names else 1
+
+
+def main(arguments: list[str]) -> int:
+    common = "--common" in arguments
+    words = [word for word in arguments if word != "--common"]
+    if len(words) != 3 or words[0] != "compare":
+        raise SystemExit("usage: python kernels/sass.py compare OLD NEW [--common]")
+    return 1 if compare(read(Path(words[1])), read(Path(words[2])), common) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
