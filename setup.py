@@ -213,7 +213,7 @@ def kernel_rows() -> list[dict[str, str]]:
     path = ROOT / "kernels" / "sm90" / "fwd.def"
     text = path.read_text()
     columns = re.search(r"^// columns: (.*)$", text, re.M)[1].split()
-    lines = re.findall(r"^FA_ROW\((.*)\)", text, re.M)
+    lines = re.findall(r"^FA_VARIANT\((.*)\)", text, re.M)
     rows = [dict(zip(columns, (v.strip() for v in x.split(",")), strict=True)) for x in lines]
     wanted = os.environ.get("FASTATTN_VARIANTS", "")
     try:
@@ -229,7 +229,7 @@ def table_flags(rows: list[dict[str, str]]) -> list[str]:
     """What makes the chosen rows the table of the dispatcher: a copy of it with those alone."""
     if not os.environ.get("FASTATTN_VARIANTS"):
         return []
-    text = "".join(f"FA_ROW({', '.join(row.values())})\n" for row in rows)
+    text = "".join(f"FA_VARIANT({', '.join(row.values())})\n" for row in rows)
     table = OBJECTS / f"variants-{hashlib.sha256(text.encode()).hexdigest()[:12]}.def"
     if not table.exists():
         OBJECTS.mkdir(parents=True, exist_ok=True)

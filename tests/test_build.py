@@ -50,7 +50,7 @@ def build(tmp_path):
         (tree / "kernels" / name).touch()
     table = tree / "kernels" / "sm90" / "fwd.def"
     table.write_text(
-        "// columns: name source arch d\n" + "".join(f"FA_ROW({row})\n" for row in ROWS)
+        "// columns: name source arch d\n" + "".join(f"FA_VARIANT({row})\n" for row in ROWS)
     )
     lib.mkdir()
     subprocess.run(["ar", "rc", lib / "libcudart_static.a"], check=True)
@@ -120,7 +120,7 @@ def test_some_variants(build):
     assert build(FASTATTN_VARIANTS="^t") == {"two", "three", "sm90", "check"}
     (table,) = re.findall(r'-DFA_VARIANTS="(.*?)"', build.log.read_text())
     assert (build.tree / "kernels" / "sm90" / table).read_text() == "".join(
-        f"FA_ROW({row})\n" for row in ROWS[1:]
+        f"FA_VARIANT({row})\n" for row in ROWS[1:]
     )
     assert build() == {"one", "sm90"}  # all of them: the table as it stands
     for wrong in ("four", "("):

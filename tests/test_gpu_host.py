@@ -267,7 +267,7 @@ def read_rows():
     """fwd.def as a list of dicts, read as the build reads it."""
     text = VARIANTS.read_text()
     columns = re.search(r"// columns: (.*)", text).group(1).split()
-    lines = re.findall(r"^FA_ROW\((.*)\)", text, re.MULTILINE)
+    lines = re.findall(r"^FA_VARIANT\((.*)\)", text, re.MULTILINE)
     return [dict(zip(columns, map(str.strip, line.split(",")), strict=True)) for line in lines]
 
 

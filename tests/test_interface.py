@@ -121,7 +121,7 @@ def test_info():
     if cuda := found["cuda"]:
         assert {"toolkit", "driver", "driver_needed", "devices", "kernels", "error"} <= set(cuda)
         table = (ROOT / "kernels" / "sm90" / "fwd.def").read_text()
-        assert cuda["kernels"] == re.findall(r"^FA_ROW\((\w+),", table, re.M)
+        assert cuda["kernels"] == re.findall(r"^FA_VARIANT\((\w+),", table, re.M)
         assert found["no_kernels"] is None
     else:
         assert found["backends"] == ["cpu"]

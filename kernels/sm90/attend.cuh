@@ -71,7 +71,7 @@ PTX void issue_pv(const kernel_args &a, rows_state &st, smem_layout &smem, bool 
     st.fresh = false;
 }
 
-#if ROW_GENERAL
+#if VARIANT_GENERAL
 #include "blocks.cuh"
 #endif
 #include "rows_out.cuh"
@@ -102,7 +102,7 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
         clear_columns<BLOCK_N>(smem.k[kv.stage], begin, begin + a.d, a.columns[1], warpgroup);
     }
 #endif
-#if ROW_GENERAL
+#if VARIANT_GENERAL
     constexpr enum changes CHANGES = (enum changes)ONLY;
     /* Before the branch that shrinks O, P is rounded beside the last exponentials: float masks gain
      * by that, nothing else does (kernels/README.md). */
@@ -130,7 +130,7 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
     /* While the tensor cores work: what does not depend on them. */
     ending end;
     if (PLACE == NEXT) end = begin_end(a, smem.items[(n - 1) % ITEMS], st, warpgroup);
-#if ROW_GENERAL
+#if VARIANT_GENERAL
     if (MASKED && cut && a.scores.mask != BITS) seen = look(a, t, row, key, warpgroup);
     if (CHANGES == TILES || (CHANGES == ANY && a.scores.mask > BITS))
         open_tile(a.scores, tile, CHANGES == TILES);
@@ -149,7 +149,7 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
      */
     if (HOW == FOLLOW && a.descriptor_high == 0) __trap();
 
-#if ROW_GENERAL
+#if VARIANT_GENERAL
     const float scale = fabsf(a.scores.scale);
     bool done = false;
     if (CHANGES == CAPS) done = cap_exp(a.scores, st.softmax, s);
@@ -205,12 +205,12 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
         if ((SHRINKS_LATE || HOW == FOLLOW) && raised) softmax_shrink(st.o, factor);
         if (!ROUNDS_FIRST) softmax_pack(s, &st.p[0][0]);
         if (PLACE == NEXT) end_rows(a, smem, n - 1, st, end, warpgroup);
-#if ROW_GENERAL
+#if VARIANT_GENERAL
         if (drops) drop_scores(a.scores, t.score, &st.p[0][0], t.h, row, key);
 #endif
         /* Not sooner: this V may be waiting for the stage of the one that has just been settled. */
         if (MASKED && cut) mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
-#if ROW_GENERAL
+#if VARIANT_GENERAL
         if (!MASKED || CHANGES == WORDS) {
         } else if (holes && a.scores.bits.bare)
             clear_bare_holes(a, t, smem, smem.v[kv.stage], key, warpgroup);
@@ -242,7 +242,7 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
     advance(kv);
 }
 
-#if ROW_GENERAL
+#if VARIANT_GENERAL
 #include "runs.cuh"
 #endif
 

@@ -10,20 +10,20 @@
 
 static_assert(FA_CUDA_NO_DEVICE == (int)cudaErrorNoDevice, "common/driver.h");
 
-#define FA_ROW(name, ...) extern "C" fa_launcher fa_launch_##name;
+#define FA_VARIANT(name, ...) extern "C" fa_launcher fa_launch_##name;
 #include FA_VARIANTS
-#undef FA_ROW
+#undef FA_VARIANT
 
 static fa_launcher *const launchers[] = {
-#define FA_ROW(name, ...) fa_launch_##name,
+#define FA_VARIANT(name, ...) fa_launch_##name,
 #include FA_VARIANTS
-#undef FA_ROW
+#undef FA_VARIANT
 };
 
 static const char *const row_names[] = {
-#define FA_ROW(name, ...) #name,
+#define FA_VARIANT(name, ...) #name,
 #include FA_VARIANTS
-#undef FA_ROW
+#undef FA_VARIANT
     NULL,
 };
 

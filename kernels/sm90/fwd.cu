@@ -1,6 +1,6 @@
 /* fwd.cu - the Hopper forward kernel: stop 6 of 6. kernels/README.md has the pictures.
  *
- * One object per row of fwd.def: setup.py passes the row's columns as ROW_<COLUMN>, and the
+ * One object per row of fwd.def: setup.py passes the row's columns as VARIANT_<COLUMN>, and the
  * object exports one function, fa_launch_<name> (fwd_launch.cuh). What is included on the way are
  * parts of this file.
  *
@@ -35,31 +35,32 @@
 #define LOADS_FA_STRIDED 1
 #define LOADS_FA_SLICES 2
 #define LOADS_FA_RAW 3
-#define IS_RAW (PASTE(LOADS_, ROW_LOADS) == 3)
-#define IS_STRIDED (PASTE(LOADS_, ROW_LOADS) == 1 || IS_RAW)
-#define HAS_SLICES (PASTE(LOADS_, ROW_LOADS) == 2)
+#define IS_RAW (PASTE(LOADS_, VARIANT_LOADS) == 3)
+#define IS_STRIDED (PASTE(LOADS_, VARIANT_LOADS) == 1 || IS_RAW)
+#define HAS_SLICES (PASTE(LOADS_, VARIANT_LOADS) == 2)
 
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
 #define PTX_TYPE_FA_BF16 "bf16"
 #define PTX_TYPE_FA_F16 "f16"
-#define FA_PTX_TYPE PASTE(PTX_TYPE_, ROW_DTYPE)
+#define FA_PTX_TYPE PASTE(PTX_TYPE_, VARIANT_DTYPE)
 #include "softmax.cuh"
 
 /* ---- the row ----------------------------------------------------------------------------------*/
 
-static constexpr bool IS_BF16 = ROW_DTYPE == FA_BF16, ONES = ROW_ONES, STRIDED = IS_STRIDED,
-                      SLICES = ROW_LOADS == FA_SLICES, GENERAL = ROW_GENERAL;
-static constexpr enum offset OFFSET = ROW_OFFSET;
+static constexpr bool IS_BF16 = VARIANT_DTYPE == FA_BF16, ONES = VARIANT_ONES, STRIDED = IS_STRIDED,
+                      SLICES = VARIANT_LOADS == FA_SLICES, GENERAL = VARIANT_GENERAL;
+static constexpr enum offset OFFSET = VARIANT_OFFSET;
 static constexpr bool REDOES = OFFSET != WATCH; /* tiles whose offsets did not hold */
-static constexpr int D = ROW_D, DV = ROW_DV, WARPGROUPS = ROW_WARPGROUPS, BLOCK_N = ROW_BLOCK_N,
-                     STAGES = ROW_STAGES, Q_SLOTS = ROW_Q_SLOTS, BLOCKS_PER_SM = ROW_BLOCKS_PER_SM;
+static constexpr int D = VARIANT_D, DV = VARIANT_DV, WARPGROUPS = VARIANT_WARPGROUPS,
+                     BLOCK_N = VARIANT_BLOCK_N, STAGES = VARIANT_STAGES, Q_SLOTS = VARIANT_Q_SLOTS,
+                     BLOCKS_PER_SM = VARIANT_BLOCKS_PER_SM;
 static constexpr int BLOCK_M = 64 * WARPGROUPS;
 static constexpr int ITEMS = 4; /* tiles that the scheduler may be ahead */
 typedef softmax_range<IS_BF16, GENERAL> range;
 
 static_assert(D % 16 == 0 && BLOCK_N % 16 == 0, "wgmma takes k by 16");
-static_assert(DV % (ROW_STAGED ? 16 : 32) == 0, "rows_out.cuh");
+static_assert(DV % (VARIANT_STAGED ? 16 : 32) == 0, "rows_out.cuh");
 static_assert(BLOCK_N <= 128, "a mask has 32 bits");
 static_assert(!GENERAL || (OFFSET == WATCH && !ONES && (BLOCK_N == 64 || BLOCK_N == 128)),
               "scores.cuh");
@@ -89,12 +90,12 @@ static constexpr bool TURNS = WARPGROUPS == 2 || WARPGROUPS == 3;
 static constexpr int THREADS = 128 * (WARPGROUPS + 1);
 static constexpr int SHARES = WARPGROUPS == 1 && BLOCKS_PER_SM == 1 ? 2 : BLOCKS_PER_SM;
 static constexpr int POOL = 65536 / SHARES / THREADS / 8 * 8 * (WARPGROUPS + 1);
-static constexpr int MMA_REGISTERS = ROW_MMA_REGISTERS;
+static constexpr int MMA_REGISTERS = VARIANT_MMA_REGISTERS;
 static constexpr int SERVER_REGISTERS = POOL - WARPGROUPS * MMA_REGISTERS;
 static_assert(SERVER_REGISTERS >= 24, "the pool is too small");
 
 /* O leaves through shared memory where there is room for that. */
-static constexpr bool STAGED = ROW_STAGED;
+static constexpr bool STAGED = VARIANT_STAGED;
 
 static constexpr int LOADERS = STRIDED ? 32 : 1; /* threads that bring Q, K, V, each */
 /* Threads of a warpgroup that hand back what was loaded: one, where wgmma alone has read it; where
@@ -114,7 +115,7 @@ static constexpr int K_BYTES = PANEL_N * panels<D>, V_BYTES = PANEL_N * panels<D
 static constexpr int RING = 4, RAW_BYTES = DV > 128 ? 15360 : 17408; /* raw.cuh */
 #endif
 
-#if ROW_GENERAL
+#if VARIANT_GENERAL
 /* Loops for one change of scores alone, where registers and the time to compile them allow. */
 static constexpr bool SPECIAL = !STRIDED && DV <= 128;
 #include "scores.cuh"
@@ -138,7 +139,7 @@ struct item {
     int32_t watch;              /* the offset is neither kept nor followed */
     float sink;                 /* one more score of every row; -inf: none */
     int32_t last;               /* there is no tile, and there will be no more */
-#if ROW_GENERAL
+#if VARIANT_GENERAL
     score_item score;
 #endif
 };
@@ -147,7 +148,7 @@ struct smem_layout {
     uint8_t q[Q_SLOTS][Q_BYTES]; /* a warpgroup's, in their turn */
     uint8_t k[STAGES][K_BYTES];
     uint8_t v[STAGES][V_BYTES];
-#if ROW_GENERAL
+#if VARIANT_GENERAL
     uint8_t mask[WARPGROUPS][MASK_BYTES];
 #endif
     uint8_t o[STAGED ? 4 * WARPGROUPS : 1][STAGED ? panels<DV> : 1][STAGED ? O_BYTES : 16];
@@ -161,14 +162,14 @@ struct smem_layout {
     uint64_t item_full[ITEMS], item_empty[ITEMS];
     item items[ITEMS];
     uint32_t again[ITEMS]; /* the votes: bit w, warpgroup w could not keep its offset */
-#if ROW_GENERAL
+#if VARIANT_GENERAL
     uint32_t tags[STAGES]; /* of a bool mask: which block of K is in a stage, and who sees it */
     uint64_t mask_full[WARPGROUPS], mask_empty[WARPGROUPS];
     uint4 columns[WARPGROUPS][4]; /* keys of a block that some row of a tile's quarter sees */
 #endif
 };
 static_assert(offsetof(smem_layout, o) % 1024 == 0, "the copy engine's pattern");
-#if ROW_GENERAL
+#if VARIANT_GENERAL
 static_assert(offsetof(smem_layout, mask) % 1024 == 0, "the copy engine's pattern");
 #endif
 static_assert(!ONES || offsetof(smem_layout, ones) % 1024 == 0, "wgmma's pattern");
@@ -209,7 +210,7 @@ struct kernel_args {
     int64_t lse_stride[3];
     const float *sink; /* (hq,), or NULL */
     int64_t sink_stride;
-#if ROW_GENERAL
+#if VARIANT_GENERAL
     int32_t b;
     score_args scores;
 #endif
@@ -250,7 +251,7 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         int32_t last = uniform(t.last), blocks = uniform(t.end - t.begin);
 
         /* The tile before ends in passing if there is a block for it before its V is needed. */
-#if ROW_GENERAL
+#if VARIANT_GENERAL
         uint32_t tag = blocks ? read_tag(a, smem, t, kv, 0, warpgroup) : 0;
         bool next = st.held && blocks && see_tag(tag, warpgroup) != NONE;
 #else
@@ -279,7 +280,7 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
             continue;
         }
 
-#if ROW_GENERAL
+#if VARIANT_GENERAL
         for (int32_t i = 0; blocks;) {
             const int32_t key = (int32_t)(tag >> TAG_BLOCK) * BLOCK_N;
             const uint32_t q_done = tag & TAG_LAST ? q_empty : 0;
@@ -356,7 +357,8 @@ PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
 
 /* ---- the kernel -------------------------------------------------------------------------------*/
 
-__global__ void __launch_bounds__(THREADS, SHARES) ROW_NAME(const __grid_constant__ kernel_args a) {
+__global__ void __launch_bounds__(THREADS, SHARES)
+    VARIANT_NAME(const __grid_constant__ kernel_args a) {
     extern __shared__ uint8_t raw[];
     smem_layout &smem = *(smem_layout *)(raw + (-smem_address(raw) & 1023));
     if (threadIdx.x == 0) {
@@ -383,7 +385,7 @@ __global__ void __launch_bounds__(THREADS, SHARES) ROW_NAME(const __grid_constan
 #if IS_RAW
         for (int i = 0; i < 2 * RING; ++i) mbarrier_init(smem_address(&smem.raw_full[0][i]), 1);
 #endif
-#if ROW_GENERAL
+#if VARIANT_GENERAL
         for (int w = 0; w < WARPGROUPS; ++w) {
             mbarrier_init(smem_address(&smem.mask_full[w]), 1);
             mbarrier_init(smem_address(&smem.mask_empty[w]), 4);

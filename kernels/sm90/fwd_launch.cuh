@@ -5,7 +5,7 @@
 #ifndef FASTATTN_SM90_LAUNCH_CUH
 #define FASTATTN_SM90_LAUNCH_CUH
 
-#if !IS_STRIDED || ROW_GENERAL
+#if !IS_STRIDED || VARIANT_GENERAL
 /* Panels of `bytes` by `rows` rows; dimensions of stride 0 are one long, and not moved along. */
 static bool encode(CUtensorMap *map, const fa_sm90_device *device, const fa_tensor *t, int rows,
                    int32_t moves[2], int element_bytes = 2, int bytes = 128) {
@@ -47,8 +47,9 @@ static bool encode(fa_tensor *array, const fa_sm90_device *, const fa_tensor *t,
 }
 #endif
 
-extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm90_device *device,
-                                                 void *workspace, fa_error *error) {
+extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p,
+                                                     const fa_sm90_device *device, void *workspace,
+                                                     fa_error *error) {
     const fa_what *w = &p->what;
     const bool packed = p->varlen.cu_q != NULL;
     int64_t tiles = packed ? w->hq * fa_packed_capacity(&p->varlen, w->b, BLOCK_M)
@@ -92,7 +93,7 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
     a.sink_stride = p->scores.sink_stride;
     const fa_masks &m = p->masks;
     a.reads = GENERAL || packed || a.sink || m.q_lengths || m.k_lengths || m.k_start || m.q_offset;
-#if ROW_GENERAL
+#if VARIANT_GENERAL
     a.b = w->b;
     a.scores = make_scores(p, (char *)workspace + fa_packed_bytes(&p->varlen, w->b, BLOCK_M));
     a.slack = softmax_slack<range>(a.scores.scale);
@@ -118,13 +119,14 @@ extern "C" fa_status PASTE(fa_launch_, ROW_NAME)(const fa_params *p, const fa_sm
     if (tiles < 16 * (int64_t)slots && keys >= 4 * BLOCK_N) a.ahead = 2;
 
     static uint64_t allowed;
-    fa_status status = fa_allow_smem(&allowed, device, (const void *)ROW_NAME, SMEM_BYTES, error);
+    fa_status status =
+        fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES, error);
     if (status != FA_OK) return status;
     /* An early start saves 2 us; but its blocks sit on other SMs than in their order, and where
      * there are many short tiles, neighbours of which share K and V, that costs up to 6 %. */
     const bool early = device->early && tiles <= 16 * (int64_t)slots;
-    return fa_launch_kernel((const void *)ROW_NAME, blocks, THREADS, SMEM_BYTES, p->where.stream,
-                            early, &a, error);
+    return fa_launch_kernel((const void *)VARIANT_NAME, blocks, THREADS, SMEM_BYTES,
+                            p->where.stream, early, &a, error);
 }
 
 #endif

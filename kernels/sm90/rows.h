@@ -37,11 +37,11 @@ typedef struct fa_row {
 #endif
 
 static const fa_row fa_rows[] = {
-#define FA_ROW(name, source, arch, dtype, d, dv, warpgroups, block_n, stages, q_slots, offset, \
-               ones, blocks_per_sm, loads, staged, general, ...)                               \
+#define FA_VARIANT(name, source, arch, dtype, d, dv, warpgroups, block_n, stages, q_slots, offset, \
+                   ones, blocks_per_sm, loads, staged, general, ...)                               \
     {#name, dtype, d, dv, 64 * (warpgroups), block_n, blocks_per_sm, ones, loads, general},
 #include FA_VARIANTS
-#undef FA_ROW
+#undef FA_VARIANT
 };
 
 enum { FA_ROWS = sizeof fa_rows / sizeof fa_rows[0] };

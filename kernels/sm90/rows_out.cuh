@@ -82,7 +82,7 @@ PTX ending begin_end(const kernel_args &a, const item &t, rows_state &st, int wa
         const bool empty = !sees[r] || l[r] == 0.f; /* the top gives 1: 0 means none is finite */
         float minus = st.softmax.minus[r];
         e.inverse[r] = a.sink ? add_sink(t.sink, l[r], minus) : rcp_approx(l[r]);
-#if ROW_GENERAL
+#if VARIANT_GENERAL
         e.inverse[r] *= a.scores.gain;
 #endif
         if (empty) e.inverse[r] = 0.f;
@@ -132,7 +132,7 @@ PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, cons
                 to[(column + 1) * a.out.stride[3]] = (uint16_t)(pair >> 16);
         }
     }
-#elif ROW_STAGED
+#elif VARIANT_STAGED
     /* As the copy engine has it: chunk c of row r of a panel lies at c ^ r % 8. */
     uint8_t (&staged)[panels<DV>][O_BYTES] = smem.o[uniform(threadIdx.x / 32)];
     uint32_t row = smem_address(staged) + lane % 16 * 128;

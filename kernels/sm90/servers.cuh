@@ -29,7 +29,7 @@ PTX void locate(const kernel_args &a, item &t, int32_t number) {
         tile = fa_schedule_tile(&a.schedule, number);
         t.b = fa_divide(tile.head, a.by_hq);
         t.h = tile.head - t.b * a.hq;
-#if ROW_GENERAL
+#if VARIANT_GENERAL
         if (a.scores.b_first) {
             t.b = tile.head % a.b;
             t.h = tile.head / a.b;
@@ -69,7 +69,7 @@ PTX void describe(const kernel_args &a, item &t, int32_t number) {
     locate(a, t, number);
     t.h_k = fa_divide(t.h, a.by_group);
     t.sink = a.sink ? a.sink[t.h * a.sink_stride] : -INFINITY;
-#if ROW_GENERAL
+#if VARIANT_GENERAL
     /* The rows of no sequence, number b, have the last one's: nobody looks, they see no key. */
     describe_scores(a.scores, t.score, min(t.b, a.b - 1), t.h);
     t.score.mid = 0; /* where there is no block */
@@ -103,7 +103,7 @@ PTX void describe(const kernel_args &a, item &t, int32_t number) {
     t.right = t.end - seen_end;
     t.left = seen_begin - t.begin;
     count_masked(t);
-#if ROW_GENERAL
+#if VARIANT_GENERAL
     int32_t bottom = min(t.row + BLOCK_M, t.lengths.sq) - 1;
     int32_t diagonal = fa_row_position(t.lengths, bottom) / BLOCK_N + 1;
     bool by_distance = a.scores.slopes && a.scores.mask != BITS;
@@ -122,7 +122,7 @@ PTX uint32_t read_vote(smem_layout &smem, int32_t n) {
 
 /* Where blocks claim tiles, or NULL. */
 PTX int32_t *claims(const kernel_args &a) {
-#if ROW_GENERAL
+#if VARIANT_GENERAL
     if (a.scores.mask == BITS && !a.packed.counts) return (int32_t *)&a.scores.map[0].w;
 #endif
     return a.packed.counts ? &a.packed.counts->claimed : NULL;
@@ -234,7 +234,7 @@ PTX void bring_q(const kernel_args &a, smem_layout &smem) {
     }
 }
 
-#if ROW_GENERAL
+#if VARIANT_GENERAL
 /* A block's tiles of a float mask, for each warpgroup; n of them went before. */
 PTX void bring_mask(const kernel_args &a, smem_layout &smem, const item &t, int32_t key,
                     uint32_t &n) {
@@ -284,7 +284,7 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
 #if IS_RAW
     raw_rows raw = raw_rows_of(from, smem.raw[IS_K], smem.raw_full[IS_K]);
 #endif
-#if ROW_GENERAL
+#if VARIANT_GENERAL
     uint32_t tiles = 0; /* of the mask, so far */
 #endif
     for (int32_t n = 0;; ++n) {
@@ -296,7 +296,7 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
         raw.head = (int64_t)element(from, t.b, t.h_k, t.k, 0);
         const int32_t rows = (int32_t)from.shape[2] - t.k;
 #endif
-#if ROW_GENERAL
+#if VARIANT_GENERAL
         /* A tile with keys has a stage even if its mask hides them all: the warpgroups wait for the
          * tag that says so. */
         const bool bits = a.scores.mask == BITS;
@@ -308,7 +308,7 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
         for (int32_t i = 0; more; ++i, advance(kv)) {
             int32_t block = key_block(t, i);
             more = i + 1 < blocks;
-#if ROW_GENERAL
+#if VARIANT_GENERAL
             uint32_t tag = 0;
             if (bits) {
                 block = found;
@@ -318,7 +318,7 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
             }
 #endif
             mbarrier_wait(smem_address(&empty[kv.stage]), kv.parity ^ 1);
-#if ROW_GENERAL
+#if VARIANT_GENERAL
             if (IS_K && bits && threadIdx.x % 32 == 0)
                 *(volatile uint32_t *)&smem.tags[kv.stage] = more ? tag : tag | TAG_LAST;
             if (block < 0) {
@@ -335,7 +335,7 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
                                              t.k + block * BLOCK_N, t.h_k, t.b, moves,
                                              smem_address(&full[kv.stage]), KV_POLICY);
 #endif
-#if ROW_GENERAL
+#if VARIANT_GENERAL
             if (IS_K && a.scores.tiles && threadIdx.x % 32 == 0)
                 bring_mask(a, smem, t, block * BLOCK_N, tiles);
 #endif

@@ -6,7 +6,7 @@
 #ifndef FASTATTN_SM90_SIGHT_CUH
 #define FASTATTN_SM90_SIGHT_CUH
 
-#if ROW_GENERAL
+#if VARIANT_GENERAL
 /* The i-th key block of an item: from right to left those before `mid`, then the others. With ALiBi
  * `mid` is behind the diagonal, where the highest scores are: offsets are raised least. */
 PTX int32_t key_block(const item &t, int32_t i) {
