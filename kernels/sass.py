@@ -106,22 +106,40 @@ def _cubins(data: bytes) -> Iterator[bytes]:
         at = data.find(b"\x7fELF", at + 1)
 
 
+def _registers(info: bytes) -> dict[int, int]:
+    """Registers of a thread by the kernel's symbol, from a section .nv.info: attributes of a format,
+    a number and two bytes, which are a size where the format is 4."""
+    found, at = {}, 0
+    while at < len(info):
+        form, number, size = struct.unpack_from("<BBH", info, at)
+        if (form, number) == (4, 0x2F):
+            symbol, count = struct.unpack_from("<II", info, at + 4)
+            found[symbol] = count
+        at += 4 + (size if form == 4 else 0)
+    return found
+
+
 def kernels(data: bytes) -> list[Kernel]:
     """Every kernel in an nvcc object (or in anything else that holds cubins uncompressed)."""
     found = []
     for cubin in _cubins(data):
         table = struct.unpack_from("<Q", cubin, 40)[0]
         size, count, names = struct.unpack_from("<HHH", cubin, 58)
-        # (name, type, flags, address, offset, size)
-        sections = [struct.unpack_from("<IIQQQQ", cubin, table + size * i) for i in range(count)]
-        for i, section in enumerate(sections):
+        # (name, type, flags, address, offset, size, link, info)
+        sections = [struct.unpack_from("<IIQQQQII", cubin, table + size * i) for i in range(count)]
+        registers, texts = {}, []
+        for section in sections:
             at = sections[names][4] + section[0]
             name = cubin[at : cubin.index(b"\0", at)].decode()
+            content = cubin[section[4] : section[4] + section[5]]
+            if name == ".nv.info":
+                registers = _registers(content)
             if name.startswith(".text."):
-                code = cubin[section[4] : section[4] + section[5]]
-                registers = struct.unpack_from("<I", cubin, table + size * i + 44)[0] >> 24
-                words = tuple(struct.iter_unpack("<QQ", code))
-                found.append(Kernel(name.removeprefix(".text."), words, registers))
+                texts.append((name.removeprefix(".text."), content, section[7]))
+        found += [
+            Kernel(name, tuple(struct.iter_unpack("<QQ", code)), registers[symbol])
+            for name, code, symbol in texts
+        ]
     return found
 
 

@@ -85,8 +85,8 @@ def test_a_variant_is_named_as_in_the_source(sass):
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-def test_objects_are_compared(tmp_path):
-    """Of folders; a swapped parameter, a changed constant and a launch bound are seen."""
+def test_objects_are_compared(sass, tmp_path):
+    """Of folders; a swapped parameter, a changed constant and another name are seen."""
     source = "__global__ void {name}({args}) {{ x[threadIdx.x] = {value}; }}\n"
     programs = {
         "old": source.format(name="k", args="float *x, int a, int b", value="a - b"),
@@ -112,3 +112,4 @@ def test_objects_are_compared(tmp_path):
         "changed": 1,
         "renamed": 1,
     }
+    assert sass.read(tmp_path / "old")["k"].registers > 0
