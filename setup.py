@@ -269,7 +269,7 @@ def cuda_jobs(nvcc: Path, rows: list[dict[str, str]]) -> list[Job]:
     for row in rows:
         arch = row["arch"].removeprefix("sm_")
         gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-        values = [f"-DROW_{column.upper()}={value}" for column, value in row.items()]
+        values = [f"-DVARIANT_{column.upper()}={value}" for column, value in row.items()]
         command = (str(nvcc), *shlex.split(NVCC_FLAGS), gencode, *values)
         source = f"kernels/{row['source']}.cu"
         # A row's own line is in its command; the other rows of the table do not concern it.

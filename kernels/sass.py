@@ -107,7 +107,7 @@ def _cubins(data: bytes) -> Iterator[bytes]:
 
 
 def _registers(info: bytes) -> dict[int, int]:
-    """Registers of a thread by the kernel's symbol, from a section .nv.info: attributes of a format,
+    """Registers of a thread by the kernel's symbol, from a section .nv.info: attributes of a form,
     a number and two bytes, which are a size where the format is 4."""
     found, at = {}, 0
     while at < len(info):

@@ -108,11 +108,14 @@ def test_a_changed_row_compiles_that_row_and_the_table(build):
 
 def test_a_row_becomes_its_command_line(build):
     build()
-    line = next(x for x in build.log.read_text().splitlines() if "-DROW_NAME=two" in x)
+    line = next(x for x in build.log.read_text().splitlines() if "-DVARIANT_NAME=two" in x)
     words = shlex.split(line)
-    assert {"-DROW_SOURCE=first", "-DROW_ARCH=sm_90a", "-DROW_D=128", "kernels/first.cu"} <= {
-        *words
-    }
+    assert {
+        "-DVARIANT_SOURCE=first",
+        "-DVARIANT_ARCH=sm_90a",
+        "-DVARIANT_D=128",
+        "kernels/first.cu",
+    } <= {*words}
     assert "-gencode=arch=compute_90a,code=sm_90a" in words
 
 

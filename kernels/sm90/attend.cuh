@@ -8,19 +8,19 @@
 /* wgmma's descriptor of what lies `offset` + 16 * `step` bytes into shared memory. Linear in
  * `step`, so that one instruction finds a stage; the upper half is an argument, for of a constant
  * the compiler makes moves at each use. General rows have no uniform register left for it. */
-PTX uint64_t operand(const kernel_args &a, smem_layout &smem, uint32_t offset, uint32_t panel,
-                     uint32_t step) {
+DEVICE uint64_t operand(const kernel_args &a, smem_layout &smem, uint32_t offset, uint32_t panel,
+                        uint32_t step) {
     const uint32_t base = smem_address(&smem);
     if (GENERAL) return wgmma_descriptor(base + offset + 16 * step, panel);
     return (uint64_t)a.descriptor_high << 32 | (base / 16 + offset / 16 + (panel << 16) + step);
 }
-PTX uint64_t q_descriptor(const kernel_args &a, smem_layout &smem, int slot) {
+DEVICE uint64_t q_descriptor(const kernel_args &a, smem_layout &smem, int slot) {
     return operand(a, smem, offsetof(smem_layout, q), 1, slot * (Q_BYTES / 16));
 }
-PTX uint64_t k_descriptor(const kernel_args &a, smem_layout &smem, int stage) {
+DEVICE uint64_t k_descriptor(const kernel_args &a, smem_layout &smem, int stage) {
     return operand(a, smem, offsetof(smem_layout, k), 1, stage * (K_BYTES / 16));
 }
-PTX uint64_t v_descriptor(const kernel_args &a, smem_layout &smem, int stage) {
+DEVICE uint64_t v_descriptor(const kernel_args &a, smem_layout &smem, int stage) {
     constexpr uint32_t V = offsetof(smem_layout, v), STEP = V_BYTES / 16;
     if (!ONES) return operand(a, smem, V, PANEL_N / 16, stage * STEP);
     /* The next panel is the block of ones, nearer by a stage. */
@@ -39,13 +39,13 @@ struct rows_state {
     bool fresh; /* O holds nothing: the first P V writes it */
 };
 
-PTX void release(uint32_t barrier) {
+DEVICE void release(uint32_t barrier) {
     if (RELEASERS == 128 || threadIdx.x % 128 == 0) mbarrier_arrive(barrier);
 }
 
 /* All of this warpgroup's P V have ended: hands back the V that the last ones read. `held`: what
  * st.held is, where the compiler cannot know. */
-PTX void settle(rows_state &st, smem_layout &smem, bool held) {
+DEVICE void settle(rows_state &st, smem_layout &smem, bool held) {
     wgmma_accumulators(st.o);
     if (held) release(smem_address(&smem.v_empty[st.v.stage]));
     st.held = false;
@@ -53,15 +53,15 @@ PTX void settle(rows_state &st, smem_layout &smem, bool held) {
 
 /* While one warpgroup has the tensor cores for Q K^T, the others are at their exponentials and P V;
  * without turns they fall into step, and the tensor cores idle. */
-PTX void take_turn(int warpgroup) {
+DEVICE void take_turn(int warpgroup) {
     if (TURNS) bar_sync(8 + warpgroup, 256);
 }
-PTX void pass_turn(int warpgroup) {
+DEVICE void pass_turn(int warpgroup) {
     if (TURNS) bar_arrive(8 + (warpgroup + 1) % WARPGROUPS, 256);
 }
 
 /* O += P V of the block whose P is in registers. */
-PTX void issue_pv(const kernel_args &a, rows_state &st, smem_layout &smem, bool fresh) {
+DEVICE void issue_pv(const kernel_args &a, rows_state &st, smem_layout &smem, bool fresh) {
     const uint64_t v = v_descriptor(a, smem, st.v.stage);
     wgmma_fence();
 #pragma unroll
@@ -86,9 +86,9 @@ enum place { ALONE, BEHIND, NEXT };
  * `q_done`: the barrier to tell that Q was read for the last time, or 0. `fresh`: the P V issued
  * here is its tile's first. ONLY: enum changes, of general rows. */
 template <place PLACE, bool MASKED, enum offset HOW, int ONLY = 0>
-PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st, cursor &kv,
-                uint64_t q, uint32_t q_done, int32_t key, bool cut, bool fresh, int warpgroup,
-                bool holes = false) {
+DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st, cursor &kv,
+                   uint64_t q, uint32_t q_done, int32_t key, bool cut, bool fresh, int warpgroup,
+                   bool holes = false) {
     constexpr bool PENDING = DELAYED && PLACE != ALONE;
     const bool held = !(MASKED || GENERAL) || st.held; /* before a plain row's loops was a block */
     const item &t = smem.items[n % ITEMS];
@@ -247,7 +247,7 @@ PTX void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &
 #endif
 
 /* Ends P V of the last block. */
-PTX void finish_pv(const kernel_args &a, rows_state &st, smem_layout &smem) {
+DEVICE void finish_pv(const kernel_args &a, rows_state &st, smem_layout &smem) {
     if (DELAYED && !st.held) return;
     if (DELAYED) {
         mbarrier_wait(smem_address(&smem.v_full[st.v.stage]), st.v.parity);
@@ -258,8 +258,8 @@ PTX void finish_pv(const kernel_args &a, rows_state &st, smem_layout &smem) {
 }
 
 /* Ends the open tile where no block does so in passing. */
-PTX void finish_tile(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
-                     int warpgroup) {
+DEVICE void finish_tile(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
+                        int warpgroup) {
     finish_pv(a, st, smem);
     ending end = begin_end(a, smem.items[n % ITEMS], st, warpgroup);
     end_rows(a, smem, n, st, end, warpgroup);
@@ -267,7 +267,7 @@ PTX void finish_tile(const kernel_args &a, smem_layout &smem, int32_t n, rows_st
 
 /* A block that this warpgroup has no use for: it must still be handed back, once it is there. The
  * warps stay together, or one could miss two phases of a barrier. */
-PTX void pass(smem_layout &smem, cursor &kv, uint32_t q_done, int warpgroup) {
+DEVICE void pass(smem_layout &smem, cursor &kv, uint32_t q_done, int warpgroup) {
     take_turn(warpgroup);
     pass_turn(warpgroup);
     mbarrier_wait(smem_address(&smem.k_full[kv.stage]), kv.parity);

@@ -221,14 +221,14 @@ struct cursor {
     int stage;
     uint32_t parity;
 };
-PTX void advance(cursor &c) {
+DEVICE void advance(cursor &c) {
     bool wrap = ++c.stage == STAGES;
     c.stage = wrap ? 0 : c.stage;
     c.parity ^= wrap;
 }
 
 /* This thread has read item n for the last time. */
-PTX void leave_item(smem_layout &smem, int32_t n) {
+DEVICE void leave_item(smem_layout &smem, int32_t n) {
     mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
 }
 
@@ -238,7 +238,7 @@ PTX void leave_item(smem_layout &smem, int32_t n) {
 
 /* ---- an MMA warpgroup -------------------------------------------------------------------------*/
 
-PTX void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
+DEVICE void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
     cursor kv = {0, 0};
     rows_state st = {};
     softmax_start(st.softmax);

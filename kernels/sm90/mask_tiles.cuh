@@ -16,24 +16,24 @@ struct mask_tile {
 };
 
 /* What can be known of a tile of 16 bits before there are scores. `comes`: by the copy engine. */
-PTX void open_tile(const score_args &a, mask_tile &m, bool comes) {
+DEVICE void open_tile(const score_args &a, mask_tile &m, bool comes) {
     const uint32_t thread = thread_here(), lane = thread % 32;
     const uint32_t row = a.tile_rows ? thread % 128 / 32 * 16 + lane % 16 : 0;
     m.row = m.at + row * 128 + ((lane / 16 ^ row % 8) << 4);
     m.there = (!comes && !a.tiles) || mbarrier_test(m.full, m.parity);
 }
 
-PTX void enter_tile(const score_args &a, const mask_tile &m) {
+DEVICE void enter_tile(const score_args &a, const mask_tile &m) {
     if (a.tiles) mbarrier_wait(m.full, m.parity);
 }
 
 /* This warp has read the tile, or has no use for it. */
-PTX void leave_tile(const score_args &a, const mask_tile &m) {
+DEVICE void leave_tile(const score_args &a, const mask_tile &m) {
     __syncwarp();
     if (a.tiles && threadIdx.x % 32 == 0) mbarrier_arrive(m.empty);
 }
 
-PTX void pass_tiles(const score_args &a, mask_tile m) {
+DEVICE void pass_tiles(const score_args &a, mask_tile m) {
     for (int i = 0; i < a.tiles; ++i) {
         if (a.tiles == 2) m.parity = i;
         enter_tile(a, m);
@@ -44,8 +44,8 @@ PTX void pass_tiles(const score_args &a, mask_tile m) {
 /* Where the copy engine does not take the mask, each warp writes its own 16 rows of the tile, from
  * `row` and `key` on. Rows and keys past the ends are the last one's: the interval hides them. */
 template <mask_kind KIND>
-PTX void fill_tile(const score_args &a, const score_item &t, const mask_tile &m, int32_t row,
-                   int32_t key, int32_t sq, int32_t sk) {
+DEVICE void fill_tile(const score_args &a, const score_item &t, const mask_tile &m, int32_t row,
+                      int32_t key, int32_t sq, int32_t sk) {
     constexpr int COLUMNS = KIND == ADD_F32 ? 1 : 2; /* in 4 bytes */
     const int32_t thread = thread_here(), lane = thread % 32, warp = thread % 128 / 32;
     constexpr int BATCH = 8; /* rows whose loads are in flight at once */
@@ -73,8 +73,8 @@ PTX void fill_tile(const score_args &a, const score_item &t, const mask_tile &m,
 }
 
 /* A block's first tile, before its scores. */
-PTX void begin_tile(const score_args &a, const score_item &t, const mask_tile &m, int32_t row,
-                    int32_t key, int32_t sq, int32_t sk) {
+DEVICE void begin_tile(const score_args &a, const score_item &t, const mask_tile &m, int32_t row,
+                       int32_t key, int32_t sq, int32_t sk) {
     if (a.mask <= BITS || a.tiles) return;
     if (a.mask == ADD_F32)
         fill_tile<ADD_F32>(a, t, m, row, key, sq, sk);
@@ -83,13 +83,13 @@ PTX void begin_tile(const score_args &a, const score_item &t, const mask_tile &m
 }
 
 /* The warp's first row in a tile whose rows may all be the same one. */
-PTX int32_t tile_row(const score_args &a, int32_t thread) {
+DEVICE int32_t tile_row(const score_args &a, int32_t thread) {
     return a.tile_rows ? thread % 128 / 32 * 16 : 0;
 }
 
 /* The two halves of a 16-bit mask's word. */
 template <bool IS_BF16_MASK>
-PTX float2 widen(uint32_t x) {
+DEVICE float2 widen(uint32_t x) {
     if (IS_BF16_MASK) return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000));
     float2 y;
     asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
@@ -100,7 +100,7 @@ PTX float2 widen(uint32_t x) {
 }
 
 template <bool IS_BF16_MASK>
-PTX void add_tile(const score_args &a, float (&s)[BLOCK_N / 2], const mask_tile &m, float unit) {
+DEVICE void add_tile(const score_args &a, float (&s)[BLOCK_N / 2], const mask_tile &m, float unit) {
     if (!m.there) enter_tile(a, m);
 #pragma unroll
     for (int j = 0; j < BLOCK_N / 8; j += 2) {
@@ -117,9 +117,9 @@ PTX void add_tile(const score_args &a, float (&s)[BLOCK_N / 2], const mask_tile 
 }
 
 /* Of float32, in halves. `row`: the warp's first. */
-PTX void add_float_tiles(const score_args &a, const score_item &t, float (&s)[BLOCK_N / 2],
-                         mask_tile m, int32_t row, int32_t key, int32_t sq, int32_t sk,
-                         float unit) {
+DEVICE void add_float_tiles(const score_args &a, const score_item &t, float (&s)[BLOCK_N / 2],
+                            mask_tile m, int32_t row, int32_t key, int32_t sq, int32_t sk,
+                            float unit) {
     const int32_t thread = thread_here(), lane = thread % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -9,27 +9,27 @@
 
 #include <stdint.h>
 
-#define PTX static __device__ __forceinline__
+#define DEVICE static __device__ __forceinline__
 
-PTX uint32_t smem_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+DEVICE uint32_t smem_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 /* ---- mbarriers: a phase ends when `count` arrivals and all expected bytes are there ---------- */
 
-PTX void mbarrier_init(uint32_t barrier, uint32_t count) {
+DEVICE void mbarrier_init(uint32_t barrier, uint32_t count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
-PTX void fence_mbarrier_init() {
+DEVICE void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-PTX void mbarrier_arrive(uint32_t barrier) {
+DEVICE void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-PTX void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
+DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
 }
 /* Returns once the phase of this parity has ended. */
-PTX void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
         "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
@@ -38,7 +38,7 @@ PTX void mbarrier_wait(uint32_t barrier, uint32_t parity) {
         : "memory");
 }
 /* Whether it has. */
-PTX bool mbarrier_test(uint32_t barrier, uint32_t parity) {
+DEVICE bool mbarrier_test(uint32_t barrier, uint32_t parity) {
     uint32_t done;
     asm volatile(
         "{\n.reg .pred done;\n"
@@ -52,11 +52,11 @@ PTX bool mbarrier_test(uint32_t barrier, uint32_t parity) {
 
 /* ---- named barriers: `id` 1 .. 15, `threads` of them ----------------------------------------- */
 
-PTX void bar_sync(uint32_t id, uint32_t threads) {
+DEVICE void bar_sync(uint32_t id, uint32_t threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 /* Counts towards the barrier without waiting for it. */
-PTX void bar_arrive(uint32_t id, uint32_t threads) {
+DEVICE void bar_arrive(uint32_t id, uint32_t threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
@@ -66,11 +66,12 @@ PTX void bar_arrive(uint32_t id, uint32_t threads) {
 static constexpr uint64_t EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000,
                           EVICT_NORMAL = 0x1000000000000000;
 
-PTX void prefetch_tensormap(const void *map) {
+DEVICE void prefetch_tensormap(const void *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-PTX void cp_async_bulk_tensor_load(uint32_t smem, const void *map, int32_t column, int32_t row,
-                                   int32_t head, int32_t batch, uint32_t barrier, uint64_t policy) {
+DEVICE void cp_async_bulk_tensor_load(uint32_t smem, const void *map, int32_t column, int32_t row,
+                                      int32_t head, int32_t batch, uint32_t barrier,
+                                      uint64_t policy) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
         ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(smem),
@@ -78,90 +79,92 @@ PTX void cp_async_bulk_tensor_load(uint32_t smem, const void *map, int32_t colum
         : "memory");
 }
 /* `bytes` that lie side by side; all addresses and the number in units of 16. */
-PTX void cp_async_bulk_load(uint32_t smem, const void *from, uint32_t bytes, uint32_t barrier) {
+DEVICE void cp_async_bulk_load(uint32_t smem, const void *from, uint32_t bytes, uint32_t barrier) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
         "[%3];" ::"r"(smem),
         "l"(from), "r"(bytes), "r"(barrier)
         : "memory");
 }
-PTX void cp_async_bulk_tensor_store(const void *map, uint32_t smem, int32_t column, int32_t row,
-                                    int32_t head, int32_t batch) {
+DEVICE void cp_async_bulk_tensor_store(const void *map, uint32_t smem, int32_t column, int32_t row,
+                                       int32_t head, int32_t batch) {
     asm volatile(
         "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(
             map),
         "r"(column), "r"(row), "r"(head), "r"(batch), "r"(smem)
         : "memory");
 }
-PTX void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+DEVICE void cp_async_bulk_commit_group() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
 /* The sources of this thread's stores have been read: their shared memory may be written again. */
-PTX void cp_async_bulk_wait_group_read() {
+DEVICE void cp_async_bulk_wait_group_read() {
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 /* This thread's stores have been made. */
-PTX void cp_async_bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+DEVICE void cp_async_bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 /* Ordinary writes to shared memory become visible to wgmma and the copy engine. */
-PTX void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 /* A thread's own copy: BYTES arrive by themselves, at the latest when it has waited. */
 template <int BYTES>
-PTX void cp_async(uint32_t smem, const void *from) {
+DEVICE void cp_async(uint32_t smem, const void *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(smem), "l"(from), "n"(BYTES)
                  : "memory");
 }
-PTX void cp_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+DEVICE void cp_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 /* What no kernel writes meanwhile. */
-PTX uint4 load_v4(const void *from) {
+DEVICE uint4 load_v4(const void *from) {
     uint4 x;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                  : "l"(from));
     return x;
 }
-PTX uint32_t load_u32(const void *from) {
+DEVICE uint32_t load_u32(const void *from) {
     uint32_t x;
     asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(x) : "l"(from));
     return x;
 }
-PTX uint32_t load_u16(const void *from) {
+DEVICE uint32_t load_u16(const void *from) {
     uint16_t x;
     asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(x) : "l"(from));
     return x;
 }
 
-PTX void st_shared(uint32_t smem, uint32_t x) {
+DEVICE void st_shared(uint32_t smem, uint32_t x) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem), "r"(x) : "memory");
 }
-PTX void st_shared_b16(uint32_t smem, uint16_t x) {
+DEVICE void st_shared_b16(uint32_t smem, uint16_t x) {
     asm volatile("st.shared.b16 [%0], %1;" ::"r"(smem), "h"(x) : "memory");
 }
-PTX void st_shared_v4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+DEVICE void st_shared_v4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
                  :
                  : "r"(smem), "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
 }
 
-PTX uint32_t ld_shared(uint32_t smem) {
+DEVICE uint32_t ld_shared(uint32_t smem) {
     uint32_t x;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(smem) : "memory");
     return x;
 }
-PTX float2 ld_shared_v2(uint32_t smem) {
+DEVICE float2 ld_shared_v2(uint32_t smem) {
     float2 x;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(smem) : "memory");
     return x;
 }
 
-PTX void stmatrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+DEVICE void stmatrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
                  "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
 }
 
 /* Four matrices of 8 x 8 pairs of bytes: lanes 8i .. 8i + 7 give the rows of the i-th. */
-PTX void ldmatrix_x4(uint32_t (&x)[4], uint32_t row) {
+DEVICE void ldmatrix_x4(uint32_t (&x)[4], uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.x4.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                  : "r"(row)
@@ -170,32 +173,32 @@ PTX void ldmatrix_x4(uint32_t (&x)[4], uint32_t row) {
 
 /* ---- arithmetic -------------------------------------------------------------------------------*/
 
-PTX float ex2_approx(float x) {
+DEVICE float ex2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-PTX float rcp_approx(float x) {
+DEVICE float rcp_approx(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 /* Two floats rounded and packed, `low` in the low half (PTX names the high half first). */
-PTX uint32_t cvt_pack(float low, float high) {
+DEVICE uint32_t cvt_pack(float low, float high) {
     uint32_t y;
     asm("cvt.rn." FA_PTX_TYPE "x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
 
 /* `count` bits from bit `first` on. */
-PTX uint32_t bit_mask(int32_t first, int32_t count) {
+DEVICE uint32_t bit_mask(int32_t first, int32_t count) {
     uint32_t y;
     asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(y) : "r"(first), "r"(count));
     return y;
 }
 
 /* a * b + c on pairs of 16 bits. */
-PTX uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+DEVICE uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t y;
     asm("fma.rn." FA_PTX_TYPE "x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
     return y;
@@ -203,7 +206,7 @@ PTX uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
 
 /* threadIdx.x, read where it is asked for: what is computed from it is not kept around a loop, in
  * registers that the loop needs. */
-PTX int32_t thread_here() {
+DEVICE int32_t thread_here() {
     int32_t x;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
     return x;
@@ -212,7 +215,7 @@ PTX int32_t thread_here() {
 /* For an x that is never 0: a store that never happens. What x is made of is worked out before it;
  * else ptxas does so where registers are fewest, behind the wait that was to hide it. (A branch
  * there would cost wgmma its pipeline.) */
-PTX void work_out(uint32_t x) {
+DEVICE void work_out(uint32_t x) {
     asm volatile(
         "{\n.reg .pred never;\nsetp.eq.u32 never, %0, 0;\n"
         "@never st.shared.u32 [%0], %0;\n}" ::"r"(x)
@@ -220,25 +223,25 @@ PTX void work_out(uint32_t x) {
 }
 
 template <int N>
-PTX void setmaxnreg_inc() {
+DEVICE void setmaxnreg_inc() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 template <int N>
-PTX void setmaxnreg_dec() {
+DEVICE void setmaxnreg_dec() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
 /* ---- wgmma: 64 x N += 64 x 16 times 16 x N, by the four warps of a warpgroup ----------------- */
 
-PTX void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-PTX void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>
-PTX void wgmma_wait_group() {
+DEVICE void wgmma_wait_group() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 /* Keeps the compiler from moving uses of the accumulators across a wait. */
 template <int N>
-PTX void wgmma_accumulators(float (&d)[N]) {
+DEVICE void wgmma_accumulators(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
@@ -246,7 +249,7 @@ PTX void wgmma_accumulators(float (&d)[N]) {
 /* Descriptor of a 128-byte-swizzled operand whose panels of 64 columns start on 1024 bytes: 8 rows
  * are 1024 bytes, and `panel` (bytes / 16) leads to the next panel where one instruction spans
  * several (V); an operand with the k dimension along its rows ignores it (Q, K). */
-PTX uint64_t wgmma_descriptor(uint32_t smem, uint32_t panel) {
+DEVICE uint64_t wgmma_descriptor(uint32_t smem, uint32_t panel) {
     return (uint64_t)((smem & 0x3FFFF) >> 4) | (uint64_t)panel << 16 | 64ull << 32 | 1ull << 62;
 }
 
@@ -254,9 +257,9 @@ PTX uint64_t wgmma_descriptor(uint32_t smem, uint32_t panel) {
  * wgmma_rs<N>: O += P V, P in registers, V with k across its rows (transposed by the hardware).
  * Without `accumulate` the product replaces what d holds. */
 template <int N>
-PTX void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
+DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
 template <int N>
-PTX void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate);
+DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate);
 
 /* Ten operands: their numbers in the string, the registers themselves. */
 #define NUMBERS(t) \

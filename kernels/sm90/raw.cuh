@@ -19,7 +19,7 @@ struct raw_rows {
     int64_t head;                /* of row 0 */
 };
 
-PTX raw_rows raw_rows_of(const fa_tensor &t, const uint8_t *smem, const uint64_t *full) {
+DEVICE raw_rows raw_rows_of(const fa_tensor &t, const uint8_t *smem, const uint64_t *full) {
     raw_rows r = {smem_address(smem), smem_address(full)};
     r.width = 2 * (int32_t)t.shape[3];
     r.pitch = 2 * (int32_t)t.stride[2];
@@ -34,7 +34,7 @@ PTX raw_rows raw_rows_of(const fa_tensor &t, const uint8_t *smem, const uint64_t
 
 /* The i-th piece behind the next one sets out: `rows` from `from` on. The copy engine likes equal
  * places in 128 bytes. */
-PTX void fetch(const raw_rows &r, int32_t i, int64_t from, int32_t rows) {
+DEVICE void fetch(const raw_rows &r, int32_t i, int64_t from, int32_t rows) {
     if (threadIdx.x % 32) return;
     const int32_t slot = r.slot + i - (r.slot + i >= r.ring ? r.ring : 0);
     const uint32_t full = r.full + 8 * slot, to = r.smem + slot * r.bytes + (from & 127);
@@ -46,7 +46,7 @@ PTX void fetch(const raw_rows &r, int32_t i, int64_t from, int32_t rows) {
 }
 
 /* What fetch() left out of the same piece, which is at `to`. */
-PTX void load_ends(const raw_rows &r, uint32_t to, int64_t from, int32_t rows) {
+DEVICE void load_ends(const raw_rows &r, uint32_t to, int64_t from, int32_t rows) {
     const int64_t stop = from + (rows - 1) * r.pitch + r.width;
     if (from >= r.begin && stop <= r.end) return;
     const int32_t lane = threadIdx.x % 32;
@@ -59,7 +59,7 @@ PTX void load_ends(const raw_rows &r, uint32_t to, int64_t from, int32_t rows) {
 /* CHUNKS of 16 bytes from `from` on to places of a panel's row, the first of which is `to`. LAST:
  * those that `keep` says, of one. */
 template <int CHUNKS, bool LAST>
-PTX void align_chunks(uint32_t to, uint32_t from, uint32_t select, const uint32_t (&keep)[4]) {
+DEVICE void align_chunks(uint32_t to, uint32_t from, uint32_t select, const uint32_t (&keep)[4]) {
     uint32_t x[4 * CHUNKS + 1];
 #pragma unroll
     for (int i = 0; i <= 4 * CHUNKS; ++i) x[i] = ld_shared(from + 4 * i);
@@ -75,7 +75,7 @@ PTX void align_chunks(uint32_t to, uint32_t from, uint32_t select, const uint32_
 
 /* `rows` of d elements to panels of ROWS rows, the first of them a multiple of 8. */
 template <int ROWS>
-PTX void align_rows(uint32_t to, uint32_t from, int32_t pitch, int32_t rows, int32_t d) {
+DEVICE void align_rows(uint32_t to, uint32_t from, int32_t pitch, int32_t rows, int32_t d) {
     constexpr int CHUNKS = SERVER_REGISTERS < 80 ? 4 : 8;
     const int32_t lane = threadIdx.x % 32;
     uint32_t keep[4];
@@ -105,8 +105,8 @@ PTX void align_rows(uint32_t to, uint32_t from, int32_t pitch, int32_t rows, int
  * the block from the next-th row on, of which `next_rows` exist, set out behind it. Columns past
  * the head size are 0 from the start. */
 template <int ROWS>
-PTX void load_raw(raw_rows &r, uint32_t to, int32_t first, int32_t rows, int32_t next,
-                  int32_t next_rows, uint32_t barrier) {
+DEVICE void load_raw(raw_rows &r, uint32_t to, int32_t first, int32_t rows, int32_t next,
+                     int32_t next_rows, uint32_t barrier) {
     const int32_t lane = threadIdx.x % 32, d = r.width / 2;
     rows = min(rows, ROWS);
     const int32_t here = (rows + r.rows - 1) & -r.rows, end = here + min(next_rows, ROWS);

@@ -18,7 +18,7 @@ static constexpr bool LEAVES_ZEROS = STRIDED || SLICES || (WARPGROUPS == 3 && OF
                       LEAVES_OUT = DV > 128 || (WARPGROUPS == 3 && BLOCK_N > 64 && OFFSET == KEEP);
 
 /* These are the rows of no item. */
-PTX void close_rows(rows_state &st, const rows_out &out) {
+DEVICE void close_rows(rows_state &st, const rows_out &out) {
 #pragma unroll
     for (int j = 0; j < DV / 2; ++j) {
         if (LEAVES_ZEROS)
@@ -39,14 +39,14 @@ struct ending {
     int32_t rows;     /* those at or past this one are not stored */
 };
 
-PTX uint16_t *out_row(const kernel_args &a, const item &t, int32_t i) {
+DEVICE uint16_t *out_row(const kernel_args &a, const item &t, int32_t i) {
     return (uint16_t *)a.out.data + t.b * a.out.stride[0] + t.h * a.out.stride[1] +
            (t.q + i) * a.out.stride[2];
 }
 
 /* The sink joins a row's sum `l` of 2^minus; its weight may be far beyond the row's. Returns what O
  * is multiplied by. */
-PTX float add_sink(float sink, float &l, float &minus) {
+DEVICE float add_sink(float sink, float &l, float &minus) {
     float over = fmaf(sink, 1.4426950408889634f, minus);
     float shrink = over > 0.f ? ex2_approx(-over) : 1.f;
     l = fmaf(l, shrink, over > 0.f ? 1.f : ex2_approx(over));
@@ -56,7 +56,7 @@ PTX float add_sink(float sink, float &l, float &minus) {
 
 /* Writes lse. (It may be wrong, like the rows, if the tile comes again: then it is written again,
  * by the same thread.) The softmax may start with other rows. */
-PTX ending begin_end(const kernel_args &a, const item &t, rows_state &st, int warpgroup) {
+DEVICE ending begin_end(const kernel_args &a, const item &t, rows_state &st, int warpgroup) {
     ending e;
     e.row = first_row(t, warpgroup);
     e.rows = t.warpgroups >> warpgroup & 1 ? t.rows : 0;
@@ -100,7 +100,7 @@ PTX ending begin_end(const kernel_args &a, const item &t, rows_state &st, int wa
 /* The other half of the vote: whether every O is finite. A sum of products is finite only if all
  * factors are; of finite ones it is not if they are beyond 1e18, and then the tile comes again for
  * nothing. (x * 0 is NaN if x is not finite.) */
-PTX bool is_finite(const rows_out &o, const ending &e) {
+DEVICE bool is_finite(const rows_out &o, const ending &e) {
     bool finite = true;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -114,8 +114,8 @@ PTX bool is_finite(const rows_out &o, const ending &e) {
 }
 
 /* This thread's rows, or, after an exchange with its warp's other threads, as much of others. */
-PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, const rows_out &o,
-                    const ending &e, int warpgroup) {
+DEVICE void store_rows(const kernel_args &a, smem_layout &smem, const item &t, const rows_out &o,
+                       const ending &e, int warpgroup) {
     const int32_t rows = e.rows, lane = threadIdx.x % 32;
 #if IS_STRIDED || HAS_SLICES
     const int32_t skip = SLICES ? t.h_k * a.moves[2][0] % FA_SLICE : 0; /* other heads' columns */
@@ -178,8 +178,8 @@ PTX void store_rows(const kernel_args &a, smem_layout &smem, const item &t, cons
 
 /* The rows of item n leave, and the warpgroup the item; O and l are 0 again. All P V must have
  * ended. A warp that could not keep its tops says so: its warpgroup's rows come again. */
-PTX void end_rows(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
-                  const ending &e, int warpgroup) {
+DEVICE void end_rows(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
+                     const ending &e, int warpgroup) {
     const item &t = smem.items[n % ITEMS];
     rows_out o;
     if (STAGED && threadIdx.x % 32 == 0) {

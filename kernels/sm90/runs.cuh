@@ -8,8 +8,9 @@
 
 /* `run` blocks from `key` to the left, which all rows see whole, with one change. */
 template <enum changes ONLY>
-PTX void attend_run(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st, cursor &kv,
-                    uint64_t q, uint32_t q_last, int32_t key, int32_t run, int warpgroup) {
+DEVICE void attend_run(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
+                       cursor &kv, uint64_t q, uint32_t q_last, int32_t key, int32_t run,
+                       int warpgroup) {
     for (; run > 0; --run, key -= BLOCK_N)
         attend<BEHIND, false, WATCH, ONLY>(a, smem, n, st, kv, q, run == 1 ? q_last : 0, key, false,
                                            st.fresh, warpgroup);
@@ -17,8 +18,9 @@ PTX void attend_run(const kernel_args &a, smem_layout &smem, int32_t n, rows_sta
 
 /* The block of this tag and those behind it, while they have no holes and some row sees them, with
  * a bool mask; returns the last one's tag. */
-PTX uint32_t attend_words(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
-                          cursor &kv, uint64_t q, uint32_t q_empty, uint32_t tag, int warpgroup) {
+DEVICE uint32_t attend_words(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
+                             cursor &kv, uint64_t q, uint32_t q_empty, uint32_t tag,
+                             int warpgroup) {
     for (;;) {
         attend<BEHIND, true, WATCH, WORDS>(a, smem, n, st, kv, q, tag & TAG_LAST ? q_empty : 0,
                                            (int32_t)(tag >> TAG_BLOCK) * BLOCK_N,
@@ -32,9 +34,9 @@ PTX uint32_t attend_words(const kernel_args &a, smem_layout &smem, int32_t n, ro
 
 /* The blocks from the i-th on, at `key`, that lie side by side and are seen whole, with the one
  * change that there is; returns their number. */
-PTX int32_t attend_whole(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
-                         cursor &kv, uint64_t q, uint32_t q_empty, int32_t i, int32_t key,
-                         int warpgroup) {
+DEVICE int32_t attend_whole(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
+                            cursor &kv, uint64_t q, uint32_t q_empty, int32_t i, int32_t key,
+                            int warpgroup) {
     const item &t = smem.items[n % ITEMS];
     const int32_t run = whole_blocks(t, i, key / BLOCK_N, warpgroup);
     const uint32_t q_last = i + run == t.end - t.begin ? q_empty : 0;

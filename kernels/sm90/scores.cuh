@@ -63,7 +63,7 @@ struct score_item {
     float slope;
 };
 
-PTX void describe_scores(const score_args &a, score_item &t, int32_t b, int32_t h) {
+DEVICE void describe_scores(const score_args &a, score_item &t, int32_t b, int32_t h) {
     t.mask = a.mask_data + b * a.mask_stride[0] + h * a.mask_stride[1];
     t.plane = fa_bits_plane(&a.bits, b, h);
     t.seed = a.seed_data ? *a.seed_data : a.seed;
@@ -85,11 +85,11 @@ struct block_walk {
     uint32_t columns[WARPGROUPS];               /* each key is seen by some row */
 };
 
-PTX uint32_t map_bit(uint32_t block) { return block / (FA_BITS_KEYS / BLOCK_N); }
+DEVICE uint32_t map_bit(uint32_t block) { return block / (FA_BITS_KEYS / BLOCK_N); }
 
 /* The next block, not before `begin`, that some row of the tile sees, or -1. */
-PTX int32_t next_block(const score_args &a, const score_item &t, block_walk &c, uint32_t row,
-                       uint32_t begin) {
+DEVICE int32_t next_block(const score_args &a, const score_item &t, block_walk &c, uint32_t row,
+                          uint32_t begin) {
     constexpr uint32_t BLOCKS = FA_BITS_KEYS / BLOCK_N; /* of a bit */
     while (c.end > begin) {
         uint32_t bit = map_bit(c.end - 1), word = bit / 32;
@@ -117,8 +117,8 @@ PTX int32_t next_block(const score_args &a, const score_item &t, block_walk &c, 
 /* ---- the bits of a bool mask ----------------------------------------------------------------*/
 
 /* Which scores of a block this thread's two rows see, a bit each. */
-PTX void look_up_bits(const score_args &a, const score_item &t, uint32_t (&seen)[2], int32_t row,
-                      int32_t key) {
+DEVICE void look_up_bits(const score_args &a, const score_item &t, uint32_t (&seen)[2], int32_t row,
+                         int32_t key) {
     const uint32_t *words =
         a.words + 4 * fa_bits_at(&a.bits, t.plane, key / FA_BITS_KEYS, row) + threadIdx.x % 4;
 #pragma unroll
@@ -126,7 +126,7 @@ PTX void look_up_bits(const score_args &a, const score_item &t, uint32_t (&seen)
 }
 
 /* Writes zeros over the rows of V whose bit in `seen`, as words of the packed mask, is clear. */
-PTX void clear_unseen(const uint32_t (&seen)[4], uint8_t *v, int32_t key, int warpgroup) {
+DEVICE void clear_unseen(const uint32_t (&seen)[4], uint8_t *v, int32_t key, int warpgroup) {
     for (int i = thread_here() % 128; i < V_BYTES / 16; i += 128) {
         int32_t n = i / 8 % BLOCK_N + key % FA_BITS_KEYS, c = n / 2 % 4;
         uint32_t word = c == 0 ? seen[0] : c == 1 ? seen[1] : c == 2 ? seen[2] : seen[3];
@@ -138,8 +138,8 @@ PTX void clear_unseen(const uint32_t (&seen)[4], uint8_t *v, int32_t key, int wa
 
 /* Writes zeros over the rows of V that no row of the tile sees: 0 * NaN is NaN. As clear_hidden_v
  * in sight.cuh; both warpgroups write the same. */
-PTX void clear_holes(const score_args &a, const score_item &t, uint8_t *v, int32_t row, int32_t key,
-                     int warpgroup) {
+DEVICE void clear_holes(const score_args &a, const score_item &t, uint8_t *v, int32_t row,
+                        int32_t key, int warpgroup) {
     uint32_t seen[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int w = 0; w < WARPGROUPS; ++w) {
@@ -153,7 +153,7 @@ PTX void clear_holes(const score_args &a, const score_item &t, uint8_t *v, int32
 /* ---- the scores ------------------------------------------------------------------------------*/
 
 /* The greatest score of each of a thread's two rows, or 0. */
-PTX void tops_of(const float (&s)[BLOCK_N / 2], float (&top)[2]) {
+DEVICE void tops_of(const float (&s)[BLOCK_N / 2], float (&top)[2]) {
     int32_t x[2] = {0, 0};
     softmax_tops(s, x);
     top[0] = __int_as_float(x[0]), top[1] = __int_as_float(x[1]);
@@ -161,7 +161,7 @@ PTX void tops_of(const float (&s)[BLOCK_N / 2], float (&top)[2]) {
 
 /* Whether tanh may be a polynomial, of this score: it is not far from 0, above or below; `top` is
  * the greatest above. As unsigned integers the least float is the greatest, NaN above it. */
-PTX bool caps_near(const score_args &a, const float (&s)[BLOCK_N / 2], float top) {
+DEVICE bool caps_near(const score_args &a, const float (&s)[BLOCK_N / 2], float top) {
     uint32_t bottom = 0;
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 2; i += 2)
@@ -171,19 +171,19 @@ PTX bool caps_near(const score_args &a, const float (&s)[BLOCK_N / 2], float top
 
 /* tanh of a score times its scale, plus `minus`, by a polynomial in its square, to 1.2e-6 of itself
  * and without MUFU. */
-PTX float cap_near(const float (&series)[3], float s, float minus) {
+DEVICE float cap_near(const float (&series)[3], float s, float minus) {
     const float u = s * s;
     return fmaf(s, fmaf(fmaf(series[2], u, series[1]), u, series[0]), minus);
 }
 
 /* tanh of a score times its scale as 1 - 2 / (1 + e^2y), to 2e-7. */
-PTX float cap_far(float scale, float s) {
+DEVICE float cap_far(float scale, float s) {
     return fmaf(-2.f, rcp_approx(1.f + ex2_approx(2.885390081777927f * scale * s)), 1.f);
 }
 
 /* The polynomial of all scores, if all are near 0; else the other way, whose error is too much of a
  * small score where c is large: there each score has its own. (NaN in padding is not near.) */
-PTX void cap_scores(const score_args &a, float (&s)[BLOCK_N / 2]) {
+DEVICE void cap_scores(const score_args &a, float (&s)[BLOCK_N / 2]) {
     float top[2];
     tops_of(s, top);
     if (__all_sync(~0u, caps_near(a, s, fmaxf(top[0], top[1])))) {
@@ -208,7 +208,7 @@ PTX void cap_scores(const score_args &a, float (&s)[BLOCK_N / 2]) {
 /* P of scores that are capped alone, and its sums, in one go, if all are near 0, all rows have
  * their tops, and no exponent passes what those allow: tanh grows with the scores, so that a row's
  * greatest says so before there are exponents. */
-PTX bool cap_exp(const score_args &a, softmax_rows &rows, float (&s)[BLOCK_N / 2]) {
+DEVICE bool cap_exp(const score_args &a, softmax_rows &rows, float (&s)[BLOCK_N / 2]) {
     float top[2];
     tops_of(s, top);
     bool well = softmax_is_settled(rows) & caps_near(a, s, fmaxf(top[0], top[1]));
@@ -226,8 +226,8 @@ PTX bool cap_exp(const score_args &a, softmax_rows &rows, float (&s)[BLOCK_N / 2
 
 /* s * unit - slope * |i' - j|. `position`: i' of the warpgroup's first row, `row` the first of this
  * thread's two among its 64. Left or right of the diagonal |i' - j| is linear in j. */
-PTX void add_alibi(float (&s)[BLOCK_N / 2], float unit, float slope, int32_t position, int32_t row,
-                   int32_t key) {
+DEVICE void add_alibi(float (&s)[BLOCK_N / 2], float unit, float slope, int32_t position,
+                      int32_t row, int32_t key) {
     bool left = key + BLOCK_N - 1 <= position, right = key >= position + 63;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -251,8 +251,8 @@ PTX void add_alibi(float (&s)[BLOCK_N / 2], float unit, float slope, int32_t pos
 
 /* The same with ALiBi: a row's greatest score and its least distance say how great an exponent can
  * be. Left or right of the diagonal only. */
-PTX bool alibi_exp(softmax_rows &rows, float (&s)[BLOCK_N / 2], float unit, float slope,
-                   int32_t position, int32_t row, int32_t key) {
+DEVICE bool alibi_exp(softmax_rows &rows, float (&s)[BLOCK_N / 2], float unit, float slope,
+                      int32_t position, int32_t row, int32_t key) {
     const bool left = key + BLOCK_N - 1 <= position, right = key >= position + 63;
     const float k = left ? slope : -slope, near = fmaxf(k * (float)(BLOCK_N - 7), 0.f);
     float top[2], first[2];
@@ -276,9 +276,9 @@ PTX bool alibi_exp(softmax_rows &rows, float (&s)[BLOCK_N / 2], float unit, floa
 
 /* Everything that changes scores, in the order of the definition, but what hides keys. */
 template <enum changes ONLY>
-PTX void change_scores(const score_args &a, const score_item &t, float (&s)[BLOCK_N / 2],
-                       const mask_tile &tile, int32_t row, int32_t key, int32_t sq, int32_t sk,
-                       int32_t position, int32_t row_of_64) {
+DEVICE void change_scores(const score_args &a, const score_item &t, float (&s)[BLOCK_N / 2],
+                          const mask_tile &tile, int32_t row, int32_t key, int32_t sq, int32_t sk,
+                          int32_t position, int32_t row_of_64) {
     float unit = a.unit;
     if (ONLY == ANY ? a.caps : ONLY == CAPS) cap_scores(a, s);
     if (ONLY == ANY ? a.mask > BITS : ONLY == TILES) {
@@ -297,8 +297,8 @@ PTX void change_scores(const score_args &a, const score_item &t, float (&s)[BLOC
 /* Zeros among P, rounded and packed, its sum taken: a lane of a quad asks Philox for one of four
  * neighbouring groups of 8 keys, and the quad exchanges the words. All groups go through the rounds
  * together: keys, and what two rows or four groups have in common, are worked out once. */
-PTX void drop_scores(const score_args &a, const score_item &t, uint32_t *p, int32_t h, int32_t row,
-                     int32_t key) {
+DEVICE void drop_scores(const score_args &a, const score_item &t, uint32_t *p, int32_t h,
+                        int32_t row, int32_t key) {
     constexpr int GROUPS = BLOCK_N / 32;
     const uint32_t high = a.threshold << 16; /* 65,536, all of it: `gain` is 0 */
     fa_random bits[2 * GROUPS];

@@ -10,7 +10,7 @@
 #define FASTATTN_SM90_SERVERS_CUH
 
 /* Where the tile of this number lies. */
-PTX void locate(const kernel_args &a, item &t, int32_t number) {
+DEVICE void locate(const kernel_args &a, item &t, int32_t number) {
     fa_tile tile;
     if (a.packed.counts) {
         fa_packed_entry entry = a.packed.entries[fa_divide(number, a.by_hq)];
@@ -49,7 +49,7 @@ static constexpr fa_interval NO_KEYS = {0, 0};
 
 /* How many blocks of the item a warpgroup passes by, and how many it takes one by one before its
  * loop. What a bool mask hides nobody knows here: general rows ask for each block. */
-PTX void count_masked(item &t) {
+DEVICE void count_masked(item &t) {
     const int32_t blocks = t.end - t.begin;
 #pragma unroll 1
     for (int w = 0; w < (GENERAL ? 0 : WARPGROUPS); ++w) {
@@ -65,7 +65,7 @@ PTX void count_masked(item &t) {
     }
 }
 
-PTX void describe(const kernel_args &a, item &t, int32_t number) {
+DEVICE void describe(const kernel_args &a, item &t, int32_t number) {
     locate(a, t, number);
     t.h_k = fa_divide(t.h, a.by_group);
     t.sink = a.sink ? a.sink[t.h * a.sink_stride] : -INFINITY;
@@ -112,7 +112,7 @@ PTX void describe(const kernel_args &a, item &t, int32_t number) {
 }
 
 /* How item n was voted on, once all have left it. */
-PTX uint32_t read_vote(smem_layout &smem, int32_t n) {
+DEVICE uint32_t read_vote(smem_layout &smem, int32_t n) {
     mbarrier_wait(smem_address(&smem.item_empty[n % ITEMS]), n / ITEMS & 1);
     volatile uint32_t &votes = smem.again[n % ITEMS];
     uint32_t again = votes;
@@ -121,7 +121,7 @@ PTX uint32_t read_vote(smem_layout &smem, int32_t n) {
 }
 
 /* Where blocks claim tiles, or NULL. */
-PTX int32_t *claims(const kernel_args &a) {
+DEVICE int32_t *claims(const kernel_args &a) {
 #if VARIANT_GENERAL
     if (a.scores.mask == BITS && !a.packed.counts) return (int32_t *)&a.scores.map[0].w;
 #endif
@@ -131,7 +131,7 @@ PTX int32_t *claims(const kernel_args &a) {
 /* The next tile's number for this block. How long tiles are that a bool mask thins out, and of
  * packed sequences even how many there are, nobody knows on the host: blocks claim them one by one.
  * Only who computes a tile depends on that, never its bits. `n`: the item that it is for. */
-PTX int32_t next_tile(const kernel_args &a, smem_layout &smem, int32_t n, int32_t *round) {
+DEVICE int32_t next_tile(const kernel_args &a, smem_layout &smem, int32_t n, int32_t *round) {
     int32_t *claimed = claims(a);
     if (!claimed) return fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, round);
     if (n == 0) return blockIdx.x; /* so that nobody's second tile is another's first */
@@ -140,13 +140,13 @@ PTX int32_t next_tile(const kernel_args &a, smem_layout &smem, int32_t n, int32_
     return gridDim.x + atomicAdd(claimed, 1);
 }
 
-PTX int32_t number_of_tiles(const kernel_args &a) {
+DEVICE int32_t number_of_tiles(const kernel_args &a) {
     return a.packed.counts ? a.packed.counts->entries * a.hq : a.schedule.tiles;
 }
 
 /* The first item, before there are barriers, and in most calls before the stream's last kernel has
  * ended: no load starts without it. */
-PTX int32_t first_tile(const kernel_args &a, smem_layout &smem, int32_t *round) {
+DEVICE int32_t first_tile(const kernel_args &a, smem_layout &smem, int32_t *round) {
     int32_t tile = next_tile(a, smem, 0, round);
     if (tile < number_of_tiles(a)) describe(a, smem.items[0], tile);
     return tile;
@@ -155,7 +155,7 @@ PTX int32_t first_tile(const kernel_args &a, smem_layout &smem, int32_t *round) 
 /* Decides what comes next; runs ahead of the others, divisions and all. A tile ends when the
  * warpgroups meet the item behind it, so the last votes need one, of no rows, to be read. `tile`,
  * `round`: what first_tile() said. */
-PTX void schedule(const kernel_args &a, smem_layout &smem, int32_t tile, int32_t round) {
+DEVICE void schedule(const kernel_args &a, smem_layout &smem, int32_t tile, int32_t round) {
     int32_t read = 0;                /* items whose votes have been */
     int32_t flush = REDOES ? 0 : -1; /* the item of no rows; 0: not yet */
     const int32_t tiles = number_of_tiles(a);
@@ -201,8 +201,9 @@ PTX void schedule(const kernel_args &a, smem_layout &smem, int32_t tile, int32_t
 /* ROWS rows of q, k or v (WHICH) as panels of 64 columns; the last may have fewer: what a box
  * brings that the array does not have is filled with zeros, slower than columns are loaded. */
 template <int ROWS, int COLUMNS, int WHICH>
-PTX void load(const kernel_args &a, uint32_t smem, const CUtensorMap &from, int32_t first,
-              int32_t h, int32_t b, const int32_t (&moves)[2], uint32_t barrier, uint64_t policy) {
+DEVICE void load(const kernel_args &a, uint32_t smem, const CUtensorMap &from, int32_t first,
+                 int32_t h, int32_t b, const int32_t (&moves)[2], uint32_t barrier,
+                 uint64_t policy) {
     const int32_t columns = a.columns[WHICH];
     mbarrier_arrive_expect_tx(barrier, ROWS * 2 * columns);
 #pragma unroll
@@ -215,7 +216,7 @@ PTX void load(const kernel_args &a, uint32_t smem, const CUtensorMap &from, int3
 }
 #endif
 
-PTX void bring_q(const kernel_args &a, smem_layout &smem) {
+DEVICE void bring_q(const kernel_args &a, smem_layout &smem) {
     for (int32_t n = 0;; ++n) {
         const item &t = smem.items[n % ITEMS];
         mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
@@ -236,8 +237,8 @@ PTX void bring_q(const kernel_args &a, smem_layout &smem) {
 
 #if VARIANT_GENERAL
 /* A block's tiles of a float mask, for each warpgroup; n of them went before. */
-PTX void bring_mask(const kernel_args &a, smem_layout &smem, const item &t, int32_t key,
-                    uint32_t &n) {
+DEVICE void bring_mask(const kernel_args &a, smem_layout &smem, const item &t, int32_t key,
+                       uint32_t &n) {
     const score_args &s = a.scores;
     const int columns = s.tiles == 2 ? 32 : 64; /* of a panel */
     for (int i = 0; i < s.tiles; ++i, ++n)
@@ -254,7 +255,7 @@ PTX void bring_mask(const kernel_args &a, smem_layout &smem, const item &t, int3
 }
 
 /* The tag of the block that was found last; of -1: nothing is seen. */
-PTX uint32_t block_tag(const score_args &a, const item &t, const block_walk &c, int32_t block) {
+DEVICE uint32_t block_tag(const score_args &a, const item &t, const block_walk &c, int32_t block) {
     if (block < 0) return 0;
     uint32_t bit = map_bit(block) % 32;
     uint32_t tag = (uint32_t)block << TAG_BLOCK, holes = TAG_HOLES;
@@ -277,9 +278,9 @@ PTX uint32_t block_tag(const score_args &a, const item &t, const block_walk &c, 
 
 /* K or V: the same blocks in the same order, into a ring of their own. */
 template <bool IS_K, int COLUMNS, int BYTES>
-PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
-               const int32_t (&moves)[2], uint8_t (&stages)[STAGES][BYTES],
-               uint64_t (&full)[STAGES], uint64_t (&empty)[STAGES]) {
+DEVICE void bring(const kernel_args &a, smem_layout &smem, const array &from,
+                  const int32_t (&moves)[2], uint8_t (&stages)[STAGES][BYTES],
+                  uint64_t (&full)[STAGES], uint64_t (&empty)[STAGES]) {
     cursor kv = {0, 0};
 #if IS_RAW
     raw_rows raw = raw_rows_of(from, smem.raw[IS_K], smem.raw_full[IS_K]);
@@ -344,11 +345,11 @@ PTX void bring(const kernel_args &a, smem_layout &smem, const array &from,
     }
 }
 
-PTX void bring_k(const kernel_args &a, smem_layout &smem) {
+DEVICE void bring_k(const kernel_args &a, smem_layout &smem) {
     bring<true, D>(a, smem, a.k, a.moves[1], smem.k, smem.k_full, smem.k_empty);
 }
 
-PTX void bring_v(const kernel_args &a, smem_layout &smem) {
+DEVICE void bring_v(const kernel_args &a, smem_layout &smem) {
     bring<false, DV>(a, smem, a.v, a.moves[2], smem.v, smem.v_full, smem.v_empty);
 }
 

@@ -9,13 +9,13 @@
 #if VARIANT_GENERAL
 /* The i-th key block of an item: from right to left those before `mid`, then the others. With ALiBi
  * `mid` is behind the diagonal, where the highest scores are: offsets are raised least. */
-PTX int32_t key_block(const item &t, int32_t i) {
+DEVICE int32_t key_block(const item &t, int32_t i) {
     int32_t left = t.score.mid - t.begin;
     return i < left ? t.score.mid - 1 - i : t.end - 1 - (i - left);
 }
 #else
 /* The i-th key block of an item: the masked ones first, from the right, then from the left. */
-PTX int32_t key_block(const item &t, int32_t i) {
+DEVICE int32_t key_block(const item &t, int32_t i) {
     if (i < t.right) return t.end - 1 - i;
     if (i < t.right + t.left) return t.begin + i - t.right;
     return t.end - 1 - (i - t.left);
@@ -24,7 +24,7 @@ PTX int32_t key_block(const item &t, int32_t i) {
 
 /* How much of a block of keys a warpgroup's rows see. */
 enum seen { NONE, PART, WHOLE };
-PTX enum seen see_interval(const item &t, int32_t block, int warpgroup) {
+DEVICE enum seen see_interval(const item &t, int32_t block, int warpgroup) {
     fa_interval some = t.some[warpgroup], whole = t.whole[warpgroup];
     int32_t key = block * BLOCK_N;
     bool none = key >= some.end || key + BLOCK_N <= some.begin;
@@ -32,26 +32,26 @@ PTX enum seen see_interval(const item &t, int32_t block, int warpgroup) {
     return none ? NONE : part ? PART : WHOLE;
 }
 
-PTX int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
+DEVICE int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
 
 /* The first of this thread's two rows; the other is 8 below. */
-PTX int32_t first_row(const item &t, int warpgroup) {
+DEVICE int32_t first_row(const item &t, int warpgroup) {
     return t.row + 64 * warpgroup + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 }
 
 /* The first `columns` of a block, in scores that this thread has of a row: 2 of every 8. */
-PTX int32_t first_scores(int32_t columns) {
+DEVICE int32_t first_scores(int32_t columns) {
     columns = min(max(columns, 0), BLOCK_N);
     return columns / 8 * 2 + min(columns % 8, 2);
 }
 
 /* Columns `begin` to `end` of a block, as a bit per score that this thread has of a row. */
-PTX uint32_t scores_of(int32_t begin, int32_t end) {
+DEVICE uint32_t scores_of(int32_t begin, int32_t end) {
     begin = first_scores(begin);
     return bit_mask(begin, max(first_scores(end) - begin, 0));
 }
 
-PTX enum seen see(const item &t, int32_t block, int warpgroup) {
+DEVICE enum seen see(const item &t, int32_t block, int warpgroup) {
     return (enum seen)uniform(see_interval(t, block, warpgroup));
 }
 
@@ -59,7 +59,7 @@ PTX enum seen see(const item &t, int32_t block, int warpgroup) {
 struct sight {
     uint32_t rows[2];
 };
-PTX sight look(const kernel_args &a, const item &t, int32_t row, int32_t key, int warpgroup) {
+DEVICE sight look(const kernel_args &a, const item &t, int32_t row, int32_t key, int warpgroup) {
     sight see;
     const int32_t column = key + 2 * (threadIdx.x % 4);
     const bool begins = key < t.whole[warpgroup].begin; /* some row does, here or later */
@@ -73,7 +73,7 @@ PTX sight look(const kernel_args &a, const item &t, int32_t row, int32_t key, in
 }
 
 /* Hides the others. */
-PTX void mask_scores(const sight &see, float (&s)[BLOCK_N / 2]) {
+DEVICE void mask_scores(const sight &see, float (&s)[BLOCK_N / 2]) {
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 2; ++i)
         if (!(see.rows[i / 2 & 1] >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
@@ -81,7 +81,7 @@ PTX void mask_scores(const sight &see, float (&s)[BLOCK_N / 2]) {
 
 /* Writes zeros over the rows of V that no row of the sequence sees: 0 * NaN is NaN. Every
  * warpgroup does so before it reads the stage; what they all write is the same. */
-PTX void clear_hidden_v(const item &t, uint8_t *v, int32_t key, int warpgroup) {
+DEVICE void clear_hidden_v(const item &t, uint8_t *v, int32_t key, int warpgroup) {
     const int32_t begin = t.seen.begin, end = t.seen.end;
     if (key >= begin && min(key + BLOCK_N, t.keys) <= end) return;
     for (int i = thread_here() % 128; i < V_BYTES / 16; i += 128) {
@@ -96,7 +96,8 @@ PTX void clear_hidden_v(const item &t, uint8_t *v, int32_t key, int warpgroup) {
  * columns: of Q and K, for 0 * NaN is NaN. (Of V they make columns of O that nobody stores.) It
  * reads nothing: another warpgroup may be writing the same zeros. */
 template <int ROWS>
-PTX void clear_columns(uint8_t *block, int32_t begin, int32_t end, int32_t columns, int warpgroup) {
+DEVICE void clear_columns(uint8_t *block, int32_t begin, int32_t end, int32_t columns,
+                          int warpgroup) {
     const int32_t last = end / 8, chunks = columns / 8 - last; /* and the first */
     for (int i = thread_here() % 128; i < ROWS * (chunks + 1); i += 128) {
         const int32_t row = i % ROWS, n = i / ROWS, chunk = n < chunks ? last + n : 0;

@@ -49,7 +49,7 @@ static double usable_scale(double scale) {
     return scale < 0 ? -size : size;
 }
 
-PTX void softmax_start(softmax_rows &rows) {
+DEVICE void softmax_start(softmax_rows &rows) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         rows.top[r] = -INFINITY;
@@ -60,7 +60,7 @@ PTX void softmax_start(softmax_rows &rows) {
 
 /* Raises `top` to the greatest of each row, as integers: so floats order that are not negative. */
 template <int N>
-PTX void softmax_tops(const float (&x)[N], int32_t (&top)[2]) {
+DEVICE void softmax_tops(const float (&x)[N], int32_t (&top)[2]) {
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
         top[0] = __vimax3_s32(top[0], __float_as_int(x[i]), __float_as_int(x[i + 1]));
@@ -70,7 +70,7 @@ PTX void softmax_tops(const float (&x)[N], int32_t (&top)[2]) {
 
 /* Whether a score of these two rows passes its limit. */
 template <int N>
-PTX bool softmax_exceeds(const softmax_rows &rows, const float (&s)[N], float slack) {
+DEVICE bool softmax_exceeds(const softmax_rows &rows, const float (&s)[N], float slack) {
     int32_t top[2] = {__float_as_int(s[0]), __float_as_int(s[2])};
     softmax_tops(s, top);
     bool exceeds = false;
@@ -85,7 +85,7 @@ PTX bool softmax_exceeds(const softmax_rows &rows, const float (&s)[N], float sl
 /* Raises the tops of the rows that need it, and shrinks their l; returns the factor by which O must
  * shrink before it grows again. FIRST: only of rows that have none yet, whose O and l are 0. */
 template <class RANGE, bool FIRST, int N>
-PTX float2 softmax_raise(softmax_rows &rows, const float (&s)[N], float scale, float slack) {
+DEVICE float2 softmax_raise(softmax_rows &rows, const float (&s)[N], float scale, float slack) {
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -108,7 +108,7 @@ PTX float2 softmax_raise(softmax_rows &rows, const float (&s)[N], float scale, f
 /* Raises the tops of rows whose P has passed its limit, to P of their greatest score, and shrinks
  * that P and l; true if O must shrink by `factor`. */
 template <class RANGE, int N>
-PTX bool softmax_follow(softmax_rows &rows, float (&p)[N], float scale, float2 &factor) {
+DEVICE bool softmax_follow(softmax_rows &rows, float (&p)[N], float scale, float2 &factor) {
     constexpr int32_t LIMIT = 127 + (int)RANGE::SLACK << 23; /* 2^SLACK: P orders as integers */
     int32_t top[2] = {0, 0};
     softmax_tops(p, top);
@@ -140,26 +140,26 @@ PTX bool softmax_follow(softmax_rows &rows, float (&p)[N], float scale, float2 &
 }
 
 template <int N>
-PTX void softmax_shrink(float (&o)[N], float2 factor) {
+DEVICE void softmax_shrink(float (&o)[N], float2 factor) {
 #pragma unroll
     for (int i = 0; i < N; ++i) o[i] *= i / 2 & 1 ? factor.y : factor.x;
 }
 
 /* Whether `minus` is rounded so coarsely that P of the top is no power of 2: the rounding of P
  * would then show even in a row of one key. */
-PTX bool softmax_is_coarse(float minus) { return fabsf(minus) > 8192.f; }
-PTX bool softmax_is_coarse(const softmax_rows &rows) {
+DEVICE bool softmax_is_coarse(float minus) { return fabsf(minus) > 8192.f; }
+DEVICE bool softmax_is_coarse(const softmax_rows &rows) {
     return softmax_is_coarse(fmaxf(fabsf(rows.minus[0]), fabsf(rows.minus[1])));
 }
 
 /* Whether both rows have tops, and P of them is a power of 2. */
-PTX bool softmax_is_settled(const softmax_rows &rows) {
+DEVICE bool softmax_is_settled(const softmax_rows &rows) {
     return (fminf(rows.top[0], rows.top[1]) > -INFINITY) & !softmax_is_coarse(rows);
 }
 
 /* Scores from their row's top on, in rows that need it; returns what the FFMA then adds. */
 template <class RANGE, int N>
-PTX float2 softmax_center(const softmax_rows &rows, float (&s)[N]) {
+DEVICE float2 softmax_center(const softmax_rows &rows, float (&s)[N]) {
     float minus[2] = {rows.minus[0], rows.minus[1]};
     if (__any_sync(~0u, softmax_is_coarse(rows))) {
 #pragma unroll
@@ -175,7 +175,7 @@ PTX float2 softmax_center(const softmax_rows &rows, float (&s)[N]) {
 
 /* P in place of scores, and its row sums. */
 template <bool SUM, int N>
-PTX void softmax_exp(softmax_rows &rows, float (&s)[N], float scale, float2 minus) {
+DEVICE void softmax_exp(softmax_rows &rows, float (&s)[N], float scale, float2 minus) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         s[i] = ex2_approx(fmaf(s[i], scale, i / 2 & 1 ? minus.y : minus.x));
@@ -185,13 +185,13 @@ PTX void softmax_exp(softmax_rows &rows, float (&s)[N], float scale, float2 minu
 
 /* Rounds P; four registers of 16 columns are wgmma's A fragment as they come. */
 template <int N>
-PTX void softmax_pack(const float (&s)[N], uint32_t *p) {
+DEVICE void softmax_pack(const float (&s)[N], uint32_t *p) {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) p[i] = cvt_pack(s[2 * i], s[2 * i + 1]);
 }
 
 /* Four registers of four lanes are transposed: lane i of a quad has the i-th register of each. */
-PTX void transpose_quad(uint32_t (&x)[4]) {
+DEVICE void transpose_quad(uint32_t (&x)[4]) {
     bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
@@ -208,7 +208,7 @@ PTX void transpose_quad(uint32_t (&x)[4]) {
 }
 
 /* The whole row's sum, in all four lanes of its quad. */
-PTX float softmax_row_sum(float l) {
+DEVICE float softmax_row_sum(float l) {
     l += __shfl_xor_sync(~0u, l, 1);
     return l + __shfl_xor_sync(~0u, l, 2);
 }

@@ -5,7 +5,7 @@
 #ifndef FASTATTN_SM90_STRIDED_CUH
 #define FASTATTN_SM90_STRIDED_CUH
 
-PTX uint16_t *element(const fa_tensor &t, int32_t b, int32_t h, int32_t row, int32_t column) {
+DEVICE uint16_t *element(const fa_tensor &t, int32_t b, int32_t h, int32_t row, int32_t column) {
     return (uint16_t *)t.data + b * t.stride[0] + h * t.stride[1] + row * t.stride[2] +
            column * t.stride[3];
 }
@@ -14,7 +14,8 @@ PTX uint16_t *element(const fa_tensor &t, int32_t b, int32_t h, int32_t row, int
  * lanes copy what lies side by side, as many rows at a time as a warp has lanes for. `stride`:
  * bytes. */
 template <int ROWS, int BYTES>
-PTX void copy_units(uint32_t smem, const char *from, int32_t stride, int32_t rows, int32_t units) {
+DEVICE void copy_units(uint32_t smem, const char *from, int32_t stride, int32_t rows,
+                       int32_t units) {
     constexpr int LANES = 128 / BYTES, STEP = 32 / LANES; /* to a row; rows at a time */
     const int32_t lane = threadIdx.x % 32, top = lane / LANES, byte = lane % LANES * BYTES;
     if (byte >= units * BYTES) return;
@@ -40,8 +41,8 @@ PTX void copy_units(uint32_t smem, const char *from, int32_t stride, int32_t row
 /* `width` elements of a panel's rows from column `first`, an even one, on, and 0 below: where they
  * are few, or rows do not begin with a word. */
 template <int ROWS>
-PTX void load_elements(uint32_t smem, const char *from, int32_t stride, int32_t rows, int32_t first,
-                       int32_t width) {
+DEVICE void load_elements(uint32_t smem, const char *from, int32_t stride, int32_t rows,
+                          int32_t first, int32_t width) {
     constexpr int BATCH = SERVER_REGISTERS < 56   ? 4
                           : SERVER_REGISTERS < 80 ? 8
                                                   : 16; /* in flight */
@@ -76,8 +77,8 @@ PTX void load_elements(uint32_t smem, const char *from, int32_t stride, int32_t 
 /* By a warp, as the copy engine does it: to swizzled places, zeros below the last row. Columns past
  * the head size are 0 from the start. */
 template <int ROWS, int COLUMNS, int>
-PTX void load(const kernel_args &, uint32_t smem, const fa_tensor &from, int32_t first, int32_t h,
-              int32_t b, const int32_t (&)[2], uint32_t barrier, uint64_t) {
+DEVICE void load(const kernel_args &, uint32_t smem, const fa_tensor &from, int32_t first,
+                 int32_t h, int32_t b, const int32_t (&)[2], uint32_t barrier, uint64_t) {
     const int32_t rows = min((int32_t)from.shape[2] - first, ROWS), d = from.shape[3];
     const char *source = (const char *)element(from, b, h, first, 0);
     const int64_t stride = 2 * from.stride[2];
