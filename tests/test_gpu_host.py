@@ -50,7 +50,7 @@ int choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int 
     return fa_choose_row(&p, sms);
 }
 /* The layout of a packed mask as {batches, heads, groups, blocks, words, columns, bits, bytes,
- * bare, rows, keys}, and how often each 16 bytes of it belong to something (`uses`, of bytes / 16
+ * mask_only, rows, keys}, and how often each 16 bytes of it belong to something (`uses`, of bytes / 16
  * elements). `total_q`, `total_k`: of packed sequences, or 0. */
 void mask_bits(int b, int hq, int sq, int sk, int64_t stride_b, int64_t stride_h, int stride_q,
                int lengths, int total_q, int total_k, int64_t *layout, unsigned char *uses) {
@@ -60,7 +60,7 @@ void mask_bits(int b, int hq, int sq, int sk, int64_t stride_b, int64_t stride_h
     fa_tensor mask = {.stride = {stride_b, stride_h, stride_q, 1}};
     fa_mask_bits n = fa_mask_bits_make(&w, &m, &v, &mask);
     int64_t fields[] = {n.batches, n.heads, n.groups, n.blocks, n.words, n.columns,
-                        n.bits,    n.bytes, n.bare,   n.rows,   n.keys};
+                        n.bits,    n.bytes, n.mask_only,   n.rows,   n.keys};
     memcpy(layout, fields, sizeof fields);
     if (!uses) return;
     for (int i = 0; i < n.batches; ++i)
@@ -135,9 +135,9 @@ int choose_one(int which, int64_t base, const int64_t *shape, const int64_t *str
     return fa_choose_row(&p, 132);
 }
 int rows(void) { return FA_ROWS; }
-const char *row_name(int i) { return fa_rows[i].name; }
+const char *row_name(int i) { return fa_variants[i].name; }
 int row_field(int i, int field) {
-    const fa_row *r = &fa_rows[i];
+    const fa_row *r = &fa_variants[i];
     int fields[] = {r->dtype, r->d, r->dv, r->loads, r->ones, r->general};
     return fields[field];
 }
@@ -546,7 +546,17 @@ def mask_bits(host, b, hq, sq, sk, strides, lengths=0, totals=(0, 0)):
         )
         if uses is None:
             uses = np.zeros(layout[7] // 16, np.uint8)
-    names = ("batches", "heads", "groups", "blocks", "words", "columns", "bits", "bytes", "bare")
+    names = (
+        "batches",
+        "heads",
+        "groups",
+        "blocks",
+        "words",
+        "columns",
+        "bits",
+        "bytes",
+        "mask_only",
+    )
     return dict(zip((*names, "rows", "keys"), layout, strict=True)), uses
 
 
@@ -569,7 +579,7 @@ def test_a_packed_mask_fits_its_workspace(host):
             n, uses = mask_bits(host, b, hq, sq, sk, (stride_b, stride_h, stride_q), lengths)
             assert n["batches"] == (b if stride_b or lengths else 1)
             assert n["heads"] == (hq if stride_h else 1)
-            assert (n["bare"], n["rows"], n["keys"]) == (0, sq, sk)
+            assert (n["mask_only"], n["rows"], n["keys"]) == (0, sq, sk)
             check_pieces(n, uses)
 
 
@@ -583,7 +593,7 @@ def test_the_mask_of_packed_sequences_has_planes_of_its_own(host):
         n, uses = mask_bits(host, 3, 2, sq, sk, planes, lengths, (total_q, total_k))
         assert n["batches"] == (3 if stride_b else 1) and n["heads"] == (2 if stride_h else 1)
         rows = 128 if alike else min(sq, total_q)
-        assert (n["bare"], n["rows"], n["keys"]) == (1, rows, min(sk, total_k))
+        assert (n["mask_only"], n["rows"], n["keys"]) == (1, rows, min(sk, total_k))
         check_pieces(n, uses)
         for i in range(0, min(sq, total_q), 7):
             assert host.bits_row(sq, planes[2], total_q, i) == (i % 128 if alike else i)

@@ -36,7 +36,7 @@ int choose(int d, int sq, int sk, int flags, int left, int right, int offset, do
                              .offset = offset}};
     costs[0] = 1e300, costs[1] = -1e300;
     for (int i = 0; i < FA_ROWS; ++i) {
-        double cost = fa_row_cost(&fa_rows[i], &p.what, &p.masks, 132);
+        double cost = fa_row_cost(&fa_variants[i], &p.what, &p.masks, 132);
         if (!(cost >= costs[0])) costs[0] = cost;
         if (!(cost <= costs[1])) costs[1] = cost;
     }

@@ -106,7 +106,7 @@ static inline fa_status launch_pack_mask(const fa_params *p, const fa_sm90_devic
     pack_args a = {};
     a.mask = *mask;
     a.layout = fa_mask_bits_make(&p->what, &p->masks, &p->varlen, mask);
-    if (!a.layout.bare) a.masks = p->masks;
+    if (!a.layout.mask_only) a.masks = p->masks;
     a.vectors =
         mask->stride[3] == 1 && a.layout.keys % 4 == 0 &&
         ((uintptr_t)mask->data | mask->stride[0] | mask->stride[1] | mask->stride[2]) % 4 == 0;

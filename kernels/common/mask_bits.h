@@ -25,7 +25,7 @@
 enum { FA_BITS_ROWS = 64, FA_BITS_KEYS = 128 };
 
 typedef struct fa_mask_bits {
-    int32_t bare;                  /* the rows' intervals are not in it */
+    int32_t mask_only;             /* the rows' intervals are not in it */
     int32_t batches, heads;        /* planes: batches * heads */
     int32_t rows, keys;            /* of a plane */
     int32_t repeat;                /* row i is packed as row i & repeat */
@@ -38,14 +38,14 @@ typedef struct fa_mask_bits {
 FA_INLINE fa_mask_bits fa_mask_bits_make(const fa_what *w, const fa_masks *m, const fa_varlen *v,
                                          const fa_tensor *mask) {
     fa_mask_bits n;
-    n.bare = v->cu_q != 0;
+    n.mask_only = v->cu_q != 0;
     const int32_t differ = m->q_lengths || m->k_lengths || m->k_start || m->q_offset;
-    n.batches = mask->stride[0] || (differ && !n.bare) ? w->b : 1;
+    n.batches = mask->stride[0] || (differ && !n.mask_only) ? w->b : 1;
     n.heads = mask->stride[1] ? w->hq : 1;
-    const int32_t alike = n.bare && !mask->stride[2], two_groups = 2 * FA_BITS_ROWS;
+    const int32_t alike = n.mask_only && !mask->stride[2], two_groups = 2 * FA_BITS_ROWS;
     n.repeat = alike ? two_groups - 1 : INT32_MAX;
-    n.rows = alike ? two_groups : n.bare && v->total_q < w->sq ? v->total_q : w->sq;
-    n.keys = n.bare && v->total_k < w->sk ? v->total_k : w->sk;
+    n.rows = alike ? two_groups : n.mask_only && v->total_q < w->sq ? v->total_q : w->sq;
+    n.keys = n.mask_only && v->total_k < w->sk ? v->total_k : w->sk;
     n.groups = (n.rows + two_groups - 1) / two_groups * 2;
     n.blocks = (n.keys + FA_BITS_KEYS - 1) / FA_BITS_KEYS;
     n.words = (n.blocks + 31) / 32;

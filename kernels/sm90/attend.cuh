@@ -74,7 +74,7 @@ DEVICE void issue_pv(const kernel_args &a, rows_state &st, smem_layout &smem, bo
 #if VARIANT_GENERAL
 #include "blocks.cuh"
 #endif
-#include "rows_out.cuh"
+#include "out.cuh"
 
 /* What comes before a block: nothing (ALONE), the block before it in its tile (BEHIND), or the last
  * block of the tile before (NEXT). If DELAYED, the P V of those two is issued behind Q K^T. */
@@ -91,7 +91,7 @@ DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_stat
                    bool holes = false) {
     constexpr bool PENDING = DELAYED && PLACE != ALONE;
     const bool held = !(MASKED || GENERAL) || st.held; /* before a plain row's loops was a block */
-    const item &t = smem.items[n % ITEMS];
+    const work_tile &t = smem.tiles[n % TILE_SLOTS];
     float s[BLOCK_N / 2];
     const uint64_t k = k_descriptor(a, smem, kv.stage);
     mbarrier_wait(smem_address(&smem.k_full[kv.stage]), kv.parity);
@@ -109,12 +109,12 @@ DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_stat
     constexpr bool ROUNDS_FIRST = CHANGES == TILES;
     const int32_t row = first_row(t, warpgroup);
     const bool drops = CHANGES == ANY ? a.scores.drops : CHANGES == DROPS;
-    mask_tile tile = tile_of(smem, kv, warpgroup);
-    sight seen = {};
-    if (MASKED && cut && a.scores.mask == BITS) seen = look_up(a, t, row, key, warpgroup);
+    mask_tile tile = mask_tile_of(smem, kv, warpgroup);
+    row_mask seen = {};
+    if (MASKED && cut && a.scores.mask == BITS) seen = bool_row_mask(a, t, row, key, warpgroup);
     /* Whoever has the turn has 500 clocks: what takes longer comes before. */
     if (CHANGES == ANY)
-        begin_tile(a.scores, t.score, tile, row - threadIdx.x % 32 / 4, key, a.sq, a.sk);
+        begin_mask_tile(a.scores, t.score, tile, row - threadIdx.x % 32 / 4, key, a.sq, a.sk);
 #else
     constexpr bool ROUNDS_FIRST = false;
 #endif
@@ -128,16 +128,16 @@ DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_stat
     wgmma_commit_group();
     if (PENDING) issue_pv(a, st, smem, fresh);
     /* While the tensor cores work: what does not depend on them. */
-    ending end;
-    if (PLACE == NEXT) end = begin_end(a, smem.items[(n - 1) % ITEMS], st, warpgroup);
+    epilogue end;
+    if (PLACE == NEXT) end = begin_epilogue(a, smem.tiles[(n - 1) % TILE_SLOTS], st, warpgroup);
 #if VARIANT_GENERAL
-    if (MASKED && cut && a.scores.mask != BITS) seen = look(a, t, row, key, warpgroup);
+    if (MASKED && cut && a.scores.mask != BITS) seen = row_mask_of(a, t, row, key, warpgroup);
     if (CHANGES == TILES || (CHANGES == ANY && a.scores.mask > BITS))
-        open_tile(a.scores, tile, CHANGES == TILES);
+        open_mask_tile(a.scores, tile, CHANGES == TILES);
     if (CHANGES == TILES) work_out(tile.row);
 #else
-    sight seen;
-    if (MASKED && cut) seen = look(a, t, first_row(t, warpgroup), key, warpgroup);
+    row_mask seen;
+    if (MASKED && cut) seen = row_mask_of(a, t, first_row(t, warpgroup), key, warpgroup);
 #endif
     wgmma_wait_group<PENDING>();
     pass_turn(warpgroup);
@@ -204,7 +204,7 @@ DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_stat
         if (ROUNDS_FIRST) softmax_pack(s, &st.p[0][0]);
         if ((SHRINKS_LATE || HOW == FOLLOW) && raised) softmax_shrink(st.o, factor);
         if (!ROUNDS_FIRST) softmax_pack(s, &st.p[0][0]);
-        if (PLACE == NEXT) end_rows(a, smem, n - 1, st, end, warpgroup);
+        if (PLACE == NEXT) end_epilogue(a, smem, n - 1, st, end, warpgroup);
 #if VARIANT_GENERAL
         if (drops) drop_scores(a.scores, t.score, &st.p[0][0], t.h, row, key);
 #endif
@@ -212,8 +212,8 @@ DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_stat
         if (MASKED && cut) mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
 #if VARIANT_GENERAL
         if (!MASKED || CHANGES == WORDS) {
-        } else if (holes && a.scores.bits.bare)
-            clear_bare_holes(a, t, smem, smem.v[kv.stage], key, warpgroup);
+        } else if (holes && a.scores.bits.mask_only)
+            clear_holes_of_both(a, t, smem, smem.v[kv.stage], key, warpgroup);
         else if (holes)
             clear_holes(a.scores, t.score, smem.v[kv.stage], t.row, key, warpgroup);
         else if (cut && a.scores.mask != BITS)
@@ -261,8 +261,8 @@ DEVICE void finish_pv(const kernel_args &a, rows_state &st, smem_layout &smem) {
 DEVICE void finish_tile(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
                         int warpgroup) {
     finish_pv(a, st, smem);
-    ending end = begin_end(a, smem.items[n % ITEMS], st, warpgroup);
-    end_rows(a, smem, n, st, end, warpgroup);
+    epilogue end = begin_epilogue(a, smem.tiles[n % TILE_SLOTS], st, warpgroup);
+    end_epilogue(a, smem, n, st, end, warpgroup);
 }
 
 /* A block that this warpgroup has no use for: it must still be handed back, once it is there. The

@@ -182,7 +182,7 @@ static int32_t chosen_row(const fa_params *p) {
 
 static const char *kernel(const fa_params *p) {
     fa_params part;
-    return fa_rows[chosen_row(fa_head_part(p, 0, &part))].name;
+    return fa_variants[chosen_row(fa_head_part(p, 0, &part))].name;
 }
 
 /* A bool mask is packed in the workspace first. */
@@ -196,7 +196,7 @@ static int64_t workspace(const fa_params *request) {
     const fa_params *p = fa_head_part(request, 0, &part);
     int64_t bytes = 0;
     if (p->varlen.cu_q && !is_empty(&p->what))
-        bytes = fa_packed_bytes(&p->varlen, p->what.b, fa_rows[chosen_row(p)].block_m);
+        bytes = fa_packed_bytes(&p->varlen, p->what.b, fa_variants[chosen_row(p)].block_m);
     if (packs(p))
         bytes += fa_mask_bits_make(&p->what, &p->masks, &p->varlen, &p->scores.mask).bytes;
     return bytes;
@@ -255,8 +255,8 @@ static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *
     if (!is_empty(w)) {
         int32_t row = fa_choose_row(p, device->sms);
         fa_status status = FA_OK;
-        char *mask = (char *)workspace + fa_packed_bytes(&p->varlen, w->b, fa_rows[row].block_m);
-        if (p->varlen.cu_q) status = launch_list(p, fa_rows[row].block_m, workspace, error);
+        char *mask = (char *)workspace + fa_packed_bytes(&p->varlen, w->b, fa_variants[row].block_m);
+        if (p->varlen.cu_q) status = launch_list(p, fa_variants[row].block_m, workspace, error);
         if (packs(p) && status == FA_OK) status = launch_pack_mask(p, device, mask, error);
         return status == FA_OK ? launchers[row](p, device, workspace, error) : status;
     }

@@ -6,10 +6,10 @@
 #define FASTATTN_SM90_BLOCKS_CUH
 
 /* The tag of the i-th block of an item, as a loader would have written it. */
-DEVICE uint32_t interval_tag(const item &t, int32_t i, int warpgroup) {
+DEVICE uint32_t interval_tag(const work_tile &t, int32_t i, int warpgroup) {
     int32_t block = key_block(t, i), last = i + 1 == t.end - t.begin;
     uint32_t tag = (uint32_t)block << TAG_BLOCK | (last ? TAG_LAST : 0);
-    return (uint32_t)uniform(tag | see_interval(t, block, warpgroup) << 2 * warpgroup);
+    return (uint32_t)uniform(tag | block_visibility(t, block, warpgroup) << 2 * warpgroup);
 }
 
 /* The tag of the block of K in the next stage, once it is there. */
@@ -19,32 +19,32 @@ DEVICE uint32_t peek_tag(smem_layout &smem, const cursor &kv) {
 }
 
 /* The tag of the next block: the i-th, unless a bool mask hides some. */
-DEVICE uint32_t read_tag(const kernel_args &a, smem_layout &smem, const item &t, const cursor &kv,
-                         int32_t i, int warpgroup) {
+DEVICE uint32_t read_tag(const kernel_args &a, smem_layout &smem, const work_tile &t,
+                         const cursor &kv, int32_t i, int warpgroup) {
     return a.scores.mask == BITS ? peek_tag(smem, kv) : interval_tag(t, i, warpgroup);
 }
 
-DEVICE enum seen see_tag(uint32_t tag, int warpgroup) {
-    return (enum seen)(tag >> 2 * warpgroup & 3);
+DEVICE enum visibility tag_visibility(uint32_t tag, int warpgroup) {
+    return (enum visibility)(tag >> 2 * warpgroup & 3);
 }
 
 /* How many blocks, from the i-th on, lie side by side and are seen whole, if that one is. */
-DEVICE int32_t whole_blocks(const item &t, int32_t i, int32_t block, int warpgroup) {
-    int32_t low = i < t.score.mid - t.begin ? t.begin : t.score.mid;
+DEVICE int32_t whole_blocks(const work_tile &t, int32_t i, int32_t block, int warpgroup) {
+    int32_t low = i < t.score.split - t.begin ? t.begin : t.score.split;
     int32_t whole = (t.whole[warpgroup].begin + BLOCK_N - 1) / BLOCK_N;
     return uniform(block - max(low, whole) + 1);
 }
 
 /* The tile of a mask of 16 bits that comes with a block: there is one, so that its phase is the
  * block's number's parity. */
-DEVICE mask_tile tile_of(smem_layout &smem, const cursor &kv, int warpgroup) {
+DEVICE mask_tile mask_tile_of(smem_layout &smem, const cursor &kv, int warpgroup) {
     return {smem_address(smem.mask[warpgroup]), smem_address(&smem.mask_full[warpgroup]),
             smem_address(&smem.mask_empty[warpgroup]), (kv.stage + STAGES * kv.parity) & 1};
 }
 
 /* Scores as the definition has them, of the sign that `scale` would have. */
 template <enum changes ONLY>
-DEVICE void final_scores(const kernel_args &a, const item &t, float (&s)[BLOCK_N / 2],
+DEVICE void final_scores(const kernel_args &a, const work_tile &t, float (&s)[BLOCK_N / 2],
                          const mask_tile &tile, int32_t key, int warpgroup) {
     const int32_t row = first_row(t, warpgroup), top = t.row + 64 * warpgroup;
     change_scores<ONLY>(a.scores, t.score, s, tile, row, key, a.sq, a.sk,
@@ -55,11 +55,12 @@ DEVICE void final_scores(const kernel_args &a, const item &t, float (&s)[BLOCK_N
 }
 
 /* As look(), of a bool mask. */
-DEVICE sight look_up(const kernel_args &a, const item &t, int32_t row, int32_t key, int warpgroup) {
-    sight seen;
-    look_up_bits(a.scores, t.score, seen.rows, row, key);
-    if (a.scores.bits.bare && see(t, key / BLOCK_N, warpgroup) != WHOLE) {
-        const sight inside = look(a, t, row, key, warpgroup);
+DEVICE row_mask bool_row_mask(const kernel_args &a, const work_tile &t, int32_t row, int32_t key,
+                              int warpgroup) {
+    row_mask seen;
+    load_row_mask(a.scores, t.score, seen.rows, row, key);
+    if (a.scores.bits.mask_only && visibility_of(t, key / BLOCK_N, warpgroup) != WHOLE) {
+        const row_mask inside = row_mask_of(a, t, row, key, warpgroup);
 #pragma unroll
         for (int r = 0; r < 2; ++r) seen.rows[r] &= inside.rows[r];
     }
@@ -68,8 +69,8 @@ DEVICE sight look_up(const kernel_args &a, const item &t, int32_t row, int32_t k
 
 /* clear_holes() where a bool mask and intervals hide keys, each its own: a row and a thread of the
  * warpgroup at a time, for what both together leave to the tile's rows is in no array. */
-DEVICE void clear_bare_holes(const kernel_args &a, const item &t, smem_layout &smem, uint8_t *v,
-                             int32_t key, int warpgroup) {
+DEVICE void clear_holes_of_both(const kernel_args &a, const work_tile &t, smem_layout &smem,
+                                uint8_t *v, int32_t key, int warpgroup) {
     static_assert(BLOCK_M == 128, "a row a thread");
     const int32_t thread = thread_here();
     const int32_t row = t.row + thread % 128, warp = thread % 128 / 32;

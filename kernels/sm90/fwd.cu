@@ -56,11 +56,11 @@ static constexpr int D = VARIANT_D, DV = VARIANT_DV, WARPGROUPS = VARIANT_WARPGR
                      BLOCK_N = VARIANT_BLOCK_N, STAGES = VARIANT_STAGES, Q_SLOTS = VARIANT_Q_SLOTS,
                      BLOCKS_PER_SM = VARIANT_BLOCKS_PER_SM;
 static constexpr int BLOCK_M = 64 * WARPGROUPS;
-static constexpr int ITEMS = 4; /* tiles that the scheduler may be ahead */
+static constexpr int TILE_SLOTS = 4; /* tiles that the scheduler may be ahead */
 typedef softmax_range<IS_BF16, GENERAL> range;
 
 static_assert(D % 16 == 0 && BLOCK_N % 16 == 0, "wgmma takes k by 16");
-static_assert(DV % (VARIANT_STAGED ? 16 : 32) == 0, "rows_out.cuh");
+static_assert(DV % (VARIANT_STAGED ? 16 : 32) == 0, "out.cuh");
 static_assert(BLOCK_N <= 128, "a mask has 32 bits");
 static_assert(!GENERAL || (OFFSET == WATCH && !ONES && (BLOCK_N == 64 || BLOCK_N == 128)),
               "scores.cuh");
@@ -91,8 +91,8 @@ static constexpr int THREADS = 128 * (WARPGROUPS + 1);
 static constexpr int SHARES = WARPGROUPS == 1 && BLOCKS_PER_SM == 1 ? 2 : BLOCKS_PER_SM;
 static constexpr int POOL = 65536 / SHARES / THREADS / 8 * 8 * (WARPGROUPS + 1);
 static constexpr int MMA_REGISTERS = VARIANT_MMA_REGISTERS;
-static constexpr int SERVER_REGISTERS = POOL - WARPGROUPS * MMA_REGISTERS;
-static_assert(SERVER_REGISTERS >= 24, "the pool is too small");
+static constexpr int PRODUCER_REGISTERS = POOL - WARPGROUPS * MMA_REGISTERS;
+static_assert(PRODUCER_REGISTERS >= 24, "the pool is too small");
 
 /* O leaves through shared memory where there is room for that. */
 static constexpr bool STAGED = VARIANT_STAGED;
@@ -122,7 +122,7 @@ static constexpr bool SPECIAL = !STRIDED && DV <= 128;
 #endif
 
 /* What the scheduler tells the others about a tile. */
-struct item {
+struct work_tile {
     int32_t b, h, row;   /* batch, query head, first query row */
     int32_t h_k;         /* key head */
     fa_lengths lengths;  /* of this sequence */
@@ -131,7 +131,7 @@ struct item {
     int32_t boxed;       /* rows that may leave in boxes of 16, which only the array's end clips */
     int32_t begin, end;  /* key blocks that some row sees */
     int32_t left, right; /* how many of them, from either side, not every row sees whole */
-    fa_interval seen;    /* keys that some row of the sequence sees */
+    fa_interval visible; /* keys that some row of the sequence sees */
     fa_interval some[WARPGROUPS], whole[WARPGROUPS]; /* keys that one row, that all rows see */
     int32_t skip[WARPGROUPS]; /* blocks in front of the first that a row sees; all, if none does */
     int32_t masked[WARPGROUPS]; /* those, that one, and all up to the last that not all see whole */
@@ -140,7 +140,7 @@ struct item {
     float sink;                 /* one more score of every row; -inf: none */
     int32_t last;               /* there is no tile, and there will be no more */
 #if VARIANT_GENERAL
-    score_item score;
+    score_tile score;
 #endif
 };
 
@@ -159,9 +159,9 @@ struct smem_layout {
     uint8_t ones[ONES ? PANEL_N : 16]; /* 64 more columns of V: O's column 64 becomes the row sum */
     uint64_t q_full[Q_SLOTS], q_empty[Q_SLOTS];
     uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
-    uint64_t item_full[ITEMS], item_empty[ITEMS];
-    item items[ITEMS];
-    uint32_t again[ITEMS]; /* the votes: bit w, warpgroup w could not keep its offset */
+    uint64_t tile_full[TILE_SLOTS], tile_empty[TILE_SLOTS];
+    work_tile tiles[TILE_SLOTS];
+    uint32_t again[TILE_SLOTS]; /* the votes: bit w, warpgroup w could not keep its offset */
 #if VARIANT_GENERAL
     uint32_t tags[STAGES]; /* of a bool mask: which block of K is in a stage, and who sees it */
     uint64_t mask_full[WARPGROUPS], mask_empty[WARPGROUPS];
@@ -228,12 +228,12 @@ DEVICE void advance(cursor &c) {
 }
 
 /* This thread has read item n for the last time. */
-DEVICE void leave_item(smem_layout &smem, int32_t n) {
-    mbarrier_arrive(smem_address(&smem.item_empty[n % ITEMS]));
+DEVICE void leave_tile(smem_layout &smem, int32_t n) {
+    mbarrier_arrive(smem_address(&smem.tile_empty[n % TILE_SLOTS]));
 }
 
-#include "sight.cuh"
-#include "servers.cuh"
+#include "visibility.cuh"
+#include "producers.cuh"
 #include "attend.cuh"
 
 /* ---- an MMA warpgroup -------------------------------------------------------------------------*/
@@ -242,18 +242,18 @@ DEVICE void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
     cursor kv = {0, 0};
     rows_state st = {};
     softmax_start(st.softmax);
-    close_rows(st, rows_out{});
+    close_rows(st, output_rows{});
     if (warpgroup == WARPGROUPS - 1) pass_turn(warpgroup); /* the first turn is warpgroup 0's */
     for (int32_t n = 0;; ++n) {
-        const item &t = smem.items[n % ITEMS];
-        mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
+        const work_tile &t = smem.tiles[n % TILE_SLOTS];
+        mbarrier_wait(smem_address(&smem.tile_full[n % TILE_SLOTS]), n / TILE_SLOTS & 1);
         const int32_t place = n * WARPGROUPS + warpgroup, slot = place % Q_SLOTS;
         int32_t last = uniform(t.last), blocks = uniform(t.end - t.begin);
 
         /* The tile before ends in passing if there is a block for it before its V is needed. */
 #if VARIANT_GENERAL
         uint32_t tag = blocks ? read_tag(a, smem, t, kv, 0, warpgroup) : 0;
-        bool next = st.held && blocks && see_tag(tag, warpgroup) != NONE;
+        bool next = st.held && blocks && tag_visibility(tag, warpgroup) != NONE;
 #else
         const int32_t skip = uniform(t.skip[warpgroup]), masked = uniform(t.masked[warpgroup]);
         bool next = DELAYED && st.held && skip < masked && skip < STAGES;
@@ -276,7 +276,7 @@ DEVICE void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
             release(q_empty);
         }
         if (REDOES && uniform(t.warpgroups) == 0) { /* nobody's rows: there is nothing to end */
-            leave_item(smem, n);
+            leave_tile(smem, n);
             continue;
         }
 
@@ -284,11 +284,11 @@ DEVICE void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         for (int32_t i = 0; blocks;) {
             const int32_t key = (int32_t)(tag >> TAG_BLOCK) * BLOCK_N;
             const uint32_t q_done = tag & TAG_LAST ? q_empty : 0;
-            const enum seen seen = see_tag(tag, warpgroup);
+            const enum visibility seen = tag_visibility(tag, warpgroup);
             const bool cut = seen == PART, holes = tag & TAG_HOLES;
             if (seen == NONE) {
                 finish_pv(a, st, smem);
-                pass_tiles(a.scores, tile_of(smem, kv, warpgroup));
+                pass_mask_tiles(a.scores, mask_tile_of(smem, kv, warpgroup));
                 pass(smem, kv, q_done, warpgroup);
             } else if (next) {
                 attend<NEXT, true, WATCH>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
@@ -316,7 +316,7 @@ DEVICE void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         for (; i < masked; ++i) {
             int32_t block = uniform(key_block(t, i)), key = block * BLOCK_N;
             uint32_t q_done = i == blocks - 1 ? q_empty : 0;
-            enum seen seen = i < skip ? NONE : see(t, block, warpgroup);
+            enum visibility seen = i < skip ? NONE : visibility_of(t, block, warpgroup);
             bool cut = seen == PART;
             if (seen == NONE) {
                 if (!next) finish_pv(a, st, smem);
@@ -371,9 +371,9 @@ __global__ void __launch_bounds__(THREADS, SHARES)
             mbarrier_init(smem_address(&smem.q_full[i]), LOADERS);
             mbarrier_init(smem_address(&smem.q_empty[i]), RELEASERS);
         }
-        for (int i = 0; i < ITEMS; ++i) {
-            mbarrier_init(smem_address(&smem.item_full[i]), 1);
-            mbarrier_init(smem_address(&smem.item_empty[i]), READERS);
+        for (int i = 0; i < TILE_SLOTS; ++i) {
+            mbarrier_init(smem_address(&smem.tile_full[i]), 1);
+            mbarrier_init(smem_address(&smem.tile_empty[i]), READERS);
             smem.again[i] = 0;
         }
         for (int i = 0; i < STAGES; ++i) {
@@ -417,7 +417,7 @@ __global__ void __launch_bounds__(THREADS, SHARES)
 
     int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (warpgroup == WARPGROUPS) {
-        setmaxnreg_dec<SERVER_REGISTERS>();
+        setmaxnreg_dec<PRODUCER_REGISTERS>();
         int server = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
         if (server == 0 && lane == 0) schedule(a, smem, tile, round);
         if (server == 1 && lane < LOADERS) bring_q(a, smem);

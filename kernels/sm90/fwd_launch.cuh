@@ -106,7 +106,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p,
     }
 #endif
     int32_t blocks = tiles < slots ? (int32_t)tiles : slots;
-    a.ahead = ITEMS;
+    a.ahead = TILE_SLOTS;
     if (packed) {
         a.packed = fa_packed_make(w, &p->masks, &p->varlen, BLOCK_M, workspace);
         a.varlen = p->varlen;

@@ -16,36 +16,36 @@ struct mask_tile {
 };
 
 /* What can be known of a tile of 16 bits before there are scores. `comes`: by the copy engine. */
-DEVICE void open_tile(const score_args &a, mask_tile &m, bool comes) {
+DEVICE void open_mask_tile(const score_args &a, mask_tile &m, bool comes) {
     const uint32_t thread = thread_here(), lane = thread % 32;
     const uint32_t row = a.tile_rows ? thread % 128 / 32 * 16 + lane % 16 : 0;
     m.row = m.at + row * 128 + ((lane / 16 ^ row % 8) << 4);
     m.there = (!comes && !a.tiles) || mbarrier_test(m.full, m.parity);
 }
 
-DEVICE void enter_tile(const score_args &a, const mask_tile &m) {
+DEVICE void enter_mask_tile(const score_args &a, const mask_tile &m) {
     if (a.tiles) mbarrier_wait(m.full, m.parity);
 }
 
 /* This warp has read the tile, or has no use for it. */
-DEVICE void leave_tile(const score_args &a, const mask_tile &m) {
+DEVICE void leave_mask_tile(const score_args &a, const mask_tile &m) {
     __syncwarp();
     if (a.tiles && threadIdx.x % 32 == 0) mbarrier_arrive(m.empty);
 }
 
-DEVICE void pass_tiles(const score_args &a, mask_tile m) {
+DEVICE void pass_mask_tiles(const score_args &a, mask_tile m) {
     for (int i = 0; i < a.tiles; ++i) {
         if (a.tiles == 2) m.parity = i;
-        enter_tile(a, m);
-        leave_tile(a, m);
+        enter_mask_tile(a, m);
+        leave_mask_tile(a, m);
     }
 }
 
 /* Where the copy engine does not take the mask, each warp writes its own 16 rows of the tile, from
  * `row` and `key` on. Rows and keys past the ends are the last one's: the interval hides them. */
 template <mask_kind KIND>
-DEVICE void fill_tile(const score_args &a, const score_item &t, const mask_tile &m, int32_t row,
-                      int32_t key, int32_t sq, int32_t sk) {
+DEVICE void fill_mask_tile(const score_args &a, const score_tile &t, const mask_tile &m,
+                           int32_t row, int32_t key, int32_t sq, int32_t sk) {
     constexpr int COLUMNS = KIND == ADD_F32 ? 1 : 2; /* in 4 bytes */
     const int32_t thread = thread_here(), lane = thread % 32, warp = thread % 128 / 32;
     constexpr int BATCH = 8; /* rows whose loads are in flight at once */
@@ -73,17 +73,17 @@ DEVICE void fill_tile(const score_args &a, const score_item &t, const mask_tile 
 }
 
 /* A block's first tile, before its scores. */
-DEVICE void begin_tile(const score_args &a, const score_item &t, const mask_tile &m, int32_t row,
-                       int32_t key, int32_t sq, int32_t sk) {
+DEVICE void begin_mask_tile(const score_args &a, const score_tile &t, const mask_tile &m,
+                            int32_t row, int32_t key, int32_t sq, int32_t sk) {
     if (a.mask <= BITS || a.tiles) return;
     if (a.mask == ADD_F32)
-        fill_tile<ADD_F32>(a, t, m, row, key, sq, sk);
+        fill_mask_tile<ADD_F32>(a, t, m, row, key, sq, sk);
     else
-        fill_tile<ADD_F16>(a, t, m, row, key, sq, sk);
+        fill_mask_tile<ADD_F16>(a, t, m, row, key, sq, sk);
 }
 
 /* The warp's first row in a tile whose rows may all be the same one. */
-DEVICE int32_t tile_row(const score_args &a, int32_t thread) {
+DEVICE int32_t mask_tile_row(const score_args &a, int32_t thread) {
     return a.tile_rows ? thread % 128 / 32 * 16 : 0;
 }
 
@@ -100,8 +100,9 @@ DEVICE float2 widen(uint32_t x) {
 }
 
 template <bool IS_BF16_MASK>
-DEVICE void add_tile(const score_args &a, float (&s)[BLOCK_N / 2], const mask_tile &m, float unit) {
-    if (!m.there) enter_tile(a, m);
+DEVICE void add_mask_tile(const score_args &a, float (&s)[BLOCK_N / 2], const mask_tile &m,
+                          float unit) {
+    if (!m.there) enter_mask_tile(a, m);
 #pragma unroll
     for (int j = 0; j < BLOCK_N / 8; j += 2) {
         uint32_t x[4];
@@ -113,22 +114,22 @@ DEVICE void add_tile(const score_args &a, float (&s)[BLOCK_N / 2], const mask_ti
             s[4 * j + 2 * i + 1] = fmaf(s[4 * j + 2 * i + 1], unit, y.y);
         }
     }
-    leave_tile(a, m);
+    leave_mask_tile(a, m);
 }
 
 /* Of float32, in halves. `row`: the warp's first. */
-DEVICE void add_float_tiles(const score_args &a, const score_item &t, float (&s)[BLOCK_N / 2],
-                            mask_tile m, int32_t row, int32_t key, int32_t sq, int32_t sk,
-                            float unit) {
+DEVICE void add_float_mask(const score_args &a, const score_tile &t, float (&s)[BLOCK_N / 2],
+                           mask_tile m, int32_t row, int32_t key, int32_t sq, int32_t sk,
+                           float unit) {
     const int32_t thread = thread_here(), lane = thread % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        if (half && !a.tiles) fill_tile<ADD_F32>(a, t, m, row, key + BLOCK_N / 2, sq, sk);
+        if (half && !a.tiles) fill_mask_tile<ADD_F32>(a, t, m, row, key + BLOCK_N / 2, sq, sk);
         m.parity = half;
-        enter_tile(a, m);
+        enter_mask_tile(a, m);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int32_t place = a.tile_rows ? tile_row(a, thread) + lane / 4 + 8 * r : 0;
+            const int32_t place = a.tile_rows ? mask_tile_row(a, thread) + lane / 4 + 8 * r : 0;
 #pragma unroll
             for (int j = 0; j < BLOCK_N / 16; ++j) {
                 float &left = s[4 * (half * (BLOCK_N / 16) + j) + 2 * r];
@@ -140,7 +141,7 @@ DEVICE void add_float_tiles(const score_args &a, const score_item &t, float (&s)
                 right = fmaf(right, unit, x.y);
             }
         }
-        leave_tile(a, m);
+        leave_mask_tile(a, m);
     }
 }
 

@@ -36,7 +36,7 @@ typedef struct fa_row {
 #define FA_OF_SOME ""
 #endif
 
-static const fa_row fa_rows[] = {
+static const fa_row fa_variants[] = {
 #define FA_VARIANT(name, source, arch, dtype, d, dv, warpgroups, block_n, stages, q_slots, offset, \
                    ones, blocks_per_sm, loads, staged, general, ...)                               \
     {#name, dtype, d, dv, 64 * (warpgroups), block_n, blocks_per_sm, ones, loads, general},
@@ -44,7 +44,7 @@ static const fa_row fa_rows[] = {
 #undef FA_VARIANT
 };
 
-enum { FA_ROWS = sizeof fa_rows / sizeof fa_rows[0] };
+enum { FA_ROWS = sizeof fa_variants / sizeof fa_variants[0] };
 
 /* Whether the tensor memory accelerator can address it: base and strides in units of 16 bytes, no
  * stride negative or too long; batches and heads may be repeated by a stride of 0, rows may not. */
@@ -216,7 +216,7 @@ static inline int32_t fa_has_row(const fa_params *p) {
     int32_t general = fa_needs_general(p);
     enum fa_loads loads = fa_loads_of(&p->what, general);
     for (int32_t i = 0; i < FA_ROWS; ++i)
-        if (fa_row_takes(&fa_rows[i], &p->what, loads, general)) return 1;
+        if (fa_row_takes(&fa_variants[i], &p->what, loads, general)) return 1;
     return 0;
 }
 
@@ -260,7 +260,7 @@ static inline const fa_params *fa_head_part(const fa_params *p, int32_t i, fa_pa
     return part;
 }
 
-/* The row's index in fa_rows, or -1: no row takes the request. Least padding first, then least
+/* The row's index in fa_variants, or -1: no row takes the request. Least padding first, then least
  * time, then the order of the table. */
 static inline int32_t fa_choose_row(const fa_params *p, int32_t sms) {
     const fa_what shape = fa_typical_shape(p), *w = &shape;
@@ -269,12 +269,12 @@ static inline int32_t fa_choose_row(const fa_params *p, int32_t sms) {
     enum fa_loads loads = fa_loads_of(w, general);
     double cost = -1; /* of the best row so far, where it was needed */
     for (int32_t i = 0; i < FA_ROWS; ++i) {
-        const fa_row *row = &fa_rows[i];
+        const fa_row *row = &fa_variants[i];
         int32_t size = row->d + row->dv;
         if (!fa_row_takes(row, w, loads, general) || (best >= 0 && size > least)) continue;
         if (best >= 0 && size == least) {
             double other = fa_row_cost(row, w, m, sms);
-            if (cost < 0) cost = fa_row_cost(&fa_rows[best], w, m, sms);
+            if (cost < 0) cost = fa_row_cost(&fa_variants[best], w, m, sms);
             if (other >= cost) continue;
             cost = other;
         } else {

@@ -24,10 +24,11 @@ DEVICE uint32_t attend_words(const kernel_args &a, smem_layout &smem, int32_t n,
     for (;;) {
         attend<BEHIND, true, WATCH, WORDS>(a, smem, n, st, kv, q, tag & TAG_LAST ? q_empty : 0,
                                            (int32_t)(tag >> TAG_BLOCK) * BLOCK_N,
-                                           see_tag(tag, warpgroup) == PART, st.fresh, warpgroup);
+                                           tag_visibility(tag, warpgroup) == PART, st.fresh,
+                                           warpgroup);
         if (tag & TAG_LAST) return tag;
         uint32_t next = peek_tag(smem, kv);
-        if (next & TAG_HOLES || see_tag(next, warpgroup) == NONE) return tag;
+        if (next & TAG_HOLES || tag_visibility(next, warpgroup) == NONE) return tag;
         tag = next;
     }
 }
@@ -37,7 +38,7 @@ DEVICE uint32_t attend_words(const kernel_args &a, smem_layout &smem, int32_t n,
 DEVICE int32_t attend_whole(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
                             cursor &kv, uint64_t q, uint32_t q_empty, int32_t i, int32_t key,
                             int warpgroup) {
-    const item &t = smem.items[n % ITEMS];
+    const work_tile &t = smem.tiles[n % TILE_SLOTS];
     const int32_t run = whole_blocks(t, i, key / BLOCK_N, warpgroup);
     const uint32_t q_last = i + run == t.end - t.begin ? q_empty : 0;
     switch (a.scores.only) {

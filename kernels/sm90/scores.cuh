@@ -55,15 +55,15 @@ struct score_args {
 };
 
 /* What an item says about scores. */
-struct score_item {
+struct score_tile {
     const char *mask; /* element (0, 0) of its head */
     int64_t plane, seed;
-    int32_t b;   /* as dropout counts */
-    int32_t mid; /* the block to the left of which the order begins */
+    int32_t b;     /* as dropout counts */
+    int32_t split; /* the block to the left of which the order begins */
     float slope;
 };
 
-DEVICE void describe_scores(const score_args &a, score_item &t, int32_t b, int32_t h) {
+DEVICE void describe_scores(const score_args &a, score_tile &t, int32_t b, int32_t h) {
     t.mask = a.mask_data + b * a.mask_stride[0] + h * a.mask_stride[1];
     t.plane = fa_bits_plane(&a.bits, b, h);
     t.seed = a.seed_data ? *a.seed_data : a.seed;
@@ -88,7 +88,7 @@ struct block_walk {
 DEVICE uint32_t map_bit(uint32_t block) { return block / (FA_BITS_KEYS / BLOCK_N); }
 
 /* The next block, not before `begin`, that some row of the tile sees, or -1. */
-DEVICE int32_t next_block(const score_args &a, const score_item &t, block_walk &c, uint32_t row,
+DEVICE int32_t next_block(const score_args &a, const score_tile &t, block_walk &c, uint32_t row,
                           uint32_t begin) {
     constexpr uint32_t BLOCKS = FA_BITS_KEYS / BLOCK_N; /* of a bit */
     while (c.end > begin) {
@@ -117,8 +117,8 @@ DEVICE int32_t next_block(const score_args &a, const score_item &t, block_walk &
 /* ---- the bits of a bool mask ----------------------------------------------------------------*/
 
 /* Which scores of a block this thread's two rows see, a bit each. */
-DEVICE void look_up_bits(const score_args &a, const score_item &t, uint32_t (&seen)[2], int32_t row,
-                         int32_t key) {
+DEVICE void load_row_mask(const score_args &a, const score_tile &t, uint32_t (&seen)[2],
+                          int32_t row, int32_t key) {
     const uint32_t *words =
         a.words + 4 * fa_bits_at(&a.bits, t.plane, key / FA_BITS_KEYS, row) + threadIdx.x % 4;
 #pragma unroll
@@ -138,7 +138,7 @@ DEVICE void clear_unseen(const uint32_t (&seen)[4], uint8_t *v, int32_t key, int
 
 /* Writes zeros over the rows of V that no row of the tile sees: 0 * NaN is NaN. As clear_hidden_v
  * in sight.cuh; both warpgroups write the same. */
-DEVICE void clear_holes(const score_args &a, const score_item &t, uint8_t *v, int32_t row,
+DEVICE void clear_holes(const score_args &a, const score_tile &t, uint8_t *v, int32_t row,
                         int32_t key, int warpgroup) {
     uint32_t seen[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -211,11 +211,11 @@ DEVICE void cap_scores(const score_args &a, float (&s)[BLOCK_N / 2]) {
 DEVICE bool cap_exp(const score_args &a, softmax_rows &rows, float (&s)[BLOCK_N / 2]) {
     float top[2];
     tops_of(s, top);
-    bool well = softmax_is_settled(rows) & caps_near(a, s, fmaxf(top[0], top[1]));
+    bool safe = softmax_is_settled(rows) & caps_near(a, s, fmaxf(top[0], top[1]));
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-        well &= cap_near(a.cap_exponents, top[r], rows.minus[r]) <= range::SLACK;
-    if (!__all_sync(~0u, well)) return false;
+        safe &= cap_near(a.cap_exponents, top[r], rows.minus[r]) <= range::SLACK;
+    if (!__all_sync(~0u, safe)) return false;
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 2; ++i) {
         s[i] = ex2_approx(cap_near(a.cap_exponents, s[i], rows.minus[i / 2 & 1]));
@@ -257,14 +257,14 @@ DEVICE bool alibi_exp(softmax_rows &rows, float (&s)[BLOCK_N / 2], float unit, f
     const float k = left ? slope : -slope, near = fmaxf(k * (float)(BLOCK_N - 7), 0.f);
     float top[2], first[2];
     tops_of(s, top);
-    bool well = (left | right) & softmax_is_settled(rows);
+    bool safe = (left | right) & softmax_is_settled(rows);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const float x = (float)(position + row + 8 * r - key - 2 * (int32_t)(threadIdx.x % 4));
         first[r] = fmaf(-k, x, rows.minus[r]);
-        well &= fmaf(top[r], unit, first[r] + near) <= range::SLACK;
+        safe &= fmaf(top[r], unit, first[r] + near) <= range::SLACK;
     }
-    if (!__all_sync(~0u, well)) return false;
+    if (!__all_sync(~0u, safe)) return false;
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 2; ++i) {
         const float bias = fmaf(k, (float)(i / 4 * 8 + i % 2), first[i / 2 & 1]);
@@ -276,18 +276,18 @@ DEVICE bool alibi_exp(softmax_rows &rows, float (&s)[BLOCK_N / 2], float unit, f
 
 /* Everything that changes scores, in the order of the definition, but what hides keys. */
 template <enum changes ONLY>
-DEVICE void change_scores(const score_args &a, const score_item &t, float (&s)[BLOCK_N / 2],
+DEVICE void change_scores(const score_args &a, const score_tile &t, float (&s)[BLOCK_N / 2],
                           const mask_tile &tile, int32_t row, int32_t key, int32_t sq, int32_t sk,
                           int32_t position, int32_t row_of_64) {
     float unit = a.unit;
     if (ONLY == ANY ? a.caps : ONLY == CAPS) cap_scores(a, s);
     if (ONLY == ANY ? a.mask > BITS : ONLY == TILES) {
         if (a.mask == ADD_BF16)
-            add_tile<true>(a, s, tile, unit);
+            add_mask_tile<true>(a, s, tile, unit);
         else if (a.mask == ADD_F16)
-            add_tile<false>(a, s, tile, unit);
+            add_mask_tile<false>(a, s, tile, unit);
         else if (ONLY == ANY)
-            add_float_tiles(a, t, s, tile, row - threadIdx.x % 32 / 4, key, sq, sk, unit);
+            add_float_mask(a, t, s, tile, row - threadIdx.x % 32 / 4, key, sq, sk, unit);
         unit = 1.f;
     }
     if (ONLY == ANY ? a.slopes != NULL : ONLY == ALIBI)
@@ -297,7 +297,7 @@ DEVICE void change_scores(const score_args &a, const score_item &t, float (&s)[B
 /* Zeros among P, rounded and packed, its sum taken: a lane of a quad asks Philox for one of four
  * neighbouring groups of 8 keys, and the quad exchanges the words. All groups go through the rounds
  * together: keys, and what two rows or four groups have in common, are worked out once. */
-DEVICE void drop_scores(const score_args &a, const score_item &t, uint32_t *p, int32_t h,
+DEVICE void drop_scores(const score_args &a, const score_tile &t, uint32_t *p, int32_t h,
                         int32_t row, int32_t key) {
     constexpr int GROUPS = BLOCK_N / 32;
     const uint32_t high = a.threshold << 16; /* 65,536, all of it: `gain` is 0 */

@@ -10,7 +10,7 @@
 #define FASTATTN_SM90_SERVERS_CUH
 
 /* Where the tile of this number lies. */
-DEVICE void locate(const kernel_args &a, item &t, int32_t number) {
+DEVICE void locate(const kernel_args &a, work_tile &t, int32_t number) {
     fa_tile tile;
     if (a.packed.counts) {
         fa_packed_entry entry = a.packed.entries[fa_divide(number, a.by_hq)];
@@ -49,30 +49,30 @@ static constexpr fa_interval NO_KEYS = {0, 0};
 
 /* How many blocks of the item a warpgroup passes by, and how many it takes one by one before its
  * loop. What a bool mask hides nobody knows here: general rows ask for each block. */
-DEVICE void count_masked(item &t) {
+DEVICE void count_masked(work_tile &t) {
     const int32_t blocks = t.end - t.begin;
 #pragma unroll 1
     for (int w = 0; w < (GENERAL ? 0 : WARPGROUPS); ++w) {
         const int32_t top = (t.whole[w].end - 1) / BLOCK_N; /* where the first row's keys begin */
         int32_t skip = t.some[w].end == 0 ? blocks : 0, masked = t.left + t.right;
-        while (skip < blocks && see_interval(t, key_block(t, skip), w) == NONE) ++skip;
+        while (skip < blocks && block_visibility(t, key_block(t, skip), w) == NONE) ++skip;
         for (; masked > skip; --masked) {
             const int32_t block = key_block(t, masked - 1);
-            if (block == top || see_interval(t, block, w) != WHOLE) break;
+            if (block == top || block_visibility(t, block, w) != WHOLE) break;
         }
         t.skip[w] = skip;
         t.masked[w] = max(masked, min(skip + 1, blocks));
     }
 }
 
-DEVICE void describe(const kernel_args &a, item &t, int32_t number) {
+DEVICE void describe(const kernel_args &a, work_tile &t, int32_t number) {
     locate(a, t, number);
     t.h_k = fa_divide(t.h, a.by_group);
     t.sink = a.sink ? a.sink[t.h * a.sink_stride] : -INFINITY;
 #if VARIANT_GENERAL
     /* The rows of no sequence, number b, have the last one's: nobody looks, they see no key. */
     describe_scores(a.scores, t.score, min(t.b, a.b - 1), t.h);
-    t.score.mid = 0; /* where there is no block */
+    t.score.split = 0; /* where there is no block */
 #endif
     t.begin = t.end = t.left = t.right = 0;
     t.warpgroups = (1 << WARPGROUPS) - 1;
@@ -87,8 +87,8 @@ DEVICE void describe(const kernel_args &a, item &t, int32_t number) {
         if (top > bottom || first.begin >= last.end) t.some[w] = NO_KEYS;
         t.skip[w] = t.masked[w] = 0;
     }
-    t.seen.begin = fa_row_interval(t.lengths, 0).begin;
-    t.seen.end = fa_row_interval(t.lengths, t.lengths.sq - 1).end;
+    t.visible.begin = fa_row_interval(t.lengths, 0).begin;
+    t.visible.end = fa_row_interval(t.lengths, t.lengths.sq - 1).end;
     if (t.row >= t.lengths.sq) return;
     fa_interval first = fa_row_interval(t.lengths, t.row);
     fa_interval last = fa_row_interval(t.lengths, min(t.row + BLOCK_M, t.lengths.sq) - 1);
@@ -107,14 +107,14 @@ DEVICE void describe(const kernel_args &a, item &t, int32_t number) {
     int32_t bottom = min(t.row + BLOCK_M, t.lengths.sq) - 1;
     int32_t diagonal = fa_row_position(t.lengths, bottom) / BLOCK_N + 1;
     bool by_distance = a.scores.slopes && a.scores.mask != BITS;
-    t.score.mid = by_distance ? fa_clamp(diagonal, t.begin, t.end) : t.end;
+    t.score.split = by_distance ? fa_clamp(diagonal, t.begin, t.end) : t.end;
 #endif
 }
 
 /* How item n was voted on, once all have left it. */
 DEVICE uint32_t read_vote(smem_layout &smem, int32_t n) {
-    mbarrier_wait(smem_address(&smem.item_empty[n % ITEMS]), n / ITEMS & 1);
-    volatile uint32_t &votes = smem.again[n % ITEMS];
+    mbarrier_wait(smem_address(&smem.tile_empty[n % TILE_SLOTS]), n / TILE_SLOTS & 1);
+    volatile uint32_t &votes = smem.again[n % TILE_SLOTS];
     uint32_t again = votes;
     votes = 0;
     return again;
@@ -136,7 +136,8 @@ DEVICE int32_t next_tile(const kernel_args &a, smem_layout &smem, int32_t n, int
     if (!claimed) return fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, round);
     if (n == 0) return blockIdx.x; /* so that nobody's second tile is another's first */
     int32_t left = n - a.ahead;    /* the item that must be done with */
-    if (left >= 0) mbarrier_wait(smem_address(&smem.item_empty[left % ITEMS]), left / ITEMS & 1);
+    if (left >= 0)
+        mbarrier_wait(smem_address(&smem.tile_empty[left % TILE_SLOTS]), left / TILE_SLOTS & 1);
     return gridDim.x + atomicAdd(claimed, 1);
 }
 
@@ -148,7 +149,7 @@ DEVICE int32_t number_of_tiles(const kernel_args &a) {
  * ended: no load starts without it. */
 DEVICE int32_t first_tile(const kernel_args &a, smem_layout &smem, int32_t *round) {
     int32_t tile = next_tile(a, smem, 0, round);
-    if (tile < number_of_tiles(a)) describe(a, smem.items[0], tile);
+    if (tile < number_of_tiles(a)) describe(a, smem.tiles[0], tile);
     return tile;
 }
 
@@ -162,14 +163,14 @@ DEVICE void schedule(const kernel_args &a, smem_layout &smem, int32_t tile, int3
     for (int32_t n = 0;; ++n) {
         /* Votes are read where their slot is needed, all of them before the end. */
         uint32_t again = 0;
-        while (REDOES && !again && read < n && (read <= n - ITEMS || read < flush))
+        while (REDOES && !again && read < n && (read <= n - TILE_SLOTS || read < flush))
             again = read_vote(smem, read++);
-        item &t = smem.items[n % ITEMS];
-        mbarrier_wait(smem_address(&smem.item_empty[n % ITEMS]), n / ITEMS & 1 ^ 1);
+        work_tile &t = smem.tiles[n % TILE_SLOTS];
+        mbarrier_wait(smem_address(&smem.tile_empty[n % TILE_SLOTS]), n / TILE_SLOTS & 1 ^ 1);
         t.last = 0;
         bool taken = false;
         if (again) {
-            t = smem.items[(read - 1) % ITEMS];
+            t = smem.tiles[(read - 1) % TILE_SLOTS];
             t.warpgroups = again;
             t.watch = 1;
             for (int w = 0; w < WARPGROUPS; ++w)
@@ -179,11 +180,11 @@ DEVICE void schedule(const kernel_args &a, smem_layout &smem, int32_t tile, int3
             if (n > 0) describe(a, t, tile);
             taken = true;
         } else {
-            t = item{}; /* no blocks, no warpgroups */
+            t = work_tile{}; /* no blocks, no warpgroups */
             t.last = flush != 0;
             flush = n;
         }
-        mbarrier_arrive(smem_address(&smem.item_full[n % ITEMS]));
+        mbarrier_arrive(smem_address(&smem.tile_full[n % TILE_SLOTS]));
         if (taken)
             tile = next_tile(a, smem, n + 1, &round);
         else if (!again)
@@ -193,9 +194,9 @@ DEVICE void schedule(const kernel_args &a, smem_layout &smem, int32_t tile, int3
 }
 
 #if IS_STRIDED
-#include "strided.cuh"
+#include "load_strided.cuh"
 #if IS_RAW
-#include "raw.cuh"
+#include "load_raw.cuh"
 #endif
 #else
 /* ROWS rows of q, k or v (WHICH) as panels of 64 columns; the last may have fewer: what a box
@@ -218,8 +219,8 @@ DEVICE void load(const kernel_args &a, uint32_t smem, const CUtensorMap &from, i
 
 DEVICE void bring_q(const kernel_args &a, smem_layout &smem) {
     for (int32_t n = 0;; ++n) {
-        const item &t = smem.items[n % ITEMS];
-        mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
+        const work_tile &t = smem.tiles[n % TILE_SLOTS];
+        mbarrier_wait(smem_address(&smem.tile_full[n % TILE_SLOTS]), n / TILE_SLOTS & 1);
         if (t.last) return;
 #pragma unroll 1
         for (int w = 0; w < WARPGROUPS; ++w) {
@@ -237,7 +238,7 @@ DEVICE void bring_q(const kernel_args &a, smem_layout &smem) {
 
 #if VARIANT_GENERAL
 /* A block's tiles of a float mask, for each warpgroup; n of them went before. */
-DEVICE void bring_mask(const kernel_args &a, smem_layout &smem, const item &t, int32_t key,
+DEVICE void bring_mask(const kernel_args &a, smem_layout &smem, const work_tile &t, int32_t key,
                        uint32_t &n) {
     const score_args &s = a.scores;
     const int columns = s.tiles == 2 ? 32 : 64; /* of a panel */
@@ -255,7 +256,8 @@ DEVICE void bring_mask(const kernel_args &a, smem_layout &smem, const item &t, i
 }
 
 /* The tag of the block that was found last; of -1: nothing is seen. */
-DEVICE uint32_t block_tag(const score_args &a, const item &t, const block_walk &c, int32_t block) {
+DEVICE uint32_t block_tag(const score_args &a, const work_tile &t, const block_walk &c,
+                          int32_t block) {
     if (block < 0) return 0;
     uint32_t bit = map_bit(block) % 32;
     uint32_t tag = (uint32_t)block << TAG_BLOCK, holes = TAG_HOLES;
@@ -263,8 +265,8 @@ DEVICE uint32_t block_tag(const score_args &a, const item &t, const block_walk &
     for (int w = 0; w < WARPGROUPS; ++w) {
         uint32_t any = c.some[w] >> bit & 1, all = c.all[w] >> bit & 1;
         uint32_t columns = c.columns[w] >> bit & 1;
-        if (a.bits.bare) { /* the interval's part, and rows that are not the sequence's */
-            enum seen inside = see_interval(t, block, w);
+        if (a.bits.mask_only) { /* the interval's part, and rows that are not the sequence's */
+            enum visibility inside = block_visibility(t, block, w);
             any &= inside != NONE;
             all &= inside == WHOLE;
             columns &= inside == WHOLE && (all || t.row + 64 * (w + 1) <= t.lengths.sq);
@@ -289,8 +291,8 @@ DEVICE void bring(const kernel_args &a, smem_layout &smem, const array &from,
     uint32_t tiles = 0; /* of the mask, so far */
 #endif
     for (int32_t n = 0;; ++n) {
-        const item &t = smem.items[n % ITEMS];
-        mbarrier_wait(smem_address(&smem.item_full[n % ITEMS]), n / ITEMS & 1);
+        const work_tile &t = smem.tiles[n % TILE_SLOTS];
+        mbarrier_wait(smem_address(&smem.tile_full[n % TILE_SLOTS]), n / TILE_SLOTS & 1);
         if (t.last) return;
         const int32_t blocks = t.end - t.begin;
 #if IS_RAW
@@ -341,7 +343,7 @@ DEVICE void bring(const kernel_args &a, smem_layout &smem, const array &from,
                 bring_mask(a, smem, t, block * BLOCK_N, tiles);
 #endif
         }
-        leave_item(smem, n);
+        leave_tile(smem, n);
     }
 }
 

@@ -76,7 +76,7 @@ DEVICE void align_chunks(uint32_t to, uint32_t from, uint32_t select, const uint
 /* `rows` of d elements to panels of ROWS rows, the first of them a multiple of 8. */
 template <int ROWS>
 DEVICE void align_rows(uint32_t to, uint32_t from, int32_t pitch, int32_t rows, int32_t d) {
-    constexpr int CHUNKS = SERVER_REGISTERS < 80 ? 4 : 8;
+    constexpr int CHUNKS = PRODUCER_REGISTERS < 80 ? 4 : 8;
     const int32_t lane = threadIdx.x % 32;
     uint32_t keep[4];
 #pragma unroll

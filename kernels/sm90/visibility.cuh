@@ -9,13 +9,13 @@
 #if VARIANT_GENERAL
 /* The i-th key block of an item: from right to left those before `mid`, then the others. With ALiBi
  * `mid` is behind the diagonal, where the highest scores are: offsets are raised least. */
-DEVICE int32_t key_block(const item &t, int32_t i) {
-    int32_t left = t.score.mid - t.begin;
-    return i < left ? t.score.mid - 1 - i : t.end - 1 - (i - left);
+DEVICE int32_t key_block(const work_tile &t, int32_t i) {
+    int32_t left = t.score.split - t.begin;
+    return i < left ? t.score.split - 1 - i : t.end - 1 - (i - left);
 }
 #else
 /* The i-th key block of an item: the masked ones first, from the right, then from the left. */
-DEVICE int32_t key_block(const item &t, int32_t i) {
+DEVICE int32_t key_block(const work_tile &t, int32_t i) {
     if (i < t.right) return t.end - 1 - i;
     if (i < t.right + t.left) return t.begin + i - t.right;
     return t.end - 1 - (i - t.left);
@@ -23,8 +23,8 @@ DEVICE int32_t key_block(const item &t, int32_t i) {
 #endif
 
 /* How much of a block of keys a warpgroup's rows see. */
-enum seen { NONE, PART, WHOLE };
-DEVICE enum seen see_interval(const item &t, int32_t block, int warpgroup) {
+enum visibility { NONE, PART, WHOLE };
+DEVICE enum visibility block_visibility(const work_tile &t, int32_t block, int warpgroup) {
     fa_interval some = t.some[warpgroup], whole = t.whole[warpgroup];
     int32_t key = block * BLOCK_N;
     bool none = key >= some.end || key + BLOCK_N <= some.begin;
@@ -35,7 +35,7 @@ DEVICE enum seen see_interval(const item &t, int32_t block, int warpgroup) {
 DEVICE int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
 
 /* The first of this thread's two rows; the other is 8 below. */
-DEVICE int32_t first_row(const item &t, int warpgroup) {
+DEVICE int32_t first_row(const work_tile &t, int warpgroup) {
     return t.row + 64 * warpgroup + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 }
 
@@ -51,16 +51,17 @@ DEVICE uint32_t scores_of(int32_t begin, int32_t end) {
     return bit_mask(begin, max(first_scores(end) - begin, 0));
 }
 
-DEVICE enum seen see(const item &t, int32_t block, int warpgroup) {
-    return (enum seen)uniform(see_interval(t, block, warpgroup));
+DEVICE enum visibility visibility_of(const work_tile &t, int32_t block, int warpgroup) {
+    return (enum visibility)uniform(block_visibility(t, block, warpgroup));
 }
 
 /* Which scores of a block this thread's two rows see, a bit each. */
-struct sight {
+struct row_mask {
     uint32_t rows[2];
 };
-DEVICE sight look(const kernel_args &a, const item &t, int32_t row, int32_t key, int warpgroup) {
-    sight see;
+DEVICE row_mask row_mask_of(const kernel_args &a, const work_tile &t, int32_t row, int32_t key,
+                            int warpgroup) {
+    row_mask see;
     const int32_t column = key + 2 * (threadIdx.x % 4);
     const bool begins = key < t.whole[warpgroup].begin; /* some row does, here or later */
 #pragma unroll
@@ -73,7 +74,7 @@ DEVICE sight look(const kernel_args &a, const item &t, int32_t row, int32_t key,
 }
 
 /* Hides the others. */
-DEVICE void mask_scores(const sight &see, float (&s)[BLOCK_N / 2]) {
+DEVICE void mask_scores(const row_mask &see, float (&s)[BLOCK_N / 2]) {
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 2; ++i)
         if (!(see.rows[i / 2 & 1] >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
@@ -81,8 +82,8 @@ DEVICE void mask_scores(const sight &see, float (&s)[BLOCK_N / 2]) {
 
 /* Writes zeros over the rows of V that no row of the sequence sees: 0 * NaN is NaN. Every
  * warpgroup does so before it reads the stage; what they all write is the same. */
-DEVICE void clear_hidden_v(const item &t, uint8_t *v, int32_t key, int warpgroup) {
-    const int32_t begin = t.seen.begin, end = t.seen.end;
+DEVICE void clear_hidden_v(const work_tile &t, uint8_t *v, int32_t key, int warpgroup) {
+    const int32_t begin = t.visible.begin, end = t.visible.end;
     if (key >= begin && min(key + BLOCK_N, t.keys) <= end) return;
     for (int i = thread_here() % 128; i < V_BYTES / 16; i += 128) {
         int32_t row = key + i / 8 % BLOCK_N;

@@ -9,7 +9,7 @@
 
 /* Two rows of O, divided by l and rounded: pair 2 * j + r holds columns 8j + 2 * (lane % 4) and the
  * next of row r. */
-typedef uint32_t rows_out[DV / 4];
+typedef uint32_t output_rows[DV / 4];
 
 /* Between tiles O holds nothing. Where registers are few the compiler must hear that, or it keeps
  * what O held: by the rows on their way out, which are in half of its registers, or by zeros. Which
@@ -18,7 +18,7 @@ static constexpr bool LEAVES_ZEROS = STRIDED || SLICES || (WARPGROUPS == 3 && OF
                       LEAVES_OUT = DV > 128 || (WARPGROUPS == 3 && BLOCK_N > 64 && OFFSET == KEEP);
 
 /* These are the rows of no item. */
-DEVICE void close_rows(rows_state &st, const rows_out &out) {
+DEVICE void close_rows(rows_state &st, const output_rows &out) {
 #pragma unroll
     for (int j = 0; j < DV / 2; ++j) {
         if (LEAVES_ZEROS)
@@ -32,14 +32,14 @@ DEVICE void close_rows(rows_state &st, const rows_out &out) {
 }
 
 /* What the end of a tile needs besides O: known as soon as the last exponentials are. */
-struct ending {
+struct epilogue {
     float inverse[2]; /* what O is multiplied by: 1 / l; 0: the row is 0 whatever O holds */
-    bool well;        /* l is in range and top precise, where that matters */
+    bool holds;       /* l is in range and top precise, where that matters */
     int32_t row;      /* the first of this thread's two */
     int32_t rows;     /* those at or past this one are not stored */
 };
 
-DEVICE uint16_t *out_row(const kernel_args &a, const item &t, int32_t i) {
+DEVICE uint16_t *out_row(const kernel_args &a, const work_tile &t, int32_t i) {
     return (uint16_t *)a.out.data + t.b * a.out.stride[0] + t.h * a.out.stride[1] +
            (t.q + i) * a.out.stride[2];
 }
@@ -56,12 +56,13 @@ DEVICE float add_sink(float sink, float &l, float &minus) {
 
 /* Writes lse. (It may be wrong, like the rows, if the tile comes again: then it is written again,
  * by the same thread.) The softmax may start with other rows. */
-DEVICE ending begin_end(const kernel_args &a, const item &t, rows_state &st, int warpgroup) {
-    ending e;
+DEVICE epilogue begin_epilogue(const kernel_args &a, const work_tile &t, rows_state &st,
+                               int warpgroup) {
+    epilogue e;
     e.row = first_row(t, warpgroup);
     e.rows = t.warpgroups >> warpgroup & 1 ? t.rows : 0;
     const bool watch = !REDOES || t.watch;
-    e.well = watch || !softmax_is_coarse(st.softmax);
+    e.holds = watch || !softmax_is_coarse(st.softmax);
     float l[2];
     bool sees[2];
 #pragma unroll
@@ -78,7 +79,7 @@ DEVICE ending begin_end(const kernel_args &a, const item &t, rows_state &st, int
         }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        e.well &= watch || !sees[r] || (l[r] > 0x1p-50f && l[r] < 0x1p120f);
+        e.holds &= watch || !sees[r] || (l[r] > 0x1p-50f && l[r] < 0x1p120f);
         const bool empty = !sees[r] || l[r] == 0.f; /* the top gives 1: 0 means none is finite */
         float minus = st.softmax.minus[r];
         e.inverse[r] = a.sink ? add_sink(t.sink, l[r], minus) : rcp_approx(l[r]);
@@ -100,7 +101,7 @@ DEVICE ending begin_end(const kernel_args &a, const item &t, rows_state &st, int
 /* The other half of the vote: whether every O is finite. A sum of products is finite only if all
  * factors are; of finite ones it is not if they are beyond 1e18, and then the tile comes again for
  * nothing. (x * 0 is NaN if x is not finite.) */
-DEVICE bool is_finite(const rows_out &o, const ending &e) {
+DEVICE bool is_finite(const output_rows &o, const epilogue &e) {
     bool finite = true;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -114,8 +115,8 @@ DEVICE bool is_finite(const rows_out &o, const ending &e) {
 }
 
 /* This thread's rows, or, after an exchange with its warp's other threads, as much of others. */
-DEVICE void store_rows(const kernel_args &a, smem_layout &smem, const item &t, const rows_out &o,
-                       const ending &e, int warpgroup) {
+DEVICE void store_rows(const kernel_args &a, smem_layout &smem, const work_tile &t,
+                       const output_rows &o, const epilogue &e, int warpgroup) {
     const int32_t rows = e.rows, lane = threadIdx.x % 32;
 #if IS_STRIDED || HAS_SLICES
     const int32_t skip = SLICES ? t.h_k * a.moves[2][0] % FA_SLICE : 0; /* other heads' columns */
@@ -178,10 +179,10 @@ DEVICE void store_rows(const kernel_args &a, smem_layout &smem, const item &t, c
 
 /* The rows of item n leave, and the warpgroup the item; O and l are 0 again. All P V must have
  * ended. A warp that could not keep its tops says so: its warpgroup's rows come again. */
-DEVICE void end_rows(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
-                     const ending &e, int warpgroup) {
-    const item &t = smem.items[n % ITEMS];
-    rows_out o;
+DEVICE void end_epilogue(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
+                         const epilogue &e, int warpgroup) {
+    const work_tile &t = smem.tiles[n % TILE_SLOTS];
+    output_rows o;
     if (STAGED && threadIdx.x % 32 == 0) {
         /* The tile before must have been read; this tile's first store, if it comes again, must be
          * there: nothing else orders the two. */
@@ -197,16 +198,16 @@ DEVICE void end_rows(const kernel_args &a, smem_layout &smem, int32_t n, rows_st
             st.o[4 * j + 2 * r] *= e.inverse[r], st.o[4 * j + 2 * r + 1] *= e.inverse[r];
             o[2 * j + r] = cvt_pack(st.o[4 * j + 2 * r], st.o[4 * j + 2 * r + 1]);
         }
-    if (REDOES && __any_sync(~0u, !(e.well && (t.watch || is_finite(o, e)))) &&
+    if (REDOES && __any_sync(~0u, !(e.holds && (t.watch || is_finite(o, e)))) &&
         threadIdx.x % 32 == 0 && e.rows)
-        atomicOr(&smem.again[n % ITEMS], 1u << warpgroup);
+        atomicOr(&smem.again[n % TILE_SLOTS], 1u << warpgroup);
     if (__any_sync(~0u, e.inverse[0] == 0.f || e.inverse[1] == 0.f)) /* of padding O may be NaN */
 #pragma unroll
         for (int j = 0; j < DV / 4; ++j)
             if (e.inverse[j % 2] == 0.f) o[j] = 0;
     __syncwarp();
     store_rows(a, smem, t, o, e, warpgroup);
-    leave_item(smem, n);
+    leave_tile(smem, n);
     close_rows(st, o);
 }
 
