@@ -78,11 +78,25 @@ def visible(b, hq, sq, sk, mask=None, **limits):
     return inside & mask if is_bool(mask) else inside
 
 
+@dataclass
+class Weights:
+    """What a softmax is made of, each (b, hq, sq, sk) or (b, hq, sq, 1)."""
+
+    p: np.ndarray  # exp(s - lse), before dropout
+    gain: np.ndarray | float  # what dropout multiplies p by: 0 or 1 / (1 - dropout_p)
+    slope: np.ndarray | float  # ds / d(scale * q.k): what softcap leaves of it
+    lse: np.ndarray
+    scale: float
+    biggest: float
+    empty: np.ndarray
+    padding: np.ndarray
+    seen: np.ndarray
+
+
 @np.errstate(all="ignore")
-def attention(
+def weights(
     q,
     k,
-    v,
     *,
     mask=None,
     softcap=0.0,
@@ -91,30 +105,22 @@ def attention(
     scale=None,
     dropout_p=0.0,
     seed=0,
-    low=False,
-    order=0,
+    real=np.float64,
+    product=np.matmul,
     **limits,
 ):
-    """softmax(scores) v with every feature; `limits` are the keywords of `interval`.
-
-    `order`: 0, or the seed of a random order, in which `low` adds float32 products.
-    """
-    dtype = q.dtype
-    real = np.float32 if low else np.longdouble if dtype == np.float64 else np.float64
+    """Weights of q and k, which are `real`; `limits` are the keywords of `interval`."""
     (b, hq, sq, d), sk = q.shape, k.shape[2]
     _, position = interval(b, sq, sk, **limits)
     seen = visible(b, hq, sq, sk, mask, **limits)
 
-    product = np.matmul
-    if low and dtype == np.float32:
-        product = functools.partial(fused_product, order=order)
-    q, k, v = q.astype(real), k.astype(real), v.astype(real)
-    s = by_group(product, q, k.swapaxes(2, 3))
-    s = real((d or 1) ** -0.5 if scale is None else scale) * s
-    biggest = np.max(np.abs(s), where=seen, initial=0)
+    scale = real((d or 1) ** -0.5 if scale is None else scale)
+    s = scale * by_group(product, q, k.swapaxes(2, 3))
+    biggest, slope = np.max(np.abs(s), where=seen, initial=0), 1.0
     if softcap:
-        wide = np.float64 if low and not 1e-30 < softcap < 1e30 else real
-        s = (wide(softcap) * np.tanh(s / wide(softcap))).astype(real)
+        wide = np.float64 if real == np.float32 and not 1e-30 < softcap < 1e30 else real
+        t = np.tanh(s / wide(softcap))
+        s, slope = (wide(softcap) * t).astype(real), (1 - t * t).astype(real)
     if mask is not None and not is_bool(mask):
         s = s + mask.astype(real)
     if alibi_slopes is not None:
@@ -129,21 +135,47 @@ def attention(
     total = p.sum(axis=3, keepdims=True, dtype=real) + np.exp(real(1) * first - shift)
     lse = np.log(total) + shift
     p = np.divide(p, total, where=total != 0, out=np.zeros_like(p))
+    gain = 1.0
     if dropout_p:
         gain = 0 if dropout_p == 1 else 1 / (1 - real(dropout_p))
-        p = np.where(kept(b, hq, sq, sk, dropout_p, seed), p * real(gain), 0)
-    if low:
-        p = p.astype(dtype).astype(real)
-    reached = seen.any(axis=(1, 2))[:, None, :, None]  # what no row sees reaches nothing
-    out = by_group(product, p, np.where(reached, v, 0))
-    if dropout_p == 1:
-        out = np.zeros_like(out)
+        gain = np.where(kept(b, hq, sq, sk, dropout_p, seed), real(gain), 0)
 
     empty = (s == -np.inf).all(axis=3)
     padding = np.broadcast_to((np.arange(sq) >= _q_lengths(b, sq, **limits))[:, None], empty.shape)
-    out = np.where(empty[..., None], 0, out)
-    lse = np.where(padding, -np.inf, lse[..., 0])
-    return Result(out.astype(dtype) if low else out, lse, float(biggest), empty, seen)
+    return Weights(p, gain, slope, lse, scale, float(biggest), empty, padding, seen)
+
+
+def real_of(dtype, low):
+    """The type that is computed in."""
+    return np.float32 if low else np.longdouble if dtype == np.float64 else np.float64
+
+
+def product_of(dtype, low, order):
+    if low and dtype == np.float32:
+        return functools.partial(fused_product, order=order)
+    return np.matmul
+
+
+@np.errstate(all="ignore")
+def attention(q, k, v, *, low=False, order=0, **keywords):
+    """softmax(scores) v with every feature: the keywords of `weights`, and of `interval`.
+
+    `order`: 0, or the seed of a random order, in which `low` adds float32 products.
+    """
+    dtype = q.dtype
+    real, product = real_of(dtype, low), product_of(dtype, low, order)
+    q, k, v = q.astype(real), k.astype(real), v.astype(real)
+    w = weights(q, k, **keywords, real=real, product=product)
+    p = np.where(w.gain == 0, 0, w.p * w.gain)
+    if low:
+        p = p.astype(dtype).astype(real)
+    reached = w.seen.any(axis=(1, 2))[:, None, :, None]  # what no row sees reaches nothing
+    out = by_group(product, p, np.where(reached, v, 0))
+    if keywords.get("dropout_p") == 1:
+        out = np.zeros_like(out)
+    out = np.where(w.empty[..., None], 0, out)
+    lse = np.where(w.padding, -np.inf, w.lse[..., 0])
+    return Result(out.astype(dtype) if low else out, lse, w.biggest, w.empty, w.seen)
 
 
 def by_group(product, a, b):

@@ -1,0 +1,190 @@
+"""The gradients of attention in NumPy, from the same lines as reference.py, and how right is right.
+
+With z what dropout multiplies p by, out = (p z) v, and L any function of out and lse:
+
+    dv    = (p z)' dout                               summed over a group's query heads
+    dp    = z dout v'
+    delta = sum_j p_j dp_j - dlse = dout . out - dlse
+    ds    = p (dp - delta)                            0 where hidden, and in empty rows
+    dmask = ds                                        summed over what the mask broadcasts
+    dq    = scale slope ds k,  dk = (scale slope ds)' q
+    dsink = -sum over b and rows of exp(sink - lse) delta
+
+`low` is the careful unfused form: all of it in float32, p z and ds rounded to the inputs' dtype
+before they are multiplied, delta from the `out` that was rounded to it, one rounding at the end.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import reference
+from reference import by_group
+
+
+@dataclass
+class Gradients:
+    dq: np.ndarray  # like q
+    dk: np.ndarray
+    dv: np.ndarray
+    dmask: np.ndarray | None  # in the mask's shape and dtype
+    dsink: np.ndarray | None  # (hq,) float32
+    empty: dict  # name -> bool array: what is exactly 0
+
+    def items(self):
+        names = ("dq", "dk", "dv", "dmask", "dsink")
+        return [(name, x) for name in names if (x := getattr(self, name)) is not None]
+
+
+@np.errstate(all="ignore")
+def attention_backward(dout, q, k, v, *, dlse=None, low=False, order=0, **keywords):
+    """Gradients of sum(dout * out) + sum(dlse * lse); either may be None."""
+    dtype, mask, sink = q.dtype, keywords.get("mask"), keywords.get("sink")
+    real = reference.real_of(dtype, low)
+    product = reference.product_of(dtype, low, order)
+    forward = reference.attention(q, k, v, low=low, order=order, **keywords)
+    dout = np.zeros_like(forward.out, real) if dout is None else dout.astype(real)
+    dlse = np.zeros(forward.lse.shape, real) if dlse is None else dlse.astype(real)
+    q, k, v = q.astype(real), k.astype(real), v.astype(real)
+    w = reference.weights(q, k, **keywords, real=real, product=product)
+
+    def rounded(x):
+        return x.astype(dtype).astype(real) if low else x
+
+    # What no row sees, and rows that see nothing, reach nothing, whatever they hold.
+    rows, keys = ~w.empty, _any_of_group(w.seen.any(axis=2), k.shape[1])
+    values = _any_of_group(w.seen.any(axis=2), v.shape[1])
+    q, dout = np.where(rows[..., None], q, 0), np.where(rows[..., None], dout, 0)
+    k, v = np.where(keys[..., None], k, 0), np.where(values[..., None], v, 0)
+    dlse = np.where(w.padding, 0, dlse)
+
+    pz = np.where(w.gain == 0, 0, w.p * w.gain)
+    dp = np.where(w.gain == 0, 0, by_group(product, dout, v.swapaxes(2, 3)) * w.gain)
+    delta = (dout * forward.out.astype(real)).sum(axis=3, dtype=real) - dlse
+    if not low:
+        delta = (w.p * dp).sum(axis=3) - dlse
+    ds = np.where(w.seen & rows[..., None], w.p * (dp - delta[..., None]), 0)
+    scaled = rounded(ds * w.slope * w.scale)
+    dq = by_group(product, scaled, k)
+    dk = over_group(product, scaled, q, k.shape[1])
+    dv = over_group(product, rounded(pz), dout, v.shape[1])
+
+    dmask = dsink = None
+    if mask is not None and not reference.is_bool(mask):
+        dmask = sum_to(ds, mask.shape)
+    if sink is not None:
+        term = np.exp(sink.astype(real)[:, None] - w.lse[..., 0]) * delta
+        dsink = -np.where(w.padding, 0, term).sum(axis=(0, 2), dtype=real)
+    if low:
+        dq, dk, dv = (x.astype(dtype) for x in (dq, dk, dv))
+        dmask = dmask if dmask is None else dmask.astype(mask.dtype)
+        dsink = dsink if dsink is None else dsink.astype(np.float32)
+    empty = {"dq": w.empty, "dk": ~keys, "dv": ~values}
+    if dmask is not None:
+        reached = np.broadcast_to(w.seen & rows[..., None], ds.shape)
+        empty["dmask"] = sum_to(reached.astype(np.int64), mask.shape) == 0
+    return Gradients(dq, dk, dv, dmask, dsink, empty)
+
+
+def _any_of_group(seen, heads):
+    b, hq, sk = seen.shape
+    return seen.reshape(b, heads, -1, sk).any(axis=2) if hq else np.zeros((b, heads, sk), bool)
+
+
+def over_group(product, a, b, heads):
+    """a' b of each query head, summed over the heads that share a key head."""
+    (n, hq, rows, columns), width = a.shape, b.shape[3]
+    if not hq:
+        return np.zeros((n, heads, columns, width), a.dtype)
+    a = a.reshape(n, heads, hq // heads * rows, columns)
+    return product(a.swapaxes(2, 3), b.reshape(n, heads, hq // heads * rows, width))
+
+
+def sum_to(x, shape):
+    """x summed over what `shape` broadcasts to it, as a float's gradient is."""
+    lead = x.ndim - len(shape)
+    x = x.sum(axis=tuple(range(lead)))
+    once = tuple(n for n, size in enumerate(shape) if size == 1 and x.shape[n] != 1)
+    return x.sum(axis=once, keepdims=True)
+
+
+# ------------------------------------------------------------------------------------ how right
+
+COPIES = 6
+
+
+def check(gradients, dout, q, k, v, *, dlse=None, **keywords):
+    """Complaints about {name: array or None} of attention_backward(dout, q, k, v, ...)."""
+    exact = attention_backward(dout, q, k, v, dlse=dlse, **keywords)
+    pairs = None
+    if q.dtype != np.float64:
+        pairs = list(careful(exact, gradients, dout, q, k, v, dlse=dlse, **keywords))
+    complaints = []
+    for name, ref in exact.items():
+        if (got := gradients.get(name)) is not None:
+            lows = pairs and [(getattr(x, name), getattr(y, name)) for x, y in pairs]
+            empty = exact.empty.get(name)
+            said = judge(name, got, ref, lows, empty, q.dtype, bool(keywords.get("softcap")))
+            complaints += said
+    return complaints
+
+
+def careful(exact, gradients, dout, q, k, v, **keywords):
+    """(low, exact) Gradients: the careful form of these inputs, and of some like them.
+
+    The rule compares maxima, and the maximum of a handful of errors is luck. So few elements are
+    judged by the errors of more: of the same q and k, with the signs of v's columns drawn anew. In
+    float32, where the order of a sum decides, each adds in an order of its own.
+    """
+    rng = np.random.default_rng(0)
+    smallest = min([x.size for name, x in exact.items() if gradients.get(name) is not None] or [1])
+    copies = COPIES if smallest < 512 else 2 if q.dtype == np.float32 else 1
+    for n in range(copies):
+        signs = 1 if n == 0 else 2 * rng.integers(0, 2, (*v.shape[1:2], 1, *v.shape[3:])) - 1
+        mine = v * np.asarray(signs, v.dtype)
+        ref = exact if n == 0 else attention_backward(dout, q, k, mine, **keywords)
+        yield attention_backward(dout, q, k, mine, low=True, order=n, **keywords), ref
+
+
+@np.errstate(all="ignore")
+def judge(name, got, ref, lows, empty, dtype, softcap):
+    """The rule of reference.judge_out for a gradient; `lows`: (low, its exact), None in float64."""
+    if got.shape != ref.shape:
+        return [f"{name} has shape {got.shape}, not {ref.shape}"]
+    own, got = got.dtype, got.astype(ref.dtype)
+    if empty is not None and (got[empty] != 0).any():
+        return [f"{name}: {np.count_nonzero(got[empty] != 0)} elements are not exactly 0"]
+    finite = np.isfinite(ref)
+    strange = ~finite & np.isfinite(got) | finite & ~np.isfinite(got)
+    strange &= np.abs(ref) < 0.99 * float(reference.finfo(own).max) if own.itemsize == 2 else True
+    if strange.any():
+        return [f"{name}: {np.count_nonzero(strange)} elements are inf or NaN wrongly, or not"]
+    finite &= np.isfinite(got)
+    if not finite.any():
+        return []
+    error, largest = np.abs(got - ref)[finite], np.abs(ref[finite]).max()
+    if lows is None:
+        unit = 1e-11 if own == np.float64 else 4 * float(reference.finfo(own).eps)
+        return _named(name, reference._above("max", error.max(), unit * largest))
+
+    def most(x):
+        return np.max(np.abs(x), where=np.isfinite(x), initial=0)
+
+    errors = [np.asarray(x, np.float64) - y for x, y in lows]
+    unit = reference.ulp(largest, own)
+    kind = own.type(0.3)
+    rounding = most((ref.astype(own) + kind - kind).astype(np.float64) - ref)
+    limit = (3 if softcap else 2) * max(map(most, errors)) + 2 * rounding
+    limit += 8 * unit if own == np.float32 else 0
+    complaints = reference._above("max", error.max(), limit)
+    if error.size >= 1024:
+        mean = max(np.abs(x[np.isfinite(x)]).mean() for x in errors)
+        limit = (2.25 if softcap else 1.5) * mean + 0.02 * unit
+        complaints += reference._above("mean", error.mean(), limit)
+    return _named(name, complaints)
+
+
+def _named(name, complaints):
+    for n, said in enumerate(complaints):
+        complaints[n] = reference.Above(f"{name}: {said}")
+        complaints[n].ratio = said.ratio
+    return complaints
