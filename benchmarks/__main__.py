@@ -12,7 +12,7 @@ benchmarks/
 import pathlib
 import sys
 
-from fastattn import _bench
+from fastattn.bench import cli
 
 tree = pathlib.Path(__file__).resolve().parent.parent
-sys.exit(_bench.main(sys.argv[1:], "python benchmarks", tree))
+sys.exit(cli.main(sys.argv[1:], "python benchmarks", tree))

@@ -24,7 +24,10 @@ from dataclasses import dataclass, field
 import fastattn
 import report
 import torch
-from fastattn import _bench
+from fastattn.bench.arrays import arrays_for, gpu_usable
+from fastattn.bench.cli import recorded
+from fastattn.bench.machine import caption, environment, git
+from fastattn.bench.report import dump
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
@@ -171,21 +174,21 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    device = "cuda" if _bench.gpu_usable() else "cpu"
+    device = "cuda" if gpu_usable() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     parser.add_argument("--commit", help="to be recorded; default: of this tree")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args()
-    commit = options.commit or _bench.git(pathlib.Path(__file__).resolve().parent.parent)
+    commit = options.commit or git(pathlib.Path(__file__).resolve().parent.parent)
 
     rows = list(all_rows(options.device))
-    command = _bench.recorded("python benchmarks/correctness.py", sys.argv[1:])
-    header = _bench.environment(_bench.arrays_for(options.device), command, commit)
-    print(_bench.caption(header), end=":\n\n")
+    command = recorded("python benchmarks/correctness.py", sys.argv[1:])
+    header = environment(arrays_for(options.device), command, commit)
+    print(caption(header), end=":\n\n")
     print("\n".join(report.verdicts(rows)))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(_bench.dump({"header": header, "rows": rows}))
+        options.json.write_text(dump({"header": header, "rows": rows}))
     wrong = [row for row in rows if row["implementation"] == "fastattn" and not row["right"]]
     return f"fastattn is wrong or refuses: {wrong}" if wrong else 0
 

@@ -17,7 +17,10 @@ import sys
 import tempfile
 import textwrap
 
-from fastattn import _bench, _bench_cpu, _bench_plot
+from fastattn.bench import cpu, plot
+from fastattn.bench.cells import GRIDS, UNITS
+from fastattn.bench.machine import caption
+from fastattn.bench.report import dump, geometric_mean, limits_of, markdown, own, shares
 
 HERE = pathlib.Path(__file__).resolve().parent
 README, RESULTS = HERE.parent / "README.md", HERE / "RESULTS.md"
@@ -65,7 +68,7 @@ measurement still decays in it.
 
 
 def load():
-    """[(file name, result)] of the benchmark, the newest first; the same of fastattn._bench_cpu."""
+    """[(file name, result)] of the benchmark, the newest first; the same of fastattn.bench.cpu."""
     found = [(p.name, json.loads(p.read_text())) for p in (HERE / "results").glob("*.json")]
     found.sort(key=lambda item: (item[1]["header"]["date"], item[0]), reverse=True)
     ours = [item for item in found if "device" in item[1]["header"]]
@@ -104,7 +107,7 @@ def cells_of(result, suite):
 
 def best_peer(cell):
     """The fastest implementation that is not ours: (its time over ours, name); or None."""
-    peers = [r for r in cell.values() if r["implementation"] not in _bench.VARIANTS and "ms" in r]
+    peers = [row for row in cell.values() if not own(row) and "ms" in row]
     best = min(peers, key=lambda row: row["ms"], default=None)
     return (best["ratio"], best["implementation"]) if best and "ratio" in best else None
 
@@ -118,7 +121,7 @@ def marked(text, ratio):
 
 def grid(cells, result):
     """Lines dtype, d, mask; columns s: speed, and the fastest peer's time over ours."""
-    unit, scale = _bench.UNITS[result["header"]["device"]]
+    unit, scale = UNITS[result["header"]["device"]]
     lengths = sorted({cell["fastattn"]["s"] for cell in cells})
     yield [unit, *(f"s {s}" for s in lengths), "geometric mean"]
     lines = {}
@@ -133,13 +136,13 @@ def grid(cells, result):
             speed = f"{ours['flops'] * scale:.0f}" if "flops" in ours else "-"
             ratios.append(best and best[0])
             line.append(marked(f"{speed} ({best[0]:.2f} x {best[1]})", best[0]) if best else speed)
-        mean = _bench.geometric_mean(ratios)
+        mean = geometric_mean(ratios)
         yield [*line, marked(f"{mean:.2f}", mean) if mean else "-"]
 
 
 def listing(cells, result):
     """A line per cell, for suites that are no grid."""
-    limits = _bench.limits_of(result)
+    limits = limits_of(result)
     yield ["", "ms (p10 to p90)", "us per head", "x floor", "compared, time over ours"]
     for cell in cells:
         ours = cell["fastattn"]
@@ -150,10 +153,9 @@ def listing(cells, result):
         for row in cell.values():
             if row is not ours and "ratio" in row:
                 text = f"{row['implementation']} {row['ratio']:.2f}"
-                own = row["implementation"] in _bench.VARIANTS
-                compared.append(text if own else marked(text, row["ratio"]))
+                compared.append(text if own(row) else marked(text, row["ratio"]))
         time = f"{ours['ms']:.4g} ({ours['p10']:.4g} to {ours['p90']:.4g})"
-        over = _bench.shares(ours, limits)[1]
+        over = shares(ours, limits)[1]
         per_head = f"{ours['ms'] * 1e3 / ours['hq']:,.2f}"
         yield [ours["label"], time, per_head, f"{over:.2f}" if over else "-", ", ".join(compared)]
 
@@ -169,23 +171,23 @@ def verdicts(rows):
         said[row["input"], row["implementation"]] = words
     inputs = dict.fromkeys(row["input"] for row in rows)
     lines = [[x, *(said.get((x, name), "") for name in names)] for x in inputs]
-    return _bench.markdown([["bfloat16, b 2, h 4, s 100, d 64", *names], *lines])
+    return markdown([["bfloat16, b 2, h 4, s 100, d 64", *names], *lines])
 
 
 def table(result, suite):
     if suite == "correctness":
         return verdicts(result["rows"])
     cells = cells_of(result, suite)
-    return _bench.markdown(list((grid if suite in _bench.GRIDS else listing)(cells, result)))
+    return markdown(list((grid if suite in GRIDS else listing)(cells, result)))
 
 
 def machine_of(header):
-    """Of a result of fastattn._bench_cpu; its first ones had no name of the CPU."""
+    """Of a result of fastattn.bench.cpu; its first ones had no name of the CPU."""
     return ", ".join(header[key] for key in ("cpu", "machine") if key in header)
 
 
 def beside_torch(files):
-    """What fastattn._bench_cpu measured: a call after a rest, and in turn with torch's."""
+    """What fastattn.bench.cpu measured: a call after a rest, and in turn with torch's."""
     for name, result in files:
         header = result["header"]
         yield from ("", f"## The CPU as a program meets it: {header['level']}", "")
@@ -198,7 +200,7 @@ def beside_torch(files):
             share = f"{alone['gflops'] / row['matrix_rate']:.2f}" if "gflops" in alone else "-"
             ratios = (marked(f"{mode['x']:.2f}", mode["x"]) for mode in (alone, other))
             lines.append([row["cell"], f"{alone['ms']:.4g}", share, *ratios, f"{row['load']:.1f}"])
-        yield from _bench.markdown(lines)
+        yield from markdown(lines)
 
 
 def results_text(cards, beside):
@@ -207,7 +209,7 @@ def results_text(cards, beside):
         lines += [f"## {card}", ""]
         for name, result in dict(suites.values()).items():
             header = result["header"]
-            lines += [f"- [{name}](results/{name}): {_bench.caption(header)}"]
+            lines += [f"- [{name}](results/{name}): {caption(header)}"]
             lines += [f"  `{header['command']}`"]
         for suite in sorted(suites, key=[*TITLES, *suites].index):
             lines += ["", f"### {TITLES.get(suite, suite)} (`{suite}`)", ""]
@@ -233,7 +235,7 @@ def slower(cells, name):
 
 
 def overall(cells):
-    return _bench.geometric_mean([(best_peer(cell) or (None,))[0] for cell in cells])
+    return geometric_mean([(best_peer(cell) or (None,))[0] for cell in cells])
 
 
 def gpu_words(cards):
@@ -277,10 +279,10 @@ def beside_words(files):
         header, rows = result["header"], result["rows"]
         means = {
             mode: ", ".join(
-                f"{dtype} **{_bench.geometric_mean(x):.2f}**"
-                for dtype, x in _bench_cpu.ratios(rows, mode).items()
+                f"{dtype} **{geometric_mean(x):.2f}**"
+                for dtype, x in cpu.ratios(rows, mode).items()
             )
-            for mode in _bench_cpu.MODES
+            for mode in cpu.MODES
         }
         yield (
             f"\n{machine_of(header)} ({header['level']}), {header['date']}, the same "
@@ -301,7 +303,7 @@ def beside_words(files):
 def correctness_words(cards):
     """The table of the newest GPU, else of the CPU."""
     result = find(cards, "correctness", "cuda") or find(cards, "correctness", "cpu")
-    yield f"{_bench.caption(result['header'])}:\n\n"
+    yield f"{caption(result['header'])}:\n\n"
     yield "\n".join(verdicts(result["rows"]))
 
 
@@ -329,14 +331,14 @@ def picture_of(cards, suite, device):
     result = find(cards, suite, device)
     rows = [row for row in result["rows"] if row["suite"] == suite]
     drawn = {"header": result["header"], "rows": rows}
-    code = pathlib.Path(_bench_plot.__file__).read_bytes()
-    return drawn, hashlib.sha256(_bench.dump(drawn).encode() + code).hexdigest()
+    code = pathlib.Path(plot.__file__).read_bytes()
+    return drawn, hashlib.sha256(dump(drawn).encode() + code).hexdigest()
 
 
 def draw(drawn, fingerprint):
     with tempfile.TemporaryDirectory() as folder:
         about = {"Date": None, "Description": fingerprint}
-        (path,) = _bench_plot.save(drawn, folder, "svg", metadata=about)
+        (path,) = plot.save(drawn, folder, "svg", metadata=about)
         text = "\n".join(line.rstrip() for line in path.read_text().splitlines())
     return text + "\n"
 

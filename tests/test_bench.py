@@ -12,7 +12,13 @@ import time
 import fastattn
 import pytest
 from conftest import needs
-from fastattn import _bench, _bench_plot
+from fastattn.bench import cli, plot
+from fastattn.bench.arrays import NumpyArrays, TorchArrays, make_inputs
+from fastattn.bench.cells import Cell
+from fastattn.bench.machine import machine
+from fastattn.bench.measure import Options, measure
+from fastattn.bench.peers import Peer, peers
+from fastattn.bench.report import derive, limits_of, shares, table, wrong
 
 
 @pytest.fixture
@@ -21,7 +27,7 @@ def nothing_is_measured(monkeypatch):
         raise AssertionError("measured before the arguments were checked")
 
     for name in ("measure", "machine", "environment"):
-        monkeypatch.setattr(_bench, name, measured)
+        monkeypatch.setattr(cli, name, measured)
 
 
 def without(monkeypatch, *modules):
@@ -52,8 +58,8 @@ def without(monkeypatch, *modules):
 def test_a_refusal_is_one_sentence_before_anything_is_measured(
     line, words, nothing_is_measured, monkeypatch, capsys
 ):
-    monkeypatch.setattr(_bench, "gpu_usable", lambda: False)
-    assert _bench.main(line.split()) == 2
+    monkeypatch.setattr(cli, "gpu_usable", lambda: False)
+    assert cli.main(line.split()) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1
     assert all(word in said.err for word in words), said.err
@@ -61,49 +67,49 @@ def test_a_refusal_is_one_sentence_before_anything_is_measured(
 
 def test_plot_needs_matplotlib(nothing_is_measured, monkeypatch, capsys, tmp_path):
     without(monkeypatch, "matplotlib")
-    assert _bench.main(["--suite", "cpu", "--plot", str(tmp_path)]) == 2
+    assert cli.main(["--suite", "cpu", "--plot", str(tmp_path)]) == 2
     assert "matplotlib" in capsys.readouterr().err
 
 
 def test_the_folder_for_results_is_there_first(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(_bench, "measure", None)
-    monkeypatch.setattr(_bench, "machine", None)
-    assert _bench.main(["--suite", "cpu-host", "--json", str(tmp_path)]) == 2
+    monkeypatch.setattr(cli, "measure", None)
+    monkeypatch.setattr(cli, "machine", None)
+    assert cli.main(["--suite", "cpu-host", "--json", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_a_named_peer_must_be_installed(nothing_is_measured, monkeypatch, capsys):
     without(monkeypatch, "jax", "fa3_fwd_interface")
-    assert _bench.main(["--suite", "cpu", "--peers", "jax"]) == 2
+    assert cli.main(["--suite", "cpu", "--peers", "jax"]) == 2
     assert "peer jax is not installed" in capsys.readouterr().err
-    args = _bench.parser_of("bench", None).parse_args(["--peers", "cudnn,fa3"])
-    with pytest.raises(_bench.Refusal, match="no module fa3_fwd_interface"):
-        _bench.choose_peers(args, "cuda")
+    args = cli.parser_of("bench", None).parse_args(["--peers", "cudnn,fa3"])
+    with pytest.raises(cli.Refusal, match="no module fa3_fwd_interface"):
+        cli.choose_peers(args, "cuda")
 
 
-def test_another_build_is_measured_beside_this_one(monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_another_build_is_measured_beside_this_one(device):
     """By its module, or by its package's folder."""
-    monkeypatch.setattr(_bench, "VARIANTS", list(_bench.VARIANTS))
     package = pathlib.Path(fastattn.__file__).parent
     module = next(package.glob("_C*.so"))
-    args = _bench.parser_of("bench", None).parse_args(
+    args = cli.parser_of("bench", None).parse_args(
         ["--module", f"one={module}", "--module", f"other={package}"]
     )
-    everyone, _ = _bench.choose_peers(args, "cuda")
+    everyone, _ = cli.choose_peers(args, device)
     assert [peer.name for peer in everyone[:3]] == ["one", "other", "fastattn"]
-    assert {"one", "other"} <= {*_bench.VARIANTS}
+    assert all(peer.own for peer in everyone[:3])
 
 
 def test_every_suite_and_peer_can_be_named(monkeypatch):
-    monkeypatch.setattr(_bench, "gpu_usable", lambda: True)
-    monkeypatch.setattr(_bench.Peer, "installed", lambda _: True)
+    monkeypatch.setattr(cli, "gpu_usable", lambda: True)
+    monkeypatch.setattr(Peer, "installed", lambda _: True)
     for device, pattern in (("cpu", "cpu*"), ("cuda", "gpu*")):
-        names = [peer.name for peer in _bench.peers() if peer.device == device]
-        args = _bench.parser_of("bench", None).parse_args(
+        names = [peer.name for peer in peers() if peer.device == device]
+        args = cli.parser_of("bench", None).parse_args(
             ["--suite", pattern, "--peers", ",".join(names)]
         )
-        assert {cell.device for cell in _bench.choose(args)} == {device}
-        assert _bench.choose_peers(args, device)[1] == tuple(names)
+        assert {cell.device for cell in cli.choose(args)} == {device}
+        assert cli.choose_peers(args, device)[1] == tuple(names)
 
 
 # ------------------------------------------------------------------------------------ interruption
@@ -118,16 +124,16 @@ def row_of(cell, name="fastattn", ms=1.0):
 def test_what_is_finished_is_printed_and_saved(monkeypatch, capsys, tmp_path):
     done = []
 
-    def measure(arrays, cell, everyone, options):
+    def two_cells(arrays, cell, everyone, options):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(cell.label)
         return [row_of(cell)]
 
-    monkeypatch.setattr(_bench, "measure", measure)
-    monkeypatch.setattr(_bench, "machine", lambda arrays: {"fp32": 1e12, "copy": 1e10})
+    monkeypatch.setattr(cli, "measure", two_cells)
+    monkeypatch.setattr(cli, "machine", lambda arrays: {"fp32": 1e12, "copy": 1e10})
     file = tmp_path / "new" / "result.json"
-    assert _bench.main(["--suite", "cpu", "--filter", "fp32", "--json", str(file)]) == 130
+    assert cli.main(["--suite", "cpu", "--filter", "fp32", "--json", str(file)]) == 130
     said = capsys.readouterr()
     assert all(label in said.out for label in done)
     assert "interrupted after 2 of 12 cells" in said.err
@@ -139,7 +145,7 @@ def test_what_is_finished_is_printed_and_saved(monkeypatch, capsys, tmp_path):
 def test_results_keep_the_command_without_folders_of_a_machine():
     line = ["--filter", "s512 d64", "--json", "/data/a b/r.json", "--module=old=/data/old/_C.so"]
     line += ["--plot=/data/plots", "--known", "benchmarks/peers.csv"]
-    assert _bench.recorded("python benchmarks", line) == (
+    assert cli.recorded("python benchmarks", line) == (
         "python benchmarks --filter 's512 d64' --json r.json --module=old=_C.so --plot=plots "
         "--known benchmarks/peers.csv"
     )
@@ -166,7 +172,7 @@ def test_ctrl_c(tmp_path):
 
 def test_one_thread_is_held_for_its_turns_alone(monkeypatch):
     cell, before = (
-        _bench.Cell("cpu-threads", "cpu", 1, 1, 64, 16, "fp32"),
+        Cell("cpu-threads", "cpu", 1, 1, 64, 16, "fp32"),
         fastattn.get_num_threads(),
     )
     attention, seen = fastattn.attention, set()
@@ -176,15 +182,15 @@ def test_one_thread_is_held_for_its_turns_alone(monkeypatch):
         return attention(*args, **keywords)
 
     monkeypatch.setattr(fastattn, "attention", spy)
-    found = {peer.name: peer for peer in _bench.peers() if peer.device == "cpu"}
-    arrays = _bench.NumpyArrays()
+    found = {peer.name: peer for peer in peers() if peer.device == "cpu"}
+    arrays = NumpyArrays()
     for name in ("fastattn", "1 thread", "fastattn"):
         with found[name].context():
-            found[name].build(cell, *_bench.make_inputs(arrays, cell))()
+            found[name].build(cell, *make_inputs(arrays, cell))()
     assert seen == {("fastattn", before), ("1 thread", 1)}
-    rows = _bench.measure(arrays, cell, list(found.values()), _bench.Options(20, 0.0, ("none",)))
+    rows = measure(arrays, cell, list(found.values()), Options(20, 0.0, ("none",)))
     assert [row["implementation"] for row in rows] == ["fastattn", "1 thread"]
-    assert not _bench.wrong(rows) and fastattn.get_num_threads() == before
+    assert not wrong(rows) and fastattn.get_num_threads() == before
 
 
 # ------------------------------------------------------------------------------------------ limits
@@ -193,10 +199,10 @@ def test_one_thread_is_held_for_its_turns_alone(monkeypatch):
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("kind", ["numpy", pytest.param("torch", marks=needs("torch"))])
 def test_the_limit_is_the_rate_of_real_matrix_products(kind, level, monkeypatch):
-    arrays = _bench.NumpyArrays() if kind == "numpy" else _bench.TorchArrays()
+    arrays = NumpyArrays() if kind == "numpy" else TorchArrays()
     info = fastattn.info() | {"cpu": {"level": level, "threads": 1}}
-    monkeypatch.setattr(_bench.fastattn, "info", lambda: info)
-    limits = _bench.machine(arrays, sizes=(32, 64), copied=1 << 16)
+    monkeypatch.setattr(fastattn, "info", lambda: info)
+    limits = machine(arrays, sizes=(32, 64), copied=1 << 16)
     assert limits["fp16"] == limits["fp32"] > 0 and limits["copy"] > 0
     if level != "avx512_bf16":
         assert limits["bf16"] == limits["fp32"]
@@ -208,13 +214,13 @@ def test_the_limit_is_the_rate_of_real_matrix_products(kind, level, monkeypatch)
 
 def result_of(*rows, limits):
     for label in {row["label"] for row in rows}:
-        _bench.derive([row for row in rows if row["label"] == label], {})
+        derive([row for row in rows if row["label"] == label], {})
     header = {"device": "cpu", "cpu": "some CPU", "cpu_level": "avx2", "cpu_threads": 2}
     header["limits"] = limits
     return {"header": header, "rows": list(rows)}
 
 
-CELLS = [_bench.Cell("cpu", "cpu", 1, 8, s, 64, "fp32") for s in (512, 2048)]
+CELLS = [Cell("cpu", "cpu", 1, 8, s, 64, "fp32") for s in (512, 2048)]
 
 
 @pytest.mark.parametrize("rate", [1e9, 1e11, 1e13])
@@ -222,28 +228,26 @@ def test_no_row_is_above_its_limit_or_below_its_floor(rate):
     slow, fast = (row_of(cell, ms=ms) for cell, ms in zip(CELLS, (30.0, 40.0), strict=True))
     limits = {"fp32": rate, "copy": 1e7}
     result = result_of(slow, fast, limits=limits)
-    found = _bench.limits_of(result)
+    found = limits_of(result)
     assert found["fp32"] == max(rate, *(row["flops"] for row in result["rows"]))
     for row in result["rows"]:
-        share, over = _bench.shares(row, found)
+        share, over = shares(row, found)
         assert 0 < share <= 1 <= over
     assert result["header"]["limits"] == limits  # as measured
 
 
 def test_what_a_mask_hides_by_blocks_is_no_work():
-    full, blocks = (
-        _bench.Cell("gpu-mask", "cuda", 1, 1, 1024, 64, mask=m) for m in ("full", "blocks")
-    )
+    full, blocks = (Cell("gpu-mask", "cuda", 1, 1, 1024, 64, mask=m) for m in ("full", "blocks"))
     assert blocks.flops == full.flops / 2
     limits = {"bf16": full.flops / 1e-3, "copy": 1e30}
     result = result_of(row_of(full), row_of(blocks, ms=0.1), limits=limits)
-    assert _bench.limits_of(result)["bf16"] == limits["bf16"]
+    assert limits_of(result)["bf16"] == limits["bf16"]
 
 
 def test_without_a_limit_there_is_no_share():
     result = result_of(row_of(CELLS[0]), limits={"copy": 1e10})
-    assert _bench.shares(result["rows"][0], _bench.limits_of(result)) == (None, None)
-    assert "% limit" not in "\n".join(_bench.table(result["rows"], "cpu", {"copy": 1e10}))
+    assert shares(result["rows"][0], limits_of(result)) == (None, None)
+    assert "% limit" not in "\n".join(table(result["rows"], "cpu", {"copy": 1e10}))
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -251,7 +255,7 @@ def test_without_a_limit_there_is_no_share():
 
 def picture(cells):
     rows = [row_of(c, name, ms) for c in cells for name, ms in (("fastattn", 2.0), ("torch", 3.0))]
-    (found,) = _bench_plot.figures(result_of(*rows, limits={"fp32": 1e11, "copy": 1e10}))
+    (found,) = plot.figures(result_of(*rows, limits={"fp32": 1e11, "copy": 1e10}))
     assert found[0] == "cpu"
     return found[1]
 

@@ -73,7 +73,9 @@ def test_promise_1_the_wheel_is_the_package_and_nothing_else(built):
         names = {n for n in archive.namelist() if ".dist-info/" not in n}
         metadata = next(n for n in archive.namelist() if n.endswith("/METADATA"))
         text = archive.read(metadata).decode()
-    python_files = {f"fastattn/{p.name}" for p in (ROOT / "python" / "fastattn").glob("*.py*")}
+    package = ROOT / "python"
+    python_files = {p.relative_to(package).as_posix() for p in package.rglob("*.py")}
+    python_files |= {f"fastattn/{p.name}" for p in package.rglob("*.pyi")}
     assert names == python_files | {"fastattn/_C.abi3.so", "fastattn/py.typed"}
     requires = [line for line in text.splitlines() if line.startswith("Requires-Dist")]
     assert [r for r in requires if "extra ==" not in r] == ["Requires-Dist: numpy>=1.23"]
@@ -88,7 +90,8 @@ def test_promise_1_the_wheel_imports_with_nothing_beside_it(built, tmp_path):
         archive.extractall(tmp_path)
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "import fastattn; print(fastattn.info()['backends'], fastattn.info()['cuda'])"
+        "import fastattn; print(fastattn.info()['backends'], fastattn.info()['cuda'])\n"
+        "assert not [name for name in sys.modules if name.startswith('fastattn.bench')]"
     )
     said = subprocess.run(
         [sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=True

@@ -5,7 +5,8 @@ import json
 
 import pytest
 from conftest import ROOT, needs
-from fastattn import _bench
+from fastattn.bench.cells import Cell
+from fastattn.bench.report import derive, dump
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "benchmarks" / "report.py").exists(), reason="no source tree"
@@ -38,7 +39,7 @@ def write(report, name, device, rows, date="2030-01-01 10:00 UTC", level="avx2",
     header["limits"] = {"bf16": 1e15, "fp32": 1e12, "copy": 1e13}
     if device == "cuda":
         header |= {"gpu": GPU, "driver": "1", "clocks": {"clocks.sm": "1 MHz"}}
-    text = _bench.dump({"header": header, "rows": rows})
+    text = dump({"header": header, "rows": rows})
     (report.HERE / "results" / f"{name}.json").write_text(text)
 
 
@@ -49,17 +50,17 @@ def rows_of(cell, ours=1.0, **peers):
         row |= {"work": cell.flops, "traffic": cell.bytes, "error": 0.0, "bound": 1.0}
         timed = {"ms": ms, "p10": ms, "p90": ms}
         rows.append(row | ({"refused": "not here"} if ms is None else timed))
-    return _bench.derive(rows, {})
+    return derive(rows, {})
 
 
 def grid(suite, device, ours, **peers):
     dtype = "bf16" if device == "cuda" else "fp32"
-    cells = [_bench.Cell(suite, device, 1, 8, s, 64, dtype) for s in (512, 1024)]
+    cells = [Cell(suite, device, 1, 8, s, 64, dtype) for s in (512, 1024)]
     return [row for cell in cells for row in rows_of(cell, ours, **peers)]
 
 
 def beside(report, cells, **header):
-    """A result of fastattn._bench_cpu: torch's time over ours, alone and alternating."""
+    """A result of fastattn.bench.cpu: torch's time over ours, alone and alternating."""
     header |= {"date": "2030-01-01", "level": "avx2", "machine": "a machine", "torch": "2.x"}
     rows = [
         {
@@ -84,7 +85,7 @@ def verdict(implementation, words):
 def filled(report):
     write(report, "old", "cuda", grid("gpu-bf16", "cuda", 9.0, fa3=1.0), "2029-01-01 10:00 UTC")
     write(report, "new", "cuda", grid("gpu-bf16", "cuda", 1.0, fa3=1.2, cudnn=1.5))
-    short = _bench.Cell("gpu-short", "cuda", 1, 8, 64, 64)
+    short = Cell("gpu-short", "cuda", 1, 8, 64, 64)
     write(report, "short", "cuda", rows_of(short, 1.0, cudnn=0.8))
     write(report, "cpu", "cpu", grid("cpu", "cpu", 1.0, torch=2.0))
     write(report, "cpu-other", "cpu", grid("cpu", "cpu", 1.0, torch=3.0), level="avx512")
@@ -128,7 +129,7 @@ def test_pictures_follow_their_data(filled, monkeypatch):
 
 def test_bold_is_another_implementation_that_is_faster(report):
     """Not fastattn on another cell."""
-    cell = _bench.Cell("gpu-mask", "cuda", 1, 8, 512, 64, mask="bool")
+    cell = Cell("gpu-mask", "cuda", 1, 8, 512, 64, mask="bool")
     write(report, "mask", "cuda", rows_of(cell, 1.0, unmasked=0.5, cudnn=0.9, efficient=2.0))
     (result,) = [result for _, result in report.load()[0]]
     assert report.table(result, "gpu-mask")[2].endswith(
@@ -137,7 +138,7 @@ def test_bold_is_another_implementation_that_is_faster(report):
 
 
 def test_a_refusal_of_ours_and_a_cell_without_peers_are_shown(report):
-    cells = [_bench.Cell("gpu-heads", "cuda", 1, 8, 64, d) for d in (96, 300)]
+    cells = [Cell("gpu-heads", "cuda", 1, 8, 64, d) for d in (96, 300)]
     rows = rows_of(cells[0], 1.0, cudnn=None) + rows_of(cells[1], None, cudnn=1.0)
     write(report, "heads", "cuda", rows)
     (result,) = [json.loads(p.read_text()) for p in (report.HERE / "results").iterdir()]

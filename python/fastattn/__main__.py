@@ -11,7 +11,13 @@ import sys
 
 import fastattn
 
-from . import _bench
+from .bench import cli
+from .bench.arrays import arrays_for, gpu_usable, make_inputs
+from .bench.cells import UNITS, Cell
+from .bench.machine import cpu_name
+from .bench.measure import Options, measure
+from .bench.peers import peers
+from .bench.report import aligned, wrong
 
 FRAMEWORKS = ("numpy", "torch", "jax", "cupy")
 
@@ -29,7 +35,7 @@ def found(info):
     cpu, cuda = info["cpu"], info["cuda"]
     yield "fastattn", f"{info['version']}, python {platform.python_version()}"
     yield "frameworks", ", ".join(version(name) for name in FRAMEWORKS)
-    yield "cpu", f"{_bench.cpu_name()}: {cpu['level']} kernels, {cpu['threads']} threads"
+    yield "cpu", f"{cpu_name()}: {cpu['level']} kernels, {cpu['threads']} threads"
     if not cuda:
         yield "gpu", f"no kernels in this build: {info['no_kernels']}"
         return
@@ -47,9 +53,9 @@ def found(info):
 
 def first_cell():
     """A shape that the best backend finishes in milliseconds."""
-    if _bench.gpu_usable():
-        return _bench.Cell("first", "cuda", 2, 16, 4096, 128, "bf16", "causal")
-    return _bench.Cell("first", "cpu", 1, 8, 1024, 64, "fp32", "causal")
+    if gpu_usable():
+        return Cell("first", "cuda", 2, 16, 4096, 128, "bf16", "causal")
+    return Cell("first", "cpu", 1, 8, 1024, 64, "fp32", "causal")
 
 
 def main():
@@ -58,14 +64,12 @@ def main():
         print(f"{what:12}{text}")
 
     cell = first_cell()
-    arrays = _bench.arrays_for(cell.device)
-    explained = fastattn.explain(
-        fastattn.attention, *_bench.make_inputs(arrays, cell)[:3], causal=True
-    )
+    arrays = arrays_for(cell.device)
+    explained = fastattn.explain(fastattn.attention, *make_inputs(arrays, cell)[:3], causal=True)
     print(f"\nA first attention: {cell.label}, {arrays.name} arrays")
     print(f"backend {explained.backend}, kernel {explained.kernel}\n")
-    rows = _bench.measure(arrays, cell, _bench.peers(), _bench.Options(peers=("torch", "cudnn")))
-    unit, scale = _bench.UNITS[cell.device]
+    rows = measure(arrays, cell, peers(), Options(peers=("torch", "cudnn")))
+    unit, scale = UNITS[cell.device]
     lines = [["", "ms", unit, "error", "allowed"]]
     for row in rows:
         if "ms" not in row:
@@ -74,9 +78,9 @@ def main():
         speed = cell.flops / row["ms"] * 1e3 * scale
         errors = (f"{row[key]:.1e}" for key in ("error", "bound"))
         lines.append([row["implementation"], f"{row['ms']:.3f}", f"{speed:.0f}", *errors])
-    print("\n".join(_bench.aligned(lines)))
+    print("\n".join(aligned(lines)))
     print("\nerror: largest difference from float64 on the same inputs.")
-    if _bench.wrong(rows):
+    if wrong(rows):
         return "fastattn's result is wrong on this machine: please report this output"
     return 0
 
@@ -93,6 +97,6 @@ def parse(argv):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bench"]:
-        sys.exit(_bench.main(sys.argv[2:]))
+        sys.exit(cli.main(sys.argv[2:]))
     parse(sys.argv[1:])
     sys.exit(main())

@@ -3,7 +3,8 @@
 import itertools
 import pathlib
 
-from . import _bench
+from .cells import GRIDS, H100_PEAK, UNITS
+from .report import limits_of
 
 # Colours that differ for every eye (Okabe and Ito), and markers
 LOOKS = {
@@ -23,7 +24,7 @@ def figures(result):
     timed = [row for row in result["rows"] if "ms" in row]
     for suite in dict.fromkeys(row["suite"] for row in timed):
         rows = [row for row in timed if row["suite"] == suite]
-        if suite in _bench.GRIDS:
+        if suite in GRIDS:
             yield suite, _grid(rows, result)
         elif suite == "gpu-origin":
             yield suite, _origin(rows, result)
@@ -75,7 +76,7 @@ def _grid(rows, result):
             _curves(axis, mine, style, result)
         else:
             _bars(axis, mine, style, result)
-    limits, (unit, scale) = _bench.limits_of(result), _bench.UNITS[rows[0]["device"]]
+    limits, (unit, scale) = limits_of(result), UNITS[rows[0]["device"]]
     most = max([row["flops"] for row in rows] + [limits.get(row["dtype"], 0) for row in rows])
     axes[0][0].set_ylim(0, 1.05 * most * scale)  # shared by all
     for line in axes:
@@ -118,15 +119,15 @@ def _legend(figure, axes, title):
 
 def _limit(axis, rows, result):
     """The limit of the panel's rows as a dotted line."""
-    limit = _bench.limits_of(result).get(rows[0]["dtype"])
+    limit = limits_of(result).get(rows[0]["dtype"])
     if limit:
         name = "limit: matrix products, or what was faster"
-        scale = _bench.UNITS[rows[0]["device"]][1]
+        scale = UNITS[rows[0]["device"]][1]
         axis.axhline(limit * scale, color="#777777", ls=":", lw=1.2, zorder=0, label=name)
 
 
 def _curves(axis, rows, style, result):
-    scale = _bench.UNITS[rows[0]["device"]][1]
+    scale = UNITS[rows[0]["device"]][1]
     kinds, names = _different(rows, style), _different(rows, "implementation")
     for (name, (colour, marker)), (i, kind) in itertools.product(
         _looks(names).items(), enumerate(kinds)
@@ -155,7 +156,7 @@ def _curves(axis, rows, style, result):
 
 def _bars(axis, rows, style, result):
     """One length only: bars, a group for each head size or dtype."""
-    scale = _bench.UNITS[rows[0]["device"]][1]
+    scale = UNITS[rows[0]["device"]][1]
     kinds, names = _different(rows, style), _different(rows, "implementation")
     width = 0.8 / len(names)
     for i, (name, (colour, _)) in enumerate(_looks(names).items()):
@@ -185,8 +186,8 @@ def _origin(rows, result):
             name = row["implementation"]
             bar = axis.bar(name, row["ms"] * 1e-3 * per_head, color=looks[name][0], label=name)
             axis.bar_label(bar, fmt="%.3g", fontsize=8)
-        arithmetic = mine[0]["work"] / _bench.H100_PEAK * per_head
-        memory = mine[0]["traffic"] / _bench.limits_of(result)["copy"] * per_head
+        arithmetic = mine[0]["work"] / H100_PEAK * per_head
+        memory = mine[0]["traffic"] / limits_of(result)["copy"] * per_head
         axis.axhline(arithmetic, ls="--", color="black", lw=1, label="floor: arithmetic")
         axis.axhline(memory, ls=":", color="black", lw=1, label="floor: memory")
         axis.set_title("\n".join([label[: label.index(" d")], label[label.index(" d") + 1 :]]))

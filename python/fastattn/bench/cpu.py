@@ -1,4 +1,4 @@
-"""The CPU backend beside torch, as a program meets them: `python -m fastattn._bench_cpu`.
+"""The CPU backend beside torch, as a program meets them: `python -m fastattn.bench.cpu`.
 
 Each cell is timed twice. *alone*: one call after 20 ms of rest, ours and torch's in turn.
 *alternating*: ours, torch's, ours, torch's without a pause, as the operators of a model follow each
@@ -26,7 +26,9 @@ import time
 import numpy as np
 
 import fastattn
-from fastattn import _bench
+
+from .machine import cpu_name
+from .report import geometric_mean
 
 AVX2 = {  # each library's own way of asking
     "FASTATTN_CPU_LEVEL": "avx2",
@@ -141,7 +143,7 @@ def report(rows):
         )
     for mode in MODES:
         for dtype, x in ratios(rows, mode).items():
-            mean = _bench.geometric_mean(x)
+            mean = geometric_mean(x)
             print(f"{dtype} {mode}: geometric mean {mean:.2f}, worst {min(x):.2f}, {len(x)} cells")
 
 
@@ -161,7 +163,7 @@ def hold(torch, threads):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m fastattn._bench_cpu")
+    parser = argparse.ArgumentParser(prog="python -m fastattn.bench.cpu")
     parser.add_argument("--level", choices=("avx2", "all"), default="all")
     parser.add_argument("--filter", default="", help="words that a cell's name must have")
     parser.add_argument("--budget", type=float, default=0.6, help="seconds for a cell and mode")
@@ -173,19 +175,19 @@ def main(argv):
         parser.error(f"no cell has the words of --filter {args.filter!r}")
     if args.level == "avx2" and not AVX2.items() <= os.environ.items():
         # once more from the start: libraries read these variables when they are loaded
-        command = [sys.executable, "-m", "fastattn._bench_cpu", *argv]
+        command = [sys.executable, "-m", "fastattn.bench.cpu", *argv]
         os.execve(sys.executable, command, {**os.environ, **AVX2})
     import torch
 
     known = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     header = {
         "date": datetime.date.today().isoformat(),
-        "cpu": _bench.cpu_name(),
+        "cpu": cpu_name(),
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "level": fastattn.info()["cpu"]["level"],
         "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
         "fastattn": fastattn.__version__,
-        "command": f"python -m fastattn._bench_cpu --level {args.level}",
+        "command": f"python -m fastattn.bench.cpu --level {args.level}",
     }
     names, rows, order = {cell[0] for cell in chosen}, [], [cell[0] for cell in cells()]
     hold(torch, 0)

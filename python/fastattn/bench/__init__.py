@@ -1,0 +1,16 @@
+"""The measurements: `python -m fastattn bench`, the same code that `python benchmarks` calls.
+
+    cells.py    what is measured: shapes, masks, the suites
+    arrays.py   NumPy's and torch's arrays, each with its clock
+    peers.py    who is measured: ours and the libraries beside it
+    formula.py  attention by its definition, for the benchmark and the tests on a GPU
+    judge.py    how far an output is from it, and how far it may be
+    measure.py  one cell: checked, then timed in turn
+    machine.py  the limits of the machine, and what a result says of where it was measured
+    report.py   what follows from the times, as text
+    plot.py     the same as pictures
+    cli.py      the command line
+    cpu.py      the CPU beside torch as a program meets them: `python -m fastattn.bench.cpu`
+
+`import fastattn` imports none of it.
+"""
