@@ -1,9 +1,10 @@
-"""The formula of reference.py on a GPU, so that large shapes can be judged by the same rule."""
+"""The benchmark's formula on a GPU, so that large shapes are judged by the same rule as small."""
 
 import numpy as np
 import pytest
 import reference
 from cases import Torch
+from fastattn.bench import formula as bench_formula
 
 torch = pytest.importorskip("torch")
 
@@ -28,25 +29,45 @@ def inputs(b, hq, hk, sq, sk, d, dv=None, dtype=torch.bfloat16, seed=0):
     return [normal(*shape, dtype=dtype, seed=3 * seed + i) for i, shape in enumerate(shapes)]
 
 
-def kept(b, h, sq, sk, p, seed):
-    """What dropout leaves of those pairs, (pairs, sq, sk): as reference.kept."""
-    groups = -(-sk // 8)
-    pair, i, group = np.ogrid[: len(b), :sq, :groups]
-    counter = np.stack(np.broadcast_arrays(group, i, h[pair], b[pair]), axis=-1)
-    words = reference.philox(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
-    bits = np.stack([words & 0xFFFF, words >> 16], axis=-1).reshape(len(b), sq, 8 * groups)
-    return bits[..., :sk] >= round(p * 65536)
+def formula(q, k, v, heads, scale=None, low=False, softcap=0.0, **keywords):
+    """reference.Result of those (sequence, query head) pairs, as a batch of one head each.
+
+    `keywords` are those of `visible_and_changed` and of reference.interval; lengths per sequence
+    stay on the host.
+    """
+    real = torch.float32 if low else torch.float64
+    sq, sk, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    signs = reference.widen(np.ones((1, 1, sk, v.shape[3])), len(heads) * sq)[0, 0]
+    signs = torch.from_numpy(signs).to(q.device, real)
+    found = []
+    step = max(1, 2**27 // max(sq * sk, 1))
+    for first in range(0, len(heads), step):
+        b, h = torch.tensor(heads[first : first + step], device=q.device).T
+        seen, padding, change = visible_and_changed(q, sk, b, h, real, **keywords)
+        wide = v[b, h // group].to(real).tile(signs.shape[1] // v.shape[3]) * signs
+        mine = bench_formula.attention(
+            torch,
+            *(q[b, h].to(real), k[b, h // group].to(real), wide, seen),
+            scale=scale,
+            softcap=softcap,
+            narrow=(lambda p: p.to(q.dtype).to(real)) if low else None,
+            **change,
+        )
+        out = mine.out.to(q.dtype) if low else mine.out
+        lse = mine.lse if padding is None else mine.lse.masked_fill(padding, -torch.inf)
+        found.append((numpy(out), numpy(lse), numpy(mine.empty), mine.biggest))
+    *arrays, biggest = zip(*found, strict=True)
+    out, lse, empty = (np.concatenate(x)[:, None] for x in arrays)
+    return reference.Result(out, lse, max(biggest), empty, None)
 
 
-def formula(
+def visible_and_changed(
     q,
-    k,
-    v,
-    heads,
-    scale=None,
-    low=False,
+    sk,
+    b,
+    h,
+    real,
     mask=None,
-    softcap=0.0,
     alibi_slopes=None,
     sink=None,
     dropout_p=0.0,
@@ -54,71 +75,40 @@ def formula(
     first_b=0,
     **limits,
 ):
-    """reference.Result of those (sequence, query head) pairs, as a batch of one head each.
+    """Of the heads (b[i], h[i]): what their rows see, which rows are padding (or None), and the
+    formula's keywords for what changes their scores. `first_b`: from which dropout counts the
+    sequences."""
 
-    `limits` are the keywords of reference.interval; lengths per sequence stay on the host.
-    `first_b`: from which dropout counts the sequences.
-    """
-    if mask is not None:
-        mask = mask.to(q.device).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    real = torch.float32 if low else torch.float64
-    sq, sk, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    def there(x):
+        return torch.from_numpy(np.ascontiguousarray(x)).to(q.device)
+
+    sq, host = q.shape[2], b.cpu().numpy()
     each = ("q_lengths", "k_lengths", "k_start", "q_offset")
     lengths = {name for name in each if np.ndim(limits.get(name))}
-    signs = reference.widen(np.ones((1, 1, sk, v.shape[3])), len(heads) * sq)[0, 0]
-    signs = torch.from_numpy(signs).to(q.device, real)
-    outs, lses, empties, biggest = [], [], [], 0.0
-    step = max(1, 2**27 // max(sq * sk, 1))
-    for first in range(0, len(heads), step):
-        b, h = torch.tensor(heads[first : first + step], device=q.device).T
-        mine = {n: np.asarray(x)[b.cpu().numpy()] if n in lengths else x for n, x in limits.items()}
-        inside, position = reference.interval(len(b) if lengths else 1, sq, sk, **mine)
-        seen = torch.from_numpy(np.ascontiguousarray(inside)).to(q.device)
-        if mask is not None and mask.dtype == torch.bool:
-            seen = seen & mask[b, h]
-        s = scale * (q[b, h].to(real) @ k[b, h // group].to(real).mT)
-        biggest = max(
-            biggest, torch.where(seen, s, 0).abs().nan_to_num().max().item() if s.numel() else 0.0
+    mine = {n: np.asarray(x)[host] if n in lengths else x for n, x in limits.items()}
+    inside, position = reference.interval(len(b) if lengths else 1, sq, sk, **mine)
+    seen, change = there(inside), {}
+    if mask is not None:
+        mask = mask.to(q.device).expand(*q.shape[:3], sk)[b, h]
+        if mask.dtype == torch.bool:
+            seen = seen & mask
+        else:
+            change["added"] = mask
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(q.device, real).expand(q.shape[:2])[b, h][:, None, None]
+        distance = there(np.abs(position - np.arange(sk))).to(real)
+        change["added"] = change.get("added", 0.0) - slopes * distance
+    if sink is not None:
+        change["sink"] = sink.to(q.device, real)[h][:, None, None]
+    if dropout_p:
+        stays = bench_formula.kept(
+            first_b + host, h.cpu().numpy(), np.arange(sq), sk, dropout_p, seed
         )
-        if softcap:
-            wide = s if 1e-30 < softcap < 1e30 else s.double()  # that a float holds
-            s = (softcap * torch.tanh(wide / softcap)).to(real)
-        if mask is not None and mask.dtype != torch.bool:
-            s = s + mask[b, h].to(real)
-        if alibi_slopes is not None:
-            slopes = alibi_slopes.to(q.device, real).expand(q.shape[:2])[b, h]
-            distance = np.abs(position - np.arange(sk))
-            s = s - slopes[:, None, None] * torch.from_numpy(distance).to(q.device, real)
-        s = s.masked_fill(~seen, -torch.inf)
-        empty = (s == -torch.inf).all(2)
-        peak = s.amax(2, keepdim=True) if s.shape[2] else s.new_full((*s.shape[:2], 1), -torch.inf)
-        first = peak.new_full((len(b), 1, 1), -torch.inf)
-        if sink is not None:
-            first = sink.to(q.device, real)[h][:, None, None]
-            peak = torch.maximum(peak, first)
-        shift = torch.where(peak == -torch.inf, 0, peak)
-        p = torch.exp(s - shift)
-        total = p.sum(2, keepdim=True) + torch.exp(first - shift)
-        lse = (torch.log(total) + shift)[..., 0]
-        if "q_lengths" in lengths:
-            padding = np.arange(sq) >= np.asarray(mine["q_lengths"])[:, None]
-            lse = lse.masked_fill(torch.from_numpy(padding).to(q.device), -torch.inf)
-        p = torch.where(total == 0, 0, p / total)
-        if dropout_p:
-            stays = kept(first_b + b.cpu().numpy(), h.cpu().numpy(), sq, sk, dropout_p, seed)
-            p = torch.where(torch.from_numpy(stays).to(q.device), p / (1 - dropout_p), 0)
-        if low:
-            p = p.to(q.dtype).to(real)
-        reached = torch.where(seen.any(1)[..., None], v[b, h // group].to(real), 0)
-        out = (p @ (reached.tile(signs.shape[1] // v.shape[3]) * signs)).masked_fill(
-            empty[..., None], 0
-        )
-        outs.append(numpy(out.to(q.dtype)) if low else numpy(out))
-        lses.append(numpy(lse))
-        empties.append(numpy(empty))
-    out, lse, empty = (np.concatenate(x)[:, None] for x in (outs, lses, empties))
-    return reference.Result(out, lse, biggest, empty, None)
+        change |= {"kept": there(stays), "dropout_p": dropout_p}
+    padding = None
+    if "q_lengths" in lengths:
+        padding = there(np.arange(sq) >= mine["q_lengths"][:, None])
+    return seen, padding, change
 
 
 def complaints(out, lse, q, k, v, most=16, **keywords):

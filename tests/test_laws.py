@@ -269,7 +269,9 @@ def kernel_rows():
         return []
     text = table.read_text()
     columns = re.search(r"^// columns: (.*)$", text, re.M)[1].split()
-    rows = [[v.strip() for v in r.split(",")] for r in re.findall(r"^FA_VARIANT\((.*)\)", text, re.M)]
+    rows = [
+        [v.strip() for v in r.split(",")] for r in re.findall(r"^FA_VARIANT\((.*)\)", text, re.M)
+    ]
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
