@@ -135,7 +135,10 @@ def sanitizer():
 
 def commands(part, options, out, name):
     """(label, command) of a part; the labels name the logs."""
-    python, cases = [sys.executable, "-X", "faulthandler"], ROOT / "tests" / "gpu_cases.py"
+    python, cases = (
+        [sys.executable, "-X", "faulthandler"],
+        ROOT / "tests" / "gpu" / "small_calls.py",
+    )
 
     def result_of(part):
         commit = ["--commit", options.commit] if options.commit else []

@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 
 import cases
+from random_cases import random_case, shrink
 
 CHUNK = 250
 
@@ -33,9 +34,7 @@ def framework_of(name):
 
 def check_range(start, stop, framework, backend):
     framework = framework_of(framework)
-    results = (
-        (seed, check(cases.random_case(seed), framework, backend)) for seed in range(start, stop)
-    )
+    results = ((seed, check(random_case(seed), framework, backend)) for seed in range(start, stop))
     return [(seed, result) for seed, result in results if result != ""]
 
 
@@ -47,7 +46,7 @@ def report(case, result, framework, backend):
         said = check(simpler, framework, backend)
         return said and crashed(said) == crashed(result)
 
-    small = cases.shrink(case, fails)
+    small = shrink(case, fails)
     print(f"WRONG {case!r}\n  {result}", flush=True)
     if small != case:
         print(f"  smaller: {small!r}\n  {check(small, framework, backend)}", flush=True)
@@ -93,7 +92,7 @@ def main():
                     continue
                 wrong += 1
                 report(
-                    cases.random_case(seed),
+                    random_case(seed),
                     result,
                     framework_of(options.framework),
                     options.backend,

@@ -4,7 +4,7 @@
     LD_PRELOAD=libasan.so:libubsan.so UBSAN_OPTIONS=halt_on_error=1 python tests/sanitize.py
 
 Random cases of every kind, without a verdict on their values (test_property.py has that), each
-sentence of test_errors.py, merge_states, explain and info, on every vector level and from several
+sentence of test_errors*.py, merge_states, explain and info, on every vector level and from several
 threads at once. NumPy alone: other frameworks have findings of their own.
 """
 
@@ -16,13 +16,14 @@ import threading
 import cases
 import fastattn
 import numpy as np
+import random_cases
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 def small(seed):
     """The case of a seed with the sizes of a test that runs 10 times slower."""
-    case = cases.random_case(seed)
+    case = random_cases.random_case(seed)
     if case.b * case.hq * case.sq * case.sk * case.d > 10**6:
         return small(seed + 10**7)
     return case
@@ -47,7 +48,8 @@ def calls(first, count):
 
 
 def sentences():
-    from test_errors import VARLEN, VARLEN_WRONG, WRONG, a
+    from test_errors import WRONG, a
+    from test_errors_varlen import VARLEN, VARLEN_WRONG
 
     for exception, _, arguments in VARLEN_WRONG.values():
         try:

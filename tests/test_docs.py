@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import ROOT, has, needs, python
-from test_gpu_host import ROWS
+from gpu_host import ROWS
 
 # From the sources only: an installed package brings no README.
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="no source tree")

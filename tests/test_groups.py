@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import LEVELS, needs, python
+from storage import STORAGES
 
 GROUPS = (2, 4, 7, 8)
 LENGTHS = (1, 2, 3, 5, 8, 12, 16, 17)
@@ -54,7 +55,7 @@ def grouped_cases():
         itertools.cycle(LENGTHS),
         itertools.cycle(("float32", "bfloat16", "float64", "float32", "float16")),
         itertools.cycle(("bhsd", "bshd", "bhsd")),
-        itertools.cycle(cases.STORAGES),
+        itertools.cycle(STORAGES),
         strict=False,
     )
     every = itertools.product(FEATURES.values(), GROUPS, range(2))

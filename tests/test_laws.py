@@ -342,5 +342,7 @@ def test_sources_stay_readable():
         limit = budget.get(name, 480 if name.startswith("kernels/") else 440)
         assert lines <= 2 * limit, f"{name} has {lines} lines"
         assert "\t" not in text and not re.search(r"[ ]+$", text, re.M), f"{name}: white space"
+    tests = [p for p in (ROOT / "tests").rglob("*") if p.suffix in (".py", ".c", ".cpp", ".h")]
+    assert not [p.name for p in tests if len(p.read_text().splitlines()) > 500] and tests
     for word in ("TO" + "DO", "FIX" + "ME", "XX" + "X"):
         assert not [name for name, text in TEXT.items() if re.search(rf"\b{word}\b", text)]

@@ -9,6 +9,7 @@ import pytest
 import reference
 from cases import DTYPES
 from conftest import needs
+from storage import STORAGES
 
 
 def parts(framework, dtype, cuts, layout="bhsd", sk=60, **keywords):
@@ -69,7 +70,7 @@ def test_the_formula_on_any_states(dtype, place):
             empty[0, 0, 4] = True
             out[empty], lse[empty] = 0, rng.choice([-np.inf, np.inf], empty.sum())
         want, want_lse = reference.merge_states(outs, lses)
-        for storage in cases.STORAGES[: None if framework.flips else 4]:
+        for storage in STORAGES[: None if framework.flips else 4]:
             try:
                 got, lse = fastattn.merge_states(
                     [framework.array(cases.store(x, storage, rng)) for x in outs],

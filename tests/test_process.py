@@ -6,12 +6,13 @@ import cases
 import fastattn
 import numpy as np
 import pytest
+import random_cases
 from conftest import needs, python
 
 
 def test_threads_at_once():
     """Many Python threads call with different shapes; each result has the bits it has alone."""
-    jobs = [cases.random_case(seed) for seed in range(60)]
+    jobs = [random_cases.random_case(seed) for seed in range(60)]
     given = [cases.arguments(c, cases.make_inputs(c), cases.NumPy()) for c in jobs]
     calls = [cases.function(case) for case in jobs]
     alone = [[x.tobytes() for x in f(**keywords)] for f, keywords in zip(calls, given, strict=True)]

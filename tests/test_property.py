@@ -6,6 +6,7 @@ tests/campaign.py --cases 100000` runs as many as wanted.
 
 import cases
 import pytest
+import random_cases
 from conftest import ROOT, python
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -14,7 +15,7 @@ strategies = hypothesis.strategies
 
 @strategies.composite
 def any_case(draw):
-    return cases.choose_case(
+    return random_cases.choose_case(
         lambda options: draw(strategies.sampled_from(options)), draw(strategies.integers(0, 2**31))
     )
 

@@ -6,8 +6,9 @@ import cases
 import numpy as np
 import pytest
 import reference
-from cases import DTYPES, FAMILIES, STORAGES, Case
+from cases import DTYPES, FAMILIES, Case
 from conftest import needs
+from storage import STORAGES
 
 # A case of some size that every feature changes; features are then fields of it.
 BASE = Case(b=2, hq=4, hk=2, sq=37, sk=53, d=24, dv=24)

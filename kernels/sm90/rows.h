@@ -1,6 +1,6 @@
 /* rows.h - which row of fwd.def runs a request: a pure function of the shape.
  *
- * Plain C, no CUDA: kernels/sm90/backend.cu dispatches with it, tests/test_gpu_host.py compiles it
+ * Plain C, no CUDA: kernels/sm90/backend.cu dispatches with it, tests/gpu_host/ compiles it
  * with gcc and asks it about thousands of shapes.
  */
 #ifndef FASTATTN_ROWS_H

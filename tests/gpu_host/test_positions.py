@@ -2,16 +2,14 @@
 
 import ctypes
 import itertools
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
-from test_gpu_host import BF16, INCLUDES, ROWS, VARIANTS
 
-pytestmark = pytest.mark.skipif(
-    not VARIANTS.exists() or not shutil.which("gcc"), reason="needs the sources and gcc"
-)
+import gpu_host
+from gpu_host import BF16, ROWS, library
+
+pytestmark = gpu_host.marks
 
 SHIM = r"""
 #include <string.h>
@@ -89,19 +87,8 @@ HAS_LEFT, HAS_RIGHT, HAS_OFFSET, SHIFT = 1, 2, 4, 2**30
 def host(tmp_path_factory):
     folder = tmp_path_factory.mktemp("positions")
     (folder / "shim.c").write_text(SHIM)
-    flags = "-std=c11 -O1 -Wall -Wextra -Werror -shared -fPIC -fsanitize=undefined"
-    trap = "-fsanitize-undefined-trap-on-error"
-    command = [
-        "gcc",
-        *flags.split(),
-        trap,
-        *INCLUDES,
-        "shim.c",
-        "-o",
-        "shim.so",
-    ]
-    subprocess.run(command, cwd=folder, check=True)
-    return ctypes.CDLL(str(folder / "shim.so"))
+    trap = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
+    return library(folder / "shim.c", folder, *trap)
 
 
 def test_a_mask_has_a_plane_for_each_offset(host):

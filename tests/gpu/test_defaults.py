@@ -4,8 +4,9 @@ What torch gives for such inputs, and for which version: `python benchmarks/corr
 """
 
 import fastattn
-import gpu
 import pytest
+
+import gpu
 from gpu import DTYPES, inputs, normal, torch
 
 pytestmark = gpu.marks

@@ -1,6 +1,6 @@
 """One small call per kernel row and feature, for `compute-sanitizer` and as a first smoke test.
 
-python tests/gpu_cases.py [--smoke] [--part I/N]   # rows I, I + N, I + 2N ...
+python tests/gpu/small_calls.py [--smoke] [--part I/N]   # rows I, I + N, I + 2N ...
 
 Inputs are made on the host and judged there, so that ours are the only kernels that run.
 """
@@ -9,12 +9,15 @@ import functools
 import itertools
 import os
 import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each array on its own, so that overruns show
 
 import fastattn
-import gpu
 import numpy as np
+
+import gpu
 from gpu import DTYPES, torch
 
 SIZES = (

@@ -1,10 +1,11 @@
 """torch's habits on a GPU: autocast, the memory order of the drop-in's output, what is refused."""
 
 import fastattn
-import gpu
 import pytest
 import test_autocast
 import test_memory_order
+
+import gpu
 from gpu import DTYPES, torch
 
 pytestmark = gpu.marks

@@ -4,9 +4,10 @@ import itertools
 import os
 
 import fastattn
-import gpu
 import pytest
 from conftest import needs, python
+
+import gpu
 from gpu import inputs, normal, torch
 
 pytestmark = gpu.marks

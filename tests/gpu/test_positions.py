@@ -2,12 +2,13 @@
 rows; test_positions.py, test_numbers.py and test_shapes.py have the small ones on every backend."""
 
 import fastattn
-import gpu
 import numpy as np
 import pytest
 import reference
+
+import gpu
 from gpu import DTYPES, inputs, normal, torch
-from test_gpu import check
+from gpu.calls import check
 
 pytestmark = gpu.marks
 

@@ -1,0 +1,56 @@
+"""What the kernels' host code decides, tested without a GPU.
+
+It is plain C, so gcc makes a library of it (shim.c) that the tests ask.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TESTS = Path(__file__).resolve().parent.parent
+KERNELS = TESTS.parent / "kernels"
+VARIANTS = KERNELS / "sm90" / "fwd.def"
+INCLUDES = (f"-I{KERNELS}", f"-I{KERNELS.parent}/csrc")
+SMS = 132
+LOADS = ("FA_BOXES", "FA_STRIDED", "FA_SLICES", "FA_RAW")
+F16, BF16 = 3, 4
+HAS_LEFT, HAS_RIGHT, TOP_LEFT = 1, 2, 4
+
+marks = pytest.mark.skipif(
+    not VARIANTS.exists() or not shutil.which("gcc"), reason="needs the sources and gcc"
+)
+
+
+def library(source, folder, *flags):
+    """A C or C++ file as a library, by the compiler of its language."""
+    compiler = ["gcc", "-std=c11"] if source.suffix == ".c" else ["g++", "-std=c++17"]
+    warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-unknown-pragmas")
+    target = folder / f"{source.stem}.so"
+    command = [*compiler, "-O1", *warnings, "-shared", "-fPIC", *INCLUDES, *flags]
+    subprocess.run([*command, source, "-o", target], check=True)
+    return ctypes.CDLL(str(target))
+
+
+def read_rows():
+    """fwd.def as a list of dicts, read as the build reads it."""
+    text = VARIANTS.read_text()
+    columns = re.search(r"// columns: (.*)", text).group(1).split()
+    lines = re.findall(r"^FA_VARIANT\((.*)\)", text, re.MULTILINE)
+    return [dict(zip(columns, map(str.strip, line.split(",")), strict=True)) for line in lines]
+
+
+ROWS = read_rows() if VARIANTS.exists() else []
+
+
+def shapes(n):
+    rng = np.random.default_rng(3)
+    for _ in range(n):
+        hk = int(2 ** rng.uniform(0, 5))
+        hq = hk * int(rng.choice([1, 1, 4, 8]))
+        sq, sk = (int(2 ** rng.uniform(0, 15)) for _ in range(2))
+        yield int(2 ** rng.uniform(0, 8)), hq, hk, sq, sk
