@@ -1,6 +1,6 @@
 /* check.h - from described arrays to one fa_params, or one sentence. Knows no Python.
  *
- * Stop 3 of 6: module.c and tensor.c describe the caller's arrays and options in an fa_request,
+ * Stop 3 of 6: binding/ describes the caller's arrays and options in an fa_request,
  * check.c turns it into an fa_plan, dispatch.c finds the backend and runs it.
  */
 #ifndef FASTATTN_CHECK_H
@@ -106,6 +106,7 @@ fa_status fa_check_merge(int32_t n, const fa_array *outs, const fa_array *lses, 
 void fa_bind_merge(fa_merge *merge, fa_layout layout, const fa_array *out, const fa_array *lse);
 
 /* dispatch.c: the ordered table of backends. */
+enum { FA_MAX_BACKENDS = 8 };
 int32_t fa_backend_count(void);
 const fa_backend *fa_backend_at(int32_t i);
 /* Why this build has no CUDA kernels, as "it was built with FASTATTN_CUDA=0"; NULL: it has. */

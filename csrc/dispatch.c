@@ -18,6 +18,7 @@ static const struct {
 };
 
 enum { COUNT = sizeof table / sizeof *table };
+_Static_assert((int)COUNT <= (int)FA_MAX_BACKENDS, "fa_choose() writes as many reasons");
 
 const char *fa_no_kernels(void) {
 #ifdef FASTATTN_CUDA

@@ -1,7 +1,7 @@
 """The frameworks, recognised without importing any of them.
 
-Called by csrc/binding/tensor.c. Whatever an array's framework is, it is in sys.modules already; so
-each is looked up there.
+Called by state_call() in csrc/binding/. Whatever an array's framework is, it is in sys.modules
+already; so each is looked up there.
 """
 
 import sys
@@ -18,7 +18,7 @@ def _is(array: Any, module: str, name: str) -> bool:
 
 
 def loaded() -> tuple[tuple[Any, ...] | None, Any]:
-    """What csrc/binding/tensor.c keeps of torch and NumPy, each None until it is loaded."""
+    """What csrc/binding/state.c learns of torch and NumPy, each None until it is loaded."""
     torch: Any = sys.modules.get("torch")
     numpy: Any = sys.modules.get("numpy")
     try:
@@ -97,7 +97,7 @@ def export(array: Any, name: str) -> tuple[Any, int, int]:
     if _is(array, "torch", "Tensor"):
         array = (
             array.detach()
-        )  # a leaf under no_grad; csrc/binding/tensor.c has refused all other grads
+        )  # a leaf under no_grad; csrc/binding/torch.c has refused all other grads
     if on_gpu and jax_device:
         raise NotImplementedError(
             f"`{name}` is a JAX array on CUDA: these go through XLA's FFI (fastattn.jax), "

@@ -543,9 +543,7 @@ def explain(function: Callable[..., Any], *args: Any, **keywords: Any) -> Explan
             "`function` must be attention, attention_varlen or scaled_dot_product_attention, got "
             + (name or f"{type(function).__name__}: explain(fastattn.attention, q, k, v)")
         )
-    bound = inspect.signature(function).bind(*args, **keywords)
-    bound.apply_defaults()
-    return Explanation(*_C.explain(function.__name__, *bound.arguments.values()))
+    return Explanation(*_C.explain(function.__name__, *args, **keywords))
 
 
 def set_num_threads(n: int | None) -> None:

@@ -1,0 +1,164 @@
+/* arguments.c - the arguments of a public function, each by its name.
+ *
+ * Names, defaults and documentation of the public functions are written once, in
+ * python/fastattn/_attention.py. Here is where in `arguments` each name goes.
+ */
+#include "arguments.h"
+
+#include <stddef.h>
+#include <string.h>
+
+typedef struct parameter {
+    const char *name;
+    size_t field;
+} parameter;
+
+#define P(name) {#name, offsetof(arguments, name)}
+
+static const parameter attention[] = {
+    P(q),
+    P(k),
+    P(v),
+    P(causal),
+    P(window),
+    P(q_offset),
+    P(q_lengths),
+    P(k_lengths),
+    P(k_start),
+    P(mask),
+    P(softcap),
+    P(alibi_slopes),
+    P(sink),
+    P(scale),
+    P(dropout_p),
+    P(seed),
+    P(layout),
+    P(return_lse),
+    P(out),
+    P(deterministic),
+    P(batch_invariant),
+    P(backend),
+};
+
+static const parameter sdpa[] = {
+    P(query), P(key), P(value), P(attn_mask), P(dropout_p), P(is_causal), P(scale), P(enable_gqa),
+};
+
+static const parameter varlen[] = {
+    P(q),
+    P(k),
+    P(v),
+    P(cu_seqlens_q),
+    P(cu_seqlens_k),
+    P(max_seqlen_q),
+    P(max_seqlen_k),
+    P(seqused_q),
+    P(seqused_k),
+    P(q_offset),
+    P(page_table),
+    P(causal),
+    P(window),
+    P(mask),
+    P(softcap),
+    P(alibi_slopes),
+    P(sink),
+    P(scale),
+    P(dropout_p),
+    P(seed),
+    P(return_lse),
+    P(out),
+    P(deterministic),
+    P(batch_invariant),
+    P(backend),
+};
+
+#undef P
+#define COUNT(table) (sizeof(table) / sizeof *(table))
+
+static const struct {
+    const char *name;
+    const parameter *parameters;
+    Py_ssize_t count;
+} functions[FUNCTIONS] = {
+    [ATTENTION] = {"attention", attention, COUNT(attention)},
+    [SDPA] = {"scaled_dot_product_attention", sdpa, COUNT(sdpa)},
+    [VARLEN] = {"attention_varlen", varlen, COUNT(varlen)},
+};
+
+_Static_assert(COUNT(attention) <= MAX_PARAMETERS && COUNT(varlen) <= MAX_PARAMETERS,
+               "signature has no room for them");
+
+int arguments_function(const char *name) {
+    int which = 0;
+    while (which < FUNCTIONS && strcmp(name, functions[which].name)) which++;
+    return which;
+}
+
+static PyObject **field_of(arguments *a, size_t offset) {
+    return (PyObject **)((char *)a + offset);
+}
+
+int arguments_learn(signature *s, PyObject *text, PyObject *names, PyObject *values,
+                    Py_ssize_t positional, PyCFunction entry) {
+    const char *name = PyBytes_AsString(text);
+    const Py_ssize_t count = PyTuple_Size(names), required = count - PyTuple_Size(values);
+    const int which = arguments_function(name);
+    int known = which < FUNCTIONS && count == functions[which].count && required >= 0;
+    for (Py_ssize_t i = 0; i < count && known; i++) {
+        s->name[i] = PyTuple_GetItem(names, i);
+        s->field[i] = functions[which].parameters[i].field;
+        known = !PyUnicode_CompareWithASCIIString(s->name[i], functions[which].parameters[i].name);
+        *field_of(&s->defaults, s->field[i]) =
+            i < required ? NULL : PyTuple_GetItem(values, i - required);
+    }
+    if (!known) {
+        PyErr_Format(PyExc_TypeError, "_C has no function %s%R", name, names);
+        return -1;
+    }
+    s->count = count, s->required = required, s->positional = positional;
+    s->text = Py_NewRef(text), s->names = Py_NewRef(names), s->values = Py_NewRef(values);
+    s->method = (PyMethodDef){name, entry, METH_FASTCALL | METH_KEYWORDS, name + strlen(name) + 1};
+    return 0;
+}
+
+/* The place of a keyword in the signature; count: none. */
+static Py_ssize_t find(const signature *s, PyObject *keyword) {
+    Py_ssize_t at = 0;
+    while (at < s->count && s->name[at] != keyword) at++;
+    if (at == s->count) /* a keyword that was made at run time is not interned */
+        for (at = 0; at < s->count && PyUnicode_Compare(s->name[at], keyword); at++) continue;
+    return at;
+}
+
+int arguments_parse(const signature *s, PyObject *const *given, Py_ssize_t count,
+                    PyObject *keywords, arguments *out) {
+    const char *name = s->method.ml_name;
+    if (count > s->positional) {
+        PyErr_Format(PyExc_TypeError, "%s() takes %zd positional arguments but %zd were given",
+                     name, s->positional, count);
+        return -1;
+    }
+    size_t size = sizeof *out;
+    __asm__("" : "+r"(size)); /* by the C library, as fa_clear() */
+    memcpy(out, &s->defaults, size);
+    for (Py_ssize_t i = 0; i < count; i++) *field_of(out, s->field[i]) = given[i];
+    const Py_ssize_t extra = keywords ? PyTuple_Size(keywords) : 0;
+    for (Py_ssize_t i = 0; i < extra; i++) {
+        PyObject *keyword = PyTuple_GetItem(keywords, i);
+        const Py_ssize_t at = find(s, keyword);
+        if (at == s->count || at < count) {
+            PyErr_Format(PyExc_TypeError,
+                         at < count ? "%s() got multiple values for argument '%U'"
+                                    : "%s() got an unexpected keyword argument '%U'",
+                         name, keyword);
+            return -1;
+        }
+        *field_of(out, s->field[at]) = given[count + i];
+    }
+    for (Py_ssize_t i = count; i < s->required; i++)
+        if (!*field_of(out, s->field[i])) {
+            PyErr_Format(PyExc_TypeError, "%s() missing required argument '%U'", name, s->name[i]);
+            return -1;
+        }
+    return 0;
+}

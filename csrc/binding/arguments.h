@@ -1,0 +1,47 @@
+/* arguments.h - the arguments of a public function, each by its name. */
+#ifndef FASTATTN_ARGUMENTS_H
+#define FASTATTN_ARGUMENTS_H
+
+#include <Python.h>
+
+/* The public functions that are builtins. */
+enum { ATTENTION, SDPA, VARLEN, FUNCTIONS };
+
+enum { MAX_PARAMETERS = 32 }; /* of one function */
+
+/* What one call was given, defaults included, under the names of python/fastattn/_attention.py.
+ * NULL: the function has no such argument. All borrowed. */
+typedef struct arguments {
+    PyObject *q, *k, *v, *out;
+    PyObject *query, *key, *value; /* scaled_dot_product_attention's names */
+    PyObject *causal, *is_causal, *window, *q_offset;
+    PyObject *q_lengths, *k_lengths, *k_start;
+    PyObject *cu_seqlens_q, *cu_seqlens_k, *max_seqlen_q, *max_seqlen_k, *seqused_q, *seqused_k;
+    PyObject *page_table;
+    PyObject *mask, *attn_mask, *softcap, *alibi_slopes, *sink, *scale, *dropout_p, *seed;
+    PyObject *layout, *enable_gqa, *return_lse, *deterministic, *batch_invariant, *backend;
+} arguments;
+
+/* A public function as Python's `def` has it. */
+typedef struct signature {
+    PyMethodDef method;
+    PyObject *text, *names, *values; /* owned; text holds name and doc of `method` */
+    PyObject *name[MAX_PARAMETERS];  /* borrowed from names, interned */
+    size_t field[MAX_PARAMETERS];    /* its offset in `arguments` */
+    arguments defaults;              /* borrowed from values; NULL where one is required, too */
+    Py_ssize_t positional, required, count;
+} signature;
+
+/* Which public function has this name; FUNCTIONS: none. */
+int arguments_function(const char *name);
+
+/* Learns a function from Python: as many names as C has of it, in the same order, and the values of
+ * the last ones. entry: the C function that runs it. -1 with an exception. */
+int arguments_learn(signature *s, PyObject *text, PyObject *names, PyObject *values,
+                    Py_ssize_t positional, PyCFunction entry);
+
+/* Python's own way from a call to its arguments, and its complaints: -1 with one. */
+int arguments_parse(const signature *s, PyObject *const *given, Py_ssize_t count,
+                    PyObject *keywords, arguments *out);
+
+#endif

@@ -1,0 +1,221 @@
+/* call.c - one call of a public function: prepared, run, handed over; or explained.
+ *
+ * Next is prepare.c, then check.c, dispatch.c with the choice of a backend, and without the GIL the
+ * backend.
+ */
+#include "call.h"
+
+#include <string.h>
+
+PyObject *call_raise(const module_state *state, fa_status status, int sdpa, const fa_error *error) {
+    PyObject *type = PyExc_RuntimeError;
+    if (PyErr_Occurred()) return NULL; /* FA_RAISED, or a Ctrl-C while the sentence was made */
+    switch ((int)status) {
+        case FA_VALUE:
+            type = sdpa ? state->value_error : PyExc_ValueError;
+            break;
+        case FA_TYPE:
+            type = sdpa ? state->type_error : PyExc_TypeError;
+            break;
+        case FA_UNSUPPORTED:
+            type = PyExc_NotImplementedError;
+            break;
+        case FA_MEMORY:
+            type = PyExc_MemoryError;
+            break;
+        default:
+            break;
+    }
+    /* A name that was cut to fit may end within a character. */
+    PyObject *text = PyUnicode_DecodeUTF8(error->text, (Py_ssize_t)strlen(error->text), "replace");
+    if (text) PyErr_SetObject(type, text);
+    Py_XDECREF(text);
+    return NULL;
+}
+
+PyObject *call_finish(const module_state *state, PyObject *result, fa_status status, int sdpa,
+                      const fa_error *error) {
+    if (status != FA_OK) return call_raise(state, status, sdpa, error);
+    if (result && PyErr_Occurred()) Py_CLEAR(result);
+    return result;
+}
+
+static void release(call *c) {
+    if (c->drawn) tensor_drop(&c->seed);
+    for (int i = 0; i < c->count; i++) tensor_release(&c->arrays[i]);
+    if (c->has_out) tensor_release(&c->out);
+}
+
+/* Some microseconds of work: letting another thread in would cost as much. */
+static int is_tiny(const fa_params *p) {
+    const fa_what *w = &p->what;
+    double products = (double)w->b * w->hq * w->sq * w->sk * (w->d + w->dv);
+    return p->where.device_type == FA_CPU && products < 3e4;
+}
+
+/* Outputs and workspace from the caller's allocator, then the backend without the GIL. */
+static fa_status run(call *c, output *out, output *lse) {
+    static const DLDataType byte = {DL_UINT, 8, 1};
+    fa_plan *plan = &c->plan;
+    fa_error *error = &c->error;
+    const fa_backend *backend = fa_choose(plan, c->backend, NULL, error);
+    if (!backend) return FA_UNSUPPORTED;
+    if (plan->params.where.device_type == FA_CPU) TRY(threads_warn(c->state));
+    if (c->draws) {
+        c->drawn = 1;
+        TRY(torch_draw_seed(c->state, &c->arrays[0], &c->seed, error));
+        plan->params.dropout.seed_data = c->seed.memory.array.data;
+    }
+    if (!c->has_out)
+        TRY(tensor_new(c->state, &c->arrays[0], plan->out_ndim, plan->out_shape, plan->out_stride,
+                       plan->out_dtype, out, error));
+    if (c->return_lse)
+        TRY(tensor_new(c->state, &c->arrays[0], plan->lse_ndim, plan->lse_shape, NULL,
+                       plan->lse_dtype, lse, error));
+    fa_bind_outputs(plan, c->has_out ? &c->out.array : &out->memory.array,
+                    c->return_lse ? &lse->memory.array : NULL);
+    int64_t bytes = backend->workspace(&plan->params);
+    output workspace;
+    fa_clear(&workspace, sizeof workspace);
+    if (bytes) TRY(tensor_new(c->state, &c->arrays[0], 1, &bytes, NULL, byte, &workspace, error));
+    PyThreadState *thread = is_tiny(&plan->params) ? NULL : PyEval_SaveThread();
+    fa_status status = fa_run(backend, plan, workspace.memory.array.data, error);
+    if (thread) PyEval_RestoreThread(thread);
+    if (bytes) tensor_drop(&workspace); /* a caching allocator orders its reuse after the launch */
+    if (status == FA_OK && c->has_out) status = torch_mark_written(c->state, &c->out);
+    return status;
+}
+
+PyObject *call_hand_over(module_state *state, const borrowed *like, output *out, output *lse,
+                         PyObject *given, int return_lse) {
+    PyObject *second = NULL;
+    PyObject *first = given ? Py_NewRef(given) : tensor_hand_over(state, like, out);
+    if (!first || !return_lse) {
+        tensor_drop(lse);
+        return first;
+    }
+    second = tensor_hand_over(state, like, lse);
+    PyObject *pair = second ? PyTuple_Pack(2, first, second) : NULL;
+    Py_DECREF(first);
+    Py_XDECREF(second);
+    return pair;
+}
+
+static void start(call *c, module_state *state) {
+    c->state = state;
+    c->now = (torch_now){0};
+    c->count = c->has_out = c->return_lse = c->draws = c->drawn = 0;
+    c->backend = NULL;
+    c->error.text[0] = 0;
+    fa_clear(&c->request, sizeof c->request);
+}
+
+static PyObject *compute(module_state *state, const arguments *a, prepare_function *prepare) {
+    call c;
+    output out, lse;
+    PyObject *result = NULL;
+    start(&c, state);
+    fa_clear(&out, sizeof out);
+    fa_clear(&lse, sizeof lse);
+    fa_status status = prepare(&c, a);
+    if (status == FA_OK) status = run(&c, &out, &lse);
+    if (status == FA_OK) {
+        result = call_hand_over(c.state, &c.arrays[0], &out, &lse, c.has_out ? c.out.object : NULL,
+                                c.return_lse);
+    } else {
+        tensor_drop(&out);
+        tensor_drop(&lse);
+    }
+    release(&c);
+    return call_finish(state, result, status, c.request.sdpa, &c.error);
+}
+
+static PyObject *call_public(PyObject *module, int which, PyObject *const *given, Py_ssize_t count,
+                             PyObject *keywords, prepare_function *prepare) {
+    module_state *state = PyModule_GetState(module);
+    arguments a;
+    if (arguments_parse(&state->signatures[which], given, count, keywords, &a) < 0) return NULL;
+    return compute(state, &a, prepare);
+}
+
+static PyObject *attention(PyObject *module, PyObject *const *given, Py_ssize_t count,
+                           PyObject *keywords) {
+    return call_public(module, ATTENTION, given, count, keywords, prepare_attention);
+}
+
+static PyObject *scaled_dot_product_attention(PyObject *module, PyObject *const *given,
+                                              Py_ssize_t count, PyObject *keywords) {
+    return call_public(module, SDPA, given, count, keywords, prepare_sdpa);
+}
+
+static PyObject *attention_varlen(PyObject *module, PyObject *const *given, Py_ssize_t count,
+                                  PyObject *keywords) {
+    return call_public(module, VARLEN, given, count, keywords, prepare_varlen);
+}
+
+static const struct {
+    PyObject *(*entry)(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
+    prepare_function *prepare;
+} functions[FUNCTIONS] = {
+    [ATTENTION] = {attention, prepare_attention},
+    [SDPA] = {scaled_dot_product_attention, prepare_sdpa},
+    [VARLEN] = {attention_varlen, prepare_varlen},
+};
+
+PyObject *call_function(PyObject *module, PyObject *args) {
+    PyObject *text, *names, *values;
+    Py_ssize_t positional;
+    if (!PyArg_ParseTuple(args, "SO!O!n", &text, &PyTuple_Type, &names, &PyTuple_Type, &values,
+                          &positional))
+        return NULL;
+    const int which = arguments_function(PyBytes_AsString(text));
+    if (which == FUNCTIONS) return PyErr_Format(PyExc_TypeError, "_C has no function of %R", text);
+    signature *s = &((module_state *)PyModule_GetState(module))->signatures[which];
+    PyCFunction entry = (PyCFunction)(void (*)(void))functions[which].entry;
+    /* A package that is imported again keeps the first one's. */
+    if (!s->text && arguments_learn(s, text, names, values, positional, entry) < 0) return NULL;
+    PyObject *package = PyUnicode_FromString("fastattn");
+    PyObject *result = package ? PyCFunction_NewEx(&s->method, module, package) : NULL;
+    Py_XDECREF(package);
+    return result;
+}
+
+PyObject *call_explain(PyObject *module, PyObject *const *given, Py_ssize_t count,
+                       PyObject *keywords) {
+    char name[64] = "";
+    if (count) state_text(Py_NewRef(given[0]), sizeof name, name);
+    const int which = arguments_function(name);
+    module_state *state = PyModule_GetState(module);
+    if (which == FUNCTIONS || !state->signatures[which].text)
+        return PyErr_Format(PyExc_TypeError, "_C has no function %s", name);
+    arguments a;
+    if (arguments_parse(&state->signatures[which], given + 1, count - 1, keywords, &a) < 0)
+        return NULL;
+    call c;
+    fa_error reasons[FA_MAX_BACKENDS];
+    const fa_backend *chosen = NULL;
+    const char *kernel = NULL;
+    start(&c, state);
+    fa_status status = functions[which].prepare(&c, &a);
+    if (status == FA_OK) {
+        /* As run() does before the launch: kernels differ by out's strides, and by whether lse is
+         * wanted. Any address says so, for nothing is written. */
+        if (c.has_out) fa_bind_outputs(&c.plan, &c.out.array, NULL);
+        if (c.return_lse) c.plan.params.what.lse.data = &c;
+        chosen = fa_choose(&c.plan, c.backend, reasons, &c.error);
+        if (chosen) kernel = chosen->kernel(&c.plan.params);
+    }
+    release(&c);
+    if (status != FA_OK || PyErr_Occurred())
+        return call_raise(c.state, status, c.request.sdpa, &c.error);
+    PyObject *refused = PyDict_New();
+    for (int32_t i = 0; i < fa_backend_count() && refused; i++) {
+        PyObject *reason = reasons[i].text[0] ? PyUnicode_FromString(reasons[i].text) : NULL;
+        if (!reasons[i].text[0]) continue;
+        if (!reason || PyDict_SetItemString(refused, fa_backend_at(i)->name, reason) < 0)
+            Py_CLEAR(refused);
+        Py_XDECREF(reason);
+    }
+    if (!refused) return NULL;
+    return Py_BuildValue("(zzN)", chosen ? chosen->name : NULL, kernel, refused);
+}

@@ -1,0 +1,49 @@
+/* state.h - what the module has learnt about the process, and the way to fastattn/_arrays.py. */
+#ifndef FASTATTN_STATE_H
+#define FASTATTN_STATE_H
+
+#include <Python.h>
+
+#include "arguments.h"
+#include "check.h"
+#include "torch_abi.h"
+
+/* A Python exception is already set; the only status that is not in the contract. */
+#define FA_RAISED ((fa_status) - 1)
+
+/* One per module object. */
+typedef struct module_state {
+    PyTypeObject *tensor,
+        *parameter; /* torch.Tensor and torch.nn.Parameter; NULL until torch is there */
+    const DLExchangeAPI *exchange; /* torch's table; NULL before torch 2.10 */
+    PyObject *is_grad_enabled;     /* torch.is_grad_enabled */
+    PyObject *forward_ad;          /* the dict of torch.autograd.forward_ad */
+    PyCFunction is_neg; /* the C function of torch.Tensor.is_neg: half the time of a method call */
+    torch_abi abi;
+    PyTypeObject *ndarray; /* numpy.ndarray; NULL until NumPy is there */
+    PyObject *arrays;      /* fastattn._arrays: the frameworks without a C table */
+    signature signatures[FUNCTIONS];
+    PyObject *requires_grad, *current_level; /* interned names */
+    PyObject *value_error, *type_error; /* the drop-in's, each a RuntimeError too, as torch's */
+    int warned;                         /* of the environment, if there was a reason */
+} module_state;
+
+int state_init(module_state *state);
+int state_traverse(module_state *state, visitproc visit, void *arg);
+void state_clear(module_state *state);
+
+/* Learns about the frameworks that have been imported since the last look. `tensor` and `ndarray`
+ * are set last and say that the rest is there. -1 with an exception. */
+int state_learn(module_state *state);
+
+/* Calls a function of fastattn._arrays, which is imported by the first call that needs it. */
+PyObject *state_call(module_state *state, const char *function, const char *format, ...);
+
+/* Copies a str, which it takes over, into a buffer; "an object" if text is NULL. */
+const char *state_text(PyObject *text, size_t size, char *buffer);
+
+/* Of an object, for a sentence: its repr(), the name of its type. */
+const char *state_repr(PyObject *object, char buffer[64]);
+const char *state_type_name(PyObject *object, char buffer[128]);
+
+#endif
