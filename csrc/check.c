@@ -21,31 +21,23 @@ fa_status fa_fail(fa_error *error, fa_status status, const char *format, ...) {
     return status;
 }
 
-static const struct {
-    uint8_t code, bits;
-    fa_dtype dtype;
-    const char *name;
-} known[] = {
-    {DL_FLOAT, 64, FA_F64, "float64"}, {DL_FLOAT, 32, FA_F32, "float32"},
-    {DL_FLOAT, 16, FA_F16, "float16"}, {DL_BFLOAT, 16, FA_BF16, "bfloat16"},
-    {DL_BOOL, 8, FA_BOOL, "bool"},     {10, 8, 0, "float8_e4m3fn"},
-    {12, 8, 0, "float8_e5m2"},
-};
-
 /* 0 where the contract has no such dtype. */
 static fa_dtype contract_dtype(DLDataType t) {
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (t.code == known[i].code && t.bits == known[i].bits && t.lanes == 1)
-            return known[i].dtype;
+    for (int i = 1; i < FA_DTYPE_COUNT; i++)
+        if (t.code == fa_dtypes[i].code && t.bits == 8 * fa_dtypes[i].size && t.lanes == 1)
+            return (fa_dtype)i;
     return 0;
 }
 
 const char *fa_dtype_name(DLDataType t, char buffer[32]) {
-    static const char *const kinds[] = {"int",    "uint",    "float", "opaque",
-                                        "bfloat", "complex", "bool"};
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (t.code == known[i].code && t.bits == known[i].bits && t.lanes == 1)
-            return known[i].name;
+    static const char *const kinds[] = {
+        [DL_INT] = "int",       [DL_UINT] = "uint",       [DL_FLOAT] = "float", [3] = "opaque",
+        [DL_BFLOAT] = "bfloat", [DL_COMPLEX] = "complex", [DL_BOOL] = "bool",
+    };
+    const fa_dtype known = contract_dtype(t);
+    if (known) return fa_dtypes[known].name;
+    if (t.bits == 8 && t.lanes == 1 && (t.code == DL_FLOAT8_E4M3FN || t.code == DL_FLOAT8_E5M2))
+        return t.code == DL_FLOAT8_E5M2 ? "float8_e5m2" : "float8_e4m3fn";
     if (t.code < sizeof kinds / sizeof *kinds && t.lanes == 1)
         snprintf(buffer, 32, "%s%d", kinds[t.code], t.bits);
     else

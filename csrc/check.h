@@ -54,13 +54,30 @@ typedef struct fa_request {
 
 enum { FA_OUTER = FA_MAX_RANK - 3 }; /* leading dimensions that one run cannot take */
 
+/* The arrays that have such dimensions. */
+enum {
+    FA_OPERAND_Q,
+    FA_OPERAND_K,
+    FA_OPERAND_V,
+    FA_OPERAND_MASK,
+    FA_OPERAND_OUT,
+    FA_OPERANDS,
+};
+
+/* The backend that takes a request, and what it found out on the way. */
+typedef struct fa_chosen {
+    const fa_backend *backend;
+    fa_choice choice;
+} fa_chosen;
+
 /* One fa_params, run once for every index of the outer dimensions (one run but for scaled dot
  * product attention with more than one batch dimension that no single stride describes). */
 typedef struct fa_plan {
-    fa_params params; /* out and lse of params.what are set by fa_bind_* */
+    fa_params params; /* out and lse of params.what are set by fa_bind_outputs() */
+    fa_chosen chosen; /* set by fa_choose() */
     int32_t outer_ndim;
     int64_t outer_shape[FA_OUTER];
-    int64_t outer_stride[FA_OUTER][5]; /* elements: q, k, v, mask, out */
+    int64_t outer_stride[FA_OUTER][FA_OPERANDS]; /* elements */
     DLDataType out_dtype, lse_dtype;
     int32_t out_ndim, lse_ndim;
     int64_t out_shape[FA_MAX_RANK], out_stride[FA_MAX_RANK], lse_shape[3];
@@ -111,12 +128,19 @@ int32_t fa_backend_count(void);
 const fa_backend *fa_backend_at(int32_t i);
 /* Why this build has no CUDA kernels, as "it was built with FASTATTN_CUDA=0"; NULL: it has. */
 const char *fa_no_kernels(void);
-/* The first backend that takes the request (of that name, if name is not NULL), or the sentence
- * with every backend's reason. reasons, if not NULL, has one entry per backend; empty: it would
- * run. */
-const fa_backend *fa_choose(const fa_plan *plan, const char *name, fa_error *reasons,
-                            fa_error *error);
-fa_status fa_run(const fa_backend *backend, const fa_plan *plan, void *workspace, fa_error *error);
-fa_status fa_run_merge(const fa_merge *merge, fa_error *error);
+/* The first backend that takes the request (of that name, if name is not NULL), kept in the plan
+ * with its choice, or the sentence with every backend's reason. reasons, if not NULL, has one entry
+ * per backend; empty: it would run. The outputs are bound before. */
+const fa_backend *fa_choose(fa_plan *plan, const char *name, fa_error *reasons, fa_error *error);
+/* Of the choice: the kernel's name, the bytes of device workspace. */
+const char *fa_kernel(const fa_plan *plan);
+int64_t fa_workspace(const fa_plan *plan);
+fa_status fa_run(const fa_plan *plan, void *workspace, fa_error *error);
+
+/* The same for merging; the backend, or NULL. */
+const fa_backend *fa_choose_merge(const fa_merge *merge, fa_chosen *chosen, fa_error *error);
+int64_t fa_merge_workspace(const fa_merge *merge, const fa_chosen *chosen);
+fa_status fa_run_merge(const fa_merge *merge, const fa_chosen *chosen, void *workspace,
+                       fa_error *error);
 
 #endif

@@ -1,20 +1,19 @@
-/* dispatch.c - the ordered table of backends; the first that does not reject runs.
+/* dispatch.c - the ordered table of backends; the first that takes a request runs it.
  *
- * Stop 4 of 6. A backend is one entry here and nothing else: its own file says what it takes.
+ * Stop 4 of 6. A backend is one entry here and nothing else: support.c declares what it takes, its
+ * own folder computes. Next: fa_forward_op.run, in cpu/cpu.c or kernels/sm90/backend.cu.
  */
 #include "check.h"
+#include "support.h"
 
 #include <stdio.h>
 #include <string.h>
 
-static const struct {
-    const fa_backend *backend;
-    fa_device_type device;
-} table[] = {
+static const fa_backend *const table[] = {
 #ifdef FASTATTN_CUDA
-    {&fa_sm90, FA_CUDA},
+    &fa_sm90,
 #endif
-    {&fa_cpu, FA_CPU},
+    &fa_cpu,
 };
 
 enum { COUNT = sizeof table / sizeof *table };
@@ -30,34 +29,64 @@ const char *fa_no_kernels(void) {
 
 int32_t fa_backend_count(void) { return COUNT; }
 
-const fa_backend *fa_backend_at(int32_t i) { return table[i].backend; }
+const fa_backend *fa_backend_at(int32_t i) { return table[i]; }
 
-/* FA_OK, or the backend's reason in why. */
-static fa_status try_backend(int32_t i, const fa_plan *plan, const char *name, fa_error *why) {
-    if (name && strcmp(name, table[i].backend->name))
-        return fa_fail(why, FA_UNSUPPORTED, "backend=\"%s\" was asked for", name);
-    return table[i].backend->reject(&plan->params, why);
+/* ---- the choice ---- */
+
+/* Whether a backend that runs on the device takes the request: of one operation. */
+typedef fa_status ask_operation(const fa_backend *b, const void *request, fa_choice *choice,
+                                fa_error *why);
+
+static fa_status ask_forward(const fa_backend *b, const void *request, fa_choice *choice,
+                             fa_error *why) {
+    if (!b->forward) return fa_fail(why, FA_UNSUPPORTED, "it computes no attention");
+    const fa_demand demand = fa_forward_demand(request);
+    TRY(fa_check_support(b->forward->support, &demand, why));
+    return b->forward->reject(request, choice, why);
 }
 
-const fa_backend *fa_choose(const fa_plan *plan, const char *name, fa_error *reasons,
-                            fa_error *error) {
+static fa_status ask_merge(const fa_backend *b, const void *request, fa_choice *choice,
+                           fa_error *why) {
+    if (!b->merge) return fa_fail(why, FA_UNSUPPORTED, "it merges no partial results");
+    const fa_demand demand = fa_merge_demand(request);
+    TRY(fa_check_support(b->merge->support, &demand, why));
+    return b->merge->reject(request, choice, why);
+}
+
+static fa_status ask(const fa_backend *b, ask_operation *operation, const void *request,
+                     const fa_where *where, const char *name, fa_choice *choice, fa_error *why) {
+    if (name && strcmp(name, b->name))
+        return fa_fail(why, FA_UNSUPPORTED, "backend=\"%s\" was asked for", name);
+    if (b->device != where->device_type)
+        return fa_fail(why, FA_UNSUPPORTED, "the arrays are on %s",
+                       where->device_type == FA_CPU ? "the CPU" : "a GPU");
+    TRY(b->find_device(where, &choice->device, why));
+    return operation(b, request, choice, why);
+}
+
+/* reasons: as in fa_choose(). */
+static const fa_backend *choose(ask_operation *operation, const void *request,
+                                const fa_where *where, const char *name, fa_chosen *to,
+                                fa_error *reasons, fa_error *error) {
     const fa_backend *chosen = NULL;
+    fa_choice other;
     /* The usual case first, without a word: a backend of another device is not even asked. */
     for (int32_t i = 0; i < COUNT && !chosen; i++)
-        if (table[i].device == plan->params.where.device_type &&
-            try_backend(i, plan, name, error) == FA_OK)
-            chosen = table[i].backend;
+        if (table[i]->device == where->device_type &&
+            ask(table[i], operation, request, where, name, &to->choice, error) == FA_OK)
+            chosen = table[i];
+    to->backend = chosen;
     if (chosen && !reasons) return chosen;
 
     size_t used = 0, room = sizeof error->text;
     for (int32_t i = 0; i < COUNT; i++) {
         fa_error why = {""};
-        if (try_backend(i, plan, name, &why) == FA_OK) why.text[0] = 0;
+        if (ask(table[i], operation, request, where, name, &other, &why) == FA_OK) why.text[0] = 0;
         if (reasons) reasons[i] = why;
         if (used < room)
-            used += (size_t)snprintf(
-                error->text + used, room - used, "%s%s: %s",
-                used ? "; " : "no backend takes this call: ", table[i].backend->name, why.text);
+            used += (size_t)snprintf(error->text + used, room - used, "%s%s: %s",
+                                     used ? "; " : "no backend takes this call: ", table[i]->name,
+                                     why.text);
     }
 #ifndef FASTATTN_CUDA
     if (used < room)
@@ -66,51 +95,70 @@ const fa_backend *fa_choose(const fa_plan *plan, const char *name, fa_error *rea
     return chosen;
 }
 
-static int64_t item_size(fa_dtype dtype) {
-    switch (dtype) {
-        case FA_F64:
-            return 8;
-        case FA_F32:
-            return 4;
-        case FA_F16:
-        case FA_BF16:
-            return 2;
-        case FA_BOOL:
-            return 1;
-    }
-    return 0;
+/* ---- the forward pass ---- */
+
+const fa_backend *fa_choose(fa_plan *plan, const char *name, fa_error *reasons, fa_error *error) {
+    const fa_params *p = &plan->params;
+    return choose(ask_forward, p, &p->where, name, &plan->chosen, reasons, error);
 }
 
-fa_status fa_run(const fa_backend *backend, const fa_plan *plan, void *workspace, fa_error *error) {
-    if (!plan->outer_ndim) return backend->run(&plan->params, workspace, error);
+const char *fa_kernel(const fa_plan *plan) {
+    return plan->chosen.backend->forward->kernel(&plan->params, &plan->chosen.choice);
+}
+
+int64_t fa_workspace(const fa_plan *plan) {
+    return plan->chosen.backend->forward->workspace(&plan->params, &plan->chosen.choice);
+}
+
+/* The next index of the outer dimensions, counted like an odometer, and the arrays' data with it.
+ */
+static void step_outer(const fa_plan *plan, int64_t index[FA_OUTER], fa_params *p) {
+    void **const data[FA_OPERANDS] = {
+        [FA_OPERAND_Q] = &p->what.q.data,     [FA_OPERAND_K] = &p->what.k.data,
+        [FA_OPERAND_V] = &p->what.v.data,     [FA_OPERAND_MASK] = &p->scores.mask.data,
+        [FA_OPERAND_OUT] = &p->what.out.data,
+    };
+    for (int32_t i = 0; i < plan->outer_ndim; i++) {
+        int64_t step = 1;
+        if (++index[i] == plan->outer_shape[i]) step = 1 - plan->outer_shape[i], index[i] = 0;
+        for (int t = 0; t < FA_OPERANDS; t++) {
+            const fa_dtype dtype = t == FA_OPERAND_MASK ? p->scores.mask_dtype : p->what.dtype;
+            if (*data[t])
+                *data[t] =
+                    (char *)*data[t] + step * plan->outer_stride[i][t] * fa_dtype_size(dtype);
+        }
+        if (index[i]) break;
+    }
+}
+
+fa_status fa_run(const fa_plan *plan, void *workspace, fa_error *error) {
+    const fa_forward_op *op = plan->chosen.backend->forward;
+    fa_choice choice = plan->chosen.choice;
+    if (!plan->outer_ndim) return op->run(&plan->params, &choice, workspace, error);
     fa_params p = plan->params;
-    void **data[5] = {&p.what.q.data, &p.what.k.data, &p.what.v.data, &p.scores.mask.data,
-                      &p.what.out.data};
     int64_t index[FA_OUTER] = {0}, runs = 1;
-    int64_t size = item_size(p.what.dtype), mask_size = item_size(p.scores.mask_dtype);
     for (int32_t i = 0; i < plan->outer_ndim; i++) runs *= plan->outer_shape[i];
     for (int64_t run = 0; run < runs; run++) {
-        fa_status status = backend->run(&p, workspace, error);
-        if (status != FA_OK) return status;
+        /* Each is a request with addresses of its own, on which a variant may depend. */
+        if (run) TRY(op->reject(&p, &choice, error));
+        TRY(op->run(&p, &choice, workspace, error));
         p.dropout.first_b += p.what.b;
-        /* The next index, counted like an odometer, and the arrays' data with it. */
-        for (int32_t i = 0; i < plan->outer_ndim; i++) {
-            int64_t step = 1;
-            if (++index[i] == plan->outer_shape[i]) step = 1 - plan->outer_shape[i], index[i] = 0;
-            for (int t = 0; t < 5; t++)
-                if (*data[t])
-                    *data[t] = (char *)*data[t] +
-                               step * plan->outer_stride[i][t] * (t == 3 ? mask_size : size);
-            if (index[i]) break;
-        }
+        step_outer(plan, index, &p);
     }
     return FA_OK;
 }
 
-fa_status fa_run_merge(const fa_merge *merge, fa_error *error) {
-    for (int32_t i = 0; i < COUNT; i++)
-        if (table[i].device == merge->where.device_type && table[i].backend->merge)
-            return table[i].backend->merge(merge, error);
-    snprintf(error->text, sizeof error->text, "no backend merges partial results on this device");
-    return FA_UNSUPPORTED;
+/* ---- merging ---- */
+
+const fa_backend *fa_choose_merge(const fa_merge *m, fa_chosen *chosen, fa_error *error) {
+    return choose(ask_merge, m, &m->where, NULL, chosen, NULL, error);
+}
+
+int64_t fa_merge_workspace(const fa_merge *m, const fa_chosen *chosen) {
+    return chosen->backend->merge->workspace(m, &chosen->choice);
+}
+
+fa_status fa_run_merge(const fa_merge *m, const fa_chosen *chosen, void *workspace,
+                       fa_error *error) {
+    return chosen->backend->merge->run(m, &chosen->choice, workspace, error);
 }

@@ -1,14 +1,14 @@
 /* mask.h - the key interval of a row, and its inverse, the rows that see a block of keys: the only
  * place that knows causal, window and lengths.
  *
- * Compiled by gcc and nvcc alike (csrc/cpu/cpu.c, kernels/). Includes nothing but fastattn.h.
+ * Compiled by gcc and nvcc alike (csrc/cpu/cpu.c, kernels/). Includes nothing but forward.h.
  * For the rows 0 .. sq-1 of one sequence (its true length) both ends are non-decreasing in the row,
  * so a block of rows sees exactly [begin of its first row, end of its last row).
  */
 #ifndef FASTATTN_MASK_H
 #define FASTATTN_MASK_H
 
-#include "fastattn.h"
+#include "forward.h"
 
 typedef struct fa_interval {
     int32_t begin, end; /* keys begin <= j < end, none where equal; 0 <= begin <= end <= sk */
@@ -87,18 +87,18 @@ FA_INLINE fa_interval fa_row_interval(fa_lengths n, int32_t i) {
 
 /* The inverse: rows begin <= i < end, none where equal; 0 <= begin <= end <= sq. Both ends are
  * non-decreasing in the ends of the block of keys. */
-typedef struct fa_rows {
+typedef struct fa_row_range {
     int32_t begin, end;
-} fa_rows;
+} fa_row_range;
 
-FA_INLINE fa_rows fa_rows_between(fa_lengths n, int32_t begin, int32_t end) {
-    fa_rows rows = {fa_clamp(begin, 0, n.sq), fa_clamp(end, 0, n.sq)};
+FA_INLINE fa_row_range fa_rows_between(fa_lengths n, int32_t begin, int32_t end) {
+    fa_row_range rows = {fa_clamp(begin, 0, n.sq), fa_clamp(end, 0, n.sq)};
     if (rows.end < rows.begin) rows.end = rows.begin;
     return rows;
 }
 
 /* The rows that see some key of a block; 0 <= keys.begin <= keys.end <= FA_MAX_LENGTH. */
-FA_INLINE fa_rows fa_rows_seeing_some(fa_lengths n, fa_interval keys) {
+FA_INLINE fa_row_range fa_rows_seeing_some(fa_lengths n, fa_interval keys) {
     if (keys.begin < n.k_start) keys.begin = n.k_start;
     if (keys.end > n.sk) keys.end = n.sk;
     if (keys.begin >= keys.end) return fa_rows_between(n, n.sq, n.sq);
@@ -106,7 +106,7 @@ FA_INLINE fa_rows fa_rows_seeing_some(fa_lengths n, fa_interval keys) {
 }
 
 /* The rows that see every key of a block, which is not empty. */
-FA_INLINE fa_rows fa_rows_seeing_all(fa_lengths n, fa_interval keys) {
+FA_INLINE fa_row_range fa_rows_seeing_all(fa_lengths n, fa_interval keys) {
     if (keys.begin < n.k_start || keys.end > n.sk) return fa_rows_between(n, n.sq, n.sq);
     return fa_rows_between(n, keys.end - n.to, keys.begin - n.from + 1);
 }

@@ -212,7 +212,10 @@ static int32_t run(fa_dtype type, int32_t number) {
     int32_t wrong = 0;
     fa_error error = {""};
     double out[257], worst = 0;
-    if (fa_cpu.reject(&p, &error) != FA_OK || fa_cpu.run(&p, NULL, &error) != FA_OK) wrong = 1;
+    fa_choice choice;
+    if (fa_cpu.forward->reject(&p, &choice, &error) != FA_OK ||
+        fa_cpu.forward->run(&p, &choice, NULL, &error) != FA_OK)
+        wrong = 1;
     for (int64_t row = 0; row < (int64_t)w->b * w->hq * w->sq && !wrong; ++row) {
         int64_t i = row % w->sq, head = row / w->sq % w->hq, b = row / w->sq / w->hq;
         double lse = naive_row(&p, b, head, i, out), difference;

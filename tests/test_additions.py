@@ -33,7 +33,7 @@ def forgotten(contract, rows, cpu):
 
 
 def test_a_change_of_the_scores_is_switched_on_in_every_backend():
-    contract, rows = text("csrc/fastattn.h"), text("kernels/sm90/rows.h")
+    contract, rows = text("csrc/forward.h"), text("kernels/sm90/rows.h")
     cpu = text("csrc/cpu/kernel.h")
     assert not forgotten(contract, rows, cpu)
     more = contract.replace("} fa_scores;", "float temperature; } fa_scores;")

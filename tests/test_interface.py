@@ -113,7 +113,8 @@ def test_stub_agrees_with_the_module():
 
 def test_info():
     found = fastattn.info()
-    assert set(found) == {"version", "backends", "cpu", "glibc_needed", "cuda", "no_kernels"}
+    names = {"version", "backends", "cpu", "glibc_needed", "cuda", "no_kernels", "support"}
+    assert set(found) == names and set(found["backends"]) <= set(found["support"])
     assert found["version"] == fastattn.__version__
     assert found["backends"][-1] == "cpu"
     assert found["cpu"]["level"] in ("portable", "avx2", "avx512", "avx512_bf16")

@@ -22,7 +22,7 @@ int main(void) {
         m.q_offset = in[7] == INT32_MIN ? 0 : &in[7];
         fa_lengths n = fa_sequence_lengths(&m, 0, in[8], in[9]);
         fa_interval keys = {in[10], in[11]};
-        fa_rows some = fa_rows_seeing_some(n, keys), all = fa_rows_seeing_all(n, keys);
+        fa_row_range some = fa_rows_seeing_some(n, keys), all = fa_rows_seeing_all(n, keys);
         int32_t out[4] = {some.begin, some.end, all.begin, all.end};
         fwrite(out, sizeof out, 1, stdout);
     }

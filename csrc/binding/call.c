@@ -58,14 +58,6 @@ static fa_status run(call *c, output *out, output *lse) {
     static const DLDataType byte = {DL_UINT, 8, 1};
     fa_plan *plan = &c->plan;
     fa_error *error = &c->error;
-    const fa_backend *backend = fa_choose(plan, c->backend, NULL, error);
-    if (!backend) return FA_UNSUPPORTED;
-    if (plan->params.where.device_type == FA_CPU) TRY(threads_warn(c->state));
-    if (c->draws) {
-        c->drawn = 1;
-        TRY(torch_draw_seed(c->state, &c->arrays[0], &c->seed, error));
-        plan->params.dropout.seed_data = c->seed.memory.array.data;
-    }
     if (!c->has_out)
         TRY(tensor_new(c->state, &c->arrays[0], plan->out_ndim, plan->out_shape, plan->out_stride,
                        plan->out_dtype, out, error));
@@ -74,12 +66,20 @@ static fa_status run(call *c, output *out, output *lse) {
                        plan->lse_dtype, lse, error));
     fa_bind_outputs(plan, c->has_out ? &c->out.array : &out->memory.array,
                     c->return_lse ? &lse->memory.array : NULL);
-    int64_t bytes = backend->workspace(&plan->params);
+    /* The request is complete, but for a seed to be drawn: a call that is refused draws none. */
+    if (!fa_choose(plan, c->backend, NULL, error)) return FA_UNSUPPORTED;
+    if (plan->params.where.device_type == FA_CPU) TRY(threads_warn(c->state));
+    if (c->draws) {
+        c->drawn = 1;
+        TRY(torch_draw_seed(c->state, &c->arrays[0], &c->seed, error));
+        plan->params.dropout.seed_data = c->seed.memory.array.data;
+    }
+    int64_t bytes = fa_workspace(plan);
     output workspace;
     fa_clear(&workspace, sizeof workspace);
     if (bytes) TRY(tensor_new(c->state, &c->arrays[0], 1, &bytes, NULL, byte, &workspace, error));
     PyThreadState *thread = is_tiny(&plan->params) ? NULL : PyEval_SaveThread();
-    fa_status status = fa_run(backend, plan, workspace.memory.array.data, error);
+    fa_status status = fa_run(plan, workspace.memory.array.data, error);
     if (thread) PyEval_RestoreThread(thread);
     if (bytes) tensor_drop(&workspace); /* a caching allocator orders its reuse after the launch */
     if (status == FA_OK && c->has_out) status = torch_mark_written(c->state, &c->out);
@@ -203,7 +203,7 @@ PyObject *call_explain(PyObject *module, PyObject *const *given, Py_ssize_t coun
         if (c.has_out) fa_bind_outputs(&c.plan, &c.out.array, NULL);
         if (c.return_lse) c.plan.params.what.lse.data = &c;
         chosen = fa_choose(&c.plan, c.backend, reasons, &c.error);
-        if (chosen) kernel = chosen->kernel(&c.plan.params);
+        if (chosen) kernel = fa_kernel(&c.plan);
     }
     release(&c);
     if (status != FA_OK || PyErr_Occurred())

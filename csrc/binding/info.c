@@ -7,6 +7,16 @@
 #include <stdio.h>
 
 #include "check.h"
+#include "support.h"
+
+/* Appends a str to a list that may be NULL; NULL after a failure. */
+static PyObject *add_name(PyObject *list, const char *text) {
+    PyObject *name = list ? PyUnicode_FromString(text) : NULL;
+    if (name && PyList_Append(list, name) < 0) Py_CLEAR(list);
+    if (!name) Py_CLEAR(list);
+    Py_XDECREF(name);
+    return list;
+}
 
 #ifdef FASTATTN_CUDA
 static PyObject *cuda_info(void) {
@@ -23,11 +33,8 @@ static PyObject *cuda_info(void) {
         if (!device || PyList_Append(devices, device) < 0) Py_CLEAR(devices);
         Py_XDECREF(device);
     }
-    for (const char *const *row = fa_cuda_rows(); *row && kernels; row++) {
-        PyObject *name = PyUnicode_FromString(*row);
-        if (!name || PyList_Append(kernels, name) < 0) Py_CLEAR(kernels);
-        Py_XDECREF(name);
-    }
+    for (const char *const *row = fa_cuda_rows(); *row && kernels; row++)
+        kernels = add_name(kernels, *row);
     if (!devices || !kernels) {
         Py_XDECREF(devices);
         Py_XDECREF(kernels);
@@ -76,20 +83,63 @@ static const char *glibc_needed(char text[32]) {
     return newest[0] ? text : NULL;
 }
 
+/* ---- declared support ---- */
+
+static PyObject *dtype_names(uint32_t set) {
+    PyObject *list = PyList_New(0);
+    for (int32_t i = 1; i < FA_DTYPE_COUNT && list; i++)
+        if (set >> i & 1) list = add_name(list, fa_dtypes[i].name);
+    return list;
+}
+
+static PyObject *feature_names(uint32_t set) {
+    PyObject *list = PyList_New(0);
+    for (int32_t i = 0; i < FA_FEATURE_COUNT && list; i++)
+        if (set >> i & 1) list = add_name(list, fa_features[i].name);
+    return list;
+}
+
+static PyObject *apart_names(const fa_support *s) {
+    PyObject *sets = PyList_New(0);
+    for (int32_t i = 0; i < FA_MAX_APART && s->apart[i] && sets; i++) {
+        PyObject *set = feature_names(s->apart[i]);
+        if (!set || PyList_Append(sets, set) < 0) Py_CLEAR(sets);
+        Py_XDECREF(set);
+    }
+    return sets;
+}
+
+/* {backend: {operation: {dtypes, features, apart, d}}}, of the whole table. */
+static PyObject *support_info(void) {
+    PyObject *all = PyDict_New();
+    for (int32_t i = 0; i < FA_SUPPORT_COUNT && all; i++) {
+        const fa_support *s = &fa_support_table[i];
+        PyObject *of = PyDict_GetItemString(all, s->backend);
+        PyObject *operations = of ? Py_NewRef(of) : PyDict_New();
+        PyObject *line = Py_BuildValue("{s:N, s:N, s:N, s:(ii)}", "dtypes", dtype_names(s->dtypes),
+                                       "features", feature_names(s->features), "apart",
+                                       apart_names(s), "d", s->least_d, s->most_d);
+        if (!operations || !line || PyDict_SetItemString(operations, s->operation, line) < 0 ||
+            PyDict_SetItemString(all, s->backend, operations) < 0)
+            Py_CLEAR(all);
+        Py_XDECREF(operations);
+        Py_XDECREF(line);
+    }
+    return all;
+}
+
 PyObject *info_dict(PyObject *module, PyObject *unused) {
     char glibc[32];
     (void)module, (void)unused;
     PyObject *cuda = cuda_info(), *backends = cuda ? PyList_New(0) : NULL;
-    for (int32_t i = 0; i < fa_backend_count() && backends; i++) {
-        PyObject *name = PyUnicode_FromString(fa_backend_at(i)->name);
-        if (!name || PyList_Append(backends, name) < 0) Py_CLEAR(backends);
-        Py_XDECREF(name);
-    }
+    for (int32_t i = 0; i < fa_backend_count() && backends; i++)
+        backends = add_name(backends, fa_backend_at(i)->name);
     if (!backends) {
         Py_XDECREF(cuda);
         return NULL;
     }
-    return Py_BuildValue("{s:N, s:{s:s, s:i}, s:z, s:N, s:z}", "backends", backends, "cpu", "level",
-                         fa_cpu_level(), "threads", fa_cpu_threads(), "glibc_needed",
-                         glibc_needed(glibc), "cuda", cuda, "no_kernels", fa_no_kernels());
+    return Py_BuildValue("{s:N, s:{s:s, s:i}, s:z, s:N, s:z, s:N}", "backends", backends, "cpu",
+                         "level", fa_cpu_level(), "threads", fa_cpu_threads(), "glibc_needed",
+                         glibc_needed(glibc), "cuda", cuda, "no_kernels", fa_no_kernels(),
+                         "support", support_info());
 }

@@ -22,18 +22,13 @@
 #include "fastattn.h"
 #include "mask.h"
 #include "philox.h"
+#include "support.h"
 
 #define FA_LOG2E 1.44269504088896340736
 #define FA_LN2 0.69314718055994530942
 #define FA_FAST static inline __attribute__((always_inline))
 #define FA_JOIN_(a, b) a##_##b
 #define FA_JOIN(a, b) FA_JOIN_(a, b)
-
-static int64_t fa_size(fa_dtype type) {
-    static const int8_t size[] = {
-        [FA_F64] = 8, [FA_F32] = 4, [FA_F16] = 2, [FA_BF16] = 2, [FA_BOOL] = 1};
-    return size[type];
-}
 
 /* Element (b, h, s, 0) of a tensor, in elements. */
 static int64_t element(const fa_tensor *t, int64_t b, int64_t h, int64_t s) {
@@ -218,7 +213,7 @@ typedef struct call {
 static void empty_rows(const fa_params *p, const fa_group *g, int64_t first, int64_t end,
                        const float *sink) {
     const fa_what *what = &p->what;
-    const int64_t size = fa_size(what->dtype);
+    const int64_t size = fa_dtype_size(what->dtype);
     for (int64_t at = first; at < end; at++) {
         const fa_row row = find_row(g, at);
         const int64_t h = g->h + row.head, s = (int64_t)g->sequence.q + row.row;
@@ -338,11 +333,13 @@ static int heads_that_share(const fa_what *what) {
     return a;
 }
 
-static fa_status cpu_run(const fa_params *p, void *workspace, fa_error *error) {
+static fa_status run_forward(const fa_params *p, const fa_choice *choice, void *workspace,
+                             fa_error *error) {
     const fa_what *what = &p->what;
+    const level *at = choice->variant;
     (void)workspace;
     const int packed = p->varlen.cu_q != NULL;
-    call c = {.p = p, .kernel = the_level()->by_type[what->dtype]};
+    call c = {.p = p, .kernel = at->by_type[what->dtype]};
     const int64_t heads = packed ? what->hq : (int64_t)what->b * what->hq;
     c.length = packed ? p->varlen.total_q : what->sq;
     if (heads == 0 || c.length == 0) return FA_OK;
@@ -377,18 +374,31 @@ static fa_status cpu_run(const fa_params *p, void *workspace, fa_error *error) {
     return FA_OK;
 }
 
-static fa_status cpu_reject(const fa_params *p, fa_error *why) {
-    if (p->where.device_type == FA_CPU) return FA_OK;
-    snprintf(why->text, sizeof why->text, "the arrays are on a GPU");
-    return FA_UNSUPPORTED;
+/* ---- the operations: support.c declares what they take, and they take all of it ---- */
+
+static fa_status find_device(const fa_where *where, const void **device, fa_error *why) {
+    (void)where, (void)why;
+    *device = NULL;
+    return FA_OK;
 }
 
-static const char *cpu_kernel(const fa_params *p) { return the_level()->kernels[p->what.dtype]; }
+static fa_status reject_forward(const fa_params *p, fa_choice *choice, fa_error *why) {
+    (void)p, (void)why;
+    choice->variant = the_level();
+    return FA_OK;
+}
 
-static int64_t cpu_workspace(const fa_params *p) {
-    (void)p;
+static const char *name_forward(const fa_params *p, const fa_choice *choice) {
+    return ((const level *)choice->variant)->kernels[p->what.dtype];
+}
+
+static int64_t no_workspace(const fa_params *p, const fa_choice *choice) {
+    (void)p, (void)choice;
     return 0;
 }
+
+static const fa_forward_op forward = {FA_CPU_FORWARD, reject_forward, name_forward, no_workspace,
+                                      run_forward};
 
 /* ---- merging ---- */
 
@@ -406,7 +416,7 @@ static double part_lse(const fa_merge *m, int i, int64_t b, int64_t h, int64_t s
 static void merge_row(const fa_merge *m, int64_t b, int64_t h, int64_t s, double *sum,
                       double *row) {
     const int dv = (int)m->out.shape[3];
-    const int64_t size = fa_size(m->dtype);
+    const int64_t size = fa_dtype_size(m->dtype);
     double top = -INFINITY, total = 0;
     for (int i = 0; i < m->n; i++) {
         const double lse = part_lse(m, i, b, h, s);
@@ -438,7 +448,25 @@ static void merge_row(const fa_merge *m, int64_t b, int64_t h, int64_t s, double
     put_lse(&m->lse, m->dtype, element(&m->lse, b, h, s), lse);
 }
 
-static fa_status cpu_merge(const fa_merge *m, fa_error *error) {
+static fa_status reject_merge(const fa_merge *m, fa_choice *choice, fa_error *why) {
+    (void)m, (void)why;
+    choice->variant = NULL; /* there is one */
+    return FA_OK;
+}
+
+static const char *name_merge(const fa_merge *m, const fa_choice *choice) {
+    (void)m, (void)choice;
+    return "cpu_merge";
+}
+
+static int64_t no_merge_workspace(const fa_merge *m, const fa_choice *choice) {
+    (void)m, (void)choice;
+    return 0;
+}
+
+static fa_status run_merge(const fa_merge *m, const fa_choice *choice, void *workspace,
+                           fa_error *error) {
+    (void)choice, (void)workspace;
     double *memory = malloc(2 * sizeof(double) * (size_t)(m->out.shape[3] + 1));
     if (!memory) {
         snprintf(error->text, sizeof error->text, "no memory for the CPU backend's scratch");
@@ -452,4 +480,7 @@ static fa_status cpu_merge(const fa_merge *m, fa_error *error) {
     return FA_OK;
 }
 
-const fa_backend fa_cpu = {"cpu", cpu_reject, cpu_kernel, cpu_workspace, cpu_run, cpu_merge};
+static const fa_merge_op merge = {FA_CPU_MERGE, reject_merge, name_merge, no_merge_workspace,
+                                  run_merge};
+
+const fa_backend fa_cpu = {"cpu", FA_CPU, find_device, &forward, &merge};

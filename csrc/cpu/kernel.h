@@ -204,7 +204,7 @@ static void read_bias(const context *c, const panel *p, int begin, int n) {
     const fa_scores *scores = &c->p->scores;
     const fa_tensor *mask = &scores->mask;
     const int packed = scores->mask_dtype == FA_BOOL ? (int)sizeof(real) : 1;
-    const int64_t size = fa_size(scores->mask_dtype), stride = mask->stride[3];
+    const int64_t size = fa_dtype_size(scores->mask_dtype), stride = mask->stride[3];
     for (int j = 0; j < p->nv; j++) {
         for (int i = 0; i < LANES; i++) {
             real *to = c->rows + i * (KEYS / packed);
@@ -351,7 +351,7 @@ static void open_panel(const context *c, panel *p, int64_t first, int count) {
     const fa_scores *scores = &c->p->scores;
     const fa_group *g = c->group;
     const int64_t *stride = scores->alibi_stride;
-    const int64_t size = fa_size(what->dtype);
+    const int64_t size = fa_dtype_size(what->dtype);
     const int64_t width = whole(c->units);
     p->count = count;
     p->nv = (count + LANES - 1) / LANES;
@@ -420,8 +420,8 @@ static void close_panel(const context *c, panel *p) {
         const vec value = m + log2_(l) * (real)FA_LN2;
         for (int i = 0; i < LANES && j * LANES + i < p->count; i++) {
             const fa_row row = p->row[j * LANES + i];
-            write_row(c->out + row_offset(&what->out, row) * fa_size(what->dtype), what->dtype,
-                      what->out.stride[3], c->rows + i * width, what->dv);
+            write_row(c->out + row_offset(&what->out, row) * fa_dtype_size(what->dtype),
+                      what->dtype, what->out.stride[3], c->rows + i * width, what->dv);
             write_lse(what, c->group, row, empty[i] ? sink[i] : value[i]);
         }
     }
@@ -458,7 +458,7 @@ static int see(const context *c, int64_t first, int count, const block *keys, ui
  * (keys below `visible`, or not `seen`) become 0: their probability is 0, and 0 * NaN is not. */
 static void load_block(const context *c, block *keys, int visible, const uint8_t *seen) {
     const fa_what *what = &c->p->what;
-    const int64_t size = fa_size(what->dtype);
+    const int64_t size = fa_dtype_size(what->dtype);
     const int n = keys->end - keys->begin, dv = what->dv;
     const char *k = c->k + keys->begin * what->k.stride[2] * size;
     const char *v = c->v + keys->begin * what->v.stride[2] * size;
@@ -530,7 +530,7 @@ static int has_one_key(const fa_params *p, fa_lengths lengths) {
 /* Their output is the key's value, and their lse the score. */
 static void one_key(const context *c, int64_t first, int count, void *memory) {
     const fa_what *what = &c->p->what;
-    const int64_t size = fa_size(what->dtype), start = c->group->sequence.lengths.k_start;
+    const int64_t size = fa_dtype_size(what->dtype), start = c->group->sequence.lengths.k_start;
     const int width = whole(what->d), packed = what->v.stride[3] == 1 && what->out.stride[3] == 1;
     const char *k = c->k + start * what->k.stride[2] * size;
     const char *v = c->v + start * what->v.stride[2] * size;
@@ -575,7 +575,7 @@ static void run_rows(const fa_params *p, const fa_group *g, int64_t first, int c
     const fa_what *what = &p->what;
     const fa_sequence sequence = g->sequence;
     const fa_scores *scores = &p->scores;
-    const int64_t size = fa_size(what->dtype), b = g->b, h = g->h;
+    const int64_t size = fa_dtype_size(what->dtype), b = g->b, h = g->h;
     const int64_t hk = h / (what->hq / what->hk), hv = h / (what->hq / what->hv);
     const int native = FA_PAIRS || (what->dtype == (DOUBLE ? FA_F64 : FA_F32));
     const int hides = scores->mask.data && scores->mask_dtype == FA_BOOL;
@@ -594,8 +594,8 @@ static void run_rows(const fa_params *p, const fa_group *g, int64_t first, int c
     c.seed = p->dropout.p > 0 ? fa_dropout_seed(&p->dropout) : 0;
     c.mask = scores->mask.data;
     if (c.mask)
-        c.mask +=
-            (b * scores->mask.stride[0] + h * scores->mask.stride[1]) * fa_size(scores->mask_dtype);
+        c.mask += (b * scores->mask.stride[0] + h * scores->mask.stride[1]) *
+                  fa_dtype_size(scores->mask_dtype);
     c.unit_k = native && (what->k.stride[3] == 1 || what->d == 1) && what->d % STEP == 0 &&
                what->k.stride[2] % STEP == 0;
     c.unit_v = native && (what->v.stride[3] == 1 || what->dv == 1) && !FA_PAIRS;

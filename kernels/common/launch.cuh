@@ -18,10 +18,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-#ifndef FASTATTN_CUDA
-#define FASTATTN_CUDA /* this is the side that it announces */
-#endif
-#include "fastattn.h"
+#include "forward.h"
 
 /* cuTensorMapEncodeTiled, looked up in the driver at run time. */
 typedef CUresult (*fa_encode_tiled)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,

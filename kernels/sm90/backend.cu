@@ -2,11 +2,17 @@
  * not take, and hands a request to its row. The kernels are in fwd.cu. */
 #include <pthread.h>
 
+#ifndef FASTATTN_CUDA
+#define FASTATTN_CUDA /* this is the side that it announces */
+#endif
 #include "common/driver.h"
 #include "common/launch.cuh"
 #include "common/mask_bits.cuh"
 #include "common/packed.cuh"
+#include "fastattn.h"
 #include "rows.h"
+#include "support.h"
+#include "workspace.h"
 
 static_assert(FA_CUDA_NO_DEVICE == (int)cudaErrorNoDevice, "common/driver.h");
 
@@ -114,92 +120,55 @@ static fa_status find_device(int32_t id, const fa_sm90_device **device, fa_error
 
 /* ---- the backend -----------------------------------------------------------------------------*/
 
-/* A request without a score to compute: no query row, or no key for any of them. */
-static bool is_empty(const fa_what *w) {
-    return w->b == 0 || w->hq == 0 || w->sq == 0 || w->sk == 0 || w->q.shape[2] == 0 ||
-           w->k.shape[2] == 0;
-}
-
-static const char *dtype_name(fa_dtype dtype) {
-    switch (dtype) {
-        case FA_F64:
-            return "float64";
-        case FA_F32:
-            return "float32";
-        case FA_F16:
-            return "float16";
-        case FA_BF16:
-            return "bfloat16";
-        default:
-            return "bool";
-    }
-}
-
-static fa_status reject(const fa_params *p, fa_error *why) {
-    const fa_what *w = &p->what;
-    if (p->where.device_type != FA_CUDA)
-        return fa_fail(why, FA_UNSUPPORTED, "it takes CUDA arrays");
-
+static fa_status takes_device(const fa_where *where, const void **found, fa_error *why) {
     const fa_sm90_device *device;
-    if (find_device(p->where.device_id, &device, why) != FA_OK) return FA_UNSUPPORTED;
+    if (find_device(where->device_id, &device, why) != FA_OK) return FA_UNSUPPORTED;
     if (device->major != 9)
         return fa_fail(why, FA_UNSUPPORTED,
-                       "it runs on compute capability 9.0, and cuda:%d has %d.%d",
-                       p->where.device_id, device->major, device->minor);
+                       "it runs on compute capability 9.0, and cuda:%d has %d.%d", where->device_id,
+                       device->major, device->minor);
     if (!device->encode)
         return fa_fail(why, FA_UNSUPPORTED, "the NVIDIA driver cannot encode tensor maps");
+    *found = device;
+    return FA_OK;
+}
 
-    if (w->dtype != FA_F16 && w->dtype != FA_BF16)
-        return fa_fail(why, FA_UNSUPPORTED,
-                       "it takes float16 and bfloat16, not %s: cast the arrays (with torch "
-                       ".bfloat16(), or a region of torch.autocast)",
-                       dtype_name(w->dtype));
-    if (w->d < 1 || w->dv < 1 || w->d > FA_MAX_HEAD_SIZE || w->dv > FA_MAX_HEAD_SIZE)
-        return fa_fail(why, FA_UNSUPPORTED,
-                       "it takes d and dv from 1 to %d, not d = %d and dv = %d", FA_MAX_HEAD_SIZE,
-                       w->d, w->dv);
-    const int32_t parts = fa_head_parts(w);
-    if (parts > 1 && p->dropout.p > 0)
-        return fa_fail(why, FA_UNSUPPORTED, "it takes no dropout where k has %d heads and v has %d",
-                       w->hk, w->hv);
-    for (int32_t i = 0; i < parts; ++i) {
+static fa_status reject(const fa_params *p, fa_choice *choice, fa_error *why) {
+    const fa_what *w = &p->what;
+    const fa_sm90_device *device = (const fa_sm90_device *)choice->device;
+    for (int32_t i = 0, parts = fa_head_parts(w); i < parts; ++i) {
         fa_params part;
-        if (!fa_has_row(fa_head_part(p, i, &part)))
+        const int32_t variant = fa_choose_row(fa_head_part(p, i, &part), device->sms);
+        if (variant < 0)
             return fa_fail(why, FA_UNSUPPORTED,
                            "it has no kernel for %s with d = %d and dv = %d" FA_OF_SOME,
-                           dtype_name(w->dtype), w->d, w->dv);
+                           fa_dtypes[w->dtype].name, w->d, w->dv);
+        if (i == 0) choice->variant = &fa_variants[variant];
     }
     return FA_OK;
 }
 
-/* reject() said yes before: the device is known and a row takes the request. */
-static int32_t chosen_row(const fa_params *p) {
-    const fa_sm90_device *device;
-    fa_error ignored;
-    if (find_device(p->where.device_id, &device, &ignored) != FA_OK) return 0;
-    return fa_choose_row(p, device->sms);
+static const char *kernel(const fa_params *, const fa_choice *choice) {
+    return ((const fa_row *)choice->variant)->name;
 }
 
-static const char *kernel(const fa_params *p) {
-    fa_params part;
-    return fa_variants[chosen_row(fa_head_part(p, 0, &part))].name;
-}
-
-/* A bool mask is packed in the workspace first. */
-static bool packs(const fa_params *p) {
-    return p->scores.mask.data && p->scores.mask_dtype == FA_BOOL && !is_empty(&p->what);
+/* The variant of part i of fa_head_parts(): the choice is the first one's; each other begins
+ * elsewhere in memory, which may suit another variant. */
+static const fa_row *variant_of(const fa_params *part, int32_t i, const fa_choice *choice) {
+    const fa_sm90_device *device = (const fa_sm90_device *)choice->device;
+    return i ? &fa_variants[fa_choose_row(part, device->sms)] : (const fa_row *)choice->variant;
 }
 
 /* The parts of a request share it, one after the other. */
-static int64_t workspace(const fa_params *request) {
-    fa_params part;
-    const fa_params *p = fa_head_part(request, 0, &part);
-    int64_t bytes = 0;
-    if (p->varlen.cu_q && !is_empty(&p->what))
-        bytes = fa_packed_bytes(&p->varlen, p->what.b, fa_variants[chosen_row(p)].block_m);
-    if (packs(p))
-        bytes += fa_mask_bits_make(&p->what, &p->masks, &p->varlen, &p->scores.mask).bytes;
-    return bytes;
+static int64_t workspace(const fa_params *p, const fa_choice *choice) {
+    int64_t most = 0;
+    for (int32_t i = 0, parts = fa_head_parts(&p->what); i < parts; ++i) {
+        fa_params memory;
+        const fa_params *part = fa_head_part(p, i, &memory);
+        int64_t bytes = fa_lay_out_forward(part, variant_of(part, i, choice)->block_m).bytes;
+        if (bytes > most) most = bytes;
+    }
+    return most;
 }
 
 struct empty_args {
@@ -249,16 +218,17 @@ static fa_status launch_list(const fa_params *p, int32_t block_m, void *workspac
                             true, &a, error);
 }
 
-static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *workspace,
-                        fa_error *error) {
+static fa_status launch(const fa_params *p, const fa_sm90_device *device, const fa_row *row,
+                        void *workspace, fa_error *error) {
     const fa_what *w = &p->what;
-    if (!is_empty(w)) {
-        int32_t row = fa_choose_row(p, device->sms);
+    if (!fa_is_empty(w)) {
+        const fa_forward_workspace at = fa_lay_out_forward(p, row->block_m);
+        char *mask = (char *)workspace + at.mask;
         fa_status status = FA_OK;
-        char *mask = (char *)workspace + fa_packed_bytes(&p->varlen, w->b, fa_variants[row].block_m);
-        if (p->varlen.cu_q) status = launch_list(p, fa_variants[row].block_m, workspace, error);
-        if (packs(p) && status == FA_OK) status = launch_pack_mask(p, device, mask, error);
-        return status == FA_OK ? launchers[row](p, device, workspace, error) : status;
+        if (p->varlen.cu_q) status = launch_list(p, row->block_m, workspace, error);
+        if (at.packs && status == FA_OK) status = launch_pack_mask(p, device, mask, error);
+        if (status != FA_OK) return status;
+        return launchers[row - fa_variants](p, device, workspace, error);
     }
     int64_t rows = w->out.shape[0] * w->hq * w->out.shape[2];
     if (rows == 0) return FA_OK;
@@ -271,24 +241,27 @@ static fa_status launch(const fa_params *p, const fa_sm90_device *device, void *
 /* Makes the tensors' device current for the launch and restores the caller's. A thread new to CUDA
  * has no context yet, without which tensor maps cannot be encoded: its first call sets the device
  * in any case. */
-static fa_status run(const fa_params *p, void *workspace, fa_error *error) {
+static fa_status run(const fa_params *p, const fa_choice *choice, void *workspace,
+                     fa_error *error) {
     static __thread bool has_context;
-    const fa_sm90_device *device;
+    const fa_sm90_device *device = (const fa_sm90_device *)choice->device;
     int before;
-    fa_status status = find_device(p->where.device_id, &device, error);
-    if (status == FA_OK) status = fa_cuda(cudaGetDevice(&before), "cudaGetDevice", error);
+    fa_status status = fa_cuda(cudaGetDevice(&before), "cudaGetDevice", error);
     if (status == FA_OK && (before != device->id || !has_context))
         status = fa_cuda(cudaSetDevice(device->id), "cudaSetDevice", error);
     if (status != FA_OK) return status;
     has_context = true;
 
     for (int32_t i = 0, parts = fa_head_parts(&p->what); i < parts && status == FA_OK; ++i) {
-        fa_params part;
-        status = launch(fa_head_part(p, i, &part), device, workspace, error);
+        fa_params memory;
+        const fa_params *part = fa_head_part(p, i, &memory);
+        status = launch(part, device, variant_of(part, i, choice), workspace, error);
     }
     if (before == device->id) return status;
     cudaError_t restored = cudaSetDevice(before);
     return status == FA_OK ? fa_cuda(restored, "cudaSetDevice", error) : status;
 }
 
-const fa_backend fa_sm90 = {"sm90", reject, kernel, workspace, run, NULL};
+static const fa_forward_op forward = {FA_SM90_FORWARD, reject, kernel, workspace, run};
+
+const fa_backend fa_sm90 = {"sm90", FA_CUDA, takes_device, &forward, NULL};

@@ -28,6 +28,7 @@
 #include "common/launch.cuh"
 #include "common/packed.h"
 #include "rows.h"
+#include "workspace.h"
 #include "common/schedule.h"
 
 /* What the preprocessor must know of a row's loads. */

@@ -95,7 +95,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p,
     a.reads = GENERAL || packed || a.sink || m.q_lengths || m.k_lengths || m.k_start || m.q_offset;
 #if VARIANT_GENERAL
     a.b = w->b;
-    a.scores = make_scores(p, (char *)workspace + fa_packed_bytes(&p->varlen, w->b, BLOCK_M));
+    a.scores = make_scores(p, (char *)workspace + fa_lay_out_forward(p, BLOCK_M).mask);
     a.slack = softmax_slack<range>(a.scores.scale);
     if (a.scores.tiles) {
         fa_tensor mask = p->scores.mask;

@@ -8,9 +8,9 @@
 
 #include <stdint.h>
 
-#include "fastattn.h"
+#include "forward.h"
 
-enum { FA_MAX_HEAD_SIZE = 256 }; /* d and dv that some row takes */
+enum { FA_MAX_HEAD_SIZE = 256 }; /* d and dv that some variant takes, as support.c says */
 
 /* How Q, K and V come: boxes of the copy engine; by a warp, element by element if need be, whatever
  * their strides; boxes again, where a head begins anywhere in a row; or by a warp, but K and V as
@@ -210,16 +210,6 @@ static inline fa_what fa_typical_shape(const fa_params *p) {
     return w;
 }
 
-/* Whether a row takes this dtype, these head sizes, strides and score changes: which one is a
- * matter of cost. */
-static inline int32_t fa_has_row(const fa_params *p) {
-    int32_t general = fa_needs_general(p);
-    enum fa_loads loads = fa_loads_of(&p->what, general);
-    for (int32_t i = 0; i < FA_ROWS; ++i)
-        if (fa_row_takes(&fa_variants[i], &p->what, loads, general)) return 1;
-    return 0;
-}
-
 /* Where k and v have different numbers of heads, a request is this many: in each one key head meets
  * one value head. */
 static inline int32_t fa_head_parts(const fa_what *w) {
@@ -242,9 +232,7 @@ static inline fa_tensor fa_heads_of(const fa_tensor *t, int64_t first, int32_t h
 static inline const fa_params *fa_head_part(const fa_params *p, int32_t i, fa_params *part) {
     const fa_what *w = &p->what;
     const int32_t parts = fa_head_parts(w), heads = w->hq / parts;
-    const int64_t first = (int64_t)i * heads, mask_size = p->scores.mask_dtype == FA_BOOL  ? 1
-                                                          : p->scores.mask_dtype == FA_F32 ? 4
-                                                                                           : 2;
+    const int64_t first = (int64_t)i * heads, mask_size = fa_dtype_size(p->scores.mask_dtype);
     if (parts == 1) return p;
     *part = *p;
     part->what.q = fa_heads_of(&w->q, first, heads, 2);

@@ -576,6 +576,11 @@ def info() -> dict[str, Any]:
     built with, CUDA version that the driver found and the one needed (13.0 is driver 580, 12.0 is
     525; None: no driver), devices with name, capability, sms and memory in bytes, kernels built
     in, and CUDA's error where devices cannot be listed. no_kernels: why a CPU-only build is one.
+
+    support: what each backend declares to take, whether it is built in or not, as support[backend]
+    [operation] with dtypes, the range of d and dv, features, and apart: sets of features that it
+    does not take together. It refuses nothing else, but for a device that it does not run on. An
+    operation is forward (attention and its kin) or merge (merge_states).
     """
     from . import __version__
 
@@ -595,4 +600,5 @@ def info() -> dict[str, Any]:
         "glibc_needed": found["glibc_needed"],
         "cuda": cuda,
         "no_kernels": found["no_kernels"],
+        "support": found["support"],
     }
