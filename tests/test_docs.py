@@ -6,13 +6,13 @@ import re
 import subprocess
 import sys
 
+import declared
 import fastattn
 import ml_dtypes
 import numpy as np
 import pytest
 import reference
 from conftest import ROOT, has, needs, python
-from gpu_host import ROWS
 
 # From the sources only: an installed package brings no README.
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="no source tree")
@@ -213,28 +213,36 @@ CALLS = {  # line of the matrix -> calls
 }
 
 
-def declared(dtypes=("FA_BF16", "FA_F16"), d=256, general=False):
-    """Whether the Hopper kernels' table has a variant for each dtype: what `reject` asks there."""
-    return all(
-        any(
-            row["dtype"] == dtype
-            and int(row["d"]) >= d <= int(row["dv"])
-            and int(row["general"]) >= general
-            for row in ROWS
-        )
-        for dtype in dtypes
-    )
-
-
-ON_HOPPER = {  # what is not asked of the table is refused by the binding, before any backend
-    "float64, float32": declared(("FA_F64",)) or declared(("FA_F32",)),
-    "d and dv above 256": declared(d=257),
-    "bool and float masks": declared(general=True),
-    "softcap, ALiBi, sink": declared(general=True),
-    "dropout": declared(general=True),
-    "gradients": False,
-    "page_table": False,
+BOTH = ({"dtype": "float16"}, {"dtype": "bfloat16"})
+MASKED, POSITIONS = ("bool_mask", "float_mask"), ("causal", "window", "lengths")
+ASKS = {  # line of the matrix -> what it asks a backend to declare; else nothing but BOTH
+    "float64, float32": ({"dtype": "float64"}, {"dtype": "float32"}),
+    "d and dv up to 256, different ones too": (
+        {"d": 256},
+        {"d": 1, "dv": 256},
+        {"d": 256, "dv": 1},
+    ),
+    "d and dv above 256": ({"d": 257}, {"d": 576, "dv": 512}, {"d": 64, "dv": 257}),
+    "causal, window, lengths, start": ({"features": POSITIONS},),
+    "q_offset, windows of any sign": ({"features": ("q_offset", "causal", "window")},),
+    "bool and float masks": tuple({"features": (mask,)} for mask in MASKED),
+    "softcap, ALiBi, sink": ({"features": ("softcap", "alibi", "sink")},),
+    "dropout": ({"features": ("dropout",)},),
+    "grouped heads, any strides, lse": ({"features": ("gqa", "lse")},),
+    "packed sequences": ({"features": ("varlen",)},),
+    "gradients": ({"operation": "backward"},),
+    "page_table": ({"features": ("pages",)},),
 }
+
+
+def serves(backend, what):
+    """Whether the backend declares what a line of the matrix says, in 16 bits if none is named."""
+    asked = [one | two for one in ASKS.get(what, ({},)) for two in BOTH]
+    if "dtype" in ASKS.get(what, ({},))[0]:
+        asked = ASKS[what]
+    found = {declared.serves(backend, **one) for one in asked}
+    assert len(found) == 1, f"{what} is true in part"
+    return found.pop()
 
 
 def matrix():
@@ -256,4 +264,4 @@ def test_the_matrix_is_true(what):
         else:
             with pytest.raises(NotImplementedError):
                 call()
-    assert on_hopper == ON_HOPPER.get(what, declared())
+    assert (serves("cpu", what), serves("sm90", what)) == (on_cpu, on_hopper)

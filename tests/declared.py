@@ -1,0 +1,50 @@
+"""What backends declare to take, fastattn.info()["support"], asked about one call.
+
+A refusal of what is declared is a fault, whoever refuses; `test_support.py` holds the C code to it.
+"""
+
+import fastattn
+
+
+def refusal(backend, operation="forward", *, dtype="bfloat16", d=64, dv=None, features=()):
+    """What of it is not declared, in a word or two; None: all of it is."""
+    line = fastattn.info()["support"].get(backend, {}).get(operation)
+    if line is None:
+        return operation
+    if dtype not in line["dtypes"]:
+        return dtype
+    least, most = line["d"]
+    if not all(least <= size <= most for size in (d, d if dv is None else dv)):
+        return "head size"
+    features = set(features) | ({"dv"} if dv not in (None, d) else set())
+    if more := features - set(line["features"]):
+        return ", ".join(sorted(more))
+    return next((" with ".join(x) for x in line["apart"] if set(x) <= features), None)
+
+
+def serves(backend, operation="forward", **asked):
+    return refusal(backend, operation, **asked) is None
+
+
+def of_case(case):
+    """The arguments of refusal() that a case of cases.py asks for."""
+    left, right = case.window or (None, None)
+    if case.causal:
+        right = 0 if right is None else min(right, 0)
+    has = {
+        "causal": right == 0,
+        "window": left is not None or right not in (None, 0),
+        "q_offset": case.q_offset is not None or case.causal == "top-left",
+        "lengths": any(x is not None for x in (case.q_lengths, case.k_lengths, case.k_start)),
+        "varlen": case.packed is not None,
+        "bool_mask": case.mask == "bool",
+        "float_mask": case.mask not in (None, "bool"),
+        "softcap": case.softcap != 0,
+        "alibi": case.alibi,
+        "sink": case.sink,
+        "dropout": case.dropout > 0,
+        "gqa": case.hq != case.hk,
+        "lse": True,
+    }
+    features = [name for name, is_asked in has.items() if is_asked]
+    return {"dtype": case.dtype, "d": case.d, "dv": case.dv, "features": features}
