@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import fastattn
 import report
 import torch
+from fastattn.bench import formula
 from fastattn.bench.arrays import arrays_for, gpu_usable
 from fastattn.bench.cli import recorded
 from fastattn.bench.machine import caption, environment, git
@@ -69,20 +70,23 @@ def all_inputs():
     ]
 
 
-def formula(q, k, v, real, attn_mask=None, is_causal=False, scale=D**-0.5, dropout_p=0.0):
+def expected(q, k, v, real, attn_mask=None, is_causal=False, scale=D**-0.5, dropout_p=0.0):
     """The definition, in `real`; for float32 with P and the output rounded to the inputs' dtype."""
-    s = scale * (q.to(real) @ k.to(real).mT)
-    seen = torch.ones(s.shape[2:], dtype=torch.bool)
+    low = real == torch.float32
+    seen, change = torch.ones(1, q.shape[2], k.shape[2], dtype=torch.bool), {"scale": scale}
     if is_causal:
         seen = seen.tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         seen = seen & attn_mask
     elif attn_mask is not None:
-        s = s + attn_mask.to(real)
-    p = s.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0) * (dropout_p < 1)
-    if real == torch.float64:
-        return p @ v.double()
-    return (p.to(q.dtype).float() @ v.float()).to(q.dtype).double()
+        change["added"] = attn_mask
+    if dropout_p:
+        change |= {"kept": torch.zeros_like(seen), "dropout_p": dropout_p}
+    if low:
+        change["narrow"] = lambda p: p.to(q.dtype).float()
+    heads = (x.flatten(0, 1).to(real) for x in (q, k, v))
+    out = formula.attention(torch, *heads, seen, **change).out.unflatten(0, q.shape[:2])
+    return out.to(q.dtype).double() if low else out
 
 
 def judge(out, exact, low):
@@ -138,8 +142,8 @@ def row_of(index, name, device):
     q, k, v = (
         random(B, H, s, D, seed=i).to(item.dtype) for i, s in enumerate((S, item.sk, item.sk))
     )
-    exact = formula(q, k, v, torch.float64, **item.keywords)
-    low = formula(q, k, v, torch.float32, **item.keywords), item.dtype
+    exact = expected(q, k, v, torch.float64, **item.keywords)
+    low = expected(q, k, v, torch.float32, **item.keywords), item.dtype
     moved = {
         n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in item.keywords.items()
     }
