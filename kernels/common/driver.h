@@ -5,7 +5,7 @@
 #include <stdint.h>
 #include <stdio.h>
 
-enum { FA_CUDA_NO_DEVICE = 100 }; /* cudaErrorNoDevice; kernels/sm90/backend.cu asserts it */
+enum { FA_CUDA_NO_DEVICE = 100 }; /* cudaErrorNoDevice; device.cu asserts it */
 
 /* The oldest driver that runs what this toolkit builds; any driver of the toolkit's major serves.
  */
