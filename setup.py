@@ -1,14 +1,14 @@
-"""Builds fastattn._C: every C file of csrc/, and with nvcc every row of kernels/sm90/fwd.def.
+"""Builds fastattn._C: every C file of csrc/, and with nvcc what is in the folders of kernels/.
 
-One object per C file and per kernel row, compiled in parallel and kept in build/objects. An object
-is compiled again when its command line or a file that its depfile names has changed, so touching
-one kernel compiles that kernel alone.
+One object per C file, per variant of a kernel (kernels/table.py) and per other CUDA file, compiled
+in parallel and kept in build/objects. An object is compiled again when its command line or a file
+that its depfile names has changed, so touching one kernel compiles that kernel alone.
 
 Environment:
     FASTATTN_CUDA=0      no CUDA kernels, even where nvcc is found
     FASTATTN_CUDA=1      kernels, even where no NVIDIA driver is found: see packages_wanted()
     FASTATTN_NVCC=PATH   the compiler to use (else CUDA_HOME/bin/nvcc, else nvcc on PATH)
-    FASTATTN_VARIANTS=RE only the kernels in whose name the regular expression is found
+    FASTATTN_VARIANTS=RE only the variants in whose name the regular expression is found
     FASTATTN_STRICT=1    fail on what slows a kernel down silently (CI sets it); else a warning
     FASTATTN_SANITIZE=1  AddressSanitizer and UBSan in the C code (run with LD_PRELOAD=libasan.so)
     FASTATTN_JOBS=N      compilers at once (default: the cores this process may use)
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,12 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "kernels"))
+import sass
+import table
+
 ROOT = Path(__file__).resolve().parent
+KERNELS = ROOT / "kernels"
 OBJECTS = ROOT / "build" / "objects"
 BINDING = ROOT / "csrc" / "binding"  # the only files that see Python.h
 
@@ -51,7 +57,8 @@ SANITIZE_FLAGS = (
 # Without exceptions, RTTI and guarded statics the host pass of nvcc needs no C++ runtime.
 NVCC_FLAGS = (
     "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,"
-    "-fno-threadsafe-statics,-fno-asynchronous-unwind-tables -Icsrc -Ikernels"
+    "-fno-threadsafe-statics,-fno-asynchronous-unwind-tables -Icsrc -Ikernels "
+    "-DFASTATTN_CUDA"
 )
 LINK_FLAGS = "-shared -Wl,--exclude-libs,ALL -Wl,--as-needed -Wl,-z,relro,-z,now"
 
@@ -84,7 +91,6 @@ class Job:
 
     name: str
     command: tuple[str, ...]
-    ignore: frozenset[str] = frozenset()  # file names in the depfile that do not count
 
     @property
     def object(self) -> Path:
@@ -99,8 +105,8 @@ class Job:
         """Names, times and sizes of all that the object was made from."""
         text = self.object.with_suffix(".d").read_text().replace("\\\n", " ")
         files = [ROOT / name for name in shlex.split(text.partition(":")[2])]
-        stats = [(str(f), f.stat()) for f in files if f.name not in self.ignore]
-        return "\n".join(f"{name} {s.st_mtime_ns} {s.st_size}" for name, s in stats)
+        stats = [(file, file.stat()) for file in files]
+        return "\n".join(f"{file} {s.st_mtime_ns} {s.st_size}" for file, s in stats)
 
     def stale(self) -> bool:
         try:
@@ -109,7 +115,9 @@ class Job:
         except OSError:
             return True
 
-    def run(self) -> None:
+    def run(self) -> float:
+        """The seconds that it took."""
+        start = time.monotonic()
         partial = self.object.with_suffix(".tmp.o")
         depfile = self.object.with_suffix(".d")
         command = [*self.command, "-MD", "-MF", str(depfile), "-o", str(partial)]
@@ -119,6 +127,7 @@ class Job:
         self.log.write_text(done.stdout + done.stderr)
         partial.replace(self.object)
         self.object.with_suffix(".key").write_text(self.fingerprint())
+        return time.monotonic() - start
 
 
 def find_nvcc() -> Path | None:
@@ -207,34 +216,35 @@ def cudart_flags(nvcc: Path) -> list[str]:
     return [*flags, f"-L{nvcc.parent.parent / 'lib'}", "-lcudart_static", "-ldl", "-lrt"]
 
 
-def kernel_rows() -> list[dict[str, str]]:
-    """The rows of kernels/sm90/fwd.def, each a dict from column name to value; those that
-    FASTATTN_VARIANTS chooses, where it is set."""
-    path = ROOT / "kernels" / "sm90" / "fwd.def"
-    text = path.read_text()
-    columns = re.search(r"^// columns: (.*)$", text, re.M)[1].split()
-    lines = re.findall(r"^FA_VARIANT\((.*)\)", text, re.M)
-    rows = [dict(zip(columns, (v.strip() for v in x.split(",")), strict=True)) for x in lines]
+def chosen_variants() -> list[table.Variant]:
+    """Those of all tables, in whose name FASTATTN_VARIANTS is found, where it is set."""
     wanted = os.environ.get("FASTATTN_VARIANTS", "")
     try:
-        chosen = [row for row in rows if re.search(wanted, row["name"])]
+        variants = [v for path in table.tables() for v in table.read(path)]
+        chosen = [v for v in variants if re.search(wanted, v.name)]
     except re.error as error:
         raise SystemExit(f"FASTATTN_VARIANTS must be a regular expression: {error}") from None
+    except ValueError as error:
+        raise SystemExit(error) from None
     if not chosen:
-        raise SystemExit(f"FASTATTN_VARIANTS must match some name of {path}, got {wanted!r}")
+        raise SystemExit(f"FASTATTN_VARIANTS must match some variant's name, got {wanted!r}")
     return chosen
 
 
-def table_flags(rows: list[dict[str, str]]) -> list[str]:
-    """What makes the chosen rows the table of the dispatcher: a copy of it with those alone."""
+def some_tables(chosen: list[table.Variant]) -> list[str]:
+    """What makes the chosen variants the tables that C reads: copies with those alone, in front of
+    kernels/ on the path."""
     if not os.environ.get("FASTATTN_VARIANTS"):
         return []
-    text = "".join(f"FA_VARIANT({', '.join(row.values())})\n" for row in rows)
-    table = OBJECTS / f"variants-{hashlib.sha256(text.encode()).hexdigest()[:12]}.def"
-    if not table.exists():
-        OBJECTS.mkdir(parents=True, exist_ok=True)
-        table.write_text(text)
-    return [f'-DFA_VARIANTS="{os.path.relpath(table, ROOT / "kernels" / "sm90")}"']
+    digest = hashlib.sha256("\n".join(v.line for v in chosen).encode()).hexdigest()[:12]
+    folder = OBJECTS / f"variants-{digest}"
+    for path in table.tables():
+        copy = folder / path.relative_to(KERNELS)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(f"{v.line}\n" for v in chosen if v.table == path)
+        if not copy.exists() or copy.read_text() != text:
+            copy.write_text(text)
+    return [f"-I{folder.relative_to(ROOT)}", "-DFA_SOME_VARIANTS"]
 
 
 def c_jobs(cuda: bool) -> list[Job]:
@@ -264,18 +274,23 @@ def c_jobs(cuda: bool) -> list[Job]:
     ]
 
 
-def cuda_jobs(nvcc: Path, rows: list[dict[str, str]]) -> list[Job]:
-    jobs = []
-    for row in rows:
-        arch = row["arch"].removeprefix("sm_")
-        gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-        values = [f"-DVARIANT_{column.upper()}={value}" for column, value in row.items()]
-        command = (str(nvcc), *shlex.split(NVCC_FLAGS), gencode, *values)
-        source = f"kernels/{row['source']}.cu"
-        # A row's own line is in its command; the other rows of the table do not concern it.
-        jobs.append(Job(row["name"], (*command, "-c", source), frozenset({"fwd.def"})))
-    host = (str(nvcc), *shlex.split(NVCC_FLAGS), "-gencode=arch=compute_90a,code=sm_90a")
-    jobs += [Job("sm90", (*host, *table_flags(rows), "-c", "kernels/sm90/backend.cu"))]
+def cuda_jobs(nvcc: Path) -> list[Job]:
+    """A source with a table beside it is compiled once per variant, any other once: for the
+    architecture of its folder, or, in common/, for all of them."""
+
+    def job(name: str, source: Path, *flags: str) -> Job:
+        words = str(nvcc), *flags, *shlex.split(NVCC_FLAGS), "-c", str(source.relative_to(ROOT))
+        return Job(name, words)
+
+    chosen = chosen_variants()
+    jobs = [job(v.name, v.source, *table.gencode(v.architecture), *v.defines()) for v in chosen]
+    architectures = sorted({path.parent.name for path in KERNELS.glob("sm*/*.cu")})
+    flags = {a: [*some_tables(chosen), *table.gencode(a)] for a in architectures}
+    flags["common"] = [flag for a in architectures for flag in table.gencode(a)]
+    for source in sorted(KERNELS.glob("*/*.cu")):
+        if not source.with_suffix(".def").exists():
+            folder = source.parent.name
+            jobs.append(job(f"{folder}_{source.stem}", source, *flags[folder]))
     return jobs
 
 
@@ -285,17 +300,14 @@ def run_jobs(jobs: list[Job]) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"fastattn: compiling {len(stale)} of {len(jobs)} objects", file=sys.stderr)
     with ThreadPoolExecutor(int(os.environ.get("FASTATTN_JOBS") or cores or 1)) as pool:
-        for job, _ in zip(stale, pool.map(Job.run, stale), strict=True):
-            print(f"fastattn: compiled {job.name}", file=sys.stderr)
+        for job, seconds in zip(stale, pool.map(Job.run, stale), strict=True):
+            print(f"fastattn: compiled {job.name}, {seconds:.1f} s", file=sys.stderr)
             if text := job.log.read_text().strip():
                 print(text, file=sys.stderr)
 
 
 def check_kernels(jobs: list[Job]) -> None:
     """The rules of kernels/sass.py: a warning for a user, an error under FASTATTN_STRICT=1."""
-    sys.path.insert(0, str(ROOT / "kernels"))
-    import sass
-
     problems = [
         f"{job.name}: {problem}"
         for job in jobs
@@ -312,7 +324,7 @@ class BuildExtension(build_ext):
         nvcc = find_nvcc()
         if not nvcc:
             print(f"fastattn has no CUDA kernels: {why_no_kernels()}", file=sys.stderr)
-        kernels = cuda_jobs(nvcc, kernel_rows()) if nvcc else []
+        kernels = cuda_jobs(nvcc) if nvcc else []
         jobs = kernels + c_jobs(cuda=bool(kernels))
         run_jobs(jobs)
         check_kernels(kernels)

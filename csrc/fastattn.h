@@ -24,6 +24,8 @@ typedef struct fa_backend {
     /* NULL where it has no such operation. */
     const fa_forward_op *forward;
     const fa_merge_op *merge;
+    /* Of its tables: the names of the kernels built in, NULL at the end. NULL: it has no table. */
+    const char *const *variants;
 } fa_backend;
 
 enum { FA_MAX_THREADS = 1024 }; /* of the CPU backend */
@@ -53,10 +55,10 @@ typedef struct fa_cuda_state {
     char error[128]; /* CUDA's sentence where devices cannot be listed, else empty */
 } fa_cuda_state;
 
-void fa_cuda_probe(fa_cuda_state *state); /* kernels/sm90/backend.cu */
-fa_status fa_cuda_device(int32_t device_id, fa_gpu *gpu,
-                         fa_error *error); /* kernels/sm90/backend.cu */
-const char *const *fa_cuda_rows(void);     /* names of the rows built in, NULL-terminated */
+/* kernels/common/device.cu */
+/* kernels/common/device.cu */
+void fa_cuda_probe(fa_cuda_state *state);
+fa_status fa_cuda_device(int32_t device_id, fa_gpu *gpu, fa_error *error);
 #endif
 
 #ifdef __cplusplus

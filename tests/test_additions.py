@@ -13,7 +13,7 @@ def text(name):
     return re.sub(r"/\*.*?\*/", " ", (ROOT / name).read_text(), flags=re.S)
 
 
-def forgotten(contract, rows, cpu):
+def forgotten(contract, choice, cpu):
     """(what changes scores, backend) for each that a backend would silently compute without: the
     fields of fa_scores, but for what describes another field."""
     (fields,) = re.findall(r"typedef struct fa_scores \{(.*?)\} fa_scores;", contract, re.S)
@@ -21,7 +21,7 @@ def forgotten(contract, rows, cpu):
     changes = [name for name in names if not name.endswith(("_dtype", "_stride"))]
     assert {"softcap", "mask", "alibi_slopes", "sink"} <= set(changes)
     changes.remove("sink")  # it joins a row's sum at the end, in every kernel
-    (general,) = re.findall(r"fa_needs_general\(const fa_params \*p\) \{(.*?)\n\}", rows, re.S)
+    (general,) = re.findall(r"fa_needs_general\(const fa_params \*p\) \{(.*?)\n\}", choice, re.S)
     (changed,) = re.findall(r"c\.changed = (.*?);", cpu, re.S)
     switches = {"cpu": changed, "sm90": general}
     return [
@@ -33,13 +33,13 @@ def forgotten(contract, rows, cpu):
 
 
 def test_a_change_of_the_scores_is_switched_on_in_every_backend():
-    contract, rows = text("csrc/forward.h"), text("kernels/sm90/rows.h")
+    contract, choice = text("csrc/forward.h"), text("kernels/sm90/variants.h")
     cpu = text("csrc/cpu/kernel.h")
-    assert not forgotten(contract, rows, cpu)
+    assert not forgotten(contract, choice, cpu)
     more = contract.replace("} fa_scores;", "float temperature; } fa_scores;")
-    assert forgotten(more, rows, cpu) == [("temperature", "cpu"), ("temperature", "sm90")]
-    assert forgotten(contract, rows.replace("s->softcap", "0"), cpu) == [("softcap", "sm90")]
-    assert forgotten(contract, rows, cpu.replace("c.mask", "0")) == [("mask", "cpu")]
+    assert forgotten(more, choice, cpu) == [("temperature", "cpu"), ("temperature", "sm90")]
+    assert forgotten(contract, choice.replace("s->softcap", "0"), cpu) == [("softcap", "sm90")]
+    assert forgotten(contract, choice, cpu.replace("c.mask", "0")) == [("mask", "cpu")]
 
 
 def test_every_cpu_level_is_tested():

@@ -16,42 +16,62 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler"),
 ]
 
-ROWS = ["one, first, sm_90a, 64", "two, first, sm_90a, 128", "three, second, sm_90a, 64"]
+ONE, TWO = (f"FA_VARIANT(sm90_fwd_{x}, .d={d})\n" for x, d in (("one", 64), ("two", 128)))
+THREE = "FA_VARIANT(sm90_bwd_three, .d=64, .dq=1)\n"
+VARIANTS = {"sm90_fwd_one", "sm90_fwd_two", "sm90_bwd_three"}
+OTHERS = {"sm90_backend", "common_device", "common_merge"}  # CUDA files without a table
+KERNELS = VARIANTS | OTHERS
 
-# Stands for nvcc: compiles an empty C file, names the depfile's sources, says where cudart is.
+SOURCES = {
+    "sm90/fwd.def": "// two\n" + ONE + TWO,
+    "sm90/bwd.def": THREE,
+    "sm90/tile.cuh": "",
+    "sm90/fwd.cu": '#include "sm90/tile.cuh"\nint VARIANT_NAME = VARIANT_D;\n',
+    "sm90/bwd.cu": "int VARIANT_NAME = VARIANT_D + VARIANT_DQ;\n",
+    # The tables, as a backend reads them.
+    "sm90/backend.cu": '#include "common/launch.cuh"\n#define FA_VARIANT(name, ...) #name "\\n"\n'
+    'const char fa_names[] = "names of the tables:\\n"\n'
+    '#include "sm90/bwd.def"\n#include "sm90/fwd.def"\n;\n',
+    "common/launch.cuh": "",
+    "common/device.cu": '#include "common/launch.cuh"\n',
+    "common/merge.cu": '#include "common/launch.cuh"\n#include "common/merge.cuh"\n',
+    "common/merge.cuh": "",
+}
+
+# Stands for nvcc: compiles the file as C, and says where cudart is.
 NVCC = r"""#!/bin/sh
 if [ "$1" = --dryrun ]; then echo '#$ LIBRARIES= "-L{lib}"' >&2; exit; fi
 echo "$@" >> {log}
-while [ $# -gt 1 ]; do
-    case "$1" in -c) source=$2;; -MF) depfile=$2;; -o) object=$2;; esac
+words=
+while [ $# -gt 0 ]; do
+    case "$1" in
+        -c | -o | -MF) words="$words $1 $2"; shift;;
+        -I* | -D* | -MD) words="$words $1";;
+    esac
     shift
 done
-echo "$object: $source kernels/shared.cuh kernels/sm90/fwd.def" > $depfile
 echo "ptxas info    : (C7519) harmless"
 cat {say} 2>/dev/null
-echo | cc -x c -c - -o $object
+exec cc -x c $words
 """
 
 
 @pytest.fixture
 def build(tmp_path):
-    """A tree with three rows of two kernels and one C file; a function that builds it and returns
-    the names of what was compiled."""
+    """A tree with three variants of two kernels, a backend and what all share, and one C file; a
+    function that builds it and returns the names of what was compiled."""
     tree, lib = tmp_path / "tree", tmp_path / "lib"
-    for folder in ("csrc", "kernels/sm90", "python/fastattn"):
+    for folder in ("csrc", "kernels/sm90", "kernels/common", "python/fastattn"):
         (tree / folder).mkdir(parents=True)
     shutil.copy(ROOT / "setup.py", tree)
     shutil.copy(ROOT / "pyproject.toml", tree)
-    shutil.copy(ROOT / "kernels" / "sass.py", tree / "kernels")
+    for name in ("sass.py", "table.py"):
+        shutil.copy(ROOT / "kernels" / name, tree / "kernels")
     (tree / "python/fastattn/__init__.py").write_text('__version__ = "0"\n')
     (tree / "csrc/check.h").write_text("int fa_check(void);\n")
     (tree / "csrc/check.c").write_text('#include "check.h"\nint fa_check(void) { return 0; }\n')
-    for name in ("first.cu", "second.cu", "sm90/backend.cu", "shared.cuh"):
-        (tree / "kernels" / name).touch()
-    table = tree / "kernels" / "sm90" / "fwd.def"
-    table.write_text(
-        "// columns: name source arch d\n" + "".join(f"FA_VARIANT({row})\n" for row in ROWS)
-    )
+    for name, text in SOURCES.items():
+        (tree / "kernels" / name).write_text(text)
     lib.mkdir()
     subprocess.run(["ar", "rc", lib / "libcudart_static.a"], check=True)
     nvcc = tmp_path / "nvcc"
@@ -70,7 +90,7 @@ def build(tmp_path):
         )
         assert (done.returncode != 0) == fails, done.stdout + done.stderr
         run.said = done.stderr
-        return set(re.findall(r"^fastattn: compiled (\w+)$", done.stderr, re.M))
+        return set(re.findall(r"^fastattn: compiled (\w+), \d+\.\d s$", done.stderr, re.M))
 
     run.tree, run.say, run.log, run.nvcc = tree, say, log, nvcc
     return run
@@ -84,48 +104,86 @@ def later(path, text=None):
     os.utime(path, ns=(time, time))
 
 
-def test_one_object_per_row_and_again_only_what_changed(build):
-    assert build() == {"one", "two", "three", "sm90", "check"}
+def test_one_object_per_variant_and_again_only_what_changed(build):
+    assert build() == KERNELS | {"check"}
     assert build() == set()
-    later(build.tree / "kernels/second.cu")
-    assert build() == {"three"}
-    later(build.tree / "kernels/first.cu")
-    assert build() == {"one", "two"}
-    later(build.tree / "kernels/shared.cuh")
-    assert build() == {"one", "two", "three", "sm90"}
+    later(build.tree / "kernels/sm90/bwd.cu")
+    assert build() == {"sm90_bwd_three"}
+    later(build.tree / "kernels/sm90/tile.cuh")
+    assert build() == {"sm90_fwd_one", "sm90_fwd_two"}
+    later(build.tree / "kernels/common/launch.cuh")
+    assert build() == OTHERS
     later(build.tree / "csrc/check.h")
     assert build() == {"check"}
 
 
-def test_a_changed_row_compiles_that_row_and_the_table(build):
+def test_merging_alone(build):
+    """Its header compiles it again, and no variant."""
+    build()
+    later(build.tree / "kernels/common/merge.cuh")
+    assert build() == {"common_merge"}
+    later(build.tree / "kernels/common/merge.cu")
+    assert build() == {"common_merge"}
+
+
+def test_a_changed_line_compiles_that_variant_and_who_reads_the_table(build):
     build()
     table = build.tree / "kernels/sm90/fwd.def"
-    later(table, table.read_text().replace(ROWS[1], "two, first, sm_90a, 96"))
-    assert build() == {"two", "sm90"}
-    later(table, table.read_text().replace(ROWS[0], "new, first, sm_90a, 32"))
-    assert build() == {"new", "sm90"}
+    later(table, table.read_text().replace("two, .d=128", "two, .d=96"))
+    assert build() == {"sm90_fwd_two", "sm90_backend"}
+    later(table, table.read_text().replace(ONE, "FA_VARIANT(sm90_fwd_new, .d=32)\n"))
+    assert build() == {"sm90_fwd_new", "sm90_backend"}
+    later(table, table.read_text() + THREE)
+    build(fails=True)
+    assert "sm90/fwd.def:4 must have a name of its own, sm90_fwd_..., got" in build.said
 
 
-def test_a_row_becomes_its_command_line(build):
+def command(build, name):
+    (line,) = (x for x in build.log.read_text().splitlines() if f"/{name}-" in x)
+    return shlex.split(line)
+
+
+def test_a_line_becomes_a_command_line(build):
     build()
-    line = next(x for x in build.log.read_text().splitlines() if "-DVARIANT_NAME=two" in x)
-    words = shlex.split(line)
-    assert {
-        "-DVARIANT_SOURCE=first",
-        "-DVARIANT_ARCH=sm_90a",
-        "-DVARIANT_D=128",
-        "kernels/first.cu",
-    } <= {*words}
-    assert "-gencode=arch=compute_90a,code=sm_90a" in words
+    words = command(build, "sm90_fwd_two")
+    assert {"-DVARIANT_NAME=sm90_fwd_two", "-DVARIANT_D=128", "kernels/sm90/fwd.cu"} <= {*words}
+    assert not [word for word in words if "DQ" in word]  # another table's
+    assert "-DVARIANT_DQ=1" in command(build, "sm90_bwd_three")
+    for name in KERNELS:
+        gencode = [word for word in command(build, name) if word.startswith("-gencode")]
+        assert gencode == ["-gencode=arch=compute_90a,code=sm_90a"]
+
+
+def test_an_architecture_is_a_folder(build):
+    """Its files, found where they lie, are built for it, and what all share for both."""
+    build()
+    build.log.unlink()
+    folder = build.tree / "kernels" / "sm80"
+    folder.mkdir()
+    (folder / "fwd.def").write_text("FA_VARIANT(sm80_fwd_four, .d=64)\n")
+    (folder / "fwd.cu").write_text("int VARIANT_NAME = VARIANT_D;\n")
+    (folder / "backend.cu").write_text('#include "common/launch.cuh"\n')
+    assert build() == {"sm80_fwd_four", "sm80_backend", "common_device", "common_merge"}
+    of_80 = "-gencode=arch=compute_80,code=[sm_80,compute_80]"
+    assert {of_80, "-DVARIANT_D=64"} <= {*command(build, "sm80_fwd_four")}
+    gencode = [word for word in command(build, "common_merge") if word.startswith("-gencode")]
+    assert gencode == [of_80, "-gencode=arch=compute_90a,code=sm_90a"]
 
 
 def test_some_variants(build):
-    assert build(FASTATTN_VARIANTS="^t") == {"two", "three", "sm90", "check"}
-    (table,) = re.findall(r'-DFA_VARIANTS="(.*?)"', build.log.read_text())
-    assert (build.tree / "kernels" / "sm90" / table).read_text() == "".join(
-        f"FA_VARIANT({row})\n" for row in ROWS[1:]
-    )
-    assert build() == {"one", "sm90"}  # all of them: the table as it stands
+    """The tables that C reads have those alone; all tables are searched."""
+
+    def names():
+        (built,) = (build.tree / "python" / "fastattn").glob("*.so")
+        listed = built.read_bytes().partition(b"names of the tables:\n")[2].partition(b"\0")[0]
+        return listed.decode().split()
+
+    assert build(FASTATTN_VARIANTS="_t") == KERNELS - {"sm90_fwd_one"} | {"check"}
+    assert names() == ["sm90_bwd_three", "sm90_fwd_two"]
+    assert build(FASTATTN_VARIANTS="three") == {"sm90_backend"}
+    assert names() == ["sm90_bwd_three"]
+    assert build() == {"sm90_fwd_one", "sm90_backend"}  # all of them: the tables as they stand
+    assert names() == ["sm90_bwd_three", "sm90_fwd_one", "sm90_fwd_two"]
     for wrong in ("four", "("):
         build(fails=True, FASTATTN_VARIANTS=wrong)
         assert "FASTATTN_VARIANTS must" in build.said
@@ -219,7 +277,7 @@ def test_the_packages_nvcc_builds_the_kernels(build, machine, tmp_path):
     assert build(**machine(13000), **site) == {"check"}
     (home / "lib").mkdir()
     shutil.move(tmp_path / "lib" / "libcudart_static.a", home / "lib")
-    assert build(**machine(13000), **site) == {"one", "two", "three", "sm90", "check"}
+    assert build(**machine(13000), **site) == KERNELS | {"check"}
 
 
 @pytest.mark.parametrize(
@@ -247,10 +305,10 @@ def test_without_nvcc_the_build_is_for_the_cpu_and_says_why(build, machine, driv
 def test_slow_kernels_warn_a_user_and_fail_a_strict_build(build):
     build.say.write_text("ptxas info    : (C7510) Potential Performance Loss: serialized\n")
     build()
-    assert "one: ptxas info : (C7510) Potential Performance Loss: serialized" in build.said
+    assert "sm90_fwd_one: ptxas info : (C7510) Potential Performance Loss: serialized" in build.said
     assert "C7519" not in "".join(x for x in build.said.splitlines() if x.startswith("fastattn"))
     build(fails=True, FASTATTN_STRICT="1")  # the objects are there, what was said of them too
-    assert "4 problems in the kernels" in build.said
+    assert "6 problems in the kernels" in build.said
 
 
 @pytest.fixture(scope="module")

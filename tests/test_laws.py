@@ -9,6 +9,7 @@ import fastattn
 import handmade
 import pytest
 from conftest import ROOT, needs, python
+from gpu_host import VARIANTS
 
 MODULE = fastattn._C.__file__
 SOURCES = [p for folder in ("csrc", "kernels") for p in sorted((ROOT / folder).rglob("*.[ch]*"))]
@@ -144,11 +145,9 @@ def test_every_kernel_waits_for_its_stream():
     assert len(bodies) >= 4 and all("wait_for_stream();" in body for body in bodies)
 
 
-def test_law_3_rows_are_named_in_the_table_only():
+def test_law_3_variants_are_named_in_the_table_only():
     """Build, dispatch, tests and docs read the table; none of them repeats it."""
-    names = [row["name"] for row in kernel_rows()]
-    readers = [n for n, text in TEXT.items() if "include FA_VARIANTS" in text]
-    assert not names or readers
+    names = [variant.name for variant in VARIANTS]
     others = [*SOURCES, *(ROOT / "python").rglob("*.py"), ROOT / "setup.py"]
     for path in others:
         assert not [n for n in names if re.search(rf"\b{n}\b", path.read_text())], path
@@ -296,53 +295,27 @@ def test_dlpack_is_declared_as_in_the_tests(tmp_path):
 
 # --------------------------------------------------------------------------------- the kernel table
 
-CHIP = {  # of one block
-    "sm_90a": {"shared": 227 * 1024, "threads": 1024},
-    "sm_80": {"shared": 163 * 1024, "threads": 1024},
-}
+
+def test_law_3_variants_are_bounded():
+    assert len(VARIANTS) <= 150
+    for v in VARIANTS:
+        assert re.fullmatch(r"[a-z0-9_]+", v.name) and v.source.exists()
+        assert v["dtype"] in ("FA_F32", "FA_F16", "FA_BF16")
+        size = f"d{v['d']}" + (f"_{v['dv']}" if v["dv"] != v["d"] else "")
+        assert v.name.startswith(f"sm90_fwd_{v['dtype'][3:].lower()}_{size}_")
 
 
-def kernel_rows():
-    table = ROOT / "kernels" / "sm90" / "fwd.def"
-    if not table.exists():
-        return []
-    text = table.read_text()
-    columns = re.search(r"^// columns: (.*)$", text, re.M)[1].split()
-    rows = [
-        [v.strip() for v in r.split(",")] for r in re.findall(r"^FA_VARIANT\((.*)\)", text, re.M)
-    ]
-    return [dict(zip(columns, row, strict=True)) for row in rows]
-
-
-def test_law_3_rows_are_bounded_and_distinct():
-    rows = kernel_rows()
-    assert len(rows) <= 150
-    assert len({row["name"] for row in rows}) == len(rows)
-    for row in rows:
-        assert re.fullmatch(r"[a-z0-9_]+", row["name"]) and row["arch"] in CHIP
-        assert (ROOT / "kernels" / f"{row['source']}.cu").exists()
-        assert row["dtype"] in ("FA_F32", "FA_F16", "FA_BF16")
-        size = f"d{row['d']}" + (f"_{row['dv']}" if row["dv"] != row["d"] else "")
-        assert row["name"].startswith(
-            f"{row['source'].replace('/', '_')}_{row['dtype'][3:].lower()}_{size}_"
-        )
-
-
-def test_rows_fit_the_chip():
+def test_variants_fit_the_chip():
     """Q, and the stages of K and V, in shared memory; the warpgroups and a producer in a block."""
-    for row in kernel_rows():
-        if row["source"] != "sm90/fwd":
-            continue
-        n = {k: int(v) for k, v in row.items() if re.fullmatch(r"\d+", v)}
-        q = n["q_slots"] * 64 * n["d"]
-        kv = n["stages"] * n["block_n"] * (n["d"] + n["dv"])
-        limit = CHIP[row["arch"]]
-        assert 2 * (q + kv) * n["blocks_per_sm"] <= limit["shared"], row["name"]
-        assert 128 * (n["warpgroups"] + 1) * n["blocks_per_sm"] <= limit["threads"] * 2, row["name"]
-        assert n["d"] % 16 == n["dv"] % 16 == n["block_n"] % 16 == 0
+    for v in VARIANTS:
+        q = v["q_slots"] * 64 * v["d"]
+        kv = v["stages"] * v["block_n"] * (v["d"] + v["dv"])
+        assert 2 * (q + kv) * v["blocks_per_sm"] <= 227 * 1024, v.name
+        assert 128 * (v["warpgroups"] + 1) * v["blocks_per_sm"] <= 2048, v.name
+        assert v["d"] % 16 == v["dv"] % 16 == v["block_n"] % 16 == 0
         # S of one block, O, and P, in the 65,536 registers that the consumers share
-        per_thread = n["block_n"] // 2 + n["dv"] // 2 + n["block_n"] // 4
-        assert per_thread <= 255 and 128 * n["warpgroups"] * per_thread <= 65536, row["name"]
+        per_thread = v["block_n"] // 2 + v["dv"] // 2 + v["block_n"] // 4
+        assert per_thread <= 255 and 128 * v["warpgroups"] * per_thread <= 65536, v.name
 
 
 # ----------------------------------------------------------------------------------- the repository

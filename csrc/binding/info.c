@@ -33,8 +33,10 @@ static PyObject *cuda_info(void) {
         if (!device || PyList_Append(devices, device) < 0) Py_CLEAR(devices);
         Py_XDECREF(device);
     }
-    for (const char *const *row = fa_cuda_rows(); *row && kernels; row++)
-        kernels = add_name(kernels, *row);
+    for (int32_t i = 0; i < fa_backend_count(); i++) {
+        const char *const *variant = fa_backend_at(i)->variants;
+        for (; variant && *variant && kernels; variant++) kernels = add_name(kernels, *variant);
+    }
     if (!devices || !kernels) {
         Py_XDECREF(devices);
         Py_XDECREF(kernels);

@@ -5,6 +5,7 @@
 #include <pthread.h>
 
 #include "common/driver.h"
+#include "fastattn.h"
 
 static_assert(FA_CUDA_NO_DEVICE == (int)cudaErrorNoDevice, "common/driver.h");
 

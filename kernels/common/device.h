@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <stdio.h>
 
-#include "fastattn.h"
+#include "types.h"
 
 /* cuTensorMapEncodeTiled, looked up in the driver at run time. */
 typedef CUresult (*fa_encode_tiled)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,

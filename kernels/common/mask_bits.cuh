@@ -100,7 +100,7 @@ static __global__ void __launch_bounds__(PACK_THREADS)
     }
 }
 
-static inline fa_status launch_pack_mask(const fa_params *p, const fa_sm90_device *device,
+static inline fa_status launch_pack_mask(const fa_params *p, const fa_device *device,
                                          void *workspace, fa_error *error) {
     const fa_tensor *mask = &p->scores.mask;
     pack_args a = {};

@@ -27,9 +27,9 @@
 
 #include "common/launch.cuh"
 #include "common/packed.h"
-#include "rows.h"
-#include "workspace.h"
 #include "common/schedule.h"
+#include "loads.h"
+#include "workspace.h"
 
 /* What the preprocessor must know of a row's loads. */
 #define LOADS_FA_BOXES 0

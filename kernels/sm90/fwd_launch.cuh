@@ -1,13 +1,13 @@
-/* fwd_launch.cuh - the launcher of a row: tensor maps, arguments, the launch.
+/* fwd_launch.cuh - the launcher of a variant: tensor maps, arguments, the launch.
  *
- * A part of fwd.cu, at its end; launch.cuh has what does not depend on the row.
+ * A part of fwd.cu, at its end; launch.cuh has what does not depend on the variant.
  */
 #ifndef FASTATTN_SM90_LAUNCH_CUH
 #define FASTATTN_SM90_LAUNCH_CUH
 
 #if !IS_STRIDED || VARIANT_GENERAL
 /* Panels of `bytes` by `rows` rows; dimensions of stride 0 are one long, and not moved along. */
-static bool encode(CUtensorMap *map, const fa_sm90_device *device, const fa_tensor *t, int rows,
+static bool encode(CUtensorMap *map, const fa_device *device, const fa_tensor *t, int rows,
                    int32_t moves[2], int element_bytes = 2, int bytes = 128) {
     cuuint64_t shape[4] = {(cuuint64_t)t->shape[3], (cuuint64_t)t->shape[2],
                            (cuuint64_t)t->shape[1], (cuuint64_t)t->shape[0]};
@@ -41,15 +41,14 @@ static bool encode(CUtensorMap *map, const fa_sm90_device *device, const fa_tens
 #endif
 
 #if IS_STRIDED
-static bool encode(fa_tensor *array, const fa_sm90_device *, const fa_tensor *t, int, int32_t[2]) {
+static bool encode(fa_tensor *array, const fa_device *, const fa_tensor *t, int, int32_t[2]) {
     *array = *t;
     return true;
 }
 #endif
 
-extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p,
-                                                     const fa_sm90_device *device, void *workspace,
-                                                     fa_error *error) {
+extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const fa_device *device,
+                                                     void *workspace, fa_error *error) {
     const fa_what *w = &p->what;
     const bool packed = p->varlen.cu_q != NULL;
     int64_t tiles = packed ? w->hq * fa_packed_capacity(&p->varlen, w->b, BLOCK_M)

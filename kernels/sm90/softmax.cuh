@@ -11,13 +11,8 @@
 #ifndef FASTATTN_SOFTMAX_CUH
 #define FASTATTN_SOFTMAX_CUH
 
+#include "columns.h"
 #include "ptx.cuh"
-
-/* What a loop does about its rows' tops: nothing; it looks at P, when it is there; or at the
- * scores, before. To look at P costs next to nothing, for MUFU takes eight clocks an exponential,
- * but where it has overflowed, a float that is, the scores are gone: fwd.cu does such tiles
- * again. */
-enum offset { KEEP, FOLLOW, WATCH };
 
 /* bf16's P has float's range: the top has P = 2^-MARGIN, so that one that is kept may be exceeded
  * by 2^(120 + MARGIN). fp16's P reaches from 2^-24 to 2^15. A score that makes P greater than

@@ -4,7 +4,7 @@
 #include "common/driver.h"
 #include "common/mask_bits.h"
 #include "common/packed.h"
-#include "sm90/rows.h"
+#include "sm90/variants.h"
 #include "common/schedule.h"
 
 int choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int invariant, int odd,
@@ -27,7 +27,7 @@ int choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int 
     p.scores.alibi_slopes = change == 3 ? (const float *)&p : NULL;
     p.scores.sink = change == 4 ? (const float *)&p : NULL;
     p.dropout.p = change == 5 ? 0.1 : 0;
-    return fa_choose_row(&p, sms);
+    return fa_choose_variant(&p, sms);
 }
 /* The layout of a packed mask as {batches, heads, groups, blocks, words, columns, bits, bytes,
  * mask_only, rows, keys}, and how often each 16 bytes of it belong to something (`uses`, of bytes /
@@ -89,7 +89,7 @@ int choose_packed(int b, int h, int total, int longest, int d, int invariant, in
     p.scores.softcap = softcap;
     p.what.v.data = (void *)(int64_t)odd;
     p.varlen = (fa_varlen){&cu, &cu, 0, 0, total, total};
-    return fa_choose_row(&p, sms);
+    return fa_choose_variant(&p, sms);
 }
 /* The row of arrays (b, s, h, d), of rows `padding` elements longer than their heads. */
 int choose_heads_beside(int hq, int hk, int d, int dv, int padding, float softcap, int sms) {
@@ -103,7 +103,7 @@ int choose_heads_beside(int hq, int hk, int d, int dv, int padding, float softca
         *t[i] = x;
     }
     p.scores.softcap = softcap;
-    return fa_choose_row(&p, sms);
+    return fa_choose_variant(&p, sms);
 }
 /* The row where K or V is this one; the other is contiguous, Q and the output take 256 columns. */
 int choose_one(int which, int64_t base, const int64_t *shape, const int64_t *stride,
@@ -120,12 +120,12 @@ int choose_one(int which, int64_t base, const int64_t *shape, const int64_t *str
     p.what.k = which == 'k' ? one : plain;
     p.what.v = which == 'v' ? one : plain;
     p.scores.softcap = softcap;
-    return fa_choose_row(&p, 132);
+    return fa_choose_variant(&p, 132);
 }
-int rows(void) { return FA_ROWS; }
+int rows(void) { return FA_VARIANTS; }
 const char *row_name(int i) { return fa_variants[i].name; }
 int row_field(int i, int field) {
-    const fa_row *r = &fa_variants[i];
+    const fa_variant *r = &fa_variants[i];
     int fields[] = {r->dtype, r->d, r->dv, r->loads, r->ones, r->general};
     return fields[field];
 }

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 import gpu_host
-from gpu_host import BF16, F16, LOADS, ROWS, SMS, TESTS, shapes
+from gpu_host import BF16, F16, LOADS, SMS, TESTS, VARIANTS, shapes
 
 pytestmark = gpu_host.marks
 
@@ -25,9 +25,9 @@ def test_every_head_size_has_its_row(host, odd, change):
     ):
         fits = [
             int(row["d"]) + int(row["dv"])
-            for row in ROWS
+            for row in VARIANTS
             if (row["dtype"], row["loads"]) == (name, LOADS[way])
-            and row["general"] == str(int(general))
+            and row["general"] == general
             and (int(row["d"]) >= d and int(row["dv"]) >= dv)
         ]
         for (b, hq, hk, sq, sk), flags, lse in zip(
@@ -187,8 +187,8 @@ def check_every_row(host, shapes):
             (F16, BF16), shapes, [(0, 0), (1, 0), (0, 2)]
         )
     }
-    boxes = {i for i, row in enumerate(ROWS) if row["loads"] == "FA_BOXES"}
-    assert chosen == boxes, {ROWS[i]["name"] for i in boxes - chosen}
+    boxes = {i for i, row in enumerate(VARIANTS) if row["loads"] == "FA_BOXES"}
+    assert chosen == boxes, {VARIANTS[i]["name"] for i in boxes - chosen}
 
 
 def test_small_cases_reach_every_row(host):

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 import gpu_host
-from gpu_host import BF16, ROWS, library
+from gpu_host import BF16, VARIANTS, library
 
 pytestmark = gpu_host.marks
 
 SHIM = r"""
 #include <string.h>
 #include "common/mask_bits.h"
-#include "sm90/rows.h"
+#include "sm90/variants.h"
+#include "common/head_parts.h"
 #include "common/schedule.h"
 
 /* Planes of batches that a packed bool mask has, which is the same for all of them. */
@@ -33,12 +34,12 @@ int choose(int d, int sq, int sk, int flags, int left, int right, int offset, do
                    .masks = {.flags = (uint32_t)flags, .left = left, .right = right,
                              .offset = offset}};
     costs[0] = 1e300, costs[1] = -1e300;
-    for (int i = 0; i < FA_ROWS; ++i) {
-        double cost = fa_row_cost(&fa_variants[i], &p.what, &p.masks, 132);
+    for (int i = 0; i < FA_VARIANTS; ++i) {
+        double cost = fa_variant_cost(&fa_variants[i], &p.what, &p.masks, 132);
         if (!(cost >= costs[0])) costs[0] = cost;
         if (!(cost <= costs[1])) costs[1] = cost;
     }
-    return fa_choose_row(&p, 132);
+    return fa_choose_variant(&p, 132);
 }
 /* Where the parts of a request begin, in elements: {q, k, v, out, lse, mask, slopes, sink} of each;
  * returns how many there are. */
@@ -105,10 +106,10 @@ def test_any_window_has_a_cost(host):
     costs = (ctypes.c_double * 2)()
     for d, (sq, sk) in itertools.product((64, 128, 256), ((1, 5000), (777, 777), (5000, 20))):
         full = host.choose(d, sq, sk, 0, 0, 0, 0, costs)
-        assert ROWS[full]["dtype"] == "FA_BF16" and BF16 == 4
+        assert VARIANTS[full]["dtype"] == "FA_BF16" and BF16 == 4
         for flags, left, right in itertools.product(range(8), ends, ends):
             row = host.choose(d, sq, sk, flags, left, right, left, costs)
-            assert 0 <= row < len(ROWS) and int(ROWS[row]["d"]) >= d
+            assert 0 <= row < len(VARIANTS) and int(VARIANTS[row]["d"]) >= d
             assert 0 < costs[0] <= costs[1] < 1e18, (flags, left, right)
 
 

@@ -1,0 +1,53 @@
+/* empty.cuh - what is written where a request has no score to compute: stop 5 of 6. */
+#ifndef FASTATTN_EMPTY_CUH
+#define FASTATTN_EMPTY_CUH
+
+#include "common/launch.cuh"
+#include "common/packed.h"
+
+struct empty_args {
+    fa_what what;
+    fa_masks masks;
+    fa_varlen varlen;
+    const float *sink;
+    int64_t sink_stride;
+};
+
+/* Whether row i of q, packed or of batch b, is no query. */
+static __device__ bool is_padding(const empty_args &a, int64_t b, int32_t i) {
+    const fa_what &w = a.what;
+    if (w.b == 0) return true;
+    if (a.varlen.cu_q) b = fa_packed_at(&a.varlen, w.b, i);
+    const fa_sequence s = fa_find_sequence(&a.varlen, &a.masks, b, w.sq, w.sk);
+    return i - s.q >= s.lengths.sq;
+}
+
+/* No key: every output row is 0 and every lse is the sink's value, -inf without one and for
+ * padding. Both 16-bit formats write 0 as 0. */
+static __global__ void sm90_write_empty_rows(const __grid_constant__ empty_args a) {
+    const fa_what &w = a.what;
+    wait_for_stream();
+    int64_t sq = w.out.shape[2], rows = w.out.shape[0] * w.hq * sq;
+    for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        int64_t i = row % sq, h = row / sq % w.hq, b = row / sq / w.hq;
+        uint16_t *out = (uint16_t *)w.out.data + b * w.out.stride[0] + h * w.out.stride[1] +
+                        i * w.out.stride[2];
+        for (int32_t c = threadIdx.x; c < w.dv; c += blockDim.x) out[c * w.out.stride[3]] = 0;
+        if (!w.lse.data || threadIdx.x != 0) continue;
+        const bool padding = a.sink && is_padding(a, b, (int32_t)i);
+        ((float *)w.lse.data)[b * w.lse.stride[0] + h * w.lse.stride[1] + i * w.lse.stride[2]] =
+            a.sink && !padding ? a.sink[h * a.sink_stride] : -INFINITY;
+    }
+}
+
+static inline fa_status launch_empty(const fa_params *p, const fa_device *device, fa_error *error) {
+    const fa_what *w = &p->what;
+    int64_t rows = w->out.shape[0] * w->hq * w->out.shape[2];
+    if (rows == 0) return FA_OK;
+    int64_t blocks = rows < 8 * device->sms ? rows : 8 * device->sms;
+    empty_args a = {*w, p->masks, p->varlen, p->scores.sink, p->scores.sink_stride};
+    return fa_launch_kernel((const void *)sm90_write_empty_rows, (int32_t)blocks, 128, 0,
+                            p->where.stream, true, &a, error);
+}
+
+#endif

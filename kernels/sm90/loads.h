@@ -1,0 +1,73 @@
+/* loads.h - how the arrays of a request can be loaded: a pure function of where they lie.
+ *
+ * Plain C, no CUDA, compiled by gcc and nvcc alike and tested on the host.
+ */
+#ifndef FASTATTN_SM90_LOADS_H
+#define FASTATTN_SM90_LOADS_H
+
+#include "columns.h"
+
+enum { FA_MAX_HEAD_SIZE = 256 }; /* d and dv that some variant takes, as support.c says */
+
+/* Whether the tensor memory accelerator can address it: base and strides in units of 16 bytes, no
+ * stride negative or too long; batches and heads may be repeated by a stride of 0, rows may not. */
+static inline int32_t fa_tma_takes(const fa_tensor *t, int32_t element_bytes) {
+    if ((uintptr_t)t->data % 16 || (t->shape[3] > 1 && t->stride[3] != 1)) return 0;
+    for (int i = 0; i < 3; ++i) {
+        int64_t bytes = t->stride[i] * element_bytes;
+        if (t->shape[i] > 1 && (bytes < 0 || bytes % 16 || bytes >> 40 || (i == 2 && !bytes)))
+            return 0;
+    }
+    return 1;
+}
+
+enum { FA_SLICE = 8 }; /* columns of 16 bytes */
+
+/* Whether it can if all heads' rows are one row. A box begins on 16 bytes of it, at most 7 columns
+ * before a head does; those, and what is behind the head's own, are other heads'. */
+static inline int32_t fa_tma_takes_slices(const fa_tensor *t) {
+    fa_tensor rows = *t;
+    int64_t columns = (t->shape[1] - 1) * t->stride[1] + t->shape[3];
+    rows.shape[1] = 1;
+    return fa_tma_takes(&rows, 2) && (t->shape[1] == 1 || t->stride[1] >= 0) && columns < 1ll << 31;
+}
+
+/* Columns before some head's first in its box, at most. */
+static inline int32_t fa_slack_of(const fa_tensor *t) {
+    return t->shape[1] > 1 && t->stride[1] % FA_SLICE ? FA_SLICE - 1 : 0;
+}
+
+/* Whether rows lie side by side, or with at most as much between them. (A stride along one column
+ * says nothing, but where an array ends is worked out with it.) */
+static inline int32_t fa_is_side_by_side(const fa_tensor *t) {
+    return t->stride[3] == 1 && t->stride[0] >= 0 && t->stride[1] >= 0 && t->stride[2] >= 0 &&
+           t->stride[2] <= 2 * t->shape[3];
+}
+
+/* Whether all rows begin on so many bytes: on 8, a warp copies them well enough; on 32, the copy
+ * engine takes them at full speed, at half of it on 16. */
+static inline int32_t fa_is_of_bytes(const fa_tensor *t, int32_t bytes) {
+    return ((uintptr_t)t->data / 2 | t->stride[0] | t->stride[1] | t->stride[2]) % (bytes / 2) == 0;
+}
+
+static inline enum fa_loads fa_loads_of(const fa_what *w, int32_t general) {
+    /* The output is stored 16 bytes at a time. */
+    if (fa_tma_takes(&w->q, 2) && fa_tma_takes(&w->k, 2) && fa_tma_takes(&w->v, 2) &&
+        fa_tma_takes(&w->out, 2) && w->dv % 8 == 0)
+        return FA_BOXES;
+    /* The columns of Q and of K that are multiplied must lie in the same places. */
+    int32_t alike = w->hq == w->hk ? w->hq == 1 || (w->q.stride[1] - w->k.stride[1]) % FA_SLICE == 0
+                                   : !fa_slack_of(&w->q) && !fa_slack_of(&w->k);
+    int32_t fits = w->d + fa_slack_of(&w->q) <= FA_MAX_HEAD_SIZE &&
+                   w->dv + fa_slack_of(&w->v) <= FA_MAX_HEAD_SIZE;
+    if (general) return FA_STRIDED;
+    if (alike && fits && fa_tma_takes_slices(&w->q) && fa_tma_takes_slices(&w->k) &&
+        fa_tma_takes_slices(&w->v))
+        return FA_SLICES;
+    if (fa_is_side_by_side(&w->k) && fa_is_side_by_side(&w->v) &&
+        !(fa_is_of_bytes(&w->k, 8) && fa_is_of_bytes(&w->v, 8)))
+        return FA_RAW;
+    return FA_STRIDED;
+}
+
+#endif
