@@ -151,15 +151,15 @@ def test_declared_head_sizes_have_variants():
     gpu_host = pytest.importorskip("gpu_host")
     line = fastattn.info()["support"]["sm90"]["forward"]
     dtypes = {{"float16": "FA_F16", "bfloat16": "FA_BF16"}[name] for name in line["dtypes"]}
-    ways = [*((load, "0") for load in gpu_host.LOADS), ("FA_BOXES", "1"), ("FA_STRIDED", "1")]
+    ways = [*((load, 0) for load in gpu_host.LOADS), ("FA_BOXES", 1), ("FA_STRIDED", 1)]
     for dtype, way in itertools.product(dtypes, ways):
         sizes = {
-            (int(row["d"]), int(row["dv"]))
-            for row in gpu_host.ROWS
-            if (row["dtype"], row["loads"], row["general"]) == (dtype, *way)
+            (v["d"], v["dv"])
+            for v in gpu_host.VARIANTS
+            if (v["dtype"], v["loads"], v["general"]) == (dtype, *way)
         }
         assert max(sizes) == (line["d"][1], line["d"][1]), (dtype, way)
-    assert {row["dtype"] for row in gpu_host.ROWS} == dtypes
+    assert {v["dtype"] for v in gpu_host.VARIANTS} == dtypes
 
 
 def test_a_refusal_reaches_the_caller():
