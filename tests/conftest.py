@@ -53,25 +53,21 @@ def gpu_present():
     return torch.cuda.is_available() and "sm90" in fastattn.info()["backends"]
 
 
-PLACES = {
-    "cpu-numpy": lambda: (cases.NumPy(), "cpu"),
-    "cpu-torch": lambda: (cases.Torch("cpu"), "cpu"),
-    "sm90-torch": lambda: (cases.Torch("cuda"), "sm90"),
-}
+PLACES = [  # (framework, backend): where a case runs
+    pytest.param((cases.NumPy(), "cpu"), id="cpu-numpy"),
+    pytest.param((cases.Torch("cpu"), "cpu"), id="cpu-torch", marks=needs("torch")),
+    pytest.param(
+        (cases.Torch("cuda"), "sm90"), id="sm90-torch", marks=[pytest.mark.gpu, needs("torch")]
+    ),
+]
 
 
-@pytest.fixture(
-    params=[
-        "cpu-numpy",
-        pytest.param("cpu-torch", marks=needs("torch")),
-        pytest.param("sm90-torch", marks=[pytest.mark.gpu, needs("torch")]),
-    ]
-)
+@pytest.fixture(params=PLACES)
 def place(request):
     """(framework, backend): where a case runs."""
-    if request.param == "sm90-torch" and not gpu_present():
+    if request.param[1] == "sm90" and not gpu_present():
         pytest.skip("no GPU that the sm90 backend serves")
-    return PLACES[request.param]()
+    return request.param
 
 
 @pytest.fixture(scope="session")

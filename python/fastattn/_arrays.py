@@ -5,7 +5,8 @@ already; so each is looked up there.
 """
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 _CPU, _CUDA, _CUDA_HOST, _CUDA_MANAGED = 1, 2, 3, 13  # DLPack's device types
 _DLPACK = (1, 3)  # the version that csrc/dlpack.h declares
@@ -41,17 +42,10 @@ def _is_jax(array: Any) -> bool:
     return _is(array, "jax", "Array")
 
 
-def _is_mlx(array: Any) -> bool:
-    return _is(array, "mlx.core", "array")
-
-
-def _is_paddle(array: Any) -> bool:
-    return _is(array, "paddle", "Tensor")
-
-
 def never_written(array: Any) -> str | None:
     """The framework of an array whose memory only that framework may write, else None."""
-    return "JAX" if _is_jax(array) else "MLX" if _is_mlx(array) else None
+    taker = _taker(array)
+    return taker.writes_alone if taker else None
 
 
 def _jax_device(array: Any, name: str) -> Any:
@@ -132,7 +126,7 @@ def empty(
     On the CPU a framework that has no such dtype, or does not say where its arrays are, gets a
     NumPy array. Strides other than contiguous ones are asked for of torch alone.
     """
-    if not on_gpu and (_is_jax(like) or _is_mlx(like) or _is_paddle(like)):
+    if not on_gpu and _taker(like):
         return None  # hand_over() makes their array of the finished buffer
     if _is(like, "torch", "Tensor"):
         torch = sys.modules["torch"]
@@ -176,14 +170,7 @@ class _Buffer:
         return (_CPU, self._cpu)
 
 
-def hand_over(like: Any, capsule: Any, dtype: str) -> Any:
-    """The finished buffer as an array of like's framework: JAX and Paddle take it, MLX copies."""
-    if _is_mlx(like):
-        mlx = sys.modules["mlx.core"]
-        # Without a dtype MLX makes float32 of float64.
-        return mlx.asarray(_Buffer(capsule), dtype=getattr(mlx, dtype))
-    if _is_paddle(like):
-        return sys.modules["paddle"].utils.dlpack.from_dlpack(capsule)
+def _to_jax(like: Any, capsule: Any, dtype: str) -> Any:
     import jax.dlpack
 
     (device,) = like.devices()
@@ -194,6 +181,43 @@ def hand_over(like: Any, capsule: Any, dtype: str) -> Any:
     here: Any = jax if hasattr(jax, "enable_x64") else jax.experimental  # before JAX 0.8
     with here.enable_x64(True):
         return jax.dlpack.from_dlpack(buffer)
+
+
+def _to_mlx(like: Any, capsule: Any, dtype: str) -> Any:
+    mlx = sys.modules["mlx.core"]
+    # Without a dtype MLX makes float32 of float64.
+    return mlx.asarray(_Buffer(capsule), dtype=getattr(mlx, dtype))
+
+
+def _to_paddle(like: Any, capsule: Any, dtype: str) -> Any:
+    return sys.modules["paddle"].utils.dlpack.from_dlpack(capsule)
+
+
+class _Taker(NamedTuple):
+    """A framework that takes a finished buffer of ours on the CPU, for it gives none to fill."""
+
+    module: str
+    kind: str  # of its arrays, in that module
+    take: Callable[[Any, Any, str], Any]
+    writes_alone: str | None  # its name, where nobody else may write its arrays
+
+
+_TAKERS = (
+    _Taker("jax", "Array", _to_jax, "JAX"),
+    _Taker("mlx.core", "array", _to_mlx, "MLX"),
+    _Taker("paddle", "Tensor", _to_paddle, None),
+)
+
+
+def _taker(array: Any) -> _Taker | None:
+    return next((taker for taker in _TAKERS if _is(array, taker.module, taker.kind)), None)
+
+
+def hand_over(like: Any, capsule: Any, dtype: str) -> Any:
+    """The finished buffer as an array of like's framework, where empty() gave None."""
+    taker = _taker(like)
+    assert taker is not None
+    return taker.take(like, capsule, dtype)
 
 
 def truth(value: Any) -> bool | None:
