@@ -17,8 +17,7 @@ import cases
 import fastattn
 import numpy as np
 import random_cases
-
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+from conftest import LEVELS
 
 
 def small(seed):

@@ -6,7 +6,7 @@ import re
 import fastattn
 import numpy as np
 import pytest
-from conftest import ROOT, needs, python
+from conftest import LEVELS, ROOT, needs, python
 from fastattn import _C
 from gpu_host import VARIANTS
 
@@ -118,7 +118,7 @@ def test_info():
     assert set(found) == names and set(found["backends"]) <= set(found["support"])
     assert found["version"] == fastattn.__version__
     assert found["backends"][-1] == "cpu"
-    assert found["cpu"]["level"] in ("portable", "avx2", "avx512", "avx512_bf16")
+    assert found["cpu"]["level"] in LEVELS
     assert found["cpu"]["threads"] >= 1
     if cuda := found["cuda"]:
         assert {"toolkit", "driver", "driver_needed", "devices", "kernels", "error"} <= set(cuda)

@@ -7,7 +7,7 @@ tests/campaign.py --cases 100000` runs as many as wanted.
 import cases
 import pytest
 import random_cases
-from conftest import ROOT, python
+from conftest import LEVELS, ROOT, python
 
 hypothesis = pytest.importorskip("hypothesis")
 strategies = hypothesis.strategies
@@ -29,7 +29,7 @@ def test_any_case_is_right(case):
     assert not complaints, f"python tests/campaign.py --case '{case!r}': {complaints}"
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_vector_level(level, cpu_levels):
     """The campaign with the CPU backend held to one level of instructions."""
     if level not in cpu_levels:

@@ -1,7 +1,7 @@
 """A weight far below 1, all of a row's output beside a sink, is as right as any other."""
 
 import pytest
-from conftest import python
+from conftest import LEVELS, python
 
 PROGRAM = """
 import fastattn
@@ -17,7 +17,7 @@ print(np.abs(out / want - 1).max())
 """
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_relative_error(level, cpu_levels):
     if level not in cpu_levels:
         pytest.skip(f"this CPU has no {level}")

@@ -128,13 +128,31 @@ typedef struct fa_cpu_kernel {
 
 typedef struct level {
     const char *name;
+    int (*here)(void);               /* whether this machine has it, and all before it */
     const char *kernels[5];          /* names, by dtype */
     const fa_cpu_kernel *by_type[5]; /* float16, and mostly bfloat16, run the float32 kernel */
 } level;
 
+static int has_portable(void) { return 1; }
+
+#if defined(__x86_64__)
+static int has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+}
+
+static int has_avx512(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+static int has_avx512_bf16(void) { return __builtin_cpu_supports("avx512bf16"); }
+#endif
+
 /* clang-format off */
 #define LEVEL(name, f64, f32, bf16)                                                            \
     {#name,                                                                                    \
+     has_##name,                                                                               \
      {NULL, "cpu_" #name "_f64", "cpu_" #name "_f32", "cpu_" #name "_f16", "cpu_" #name "_bf16"}, \
      {NULL, &kernel_##f64, &kernel_##f32, &kernel_##f32, &kernel_##bf16}}
 /* clang-format on */
@@ -153,17 +171,12 @@ static const level *chosen = &levels[0];
 
 /* The highest level that this machine has. FASTATTN_CPU_LEVEL names a lower one, for tests. */
 static void choose_level(void) {
+    const int count = sizeof levels / sizeof *levels;
     int highest = 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
-        highest = 1;
-    if (highest == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        highest = 2;
-    if (highest == 2 && __builtin_cpu_supports("avx512bf16")) highest = 3;
 #endif
+    while (highest + 1 < count && levels[highest + 1].here()) highest++;
     const char *wanted = getenv("FASTATTN_CPU_LEVEL");
     for (int i = 0; wanted && i < highest; i++)
         if (strcmp(wanted, levels[i].name) == 0) highest = i;
