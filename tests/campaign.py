@@ -19,7 +19,7 @@ CHUNK = 250
 
 
 def check(case, framework, backend):
-    """'' if right, else what is wrong; None if refused."""
+    """'' if right, else what is wrong; None if neither declared nor taken."""
     try:
         return "; ".join(cases.run(case, framework, backend))
     except cases.Refused:
@@ -35,7 +35,9 @@ def framework_of(name):
 def check_range(start, stop, framework, backend):
     framework = framework_of(framework)
     results = ((seed, check(random_case(seed), framework, backend)) for seed in range(start, stop))
-    return [(seed, result) for seed, result in results if result != ""]
+    found = [(seed, result) for seed, result in results if result != ""]
+    spent, cases.luck = cases.luck, cases.Luck()
+    return found, spent
 
 
 def report(case, result, framework, backend):
@@ -77,7 +79,7 @@ def main():
         f"{options.jobs} jobs",
         flush=True,
     )
-    began, done, wrong, refused = time.monotonic(), 0, 0, 0
+    began, done, wrong, refused, luck = time.monotonic(), 0, 0, 0, cases.Luck()
     stop = options.seed + options.cases
     fresh = multiprocessing.get_context("spawn")  # libraries count their threads when they load
     with ProcessPoolExecutor(options.jobs, fresh) as pool:
@@ -86,7 +88,9 @@ def main():
             pool.submit(check_range, *chunk, options.framework, options.backend) for chunk in chunks
         ]
         for chunk, job in zip(chunks, jobs, strict=True):
-            for seed, result in job.result():
+            found, spent = job.result()
+            luck.judged, luck.redrawn = luck.judged + spent.judged, luck.redrawn + spent.redrawn
+            for seed, result in found:
                 if result is None:
                     refused += 1
                     continue
@@ -107,7 +111,9 @@ def main():
             if wrong >= options.max_wrong:
                 pool.shutdown(cancel_futures=True)
                 break
-    return int(wrong > 0)
+    if luck.redrawn:
+        print(f"{luck}{': too many' if luck.strained else ''}")
+    return int(wrong > 0 or luck.strained)
 
 
 if __name__ == "__main__":

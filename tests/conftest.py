@@ -101,6 +101,17 @@ def pytest_runtest_teardown(item):
         torch.cuda.empty_cache()
 
 
+def pytest_terminal_summary(terminalreporter):
+    if cases.luck.redrawn:
+        terminalreporter.write_line(str(cases.luck))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    if cases.luck.strained:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_report_header():
     import fastattn
 

@@ -3,7 +3,10 @@
 A refusal of what is declared is a fault, whoever refuses; `test_support.py` holds the C code to it.
 """
 
+import contextlib
+
 import fastattn
+import pytest
 
 
 def refusal(backend, operation="forward", *, dtype="bfloat16", d=64, dv=None, features=()):
@@ -24,6 +27,26 @@ def refusal(backend, operation="forward", *, dtype="bfloat16", d=64, dv=None, fe
 
 def serves(backend, operation="forward", **asked):
     return refusal(backend, operation, **asked) is None
+
+
+def reason(backend, operation="forward", **asked):
+    """Why a test is skipped there, or None. The CPU backend has no excuse."""
+    missing = refusal(backend, operation, **asked)
+    assert not missing or backend != "cpu", f"cpu does not declare {operation}: {missing}"
+    return missing and f"{backend} does not declare {operation}: {missing}"
+
+
+@contextlib.contextmanager
+def served(backend, operation="forward", **asked):
+    """Around the calls of a test: what is declared is served; what is not is refused, and the test
+    skipped."""
+    why = reason(backend, operation, **asked)
+    if not why:
+        yield
+        return
+    with pytest.raises(NotImplementedError):
+        yield
+    pytest.skip(why)
 
 
 def of_case(case):

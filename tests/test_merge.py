@@ -9,29 +9,31 @@ import pytest
 import reference
 from cases import DTYPES
 from conftest import needs
+from declared import served
 from storage import STORAGES
 
 
-def parts(framework, dtype, cuts, layout="bhsd", sk=60, **keywords):
+def parts(dtype, cuts, layout="bhsd", sk=60):
     """outs and lses over the key ranges between cuts, and the result over all keys at once."""
     rng = np.random.default_rng(0)
     shape = {"bhsd": (2, 3, sk, 16), "bshd": (2, sk, 3, 16)}[layout]
     q, k, v = (rng.standard_normal(shape).astype(cases.dtype_of(dtype)) for _ in range(3))
     axis = 2 if layout == "bhsd" else 1
-
-    def given(x):
-        return framework.array(cases.store(np.ascontiguousarray(x), "plain", rng))
-
-    outs, lses = [], []
-    for begin, end in itertools.pairwise(cuts):
-        part = [given(x.take(range(begin, end), axis)) for x in (k, v)]
-        out, lse = fastattn.attention(given(q), *part, layout=layout, return_lse=True, **keywords)
-        outs.append(out)
-        lses.append(lse)
-    whole = fastattn.attention(
-        given(q), given(k), given(v), layout=layout, return_lse=True, **keywords
+    ranges = [range(begin, end) for begin, end in itertools.pairwise(cuts)]
+    keys = [(k.take(r, axis), v.take(r, axis)) for r in ranges]
+    *found, whole = (
+        fastattn.attention(q, *each, layout=layout, return_lse=True) for each in (*keys, (k, v))
     )
-    return outs, lses, whole
+    return *zip(*found, strict=True), whole
+
+
+def merged(framework, outs, lses, storage="plain", **keywords):
+    """merge_states of these arrays in a framework, and its results as NumPy arrays."""
+    rng = np.random.default_rng(3)
+    given = [[framework.array(cases.store(x, storage, rng)) for x in xs] for xs in (outs, lses)]
+    results = fastattn.merge_states(*given, **keywords)
+    assert type(results[0]) is type(results[1]) is type(given[0][0])
+    return tuple(framework.numpy(x) for x in results)
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
@@ -39,21 +41,18 @@ def parts(framework, dtype, cuts, layout="bhsd", sk=60, **keywords):
 @pytest.mark.parametrize("cuts", [(0, 60), (0, 7, 60), (0, 1, 2, 30, 59, 60), (0, 0, 60, 60)])
 def test_parts_of_the_keys(cuts, dtype, layout, place):
     framework, backend = place
-    try:
-        outs, lses, (out, lse) = parts(framework, dtype, cuts, layout)
-        merged, merged_lse = fastattn.merge_states(outs, lses, layout=layout)
-    except NotImplementedError as error:
-        pytest.skip(f"{backend} refuses: {error}")
-    assert type(merged) is type(out) and merged.shape == out.shape
-    merged, merged_lse, out, lse = (framework.numpy(x) for x in (merged, merged_lse, out, lse))
-    assert merged.dtype == out.dtype and merged_lse.dtype == reference.lse_dtype(out.dtype)
+    outs, lses, (out, lse) = parts(dtype, cuts, layout)
+    with served(backend, "merge", dtype=dtype):
+        got, got_lse = merged(framework, outs, lses, layout=layout)
+    assert got.shape == out.shape and got_lse.shape == lse.shape
+    assert got.dtype == out.dtype and got_lse.dtype == reference.lse_dtype(out.dtype)
     exact = out.astype(np.float64)
     size = np.abs(exact).max()
     # The weights are exp(lse_i - lse), and a lse is rounded: |lse| * eps / 2 each.
     eps = float(np.finfo(lse.dtype).eps)
     bound = 2 * float(reference.finfo(out.dtype).eps) + 2 * eps * np.abs(lse).max()
-    assert np.abs(merged.astype(np.float64) - exact).max() <= bound * size
-    assert np.abs(merged_lse - lse).max() <= 84 * eps
+    assert np.abs(got.astype(np.float64) - exact).max() <= bound * size
+    assert np.abs(got_lse - lse).max() <= 84 * eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,21 +70,15 @@ def test_the_formula_on_any_states(dtype, place):
             out[empty], lse[empty] = 0, rng.choice([-np.inf, np.inf], empty.sum())
         want, want_lse = reference.merge_states(outs, lses)
         for storage in STORAGES[: None if framework.flips else 4]:
-            try:
-                got, lse = fastattn.merge_states(
-                    [framework.array(cases.store(x, storage, rng)) for x in outs],
-                    [framework.array(cases.store(x, storage, rng)) for x in lses],
-                )
-            except NotImplementedError as error:
-                pytest.skip(f"{backend} refuses: {error}")
-            got, lse = framework.numpy(got).astype(np.float64), framework.numpy(lse)
+            with served(backend, "merge", dtype=dtype):
+                got, lse = merged(framework, outs, lses, storage)
             assert (got[0, 0, 4] == 0).all() and lse[0, 0, 4] == -np.inf
             assert (np.isinf(lse) == np.isinf(want_lse)).all()
             finite = np.isfinite(want_lse)
             double = outs[0].dtype == np.float64
             assert np.abs(lse[finite] - want_lse[finite]).max() <= (1e-13 if double else 1e-4)
             bound = 2 * float(reference.finfo(outs[0].dtype).eps) + (1e-13 if double else 1e-6)
-            assert np.abs(got - want).max() <= bound * np.abs(want).max()
+            assert np.abs(got.astype(np.float64) - want).max() <= bound * np.abs(want).max()
 
 
 def test_a_sink_belongs_to_one_part(place):
@@ -93,20 +86,10 @@ def test_a_sink_belongs_to_one_part(place):
     rng = np.random.default_rng(2)
     q, k, v = (rng.standard_normal((1, 2, 8, 16)).astype(np.float32) for _ in range(3))
     sink = np.array([1.5, -2], np.float32)
-
-    def given(x):
-        return framework.array(cases.store(np.ascontiguousarray(x), "plain", rng))
-
-    def attention(k, v, **keywords):
-        return fastattn.attention(given(q), given(k), given(v), return_lse=True, **keywords)
-
-    try:
-        first = attention(k[:, :, :3], v[:, :, :3], sink=given(sink))
-        second = attention(k[:, :, 3:], v[:, :, 3:])
-        out, lse = fastattn.merge_states(*zip(first, second, strict=True))
-    except NotImplementedError as error:
-        pytest.skip(f"{backend} refuses: {error}")
-    out, lse = framework.numpy(out), framework.numpy(lse)
+    first = fastattn.attention(q, k[:, :, :3], v[:, :, :3], sink=sink, return_lse=True)
+    second = fastattn.attention(q, k[:, :, 3:], v[:, :, 3:], return_lse=True)
+    with served(backend, "merge", dtype="float32"):
+        out, lse = merged(framework, *zip(first, second, strict=True))
     assert not reference.check(out, lse, q, k, v, sink=sink)
 
 

@@ -4,7 +4,9 @@ hypothesis draws and shrinks them here (2,000 in CI, the same ones each time); `
 tests/campaign.py --cases 100000` runs as many as wanted.
 """
 
+import campaign
 import cases
+import declared
 import pytest
 import random_cases
 from conftest import LEVELS, ROOT, python
@@ -61,3 +63,47 @@ def test_a_wrong_result_is_reported(monkeypatch, capsys):
     assert cases.run(case, attention=broken)
     assert not cases.run(case)
     assert eval(repr(case), {"Case": cases.Case}) == case
+
+
+def refuses(*args, **keywords):
+    raise NotImplementedError("no kernel")
+
+
+def test_a_refusal_is_wrong_unless_it_is_declared(monkeypatch):
+    """For a test, and for the campaign; and so is a call that is served undeclared."""
+    case = cases.Case(sq=3, sk=4, dtype="float16")
+    assert cases.run(case, attention=refuses) == ["refused, though declared: no kernel"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cases, "function", lambda case: refuses)
+        found, _ = campaign.check_range(0, 20, "numpy", None)
+        assert [seed for seed, _ in found] == list(range(20))
+        assert all(said and said.startswith("refused, though declared") for _, said in found)
+    monkeypatch.setattr(declared, "reason", lambda *args, **keywords: "not declared")
+    assert cases.run(case) == ["served, though not declared"]
+    assert campaign.check(case, cases.NumPy(), None) == "served, though not declared"
+    with pytest.raises(cases.Refused, match="not declared"):
+        cases.run(case, attention=refuses)
+
+
+def test_redraws_of_float32_are_counted():
+    """Every second result a little wrong is no luck, however right its other draw is."""
+    before, cases.luck = cases.luck, cases.Luck()
+    calls = []
+
+    def broken(*args, **keywords):
+        import fastattn
+
+        out, lse = fastattn.attention(*args, **keywords)
+        calls.append(out)
+        if len(calls) % 3 == 1:
+            out[0, 0, 0, 0] += 2e-6
+        return out, lse
+
+    try:
+        for seed in range(20):
+            case = cases.Case(sq=20, sk=30, d=64, dv=64, seed=seed)
+            assert not cases.run(case, attention=broken)
+        assert cases.luck.judged == 20 and cases.luck.redrawn > 3 and cases.luck.strained
+    finally:
+        cases.luck = before
+    assert not cases.Luck(10_000, 25).strained and cases.Luck(10_000, 35).strained

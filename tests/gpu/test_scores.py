@@ -4,7 +4,7 @@ import fastattn
 import pytest
 
 import gpu
-from gpu import DTYPES, inputs, torch
+from gpu import DTYPES, inputs, normal, torch
 from gpu.calls import CHANGES, SIZES, STRIDES, check, masks, poisoned, restrided, sent, sinks
 
 pytestmark = gpu.marks
@@ -135,6 +135,19 @@ def test_a_mask_may_change_between_replays():
         mask.copy_(masks("bool", (300, 400), seed))
         graph.replay()
         assert gpu.complaints(out, None, q, k, v, mask=mask) == []
+
+
+def test_a_graph_draws_a_new_seed_at_each_replay():
+    x = normal(1, 2, 64, 64)
+    fastattn.attention(x, x, x, dropout_p=0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fastattn.attention(x, x, x, dropout_p=0.5)
+    results = []
+    for _ in range(2):
+        graph.replay()
+        results.append(out.clone())
+    assert not torch.equal(*results)
 
 
 @pytest.mark.parametrize("change", CHANGES)

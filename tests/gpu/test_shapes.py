@@ -77,12 +77,7 @@ def test_grouped_heads(hq, hk, dtype):
     ],
 )
 def test_other_head_sizes(d, dv):
-    q, k, v = inputs(1, 2, 2, 200, 300, d, dv)
-    try:
-        check(q, k, v, causal=True)
-    except NotImplementedError as refusal:
-        assert "sm90" in str(refusal)
-        pytest.skip(str(refusal))
+    check(*inputs(1, 2, 2, 200, 300, d, dv), causal=True)
 
 
 @pytest.mark.parametrize(
@@ -166,3 +161,21 @@ def test_lengths_hide_what_lies_behind_them():
     }
     _, lse = fastattn.attention(q, k, v, out=out, return_lse=True, causal=True, **on_gpu)
     assert gpu.complaints(out, lse, q, k, v, causal=True, **lengths) == []
+
+
+def test_lengths_out_of_range_count_as_the_nearest():
+    q, k, v = inputs(2, 2, 2, 70, 90, 64)
+
+    def numbers(*x):
+        return torch.tensor(x, dtype=torch.int32, device="cuda")
+
+    for name, wild, near in (
+        ("q_lengths", (-3, 99), (0, 70)),
+        ("k_lengths", (2**31 - 1, -1), (90, 0)),
+        ("k_start", (-(2**31), 91), (0, 90)),
+        ("q_offset", (-(2**31), 2**31 - 1), (-(2**30), 2**30)),
+    ):
+        got, want = (
+            fastattn.attention(q, k, v, causal=True, **{name: numbers(*x)}) for x in (wild, near)
+        )
+        assert torch.equal(got, want), name
