@@ -29,6 +29,8 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
                          {FA_DROPOUT | FA_KV_HEADS},
                          1,
                          256},
+    [FA_SM90_MERGE] =
+        {"sm90", "merge", DTYPE(F32) | DTYPE(F16) | DTYPE(BF16), 0, {0}, 0, INT32_MAX},
 };
 
 fa_demand fa_forward_demand(const fa_params *p) {

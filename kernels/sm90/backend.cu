@@ -4,6 +4,7 @@
 #include "common/head_parts.h"
 #include "common/launch.cuh"
 #include "common/mask_bits.cuh"
+#include "common/merge_plan.h"
 #include "common/packed.cuh"
 #include "fastattn.h"
 #include "support.h"
@@ -131,4 +132,33 @@ static fa_status run(const fa_params *p, const fa_choice *choice, void *workspac
 
 static const fa_forward_op forward = {FA_SM90_FORWARD, reject, kernel, workspace, run};
 
-const fa_backend fa_sm90 = {"sm90", FA_CUDA, takes_device, &forward, NULL, names};
+/* ---- merging: common/merge.cu ---- */
+
+static fa_status reject_merge(const fa_merge *m, fa_choice *choice, fa_error *) {
+    choice->variant = fa_merge_choose(m, NULL);
+    return FA_OK;
+}
+
+static const char *merge_kernel(const fa_merge *, const fa_choice *choice) {
+    return ((const fa_merge_variant *)choice->variant)->name;
+}
+
+static int64_t merge_workspace(const fa_merge *m, const fa_choice *) {
+    return fa_merge_bytes(m, NULL);
+}
+
+static fa_status run_merge(const fa_merge *m, const fa_choice *choice, void *workspace,
+                           fa_error *error) {
+    const fa_device *device = (const fa_device *)choice->device;
+    int before;
+    fa_status status = fa_enter_device(device, &before, error);
+    if (status != FA_OK) return status;
+    status = fa_merge_launch(m, NULL, (const fa_merge_variant *)choice->variant, device, workspace,
+                             error);
+    return fa_leave_device(device, before, status, error);
+}
+
+static const fa_merge_op merge = {FA_SM90_MERGE, reject_merge, merge_kernel, merge_workspace,
+                                  run_merge};
+
+const fa_backend fa_sm90 = {"sm90", FA_CUDA, takes_device, &forward, &merge, names};

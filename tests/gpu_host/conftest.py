@@ -25,3 +25,11 @@ def packed(tmp_path_factory):
     made = library(HERE / "packed_shim.cpp", tmp_path_factory.mktemp("packed"))
     made.list.restype = ctypes.c_int64
     return made
+
+
+@pytest.fixture(scope="session")
+def merging(tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("merging")
+    return library(HERE / "merge_shim.cpp", folder, "-Wno-missing-field-initializers")

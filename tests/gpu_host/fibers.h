@@ -1,10 +1,12 @@
 /* fibers.h - one block of a CUDA kernel on the host: each thread a fiber, each warp in step where
- * the kernel says so. Enough of CUDA for kernels/common/packed.cuh, and slow; C++, g++ or clang. */
+ * the kernel says so. Enough of CUDA for kernels/common/packed.cuh and merge.cuh, and slow; C++,
+ * g++ or clang. FIBERS: the threads of a block. */
 #ifndef FASTATTN_TESTS_FIBERS_H
 #define FASTATTN_TESTS_FIBERS_H
 
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 #include <ucontext.h>
 
 #define __global__
@@ -18,7 +20,10 @@
 static inline void wait_for_stream() {}
 static inline void let_next_start() {}
 
-enum { FIBERS = 1024, STACK = 32 << 10 };
+#ifndef FIBERS
+#define FIBERS 1024
+#endif
+enum { STACK = 32 << 10 };
 
 struct fiber {
     ucontext_t context;
@@ -31,7 +36,7 @@ static ucontext_t outside;
 static int current;
 static struct {
     int64_t steps[2]; /* arrivals at even and odd steps */
-    int32_t values[2][32];
+    uint64_t values[2][32];
 } warps[FIBERS / 32];
 static int64_t block_arrivals;
 
@@ -41,11 +46,15 @@ struct thread_index {
     } x;
 };
 static thread_index threadIdx;
+struct grid_index {
+    int64_t x;
+};
+inline grid_index blockIdx, gridDim = {1}, blockDim = {FIBERS};
 
 static void yield() { swapcontext(&fibers[current].context, &outside); }
 
 /* All lanes give a value; returns those of all lanes. */
-static const int32_t *exchange(int32_t value) {
+static const uint64_t *exchange(uint64_t value) {
     auto &warp = warps[current / 32];
     int64_t step = fibers[current].steps++;
     warp.values[step % 2][current % 32] = value;
@@ -53,15 +62,29 @@ static const int32_t *exchange(int32_t value) {
     while (warp.steps[step % 2] < (step / 2 + 1) * 32) yield();
     return warp.values[step % 2];
 }
+template <typename T>
+static T exchange(T x, int lane) {
+    uint64_t bits = 0;
+    memcpy(&bits, &x, sizeof x);
+    memcpy(&x, &exchange(bits)[lane], sizeof x);
+    return x;
+}
 static void __syncwarp() { exchange(0); }
-static int32_t __shfl_sync(uint32_t, int32_t x, int lane) { return exchange(x)[lane]; }
-static int32_t __shfl_up_sync(uint32_t, int32_t x, int by) {
-    const int32_t *all = exchange(x);
+template <typename T>
+static T __shfl_sync(uint32_t, T x, int lane, int width = 32) {
+    return exchange(x, current % 32 / width * width + lane);
+}
+template <typename T>
+static T __shfl_xor_sync(uint32_t, T x, int bits) {
+    return exchange(x, current % 32 ^ bits);
+}
+template <typename T>
+static T __shfl_up_sync(uint32_t, T x, int by) {
     int lane = current % 32;
-    return all[lane < by ? lane : lane - by];
+    return exchange(x, lane < by ? lane : lane - by);
 }
 static uint32_t __ballot_sync(uint32_t, bool yes) {
-    const int32_t *all = exchange(yes);
+    const uint64_t *all = exchange(yes);
     uint32_t bits = 0;
     for (int i = 0; i < 32; ++i) bits |= (uint32_t)(all[i] != 0) << i;
     return bits;

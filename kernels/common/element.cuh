@@ -1,0 +1,68 @@
+/* element.cuh - elements of the 16-bit formats and float32: to float and back, and 16 bytes of them
+ * from global memory. Any architecture from sm_80 on. */
+#ifndef FASTATTN_ELEMENT_CUH
+#define FASTATTN_ELEMENT_CUH
+
+#include "fastattn.h"
+
+#ifndef DEVICE
+#define DEVICE static __device__ __forceinline__
+#endif
+
+/* How an element is stored, what it means, and what the elements of 32 bits mean, the first in the
+ * low half. */
+template <fa_dtype T>
+struct element;
+
+template <>
+struct element<FA_F32> {
+    typedef float stored;
+    DEVICE float widen(float x) { return x; }
+    DEVICE float narrow(float x) { return x; }
+    DEVICE void unpack(float (&x)[1], uint32_t bits) { x[0] = __uint_as_float(bits); }
+};
+
+template <>
+struct element<FA_BF16> {
+    typedef uint16_t stored;
+    DEVICE float widen(uint16_t x) { return __uint_as_float((uint32_t)x << 16); }
+    DEVICE uint16_t narrow(float x) {
+        uint16_t y;
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+        return y;
+    }
+    DEVICE void unpack(float (&x)[2], uint32_t bits) {
+        x[0] = __uint_as_float(bits << 16);
+        x[1] = __uint_as_float(bits & 0xFFFF0000);
+    }
+};
+
+template <>
+struct element<FA_F16> {
+    typedef uint16_t stored;
+    DEVICE float widen(uint16_t x) {
+        float y;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+        return y;
+    }
+    DEVICE uint16_t narrow(float x) {
+        uint16_t y;
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+        return y;
+    }
+    DEVICE void unpack(float (&x)[2], uint32_t bits) {
+        x[0] = widen((uint16_t)bits);
+        x[1] = widen((uint16_t)(bits >> 16));
+    }
+};
+
+/* Read once: the L1 keeps nothing of it. */
+DEVICE uint4 load_once(const void *from) {
+    uint4 x;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from));
+    return x;
+}
+
+#endif

@@ -1,0 +1,81 @@
+/* merge.cu - merging partial results: from the request to its launches (merge_plan.h plans them).
+ *
+ * For the backend of every architecture from sm_80 on, and for what splits the keys and merges
+ * itself. The caller has made the device current.
+ */
+#include <string.h>
+
+#include "common/merge.cuh"
+
+/* Kernels of one pair of dtypes: at most 2, 4 and 8 parts; any number, wide or not. */
+enum { FEW_2, FEW_4, FEW_8, MANY_WIDE, MANY_STRIDED, KINDS };
+
+struct merge_dtypes {
+    fa_dtype in, out;
+    fa_merge_variant kinds[KINDS];
+};
+
+#define MERGE_DTYPES(IN, OUT, name)                                                 \
+    {                                                                               \
+        IN, OUT, {                                                                  \
+            {"merge_" name "_2", (const void *)merge_few<IN, OUT, 2>},              \
+                {"merge_" name "_4", (const void *)merge_few<IN, OUT, 4>},          \
+                {"merge_" name "_8", (const void *)merge_few<IN, OUT, 8>},          \
+                {"merge_" name "_many", (const void *)merge_many<IN, OUT, true>}, { \
+                "merge_" name "_strided", (const void *)merge_many<IN, OUT, false>  \
+            }                                                                       \
+        }                                                                           \
+    }
+
+static const merge_dtypes table[] = {
+    MERGE_DTYPES(FA_BF16, FA_BF16, "bf16"),       MERGE_DTYPES(FA_F16, FA_F16, "fp16"),
+    MERGE_DTYPES(FA_F32, FA_F32, "fp32"),         MERGE_DTYPES(FA_F32, FA_BF16, "fp32_to_bf16"),
+    MERGE_DTYPES(FA_F32, FA_F16, "fp32_to_fp16"),
+};
+
+extern "C" const fa_merge_variant *fa_merge_choose(const fa_merge *m, const fa_merge_stack *stack) {
+    const fa_merge_plan p = fa_merge_make(m, stack);
+    const int32_t few = p.batch == 2 ? FEW_2 : p.batch == 4 ? FEW_4 : FEW_8;
+    const int32_t many = p.is_wide ? MANY_WIDE : MANY_STRIDED;
+    for (const merge_dtypes &d : table)
+        if (d.in == p.dtype && d.out == m->dtype) return &d.kinds[p.is_many ? many : few];
+    return NULL;
+}
+
+extern "C" int64_t fa_merge_bytes(const fa_merge *m, const fa_merge_stack *stack) {
+    return fa_merge_make(m, stack).bytes;
+}
+
+static fa_status launch_list(const fa_merge *m, const fa_merge_plan *p, const fa_device *device,
+                             void *workspace, fa_error *error) {
+    fa_status status = FA_OK;
+    for (int32_t first = 0; first < m->n && status == FA_OK; first += FA_MERGE_LISTED) {
+        merge_list_args a = make_list_args(m, p, first, workspace);
+        status = fa_launch_kernel((const void *)merge_list, 1, FA_MERGE_THREADS, 0, m->where.stream,
+                                  device->early, &a, error);
+    }
+    return status;
+}
+
+template <int PARTS>
+static fa_status launch(const fa_merge *m, const fa_merge_plan *p, const void *kernel,
+                        const fa_device *device, void *workspace, fa_error *error) {
+    merge_args<PARTS> a = make_merge_args<PARTS>(m, p, workspace);
+    const int32_t most = device->sms * FA_MERGE_BLOCKS;
+    const int32_t blocks = p->items < most ? (int32_t)p->items : most;
+    return fa_launch_kernel(kernel, blocks, FA_MERGE_THREADS, 0, m->where.stream, device->early, &a,
+                            error);
+}
+
+extern "C" fa_status fa_merge_launch(const fa_merge *m, const fa_merge_stack *stack,
+                                     const fa_merge_variant *variant, const fa_device *device,
+                                     void *workspace, fa_error *error) {
+    const fa_merge_plan p = fa_merge_make(m, stack);
+    if (p.rows == 0) return FA_OK;
+    if (p.bytes) {
+        const fa_status status = launch_list(m, &p, device, workspace, error);
+        if (status != FA_OK) return status;
+    }
+    auto *run = p.batch == 2 ? launch<2> : p.batch == 4 ? launch<4> : launch<8>;
+    return run(m, &p, variant->kernel, device, workspace, error);
+}
