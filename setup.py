@@ -296,7 +296,8 @@ def cuda_jobs(nvcc: Path) -> list[Job]:
 
 def run_jobs(jobs: list[Job]) -> None:
     OBJECTS.mkdir(parents=True, exist_ok=True)
-    stale = [job for job in jobs if job.stale()]
+    # The last take longest, so they come first: else one of them runs alone at the end.
+    stale = [job for job in reversed(jobs) if job.stale()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"fastattn: compiling {len(stale)} of {len(jobs)} objects", file=sys.stderr)
     with ThreadPoolExecutor(int(os.environ.get("FASTATTN_JOBS") or cores or 1)) as pool:
