@@ -135,7 +135,8 @@ def kernels(data: bytes) -> list[Kernel]:
             if name == ".nv.info":
                 registers = _registers(content)
             if name.startswith(".text."):
-                texts.append((name.removeprefix(".text."), content, section[7]))
+                # Before sm_90 the upper 8 bits are the number of registers.
+                texts.append((name.removeprefix(".text."), content, section[7] & 0xFFFFFF))
         found += [
             Kernel(name, tuple(struct.iter_unpack("<QQ", code)), registers[symbol])
             for name, code, symbol in texts

@@ -356,3 +356,16 @@ def test_machine_code_is_read(sass, tmp_path):
     loops = [{opcodes[i] for i in loop} for loop in kernel.loops()]
     assert any(0x983 in loop for loop in loops), "LDL"
     assert not any(loop & sass.WGMMA for loop in loops)
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_machine_code_of_an_older_architecture_is_read(sass, tmp_path):
+    """Its sections keep the number of registers beside the symbol's."""
+    import table
+
+    (tmp_path / "add.cu").write_text("__global__ void add(float *x) { x[threadIdx.x] += 1; }\n")
+    command = ["nvcc", *table.gencode("sm80"), "-c", "add.cu"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    (kernel,) = sass.kernels((tmp_path / "add.o").read_bytes())
+    assert "add" in kernel.name and 0x94D in kernel.opcodes() and kernel.registers > 0
+    assert sass.check((tmp_path / "add.o").read_bytes(), "") == []

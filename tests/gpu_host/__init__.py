@@ -22,16 +22,17 @@ HAS_LEFT, HAS_RIGHT, TOP_LEFT = 1, 2, 4
 
 
 def variants():
-    """The table of the forward variants for Hopper, as the build reads it; none without sources."""
+    """Those of all tables, as the build reads them; none without sources."""
     if not KERNELS.exists():
         return []
     sys.path.insert(0, str(KERNELS))
     import table
 
-    return table.read(KERNELS / "sm90" / "fwd.def")
+    return [variant for path in table.tables() for variant in table.read(path)]
 
 
-VARIANTS = variants()
+EVERY_VARIANT = variants()
+VARIANTS = [v for v in EVERY_VARIANT if v.name.startswith("sm90_fwd_")]
 
 marks = pytest.mark.skipif(
     not VARIANTS or not shutil.which("gcc"), reason="needs the sources and gcc"
