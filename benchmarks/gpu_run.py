@@ -13,14 +13,15 @@ the others nothing:
     sanitize  compute-sanitizer's four tools over one small case per row and feature, the rows dealt
               to several processes, as many at once as there are CPUs
     campaign  random cases against the reference: tests/campaign.py
-    correctness, grid, shapes, features
-              benchmarks/correctness.py, and the suites of the benchmark, in parts of a few minutes;
-              each writes NAME-PART.json: moved into benchmarks/results/ as DATE-CARD-PART.json they
+    correctness, merge, grid, shapes, features
+              benchmarks/correctness.py, merging beside a copy, and the suites of the benchmark, in
+              parts of a few minutes; each writes NAME-PART.json: moved into benchmarks/results/ as
+              DATE-CARD-PART.json they
               are what report.py makes the tables and pictures of
     bench     python benchmarks, with the arguments in --bench; only if --parts names it
 
 On 16 CPUs tests and sanitizers take 200 to 270 s, 36,000 cases 40. For the results alone:
-`--parts correctness,grid,shapes,features --commit COMMIT --peers ...`.
+`--parts correctness,merge,grid,shapes,features --commit COMMIT --peers ...`.
 
 `run --module a=build/gpu/a.so --module b=build/gpu/b.so` repeats the parts for each module.
 Archives named by --peers (.tar.xz, .whl) are unpacked once and put on the path, after our own.
@@ -56,6 +57,7 @@ SECONDS = {  # part -> its time limit
     "sanitize": 300,
     "campaign": 120,
     "correctness": 60,
+    "merge": 90,
     **dict.fromkeys([*SUITES, "bench"], 400),
 }
 TOOLS = ("racecheck", "initcheck", "synccheck", "memcheck")  # the slowest first
@@ -152,7 +154,8 @@ def commands(part, options, out, name):
         workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
         yield "tests", [*python, *flags, *workers, ROOT / "tests", *shlex.split(options.pytest)]
     elif part == "sanitize":
-        flags = shlex.split("--error-exitcode 99 --kernel-name kernel_substring=sm90 --tool")
+        ours = "--kernel-name kernel_substring=sm90 --kernel-name kernel_substring=merge_"
+        flags = shlex.split(f"--error-exitcode 99 {ours} --tool")
         for tool in options.tools.split(",") if sanitizer() else []:
             for i in range(options.shards):
                 part = ["--part", f"{i}/{options.shards}"]
@@ -163,6 +166,8 @@ def commands(part, options, out, name):
         yield "campaign", [*python, ROOT / "tests" / "campaign.py", *flags, *numbers]
     elif part == "correctness":
         yield part, [*python, ROOT / "benchmarks" / "correctness.py", *result_of(part)]
+    elif part == "merge":
+        yield part, [*python, "-m", "fastattn.bench.merge", *result_of(part)]
     else:
         chosen = shlex.split(f"--timings 20 --warmup 0.1 {SUITES.get(part, options.bench)}")
         yield part, [*python, ROOT / "benchmarks", *chosen, *result_of(part)]
@@ -208,7 +213,7 @@ def run(options):
         }
         for part in options.parts.split(","):
             left = min(getattr(options, f"{part}_seconds"), deadline - time.perf_counter())
-            alone = part in (*SUITES, "bench", "correctness")
+            alone = part in (*SUITES, "bench", "correctness", "merge")
             threads = None if alone else "2" if part == "tests" else "1"  # of one among many
             many = {"OMP_NUM_THREADS": threads} if threads else {}
             if left < 5:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import textwrap
 
-from fastattn.bench import cpu, plot
+from fastattn.bench import cpu, merge, plot
 from fastattn.bench.cells import GRIDS, UNITS
 from fastattn.bench.machine import caption
 from fastattn.bench.report import dump, geometric_mean, limits_of, markdown, own, shares
@@ -42,6 +42,7 @@ TITLES = {
     "gpu-flex": "Beside FlexAttention",
     "gpu-varlen": "Packed sequences",
     "gpu-host": "Host time, Python to launch",
+    "merge": "Merging partial results, beside a copy of the same run",
     "cpu": "The CPU: b 1, h 8",
     "cpu-mask": "A dense mask",
     "cpu-threads": "One head on all threads",
@@ -177,6 +178,8 @@ def verdicts(rows):
 def table(result, suite):
     if suite == "correctness":
         return verdicts(result["rows"])
+    if suite == "merge":
+        return markdown(list(merge.lines(result["rows"])))
     cells = cells_of(result, suite)
     return markdown(list((grid if suite in GRIDS else listing)(cells, result)))
 
@@ -252,7 +255,7 @@ def gpu_words(cards):
     yield "Of the other suites those where a cell is slower, each with its worst: "
     worst = []
     for suite, (_, result) in cards[card_of(header)].items():
-        if suite not in ("gpu-bf16", "correctness"):
+        if suite not in ("gpu-bf16", "correctness", "merge"):
             losing = slower(cells_of(result, suite), lambda cell: cell["fastattn"]["label"])
             worst += [f"{TITLES.get(suite, suite).lower()}: {losing[0]}"] if losing else []
     yield f"{'; '.join(worst) or 'none'}. "

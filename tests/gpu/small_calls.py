@@ -18,7 +18,7 @@ import fastattn
 import numpy as np
 
 import gpu
-from gpu import DTYPES, torch
+from gpu import DTYPES, merging, torch
 
 SIZES = (
     (64, 64),
@@ -246,6 +246,17 @@ def run_packed(name, feature, sizes, dtype, shape, change, keywords):
     return report(call, name, feature, wrong)
 
 
+def run_merge(n, dtype, dv, is_stacked):
+    """Parts in one array or apart, of 16 bytes at once or element by element."""
+    outs, lses = merging.states(n, (2, 3, 7, dv), dtype, device="cpu")
+    both = outs, lses
+    sent = [x.cuda() if is_stacked else [part.cuda() for part in x] for x in both]
+    out, lse = (x.cpu() for x in fastattn.merge_states(*map(list, sent)))
+    wrong = merging.complaints(out, lse, outs, lses)
+    print(f"{'WRONG' if wrong else 'ok   '}    merge {n} {dtype} dv {dv} {'; '.join(wrong)}")
+    return not wrong
+
+
 def report(call, name, feature, wrong):
     """A feature may have another row than the one that its shape was found for."""
     ran = fastattn.explain(call.func, *call.args, **call.keywords).kernel
@@ -273,6 +284,8 @@ def main():
                 "packed, everything",
             ):
                 right.append(run(name, feature, sizes, dtype, shape, change, keywords))
+    merges = itertools.product((2, 4, 8, 20, 60), merging.DTYPES, (64, 50), (False, True))
+    right += [run_merge(*merge) for merge in itertools.islice(merges, part, None, parts)]
     print(f"{sum(right)} of {len(right)} right")
     sys.exit(not right or not all(right))
 

@@ -130,6 +130,7 @@ def measure(arrays, case, copy):
     again, again_lse = merge()
     return {
         **dataclasses.asdict(case),
+        "suite": "merge",
         "label": case.label,
         "us": seconds["merge"] * 1e6,
         "rate": case.bytes / seconds["merge"],
@@ -138,6 +139,16 @@ def measure(arrays, case, copy):
         "bound": bound,
         "repeats": torch.equal(again, out) and torch.equal(again_lse, lse),
     }
+
+
+def lines(rows):
+    """A table of text."""
+    yield ["", "us", "TB/s", "copy TB/s", "share", "error", "allowed"]
+    for row in rows:
+        rates = (f"{row[name] / 1e12:.3f}" for name in ("rate", "copy"))
+        errors = (f"{row[name]:.1e}" for name in ("error", "bound"))
+        share = f"{row['rate'] / row['copy']:.3f}"
+        yield [row["label"], f"{row['us']:.1f}", *rates, share, *errors]
 
 
 def main(argv):
@@ -152,16 +163,11 @@ def main(argv):
     torch = arrays.torch
     source = torch.empty(GIB, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
-    rows, lines = [], [["", "us", "TB/s", "copy TB/s", "share", "error", "allowed"]]
+    rows = []
     for case in CASES:
-        row = measure(arrays, case, lambda: target.copy_(source))
+        rows.append(measure(arrays, case, lambda: target.copy_(source)))
         torch.cuda.empty_cache()
-        rows.append(row)
-        rates = (f"{row[name] / 1e12:.3f}" for name in ("rate", "copy"))
-        errors = (f"{row[name]:.1e}" for name in ("error", "bound"))
-        share = f"{row['rate'] / row['copy']:.3f}"
-        lines.append([row["label"], f"{row['us']:.1f}", *rates, share, *errors])
-    print("\n".join(aligned(lines)))
+    print("\n".join(aligned(list(lines(rows)))))
     if args.json:
         header = environment(arrays, "python -m fastattn.bench.merge", args.commit)
         pathlib.Path(args.json).write_text(json.dumps({"header": header, "rows": rows}, indent=1))
