@@ -136,10 +136,10 @@ def test_law_2_no_device_memory_and_no_synchronisation():
 
 
 def test_every_kernel_waits_for_its_stream():
-    """They are launched before the stream's kernels before them have ended (launch.cuh)."""
+    """They are launched before the stream's kernels before them have ended (stream.cuh)."""
     bodies = []
     for text in TEXT.values():
-        for start in re.finditer(r"\b__global__\b", code(text)):
+        for start in re.finditer(r"\b__global__\b[^;{]*\{", code(text)):  # not a declaration
             function = code(text)[start.start() :]
             bodies.append(function[: function.index("\n}")])
     assert len(bodies) >= 4 and all("wait_for_stream();" in body for body in bodies)
@@ -305,19 +305,6 @@ def test_law_3_variants_are_bounded():
         assert v.name.startswith(
             f"{v.architecture}_{v.table.stem}_{v['dtype'][3:].lower()}_{size}_"
         )
-
-
-def test_variants_fit_the_chip():
-    """Q, and the stages of K and V, in shared memory; the warpgroups and a producer in a block."""
-    for v in VARIANTS:
-        q = v["q_slots"] * 64 * v["d"]
-        kv = v["stages"] * v["block_n"] * (v["d"] + v["dv"])
-        assert 2 * (q + kv) * v["blocks_per_sm"] <= 227 * 1024, v.name
-        assert 128 * (v["warpgroups"] + 1) * v["blocks_per_sm"] <= 2048, v.name
-        assert v["d"] % 16 == v["dv"] % 16 == v["block_n"] % 16 == 0
-        # S of one block, O, and P, in the 65,536 registers that the consumers share
-        per_thread = v["block_n"] // 2 + v["dv"] // 2 + v["block_n"] // 4
-        assert per_thread <= 255 and 128 * v["warpgroups"] * per_thread <= 65536, v.name
 
 
 # ----------------------------------------------------------------------------------- the repository

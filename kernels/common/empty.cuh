@@ -4,6 +4,7 @@
 
 #include "common/launch.cuh"
 #include "common/packed.h"
+#include "common/stream.cuh"
 
 struct empty_args {
     fa_what what;

@@ -1,4 +1,4 @@
-/* launch.cuh - how a kernel is launched, and what it owes its stream.
+/* launch.cuh - how a kernel is launched. What it owes its stream: stream.cuh.
  *
  * A launcher makes one launch on the caller's stream and returns the launch's own error. It never
  * allocates and never synchronises, so it may run inside a graph capture.
@@ -7,17 +7,6 @@
 #define FASTATTN_LAUNCH_CUH
 
 #include "common/device.h"
-
-/* What every kernel calls before it reads or writes global memory: those before it in the stream
- * have ended. Until then only its arguments are there. */
-static __device__ __forceinline__ void wait_for_stream() {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-/* Once all blocks have said so, or ended, the next kernel's blocks start where there is room. */
-static __device__ __forceinline__ void let_next_start() {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
 
 /* `kernel<<<blocks, threads, smem, stream>>>(*arguments)`, 0.3 us sooner. `early`: it starts before
  * the kernels before it in the stream have ended, and waits for them itself. */

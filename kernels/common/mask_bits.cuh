@@ -10,6 +10,7 @@
 
 #include "common/launch.cuh"
 #include "common/mask_bits.h"
+#include "common/stream.cuh"
 
 enum { PACK_THREADS = 256 };
 
@@ -25,7 +26,7 @@ struct pack_args {
 
 /* Word `lane % 4` of a row: from the ballots on the four bytes of each lane. Byte p of lane l is
  * key 4l + p, which is bit 2 * (l / 2) + p % 2 of word 2 * (l % 2) + p / 2. */
-static __device__ __forceinline__ uint32_t bits_word(const uint32_t (&ballot)[4]) {
+DEVICE uint32_t bits_word(const uint32_t (&ballot)[4]) {
     const int32_t lane = threadIdx.x % 32, odd_lanes = lane / 2 % 2;
     const uint32_t even = lane & 1 ? ballot[2] : ballot[0], odd = lane & 1 ? ballot[3] : ballot[1];
     return (even >> odd_lanes & 0x55555555) | (odd >> odd_lanes & 0x55555555) << 1;

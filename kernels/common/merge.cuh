@@ -16,6 +16,7 @@
 #ifdef __CUDACC__
 #include "common/element.cuh"
 #include "common/launch.cuh"
+#include "common/stream.cuh"
 #endif
 
 template <int PARTS>

@@ -8,6 +8,7 @@
 #define FASTATTN_PACKED_CUH
 
 #include "common/packed.h"
+#include "common/stream.cuh"
 
 enum { PACKED_THREADS = 1024, PACKED_WARPS = PACKED_THREADS / 32, PACKED_FEW = 4 };
 
@@ -19,7 +20,7 @@ struct packed_args {
 };
 
 /* The sum over this lane and those before it. */
-static __device__ __forceinline__ int32_t warp_sum(int32_t x, int32_t capacity) {
+DEVICE int32_t warp_sum(int32_t x, int32_t capacity) {
     int32_t lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 1; i < 32; i *= 2) {

@@ -1,9 +1,24 @@
 /* fwd_launch.cuh - the launcher of a variant: tensor maps, arguments, the launch.
  *
- * A part of fwd.cu, at its end; launch.cuh has what does not depend on the variant.
+ * launch.cuh has what does not depend on the variant.
  */
-#ifndef FASTATTN_SM90_LAUNCH_CUH
-#define FASTATTN_SM90_LAUNCH_CUH
+#ifndef FASTATTN_SM90_FWD_LAUNCH_CUH
+#define FASTATTN_SM90_FWD_LAUNCH_CUH
+
+#include "common/launch.cuh"
+#include "common/packed.h"
+#include "common/schedule.h"
+#include "sm90/args.cuh"
+#include "sm90/loads.h"
+#include "sm90/smem.h"
+#include "sm90/softmax.cuh"
+#include "sm90/variant.h"
+#include "sm90/workspace.h"
+#if VARIANT_GENERAL
+#include "sm90/scores_launch.cuh"
+#endif
+
+__global__ void VARIANT_NAME(const __grid_constant__ kernel_args a);
 
 #if !IS_STRIDED || VARIANT_GENERAL
 /* Panels of `bytes` by `rows` rows; dimensions of stride 0 are one long, and not moved along. */
@@ -85,7 +100,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
     a.by_group = fa_divisor_make(w->hq / w->hk);
     a.watch = w->batch_invariant;
     a.scale = (float)(usable_scale(w->scale) * 1.4426950408889634);
-    a.slack = softmax_slack<range>(a.scale);
+    a.slack = softmax_slack(a.scale);
     a.lse = (float *)w->lse.data;
     for (int i = 0; i < 3; ++i) a.lse_stride[i] = w->lse.stride[i];
     a.sink = p->scores.sink;
@@ -95,7 +110,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
 #if VARIANT_GENERAL
     a.b = w->b;
     a.scores = make_scores(p, (char *)workspace + fa_lay_out_forward(p, BLOCK_M).mask);
-    a.slack = softmax_slack<range>(a.scores.scale);
+    a.slack = softmax_slack(a.scores.scale);
     if (a.scores.tiles) {
         fa_tensor mask = p->scores.mask;
         if (!a.scores.tile_rows) mask.shape[2] = 1;

@@ -1,13 +1,18 @@
-/* raw.cuh - K and V whose rows lie side by side, or nearly, and begin anywhere: the copy
+/* load_raw.cuh - K and V whose rows lie side by side, or nearly, and begin anywhere: the copy
  * engine brings them as they lie in memory, and a warp moves them to their places, a row a lane.
  *
- * A part of servers.cuh, for raw rows. What comes is in units of 16 bytes, of which the first
- * and the last may be in part no row's of the block, but are the array's: where it begins or ends
- * within one, lanes load the few elements there themselves. They come in pieces, a ring of them,
- * and those of the next block set out while this one is moved.
+ * What comes is in units of 16 bytes, of which the first and the last may be in part no row's of
+ * the block, but are the array's: where it begins or ends within one, lanes load the few elements
+ * there themselves. They come in pieces, a ring of them, and those of the next block set out while
+ * this one is moved.
  */
-#ifndef FASTATTN_SM90_RAW_CUH
-#define FASTATTN_SM90_RAW_CUH
+#ifndef FASTATTN_SM90_LOAD_RAW_CUH
+#define FASTATTN_SM90_LOAD_RAW_CUH
+
+#include "sm90/args.cuh"
+#include "sm90/load_strided.cuh"
+#include "sm90/ptx.cuh"
+#include "sm90/smem.h"
 
 struct raw_rows {
     uint32_t smem, full;         /* where the ring begins, and its barriers */

@@ -1,11 +1,16 @@
-/* mask_tiles.cuh - a float mask, by tiles of 64 rows in shared memory. General rows only.
+/* mask_tiles.cuh - a float mask, by tiles of 64 rows in shared memory. General variants only.
  *
- * A part of scores.cuh, which includes it behind its arguments. K's server brings the tile of
- * a block where the copy engine takes the mask; where it does not, the warpgroup's threads write
- * the same tile themselves.
+ * K's loader brings the tile of a block where the copy engine takes the mask; where it does not,
+ * the warpgroup's threads write the same tile themselves.
  */
 #ifndef FASTATTN_SM90_MASK_TILES_CUH
 #define FASTATTN_SM90_MASK_TILES_CUH
+
+#include "sm90/args.cuh"
+#include "sm90/compiler.cuh"
+#include "sm90/pipeline.cuh"
+#include "sm90/ptx.cuh"
+#include "sm90/smem.h"
 
 /* A warpgroup's tile, swizzled, 128 bytes of a row in a panel: the block's columns of 16 bits, or
  * half of them of 32. */
@@ -14,6 +19,13 @@ struct mask_tile {
     uint32_t row; /* of 16 bits: what this thread asks ldmatrix for, 8 columns of one row */
     bool there;   /* it has come */
 };
+
+/* The tile of a mask of 16 bits that comes with a block: there is one, so that its phase is the
+ * block's number's parity. */
+DEVICE mask_tile mask_tile_of(smem_layout &smem, const cursor &kv, int warpgroup) {
+    return {smem_address(smem.mask[warpgroup]), smem_address(&smem.mask_full[warpgroup]),
+            smem_address(&smem.mask_empty[warpgroup]), (kv.stage + STAGES * kv.parity) & 1};
+}
 
 /* What can be known of a tile of 16 bits before there are scores. `comes`: by the copy engine. */
 DEVICE void open_mask_tile(const score_args &a, mask_tile &m, bool comes) {
@@ -143,6 +155,24 @@ DEVICE void add_float_mask(const score_args &a, const score_tile &t, float (&s)[
         }
         leave_mask_tile(a, m);
     }
+}
+
+/* A block's tiles of a float mask, for each warpgroup; n of them went before. */
+DEVICE void bring_mask(const kernel_args &a, smem_layout &smem, const work_tile &t, int32_t key,
+                       uint32_t &n) {
+    const score_args &s = a.scores;
+    const int columns = s.tiles == 2 ? 32 : 64; /* of a panel */
+    for (int i = 0; i < s.tiles; ++i, ++n)
+        for (int w = 0; w < WARPGROUPS; ++w) {
+            uint32_t full = smem_address(&smem.mask_full[w]), to = smem_address(smem.mask[w]);
+            mbarrier_wait(smem_address(&smem.mask_empty[w]), n & 1 ^ 1);
+            mbarrier_arrive_expect_tx(full, BLOCK_N / 64 * (s.tile_rows ? PANEL_Q : 128));
+            for (int c = 0; c < BLOCK_N / 64; ++c)
+                cp_async_bulk_tensor_load(to + c * PANEL_Q, &s.mask_map,
+                                          key + (i * (BLOCK_N / 64) + c) * columns,
+                                          s.tile_rows ? t.row + 64 * w : 0, t.h * s.mask_moves[0],
+                                          t.b * s.mask_moves[1], full, EVICT_NORMAL);
+        }
 }
 
 #endif

@@ -1,32 +1,26 @@
-/* rows_out.cuh - how the rows of a tile leave: the division by l, the vote, the way out.
+/* out.cuh - how the rows of a tile leave: the division by l, the vote, the way out.
  *
- * A part of fwd.cu, which includes it behind rows_state. Every warp takes its own 16 rows to
- * memory: by the copy engine from its part of shared memory (STAGED), or, where there is no room
- * for that, 16 bytes a thread after an exchange of registers.
+ * Every warp takes its own 16 rows to memory: by the copy engine from its part of shared memory
+ * (STAGED), or, where there is no room for that, 16 bytes a thread after an exchange of registers.
  */
-#ifndef FASTATTN_SM90_ROWS_OUT_CUH
-#define FASTATTN_SM90_ROWS_OUT_CUH
+#ifndef FASTATTN_SM90_OUT_CUH
+#define FASTATTN_SM90_OUT_CUH
 
-/* Two rows of O, divided by l and rounded: pair 2 * j + r holds columns 8j + 2 * (lane % 4) and the
- * next of row r. */
-typedef uint32_t output_rows[DV / 4];
+#include "mask.h"
+#include "sm90/args.cuh"
+#include "sm90/compiler.cuh"
+#include "sm90/loads.h"
+#include "sm90/pipeline.cuh"
+#include "sm90/products.cuh"
+#include "sm90/ptx.cuh"
+#include "sm90/smem.h"
+#include "sm90/softmax.cuh"
+#include "sm90/visibility.cuh"
+#include "sm90/wgmma.cuh"
 
-/* Between tiles O holds nothing. Where registers are few the compiler must hear that, or it keeps
- * what O held: by the rows on their way out, which are in half of its registers, or by zeros. Which
- * rows need what, was found by trial. */
-static constexpr bool LEAVES_ZEROS = STRIDED || SLICES || (WARPGROUPS == 3 && OFFSET != KEEP),
-                      LEAVES_OUT = DV > 128 || (WARPGROUPS == 3 && BLOCK_N > 64 && OFFSET == KEEP);
-
-/* These are the rows of no item. */
+/* These are the rows of no tile. */
 DEVICE void close_rows(rows_state &st, const output_rows &out) {
-#pragma unroll
-    for (int j = 0; j < DV / 2; ++j) {
-        if (LEAVES_ZEROS)
-            st.o[j] = 0.f;
-        else if (LEAVES_OUT && j % 2 == 0)
-            st.o[j] = __uint_as_float(out[j / 2]);
-    }
-    wgmma_accumulators(st.o);
+    forget_output(st.o, out);
     st.open = false;
     st.fresh = true;
 }
@@ -200,7 +194,7 @@ DEVICE void end_epilogue(const kernel_args &a, smem_layout &smem, int32_t n, row
         }
     if (REDOES && __any_sync(~0u, !(e.holds && (t.watch || is_finite(o, e)))) &&
         threadIdx.x % 32 == 0 && e.rows)
-        atomicOr(&smem.again[n % TILE_SLOTS], 1u << warpgroup);
+        atomicOr(&smem.votes[n % TILE_SLOTS], 1u << warpgroup);
     if (__any_sync(~0u, e.inverse[0] == 0.f || e.inverse[1] == 0.f)) /* of padding O may be NaN */
 #pragma unroll
         for (int j = 0; j < DV / 4; ++j)

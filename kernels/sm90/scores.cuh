@@ -1,12 +1,9 @@
-/* scores.cuh - what changes scores: softcap, masks, ALiBi, dropout. General rows only.
+/* scores.cuh - what changes scores: softcap, float masks, ALiBi, dropout. General variants only.
  *
- * A part of fwd.cu, which includes it behind the row's constants. All branches are the same
- * for the whole block: they are on the arguments.
+ * All branches are the same for the whole block: they are on the arguments.
  *
  * Scores come as q.k and leave so that `scale` times a score is in units of log2: every step folds
- * the factor of what came before it into its own FFMA. A float mask comes by the copy engine, as K
- * does, into a tile of each warpgroup's own. A bool mask was packed by the launch before
- * (mask_bits.h): one word for a thread's scores of a row.
+ * the factor of what came before it into its own FFMA.
  *
  * One change alone has a loop of its own over the blocks that need nothing else; branches on all
  * that there might be take as long as the change (kernels/README.md).
@@ -15,53 +12,13 @@
 #define FASTATTN_SM90_SCORES_CUH
 
 #include "philox.h"
-#include "common/mask_bits.h"
-#include "softmax.cuh"
-
-enum mask_kind { NO_MASK, BITS, ADD_BF16, ADD_F16, ADD_F32 };
-
-/* What a loop is compiled for: one change alone, or whatever the arguments say. */
-enum changes { ANY, CAPS, WORDS, TILES, ALIBI, DROPS };
-
-static constexpr int MASK_BYTES = 64 * BLOCK_N * 2; /* of a tile of a float mask */
-
-struct score_args {
-    enum changes only; /* the one change that there is; ANY: several, or one without a loop */
-    float unit;        /* what a score counts before masks and ALiBi: `scale`, or softcap's c */
-    float scale;       /* what it counts in the end, times log2(e) */
-    int32_t caps;
-    int32_t cap_wide;  /* c is so large that 2e-7 of it is too much */
-    float cap_scale;   /* scale / c */
-    uint32_t cap_near; /* bits of a float: scores up to here take a polynomial in their squares, */
-    float cap_series[3], cap_exponents[3]; /* constant first; times `scale` */
-    CUtensorMap mask_map;
-    int32_t mask;          /* enum mask_kind */
-    int32_t tiles;         /* a float mask comes by the copy engine: so many tiles a block; or 0 */
-    int32_t tile_rows;     /* 0: its rows are all the same one */
-    int32_t mask_moves[2]; /* as kernel_args' moves */
-    int32_t b_first;       /* tiles of one head and all batches are neighbours: they share a mask */
-    const char *mask_data;
-    int64_t mask_stride[4]; /* bytes */
-    fa_mask_bits bits;      /* a bool mask, packed: */
-    const uint4 *map, *columns;
-    const uint32_t *words;
-    const float *slopes;
-    int64_t slope_stride[2];
-    int32_t drops, first_b;
-    uint32_t threshold;
-    float gain;
-    const int64_t *seed_data;
-    int64_t seed;
-};
-
-/* What an item says about scores. */
-struct score_tile {
-    const char *mask; /* element (0, 0) of its head */
-    int64_t plane, seed;
-    int32_t b;     /* as dropout counts */
-    int32_t split; /* the block to the left of which the order begins */
-    float slope;
-};
+#include "sm90/args.cuh"
+#include "sm90/compiler.cuh"
+#include "sm90/mask_tiles.cuh"
+#include "sm90/ptx.cuh"
+#include "sm90/smem.h"
+#include "sm90/softmax.cuh"
+#include "sm90/visibility.cuh"
 
 DEVICE void describe_scores(const score_args &a, score_tile &t, int32_t b, int32_t h) {
     t.mask = a.mask_data + b * a.mask_stride[0] + h * a.mask_stride[1];
@@ -70,87 +27,6 @@ DEVICE void describe_scores(const score_args &a, score_tile &t, int32_t b, int32
     t.b = a.first_b + b;
     t.slope = a.slopes ? a.slopes[b * a.slope_stride[0] + h * a.slope_stride[1]] : 0.f;
 }
-
-/* ---- which blocks: the loaders walk, and tell the warpgroups what they found -----------------*/
-
-/* A block's tag: its number from bit 8 on, LAST of its item, HOLES (keys that no row of the tile
- * sees), and two bits for each warpgroup: how much of it its rows see, as enum seen counts. */
-enum { TAG_LAST = 128, TAG_HOLES = 64, TAG_BLOCK = 8 };
-
-/* A walk over the blocks of an item that a bool mask does not hide, from right to left. */
-struct block_walk {
-    uint32_t end;                               /* blocks before this one are to come */
-    uint32_t word;                              /* of the map, 32 * 128 keys; bits of its blocks: */
-    uint32_t some[WARPGROUPS], all[WARPGROUPS]; /* a warpgroup's rows see a key, all keys */
-    uint32_t columns[WARPGROUPS];               /* each key is seen by some row */
-};
-
-DEVICE uint32_t map_bit(uint32_t block) { return block / (FA_BITS_KEYS / BLOCK_N); }
-
-/* The next block, not before `begin`, that some row of the tile sees, or -1. */
-DEVICE int32_t next_block(const score_args &a, const score_tile &t, block_walk &c, uint32_t row,
-                          uint32_t begin) {
-    constexpr uint32_t BLOCKS = FA_BITS_KEYS / BLOCK_N; /* of a bit */
-    while (c.end > begin) {
-        uint32_t bit = map_bit(c.end - 1), word = bit / 32;
-        if (word != c.word) {
-            c.word = word;
-#pragma unroll
-            for (int w = 0; w < WARPGROUPS; ++w) {
-                uint4 map = a.map[fa_map_at(&a.bits, t.plane, word, row / FA_BITS_ROWS + w)];
-                c.some[w] = map.x, c.all[w] = map.y, c.columns[w] = map.z;
-            }
-        }
-        uint32_t left = 0;
-#pragma unroll
-        for (int w = 0; w < WARPGROUPS; ++w) left |= c.some[w];
-        left &= ~0u >> (31 - bit % 32);
-        uint32_t last = (32 * word + 32 - __clz(left)) * BLOCKS - 1; /* of the bit found */
-        c.end = left ? min(c.end - 1, last) : 32 * word * BLOCKS;
-        if (left) return c.end >= begin ? (int32_t)c.end : -1;
-    }
-    return -1;
-}
-
-#include "mask_tiles.cuh"
-
-/* ---- the bits of a bool mask ----------------------------------------------------------------*/
-
-/* Which scores of a block this thread's two rows see, a bit each. */
-DEVICE void load_row_mask(const score_args &a, const score_tile &t, uint32_t (&seen)[2],
-                          int32_t row, int32_t key) {
-    const uint32_t *words =
-        a.words + 4 * fa_bits_at(&a.bits, t.plane, key / FA_BITS_KEYS, row) + threadIdx.x % 4;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) seen[r] = load_u32(words + 32 * r) >> key % FA_BITS_KEYS / 4;
-}
-
-/* Writes zeros over the rows of V whose bit in `seen`, as words of the packed mask, is clear. */
-DEVICE void clear_unseen(const uint32_t (&seen)[4], uint8_t *v, int32_t key, int warpgroup) {
-    for (int i = thread_here() % 128; i < V_BYTES / 16; i += 128) {
-        int32_t n = i / 8 % BLOCK_N + key % FA_BITS_KEYS, c = n / 2 % 4;
-        uint32_t word = c == 0 ? seen[0] : c == 1 ? seen[1] : c == 2 ? seen[2] : seen[3];
-        if (!(word >> (n / 8 * 2 + n % 2) & 1)) ((uint4 *)v)[i] = make_uint4(0, 0, 0, 0);
-    }
-    fence_proxy_async();
-    bar_sync(1 + warpgroup, 128);
-}
-
-/* Writes zeros over the rows of V that no row of the tile sees: 0 * NaN is NaN. As clear_hidden_v
- * in sight.cuh; both warpgroups write the same. */
-DEVICE void clear_holes(const score_args &a, const score_tile &t, uint8_t *v, int32_t row,
-                        int32_t key, int warpgroup) {
-    uint32_t seen[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int w = 0; w < WARPGROUPS; ++w) {
-        uint4 x = load_v4(a.columns + fa_columns_at(&a.bits, t.plane, key / FA_BITS_KEYS,
-                                                    row / FA_BITS_ROWS + w));
-        seen[0] |= x.x, seen[1] |= x.y, seen[2] |= x.z, seen[3] |= x.w;
-    }
-    clear_unseen(seen, v, key, warpgroup);
-}
-
-/* ---- the scores ------------------------------------------------------------------------------*/
 
 /* The greatest score of each of a thread's two rows, or 0. */
 DEVICE void tops_of(const float (&s)[BLOCK_N / 2], float (&top)[2]) {
@@ -198,7 +74,7 @@ DEVICE void cap_scores(const score_args &a, float (&s)[BLOCK_N / 2]) {
             if ((__float_as_uint(s[i]) & 0x7fffffff) <= a.cap_near) {
                 s[i] = cap_near(a.cap_series, s[i], 0.f);
             } else {
-                asm volatile("" : "+f"(s[i])); /* a branch: both at once do not fit the registers */
+                not_a_select(s[i]);
                 s[i] = cap_far(a.cap_scale, s[i]);
             }
         }
@@ -214,7 +90,7 @@ DEVICE bool cap_exp(const score_args &a, softmax_rows &rows, float (&s)[BLOCK_N 
     bool safe = softmax_is_settled(rows) & caps_near(a, s, fmaxf(top[0], top[1]));
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-        safe &= cap_near(a.cap_exponents, top[r], rows.minus[r]) <= range::SLACK;
+        safe &= cap_near(a.cap_exponents, top[r], rows.minus[r]) <= SOFTMAX_SLACK;
     if (!__all_sync(~0u, safe)) return false;
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 2; ++i) {
@@ -262,7 +138,7 @@ DEVICE bool alibi_exp(softmax_rows &rows, float (&s)[BLOCK_N / 2], float unit, f
     for (int r = 0; r < 2; ++r) {
         const float x = (float)(position + row + 8 * r - key - 2 * (int32_t)(threadIdx.x % 4));
         first[r] = fmaf(-k, x, rows.minus[r]);
-        safe &= fmaf(top[r], unit, first[r] + near) <= range::SLACK;
+        safe &= fmaf(top[r], unit, first[r] + near) <= SOFTMAX_SLACK;
     }
     if (!__all_sync(~0u, safe)) return false;
 #pragma unroll
@@ -319,80 +195,16 @@ DEVICE void drop_scores(const score_args &a, const score_tile &t, uint32_t *p, i
     }
 }
 
-/* ---- the launcher's part ---------------------------------------------------------------------*/
-
-/* `packed`: where the mask is packed, of a bool one. */
-static score_args make_scores(const fa_params *p, const char *packed) {
-    const fa_scores *s = &p->scores;
-    const fa_dropout *d = &p->dropout;
-    const double scale = usable_scale(p->what.scale), cap = fmax(s->softcap, 1e-30);
-    score_args a = {};
-    /* Bits may not depend on other sequences, whose rows may share a warp and its votes. */
-    const bool alone = p->what.batch_invariant && p->varlen.cu_q;
-    /* A cap changes a score by a third of (s / c)^2 of itself: one so large changes none that a
-     * float can tell from its neighbours. */
-    a.caps = s->softcap != 0 && s->softcap < 0x1p40;
-    if (a.caps) {
-        /* The least maximum of relative errors up to 0.3, 1.2e-6: of a score of 40, 5e-5. */
-        const double series[3] = {0.99999884, -0.33310022, 0.12633946};
-        const double y = fmax(-1e30, fmin(scale / cap, 1e30));
-        a.cap_wide = cap >= 256;
-        const float near = (float)fmin((a.cap_wide ? 0.3 : fmin(0.3, 40. / cap)) / fabs(y), 1e38);
-        /* Where a float would not hold y^5, only 0 is near, and stays 0. Where bits may not depend
-         * on other sequences, whose rows may share a warp and its vote, it is each score's own. */
-        if (near > 1e-4f && (a.cap_wide || (near < 1e4f && !alone))) {
-            double power = y;
-            for (int i = 0; i < 3; ++i, power *= y * y)
-                a.cap_series[i] = (float)(series[i] * power);
-            memcpy(&a.cap_near, &near, sizeof near);
-        }
-        a.cap_scale = (float)y;
-    }
-    a.unit = (float)(a.caps ? cap : scale);
-    a.slopes = s->alibi_slopes;
-    for (int i = 0; i < 2; ++i) a.slope_stride[i] = s->alibi_stride[i];
-    a.drops = d->p > 0;
-    a.first_b = d->first_b;
-    a.threshold = d->threshold;
-    a.gain = a.drops ? (float)d->gain : 1.f;
-    a.seed_data = d->seed_data;
-    a.seed = d->seed;
-    int32_t size = 1;
-    if (s->mask.data) {
-        a.mask = s->mask_dtype == FA_BOOL   ? BITS
-                 : s->mask_dtype == FA_BF16 ? ADD_BF16
-                 : s->mask_dtype == FA_F16  ? ADD_F16
-                                            : ADD_F32;
-        a.mask_data = (const char *)s->mask.data;
-        size = a.mask == BITS ? 1 : a.mask == ADD_F32 ? 4 : 2;
-        for (int i = 0; i < 4; ++i) a.mask_stride[i] = s->mask.stride[i] * size;
-        if (a.mask != BITS) {
-            fa_tensor mask = s->mask;
-            a.tile_rows = mask.shape[2] > 1 && mask.stride[2] != 0;
-            if (!a.tile_rows) mask.shape[2] = 1;
-            a.tiles = !fa_tma_takes(&mask, size) ? 0 : a.mask == ADD_F32 ? 2 : 1;
-            a.tile_rows |= !a.tiles; /* as the warps write it */
-        }
-        a.b_first = s->mask.stride[0] == 0 && s->mask.stride[1] != 0;
-    }
-    if (a.mask == BITS) {
-        a.bits = fa_mask_bits_make(&p->what, &p->masks, &p->varlen, &s->mask);
-        a.map = (const uint4 *)packed;
-        a.columns = (const uint4 *)(packed + a.bits.columns);
-        a.words = (const uint32_t *)(packed + a.bits.bits);
-    }
-    const bool natural = a.mask > BITS || a.slopes;
-    if (p->what.scale > 0 && a.caps + (a.mask != NO_MASK) + (a.slopes != NULL) + a.drops == 1)
-        /* CAPS takes no offset that is coarse, and votes. */
-        a.only = a.caps           ? (cap < 4096 && !(alone && a.cap_wide) ? CAPS : ANY)
-                 : a.slopes       ? (alone ? ANY : ALIBI)
-                 : a.drops        ? DROPS
-                 : a.mask == BITS ? WORDS
-                 : a.tiles == 1   ? TILES
-                                  : ANY;
-    a.scale = (float)((natural ? 1 : a.caps ? cap : scale) * 1.4426950408889634);
-    for (int i = 0; i < 3; ++i) a.cap_exponents[i] = a.cap_series[i] * a.scale;
-    return a;
+/* Scores as the definition has them, of the sign that `scale` would have. */
+template <enum changes ONLY>
+DEVICE void final_scores(const kernel_args &a, const work_tile &t, float (&s)[BLOCK_N / 2],
+                         const mask_tile &tile, int32_t key, int warpgroup) {
+    const int32_t row = first_row(t, warpgroup), top = t.row + 64 * warpgroup;
+    change_scores<ONLY>(a.scores, t.score, s, tile, row, key, a.sq, a.sk,
+                        fa_row_position(t.lengths, top), row - top);
+    if (ONLY == ANY && a.scores.scale < 0.f)
+#pragma unroll
+        for (int i = 0; i < BLOCK_N / 2; ++i) s[i] = -s[i];
 }
 
 #endif

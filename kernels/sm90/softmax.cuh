@@ -1,6 +1,6 @@
 /* softmax.cuh - the online softmax of a warpgroup's 64 rows, on wgmma's register fragments.
  *
- * Included by kernels/fwd.cu. A thread holds two rows of S and O: registers 4j, 4j+1 are two
+ * A thread holds two rows of S and O: registers 4j, 4j+1 are two
  * neighbouring columns of the first, 4j+2, 4j+3 of the second; a row lies in a quad of lanes.
  *
  * P = 2^((s - top) * scale - MARGIN), as one FFMA and one ex2 an element. `top` need not be the
@@ -8,22 +8,24 @@
  * warp decides that with one integer maximum of three an instruction (floats order as integers
  * where the limit is not negative), and nearly never takes the branch.
  */
-#ifndef FASTATTN_SOFTMAX_CUH
-#define FASTATTN_SOFTMAX_CUH
+#ifndef FASTATTN_SM90_SOFTMAX_CUH
+#define FASTATTN_SM90_SOFTMAX_CUH
 
-#include "columns.h"
-#include "ptx.cuh"
+#include <math.h>
+#include <stdint.h>
+
+#include "sm90/ptx.cuh"
+#include "sm90/variant.h"
+#include "sm90/wgmma.cuh"
 
 /* bf16's P has float's range: the top has P = 2^-MARGIN, so that one that is kept may be exceeded
  * by 2^(120 + MARGIN). fp16's P reaches from 2^-24 to 2^15. A score that makes P greater than
- * 2^SLACK raises the top: where CLOSE, 8 times the top's, for a row that a mask leaves to one great
- * score shows how that was rounded. */
-template <bool IS_BF16, bool CLOSE>
-struct softmax_range {
-    static constexpr float MARGIN = IS_BF16 && !CLOSE ? 24.f : 0.f, SLACK = CLOSE     ? 3.f
-                                                                            : IS_BF16 ? 0.f
-                                                                                      : 14.f;
-};
+ * 2^SLACK raises the top: of GENERAL variants 8 times the top's, for a row that a mask leaves to
+ * one great score shows how that was rounded. */
+static constexpr float SOFTMAX_MARGIN = IS_BF16 && !GENERAL ? 24.f : 0.f,
+                       SOFTMAX_SLACK = GENERAL   ? 3.f
+                                       : IS_BF16 ? 0.f
+                                                 : 14.f;
 
 struct softmax_rows {
     float top[2];   /* a raw score; -inf until the row has seen a finite one */
@@ -32,9 +34,8 @@ struct softmax_rows {
 };
 
 /* How far a raw score may be above its top: softmax_slack(scale) on the host, an argument here. */
-template <class RANGE>
 static float softmax_slack(float scale) {
-    return (RANGE::MARGIN + RANGE::SLACK) / (scale < 0.f ? -scale : scale);
+    return (SOFTMAX_MARGIN + SOFTMAX_SLACK) / (scale < 0.f ? -scale : scale);
 }
 
 /* A scale that a float holds, of its sign, and that brings no score to infinity; 1e30 leaves only a
@@ -79,7 +80,7 @@ DEVICE bool softmax_exceeds(const softmax_rows &rows, const float (&s)[N], float
 
 /* Raises the tops of the rows that need it, and shrinks their l; returns the factor by which O must
  * shrink before it grows again. FIRST: only of rows that have none yet, whose O and l are 0. */
-template <class RANGE, bool FIRST, int N>
+template <bool FIRST, int N>
 DEVICE float2 softmax_raise(softmax_rows &rows, const float (&s)[N], float scale, float slack) {
     float factor[2];
 #pragma unroll
@@ -94,7 +95,7 @@ DEVICE float2 softmax_raise(softmax_rows &rows, const float (&s)[N], float scale
         top = raise ? top : before;
         factor[r] = raise ? ex2_approx((before - top) * scale) : 1.f;
         rows.top[r] = top;
-        rows.minus[r] = top == -INFINITY ? 0.f : -fmaf(top, scale, RANGE::MARGIN);
+        rows.minus[r] = top == -INFINITY ? 0.f : -fmaf(top, scale, SOFTMAX_MARGIN);
         if (!FIRST) rows.l[r] *= factor[r];
     }
     return make_float2(factor[0], factor[1]);
@@ -102,9 +103,9 @@ DEVICE float2 softmax_raise(softmax_rows &rows, const float (&s)[N], float scale
 
 /* Raises the tops of rows whose P has passed its limit, to P of their greatest score, and shrinks
  * that P and l; true if O must shrink by `factor`. */
-template <class RANGE, int N>
+template <int N>
 DEVICE bool softmax_follow(softmax_rows &rows, float (&p)[N], float scale, float2 &factor) {
-    constexpr int32_t LIMIT = 127 + (int)RANGE::SLACK << 23; /* 2^SLACK: P orders as integers */
+    constexpr int32_t LIMIT = 127 + (int)SOFTMAX_SLACK << 23; /* 2^SLACK: P orders as integers */
     int32_t top[2] = {0, 0};
     softmax_tops(p, top);
     if (!__any_sync(~0u, max(top[0], top[1]) > LIMIT)) return false;
@@ -153,14 +154,14 @@ DEVICE bool softmax_is_settled(const softmax_rows &rows) {
 }
 
 /* Scores from their row's top on, in rows that need it; returns what the FFMA then adds. */
-template <class RANGE, int N>
+template <int N>
 DEVICE float2 softmax_center(const softmax_rows &rows, float (&s)[N]) {
     float minus[2] = {rows.minus[0], rows.minus[1]};
     if (__any_sync(~0u, softmax_is_coarse(rows))) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             if (!softmax_is_coarse(minus[r])) continue;
-            minus[r] = -RANGE::MARGIN;
+            minus[r] = -SOFTMAX_MARGIN;
 #pragma unroll
             for (int i = 2 * r; i < N; i += 4) s[i] -= rows.top[r], s[i + 1] -= rows.top[r];
         }

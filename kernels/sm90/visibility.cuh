@@ -1,10 +1,16 @@
-/* sight.cuh - which keys the rows of a warpgroup see: blocks of them, and scores of a block.
+/* visibility.cuh - which keys the rows of a warpgroup see: blocks of them, and scores of a block.
  *
- * A part of fwd.cu, which includes it behind the item and the arguments. The intervals are
- * csrc/mask.h's; a bool mask says more (blocks.cuh).
+ * The intervals are csrc/mask.h's; a bool mask says more (tags.cuh, bool_mask.cuh).
  */
-#ifndef FASTATTN_SM90_SIGHT_CUH
-#define FASTATTN_SM90_SIGHT_CUH
+#ifndef FASTATTN_SM90_VISIBILITY_CUH
+#define FASTATTN_SM90_VISIBILITY_CUH
+
+#include "mask.h"
+#include "sm90/args.cuh"
+#include "sm90/compiler.cuh"
+#include "sm90/pipeline.cuh"
+#include "sm90/ptx.cuh"
+#include "sm90/smem.h"
 
 #if VARIANT_GENERAL
 /* The i-th key block of an item: from right to left those before `mid`, then the others. With ALiBi
@@ -32,8 +38,6 @@ DEVICE enum visibility block_visibility(const work_tile &t, int32_t block, int w
     return none ? NONE : part ? PART : WHOLE;
 }
 
-DEVICE int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
-
 /* The first of this thread's two rows; the other is 8 below. */
 DEVICE int32_t first_row(const work_tile &t, int warpgroup) {
     return t.row + 64 * warpgroup + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
@@ -59,8 +63,7 @@ DEVICE enum visibility visibility_of(const work_tile &t, int32_t block, int warp
 struct row_mask {
     uint32_t rows[2];
 };
-DEVICE row_mask row_mask_of(const kernel_args &a, const work_tile &t, int32_t row, int32_t key,
-                            int warpgroup) {
+DEVICE row_mask row_mask_of(const work_tile &t, int32_t row, int32_t key, int warpgroup) {
     row_mask see;
     const int32_t column = key + 2 * (threadIdx.x % 4);
     const bool begins = key < t.whole[warpgroup].begin; /* some row does, here or later */
@@ -90,32 +93,7 @@ DEVICE void clear_hidden_v(const work_tile &t, uint8_t *v, int32_t key, int warp
         if (row < begin || row >= end) ((uint4 *)v)[i] = make_uint4(0, 0, 0, 0);
     }
     fence_proxy_async();
-    bar_sync(1 + warpgroup, 128);
-}
-
-/* Writes zeros over what a block's rows have before column `begin` and from `end` on, other heads'
- * columns: of Q and K, for 0 * NaN is NaN. (Of V they make columns of O that nobody stores.) It
- * reads nothing: another warpgroup may be writing the same zeros. */
-template <int ROWS>
-DEVICE void clear_columns(uint8_t *block, int32_t begin, int32_t end, int32_t columns,
-                          int warpgroup) {
-    const int32_t last = end / 8, chunks = columns / 8 - last; /* and the first */
-    for (int i = thread_here() % 128; i < ROWS * (chunks + 1); i += 128) {
-        const int32_t row = i % ROWS, n = i / ROWS, chunk = n < chunks ? last + n : 0;
-        const uint32_t at =
-            smem_address(block) + (chunk / 8 * ROWS + row) * 128 + ((chunk % 8 ^ row % 8) << 4);
-        if (8 * chunk >= end) {
-            st_shared_v4(at, 0, 0, 0, 0);
-            continue;
-        }
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const int32_t column = 8 * chunk + j;
-            if (column < begin || column >= end) st_shared_b16(at + 2 * j, 0);
-        }
-    }
-    fence_proxy_async();
-    bar_sync(1 + warpgroup, 128);
+    sync_warpgroup(warpgroup);
 }
 
 #endif

@@ -16,7 +16,9 @@
 #define __grid_constant__
 #define __shared__ static
 
-/* One block, alone in its stream. */
+/* One block, alone in its stream: in place of common/stream.cuh. */
+#define FASTATTN_STREAM_CUH
+#define DEVICE static inline
 static inline void wait_for_stream() {}
 static inline void let_next_start() {}
 

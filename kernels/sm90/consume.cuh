@@ -1,0 +1,66 @@
+/* consume.cuh - an MMA warpgroup: its 64 rows of one work tile after another.
+ */
+#ifndef FASTATTN_SM90_CONSUME_CUH
+#define FASTATTN_SM90_CONSUME_CUH
+
+#include "sm90/args.cuh"
+#include "sm90/attend.cuh"
+#include "sm90/compiler.cuh"
+#include "sm90/pipeline.cuh"
+#include "sm90/smem.h"
+#if VARIANT_GENERAL
+#include "sm90/general_loop.cuh"
+#else
+#include "sm90/plain_loop.cuh"
+#endif
+
+DEVICE void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
+    cursor kv = {0, 0};
+    rows_state st = {};
+    softmax_start(st.softmax);
+    close_rows(st, output_rows{});
+    if (warpgroup == WARPGROUPS - 1) pass_turn(warpgroup); /* the first turn is warpgroup 0's */
+
+    for (int32_t n = 0;; ++n) {
+        const work_tile &t = wait_tile(smem, n);
+        const q_place place = q_place_of(n, warpgroup);
+        const int32_t last = uniform(t.last), blocks = uniform(t.end - t.begin);
+
+        /* The tile before ends: in passing, beside this one's first block, or here. */
+#if VARIANT_GENERAL
+        const uint32_t tag = blocks ? read_tag(a, smem, t, kv, 0, warpgroup) : 0;
+        const bool next = st.held && blocks && tag_visibility(tag, warpgroup) != NONE;
+#else
+        block_loop loop = open_loop(a, smem, t, st, kv, blocks, warpgroup);
+        const bool next = loop.next;
+#endif
+        if (DELAYED && st.open && !next) finish_tile(a, smem, n - 1, st, warpgroup);
+        if (last) { /* the copy engine may not have read all that has been stored */
+            if (STAGED && threadIdx.x % 32 == 0) cp_async_bulk_wait_group_read();
+            return;
+        }
+
+        const uint64_t q = q_descriptor(a, smem, place.slot);
+        const uint32_t q_empty = smem_address(&smem.q_empty[place.slot]);
+        mbarrier_wait(smem_address(&smem.q_full[place.slot]), place.parity);
+        if (SLICES) clear_other_heads<64, 0>(a, t, smem.q[place.slot], warpgroup);
+        if (blocks == 0) { /* all warps have met this Q, or one could miss two of its phases */
+            sync_warpgroup(warpgroup);
+            release(q_empty);
+        }
+        if (REDOES && uniform(t.warpgroups) == 0) { /* nobody's rows: there is nothing to end */
+            leave_tile(smem, n);
+            continue;
+        }
+
+#if VARIANT_GENERAL
+        attend_blocks(a, smem, n, st, kv, q, q_empty, blocks, next, tag, warpgroup);
+#else
+        attend_blocks(a, smem, n, st, kv, q, q_empty, loop, warpgroup);
+#endif
+        st.open = true;
+        if (!DELAYED) finish_tile(a, smem, n, st, warpgroup);
+    }
+}
+
+#endif
