@@ -23,7 +23,8 @@ def forgotten(contract, choice, cpu):
     changes.remove("sink")  # it joins a row's sum at the end, in every kernel
     (general,) = re.findall(r"fa_needs_general\(const fa_params \*p\) \{(.*?)\n\}", choice, re.S)
     (changed,) = re.findall(r"c\.changed = (.*?);", cpu, re.S)
-    switches = {"cpu": changed, "sm90": general}
+    (one_key,) = re.findall(r"static int has_one_key\(.*?\n\}", cpu, re.S)
+    switches = {"cpu": changed, "cpu, one key": one_key, "sm90": general}
     return [
         (name, backend)
         for name in changes
@@ -37,9 +38,12 @@ def test_a_change_of_the_scores_is_switched_on_in_every_backend():
     cpu = text("csrc/cpu/kernel.h")
     assert not forgotten(contract, choice, cpu)
     more = contract.replace("} fa_scores;", "float temperature; } fa_scores;")
-    assert forgotten(more, choice, cpu) == [("temperature", "cpu"), ("temperature", "sm90")]
+    switches = ("cpu", "cpu, one key", "sm90")
+    assert forgotten(more, choice, cpu) == [("temperature", name) for name in switches]
     assert forgotten(contract, choice.replace("s->softcap", "0"), cpu) == [("softcap", "sm90")]
     assert forgotten(contract, choice, cpu.replace("c.mask", "0")) == [("mask", "cpu")]
+    hasty = cpu.replace("scores->softcap > 0) return 0;", "0) return 0;")
+    assert forgotten(contract, choice, hasty) == [("softcap", "cpu, one key")]
 
 
 def test_every_cpu_level_is_tested():
