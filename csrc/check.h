@@ -1,7 +1,7 @@
 /* check.h - from described arrays to one fa_params, or one sentence. Knows no Python.
  *
  * Stop 3 of 6: binding/ describes the caller's arrays and options in an fa_request,
- * check.c turns it into an fa_plan, dispatch.c finds the backend and runs it.
+ * check_*.c turn it into an fa_plan, dispatch.c finds the backend and runs it.
  */
 #ifndef FASTATTN_CHECK_H
 #define FASTATTN_CHECK_H

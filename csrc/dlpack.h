@@ -1,6 +1,6 @@
 /* dlpack.h - our declaration of the DLPack 1.3 ABI (https://dmlc.github.io/dlpack/latest/).
  *
- * Plain C data shared by binding/, which fills it from Python objects, and check.c, which reads
+ * Plain C data shared by binding/, which fills it from Python objects, and check_array.c, which reads
  * it. Field order and widths are the standard's; a test holds them against a framework's header.
  */
 #ifndef FASTATTN_DLPACK_H

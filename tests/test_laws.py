@@ -125,6 +125,27 @@ def test_check_knows_no_python_and_backends_no_check():
             assert not {"check.h", "dlpack.h"} & set(includes(TEXT[name])), name
 
 
+def test_each_stop_of_a_call_names_the_next():
+    """From _attention.py to the kernel each says "Stop n of 6", and "Next: function() in path"."""
+    paths, way = (
+        ["python/fastattn/_attention.py"],
+        r"(\w+)(?:<\w+>)?\(\)[^()]{0,30} in ([\w/]+\.\w+)",
+    )
+    for stop in range(1, 7):
+        after = []
+        for path in paths:
+            text = re.sub(r"\n(?: \*)? *", " ", (ROOT / path).read_text())
+            assert re.search(rf"\b[Ss]top {stop} of 6\b", text), path
+            following = text.partition("Next: ")[2][:160]
+            assert bool(following) == (stop < 6), path
+            found = re.findall(way, following)
+            assert bool(found) == (stop < 6), path
+            for name, file in found:
+                assert name in (ROOT / file).read_text(), f"{path} sends on to {name} in {file}"
+                after.append(file)
+        paths = after
+
+
 # ------------------------------------------------------------------------------- memory and streams
 
 

@@ -1,7 +1,7 @@
 /* call.c - one call of a public function: prepared, run, handed over; or explained.
  *
- * Next is prepare.c, then check.c, dispatch.c with the choice of a backend, and without the GIL the
- * backend.
+ * Stop 2 of 6. Next: fa_check_attention() in csrc/check_attention.c, which prepare.c calls; then
+ * run() asks dispatch.c for a backend, and runs it without the GIL.
  */
 #include "call.h"
 

@@ -21,7 +21,7 @@ typedef struct call {
     fa_error error;
 } call;
 
-/* prepare.c: arguments into the request and, by check.c, the plan. */
+/* prepare.c: arguments into the request and, by check_attention.c, the plan. */
 typedef fa_status prepare_function(call *c, const arguments *a);
 prepare_function prepare_attention, prepare_sdpa, prepare_varlen;
 

@@ -1,7 +1,7 @@
 /* prepare.c - a public function's arguments become a request: arrays are borrowed, options read.
  *
  * In the order of the signature, so that the first argument that is wrong is the one that a
- * sentence names; relations between arguments are check.c's.
+ * sentence names; relations between arguments are check_attention.c's.
  */
 #include "call.h"
 #include "options.h"
@@ -28,7 +28,7 @@ static fa_status borrow_some(call *c, PyObject *object, const char *name, const 
     return object == Py_None ? FA_OK : borrow(c, object, name, out);
 }
 
-/* Whether there is dropout and so a seed has a meaning; check.c refuses what is out of range. */
+/* Whether there is dropout and so a seed has a meaning; check_attention.c refuses what is out of range. */
 static int drops(const call *c) { return c->request.dropout_p > 0 && c->request.dropout_p <= 1; }
 
 static int is_torch(const call *c) { return torch_owns(c->state, c->arrays[0].object); }

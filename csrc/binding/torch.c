@@ -91,7 +91,7 @@ static fa_status ask_tensor(module_state *state, const torch_now *now, PyObject 
 }
 
 /* What the exchange table and DLPack lose silently: a gradient and the negative bit (the conjugate
- * bit needs a complex dtype, which check.c refuses). */
+ * bit needs a complex dtype, which check_attention.c refuses). */
 static fa_status check_torch(module_state *state, torch_now *now, PyObject *object,
                              const char *name, fa_error *error) {
     if (!now->asked) {

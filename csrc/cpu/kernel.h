@@ -1,5 +1,5 @@
-/* kernel.h - the algorithm of the CPU backend, once per instance (see simd.h). Included
- * without a guard.
+/* kernel.h - the algorithm of the CPU backend, once per instance (see simd.h): stop 6 of 6.
+ * Included without a guard.
  *
  * Online softmax over blocks of keys. The lanes of every vector are query rows, of one head or of
  * several that share the keys, so all that a row carries - its maximum, its sum, its interval - is

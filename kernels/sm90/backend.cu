@@ -1,5 +1,7 @@
-/* backend.cu - the Hopper backend: stop 5 of 6. It asks the driver what is there, says what it does
- * not take, and hands a request to its variant. The kernels are in fwd.cu. */
+/* backend.cu - the Hopper backend: it asks the driver what is there and hands a request to its
+ * variant.
+ *
+ * Stop 5 of 6. Next: fa_launch_<name>() of the variant's object, in kernels/sm90/fwd.cu. */
 #include "common/empty.cuh"
 #include "common/head_parts.h"
 #include "common/launch.cuh"

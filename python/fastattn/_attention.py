@@ -1,7 +1,7 @@
 """The public functions: names, defaults, types and their specification; the work is in C.
 
 Stop 1 of 6. The functions that are called for every layer of a model are builtins: _in_c() makes
-them from the definitions here, whose bodies never run.
+them from the definitions here, whose bodies never run. Next: attention() in csrc/binding/call.c.
 """
 
 import inspect
@@ -115,7 +115,7 @@ def scaled_dot_product_attention(
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1.
     """
-    raise NotImplementedError  # never runs
+    raise NotImplementedError  # never runs: see csrc/binding/call.c
 
 
 @overload
@@ -231,7 +231,7 @@ def attention(
     Dao et al., "FlashAttention", 2022, algorithm 1; ALiBi: Press et al., 2021; softcap: Gemma 2,
     2024; sinks: gpt-oss, 2025; Philox: Salmon et al., 2011, section 3.
     """
-    raise NotImplementedError  # never runs
+    raise NotImplementedError  # never runs: see csrc/binding/call.c
 
 
 @overload
@@ -353,7 +353,7 @@ def attention_varlen(
 
     Source: as attention; the packed layout is flash-attn's.
     """
-    raise NotImplementedError  # never runs
+    raise NotImplementedError  # never runs: see csrc/binding/call.c
 
 
 def merge_states(

@@ -1,0 +1,43 @@
+/* check_array.h - what every operation asks of one array, and its words in sentences. */
+#ifndef FASTATTN_CHECK_ARRAY_H
+#define FASTATTN_CHECK_ARRAY_H
+
+#include "check.h"
+
+static const DLDataType fa_int32 = {DL_INT, 32, 1}, fa_int64 = {DL_INT, 64, 1},
+                        fa_float32 = {DL_FLOAT, 32, 1};
+
+/* 0 where the contract has no such dtype. */
+fa_dtype fa_contract_dtype(DLDataType dtype);
+/* lse's: float64 where the arrays' is, else float32. */
+DLDataType fa_lse_dtype(fa_dtype dtype);
+fa_where fa_where_of(const fa_array *a);
+
+/* "(2, 3)" */
+const char *fa_shape_text(int32_t ndim, const int64_t *shape, char buffer[192]);
+/* "x.method()" of torch's, else "x.astype(name)" */
+const char *fa_array_cast(const fa_array *a, const char *name, const char *torch_method,
+                          char buffer[64]);
+/* The cast that makes an int or a float of the wrong size the wanted one, as ": pass x.int()". */
+const char *fa_size_mend(const fa_array *a, DLDataType want, char buffer[80]);
+
+/* dimensions: as "(b, h, s, d)", for the sentence. */
+fa_status fa_check_rank(const fa_array *a, int32_t ndim, const char *dimensions, fa_error *error);
+fa_status fa_check_shape(const fa_array *a, int32_t ndim, const int64_t *shape, fa_error *error);
+/* One of the four that operations compute in, as the contract's. */
+fa_status fa_check_float(const fa_array *a, fa_dtype *dtype, fa_error *error);
+/* like: the argument whose dtype this is, or NULL. */
+fa_status fa_check_dtype(const fa_array *a, DLDataType want, const fa_array *like, fa_error *error);
+/* Same device, and on a GPU the same stream: arrays of two streams would need an order between
+ * them, and the library synchronises nothing. */
+fa_status fa_check_place(const fa_array *a, const fa_array *q, fa_error *error);
+/* A dimension, `letter`, must equal that of `like`. */
+fa_status fa_check_equal(const fa_array *a, int64_t got, const char *letter, const fa_array *like,
+                         int64_t want, fa_error *error);
+fa_status fa_check_range(const fa_array *a, int64_t got, const char *letter, int64_t lo, int64_t hi,
+                         fa_error *error);
+/* An optional (b,) int32 or (hq,) float32 argument, into *data and *stride if there. */
+fa_status fa_check_vector(const fa_array *a, const fa_array *q, DLDataType dtype, int64_t size,
+                          const void **data, int64_t *stride, fa_error *error);
+
+#endif
