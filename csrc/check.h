@@ -113,6 +113,10 @@ fa_status fa_check_attention(const fa_request *request, fa_plan *plan, fa_error 
 fa_status fa_check_out(const fa_request *request, const fa_plan *plan, const fa_array *out,
                        fa_error *error);
 
+/* Before a backend is chosen: the caller's out=, if there is one (else the plan has the layout of
+ * the output to come), and whether there will be an lse. */
+void fa_expect_outputs(fa_plan *plan, const fa_array *out, int wants_lse);
+
 /* Puts the outputs' memory into the plan; lse may be NULL. */
 void fa_bind_outputs(fa_plan *plan, const fa_array *out, const fa_array *lse);
 
@@ -130,7 +134,7 @@ const fa_backend *fa_backend_at(int32_t i);
 const char *fa_no_kernels(void);
 /* The first backend that takes the request (of that name, if name is not NULL), kept in the plan
  * with its choice, or the sentence with every backend's reason. reasons, if not NULL, has one entry
- * per backend; empty: it would run. The outputs are bound before. */
+ * per backend; empty: it would run. The outputs are expected before. */
 const fa_backend *fa_choose(fa_plan *plan, const char *name, fa_error *reasons, fa_error *error);
 /* Of the choice: the kernel's name, the bytes of device workspace. */
 const char *fa_kernel(const fa_plan *plan);

@@ -43,9 +43,8 @@ fa_status fa_check_mask(const fa_request *r, int32_t n, const int64_t *lead, fa_
                        a->name, r->q->name, fa_dtype_name(a->dtype, got),
                        mask_mend(a, want + n - 1, 0, mend));
     if (!dtype || (dtype == FA_F64 && !same))
-        return fa_fail(error, FA_TYPE,
-                       "`%s` must be bool, float32, float16 or bfloat16, got %s%s", a->name,
-                       fa_dtype_name(a->dtype, got), mask_mend(a, want + n - 1, 0, mend));
+        return fa_fail(error, FA_TYPE, "`%s` must be bool, float32, float16 or bfloat16, got %s%s",
+                       a->name, fa_dtype_name(a->dtype, got), mask_mend(a, want + n - 1, 0, mend));
     TRY(fa_check_place(a, r->q, error));
     int fits = a->ndim <= n + 3;
     if (fits) fa_view_array(a, n, FA_BHSD, mask);

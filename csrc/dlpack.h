@@ -1,7 +1,8 @@
 /* dlpack.h - our declaration of the DLPack 1.3 ABI (https://dmlc.github.io/dlpack/latest/).
  *
- * Plain C data shared by binding/, which fills it from Python objects, and check_array.c, which reads
- * it. Field order and widths are the standard's; a test holds them against a framework's header.
+ * Plain C data shared by binding/, which fills it from Python objects, and check_array.c, which
+ * reads it. Field order and widths are the standard's; a test holds them against a framework's
+ * header.
  */
 #ifndef FASTATTN_DLPACK_H
 #define FASTATTN_DLPACK_H

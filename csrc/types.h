@@ -35,6 +35,10 @@ typedef struct fa_tensor {
     int64_t stride[4];
 } fa_tensor;
 
+/* The address of an output while a backend is chosen, for it is allocated only for a request that
+ * is taken: as aligned as a GPU's allocators are. All else of it is as it will be. */
+#define FA_TO_COME ((void *)256)
+
 typedef enum fa_device_type { FA_CPU = 1, FA_CUDA = 2 } fa_device_type; /* DLPack's numbers */
 
 /* Where a request runs. */

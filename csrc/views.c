@@ -98,7 +98,7 @@ fa_status fa_lay_out(const fa_request *r, const int64_t *lead, int32_t n, int32_
     }
     memcpy(plan->out_shape, array.shape, (size_t)ndim * sizeof *array.shape);
     memcpy(plan->out_stride, array.stride, (size_t)ndim * sizeof *array.stride);
-    array.data = NULL; /* no memory yet */
+    array.data = FA_TO_COME;
     fa_view_array(&array, n, r->layout, out);
     return FA_OK;
 }
@@ -115,6 +115,32 @@ void fa_bind_lse(fa_tensor *tensor, const fa_array *a) {
     column.shape[a->ndim] = 1, column.stride[a->ndim] = 0;
     column.ndim++;
     fa_bind(tensor, &column, FA_BHSD);
+}
+
+static fa_array to_come(int32_t ndim, const int64_t *shape, const int64_t *stride) {
+    fa_array a = {.data = FA_TO_COME, .ndim = ndim};
+    int64_t dense = 1;
+    for (int32_t i = ndim - 1; i >= 0; i--) {
+        a.shape[i] = shape[i], a.stride[i] = stride ? stride[i] : dense;
+        if (shape[i]) dense *= shape[i];
+    }
+    return a;
+}
+
+void fa_expect(fa_tensor *tensor, int32_t ndim, const int64_t *shape, const int64_t *stride,
+               fa_layout layout) {
+    const fa_array a = to_come(ndim, shape, stride);
+    fa_bind(tensor, &a, layout);
+}
+
+void fa_expect_lse(fa_tensor *tensor, int32_t ndim, const int64_t *shape) {
+    const fa_array a = to_come(ndim, shape, NULL);
+    fa_bind_lse(tensor, &a);
+}
+
+void fa_expect_outputs(fa_plan *plan, const fa_array *out, int wants_lse) {
+    if (out && plan->out_ndim <= 4) fa_bind(&plan->params.what.out, out, plan->layout);
+    if (wants_lse) fa_expect_lse(&plan->params.what.lse, plan->lse_ndim, plan->lse_shape);
 }
 
 void fa_bind_outputs(fa_plan *plan, const fa_array *out, const fa_array *lse) {

@@ -58,6 +58,14 @@ static fa_status run(call *c, output *out, output *lse) {
     static const DLDataType byte = {DL_UINT, 8, 1};
     fa_plan *plan = &c->plan;
     fa_error *error = &c->error;
+    fa_expect_outputs(plan, c->has_out ? &c->out.array : NULL, c->return_lse);
+    if (!fa_choose(plan, c->backend, NULL, error)) return FA_UNSUPPORTED;
+    if (plan->params.where.device_type == FA_CPU) TRY(threads_warn(c->state));
+    if (c->draws) {
+        c->drawn = 1;
+        TRY(torch_draw_seed(c->state, &c->arrays[0], &c->seed, error));
+        plan->params.dropout.seed_data = c->seed.memory.array.data;
+    }
     if (!c->has_out)
         TRY(tensor_new(c->state, &c->arrays[0], plan->out_ndim, plan->out_shape, plan->out_stride,
                        plan->out_dtype, out, error));
@@ -66,14 +74,6 @@ static fa_status run(call *c, output *out, output *lse) {
                        plan->lse_dtype, lse, error));
     fa_bind_outputs(plan, c->has_out ? &c->out.array : &out->memory.array,
                     c->return_lse ? &lse->memory.array : NULL);
-    /* The request is complete, but for a seed to be drawn: a call that is refused draws none. */
-    if (!fa_choose(plan, c->backend, NULL, error)) return FA_UNSUPPORTED;
-    if (plan->params.where.device_type == FA_CPU) TRY(threads_warn(c->state));
-    if (c->draws) {
-        c->drawn = 1;
-        TRY(torch_draw_seed(c->state, &c->arrays[0], &c->seed, error));
-        plan->params.dropout.seed_data = c->seed.memory.array.data;
-    }
     int64_t bytes = fa_workspace(plan);
     output workspace;
     fa_clear(&workspace, sizeof workspace);
@@ -198,10 +198,7 @@ PyObject *call_explain(PyObject *module, PyObject *const *given, Py_ssize_t coun
     start(&c, state);
     fa_status status = functions[which].prepare(&c, &a);
     if (status == FA_OK) {
-        /* As run() does before the launch: kernels differ by out's strides, and by whether lse is
-         * wanted. Any address says so, for nothing is written. */
-        if (c.has_out) fa_bind_outputs(&c.plan, &c.out.array, NULL);
-        if (c.return_lse) c.plan.params.what.lse.data = &c;
+        fa_expect_outputs(&c.plan, c.has_out ? &c.out.array : NULL, c.return_lse);
         chosen = fa_choose(&c.plan, c.backend, reasons, &c.error);
         if (chosen) kernel = fa_kernel(&c.plan);
     }

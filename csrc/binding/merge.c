@@ -33,13 +33,13 @@ static fa_status merge_parts(merge_call *c, PyObject *outs, PyObject *lses, fa_l
     }
     TRY(fa_check_merge((int32_t)c->n, c->arrays, c->arrays + c->n, layout, c->tensors, &merge,
                        &plan, &c->error));
+    fa_chosen chosen;
+    if (!fa_choose_merge(&merge, &chosen, &c->error)) return FA_UNSUPPORTED;
     TRY(tensor_new(c->state, c->parts, plan.out_ndim, plan.out_shape, NULL, plan.out_dtype, out,
                    &c->error));
     TRY(tensor_new(c->state, c->parts, plan.lse_ndim, plan.lse_shape, NULL, plan.lse_dtype, lse,
                    &c->error));
     fa_bind_merge(&merge, layout, &out->memory.array, &lse->memory.array);
-    fa_chosen chosen;
-    if (!fa_choose_merge(&merge, &chosen, &c->error)) return FA_UNSUPPORTED;
     int64_t bytes = fa_merge_workspace(&merge, &chosen);
     output workspace = {0};
     if (bytes) TRY(tensor_new(c->state, c->parts, 1, &bytes, NULL, byte, &workspace, &c->error));
