@@ -11,6 +11,7 @@
     plot.py     the same as pictures
     cli.py      the command line
     cpu.py      the CPU beside torch as a program meets them: `python -m fastattn.bench.cpu`
+    merge.py    merging on a GPU beside a copy: `python -m fastattn.bench.merge`
 
 `import fastattn` imports none of it.
 """
