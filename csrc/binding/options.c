@@ -26,6 +26,10 @@ fa_status option_bool(module_state *state, PyObject *object, const char *name, i
 fa_status option_double(module_state *state, PyObject *object, const char *name, double *out,
                         fa_error *error) {
     char got[64];
+    if (PyFloat_CheckExact(object)) {
+        *out = PyFloat_AsDouble(object);
+        return FA_OK;
+    }
     if (!PyFloat_Check(object) && !PyLong_Check(object)) {
         const int is_number = torch_is_number(state, object);
         if (is_number < 0) return FA_RAISED;

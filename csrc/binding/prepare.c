@@ -83,7 +83,7 @@ static fa_status check_out(call *c, PyObject *object) {
     if (!c->out.writeable)
         return fa_fail(&c->error, FA_VALUE, "`out` must be writeable, got a read-only array");
     if (c->out.kind == KIND_DLPACK) {
-        PyObject *of = PyObject_CallMethod(c->state->arrays, "never_written", "O", object);
+        PyObject *of = state_call(c->state, "never_written", "(O)", object);
         char name[16];
         if (!of) return FA_RAISED;
         if (of != Py_None) {

@@ -160,9 +160,7 @@ fa_status torch_borrow(module_state *state, torch_now *now, PyObject *object, bo
 
 fa_status torch_autocast(module_state *state, torch_now *now, borrowed *b, fa_error *error) {
     const fa_array *a = &b->array;
-    PyTypeObject *type = Py_TYPE(b->object);
-    if ((type != state->tensor && type != state->parameter) || a->dtype.code == DL_BOOL)
-        return FA_OK;
+    if (!torch_owns(state, b->object) || a->dtype.code == DL_BOOL) return FA_OK;
     if (state->abi.offset) {
         const int8_t device = a->device.device_type == DL_CUDA;
         if (now->autocast_device != device + 1) {
@@ -217,8 +215,7 @@ fa_status torch_draw_seed(module_state *state, const borrowed *like, output *out
 }
 
 fa_status torch_check_writable(module_state *state, const borrowed *out, fa_error *error) {
-    PyTypeObject *type = Py_TYPE(out->object);
-    if (!state->tensor || (type != state->tensor && type != state->parameter)) return FA_OK;
+    if (!torch_owns(state, out->object)) return FA_OK;
     PyObject *frozen = state_call(state, "is_frozen", "(O)", out->object);
     Py_XDECREF(frozen); /* a bool, kept by the interpreter */
     if (!frozen) return FA_RAISED;
@@ -230,8 +227,7 @@ fa_status torch_check_writable(module_state *state, const borrowed *out, fa_erro
 }
 
 fa_status torch_mark_written(module_state *state, const borrowed *out) {
-    PyTypeObject *type = Py_TYPE(out->object);
-    if (!state->tensor || (type != state->tensor && type != state->parameter)) return FA_OK;
+    if (!torch_owns(state, out->object)) return FA_OK;
     PyObject *done = state_call(state, "mark_written", "(O)", out->object);
     Py_XDECREF(done);
     return done ? FA_OK : FA_RAISED;
