@@ -156,6 +156,16 @@ def packs(**keywords):
     fastattn.attention_varlen(q, k, v, cu, cu, 6, 6, backend="cpu", **keywords)
 
 
+def merges(dtype):
+    """Parts of the keys give, merged, what all of them give."""
+    q, k, v = arrays(hq=4, hk=2, sk=13, d=64, dtype=dtype)
+    halves = slice(0, 6), slice(6, None)
+    parts = [fastattn.attention(q, k[:, :, x], v[:, :, x], return_lse=True) for x in halves]
+    want = reference.merge_states(*zip(*parts, strict=True))
+    for mine, theirs in zip(fastattn.merge_states(*zip(*parts, strict=True)), want, strict=True):
+        np.testing.assert_allclose(mine.astype(float), theirs.astype(float), rtol=1e-2, atol=1e-3)
+
+
 def grades():
     torch = pytest.importorskip("torch")
     q, k, v = (torch.randn(1, 2, 5, 16, requires_grad=True) for _ in range(3))
@@ -200,14 +210,17 @@ CALLS = {  # line of the matrix -> calls
         functools.partial(computes, mask=MASKS[1].astype(np.float32)),
         functools.partial(computes, mask=MASKS[1].astype(np.float16)),
     ],
-    "softcap, ALiBi, sink": [
+    "softcap, ALiBi, sink, dropout": [
         functools.partial(computes, softcap=5.0),
         functools.partial(computes, alibi_slopes=np.array([0.5, 0.25, 0.1, 0.0], np.float32)),
         functools.partial(computes, sink=np.array([0, 1, -1, 2], np.float32)),
+        functools.partial(computes, dropout_p=0.5, seed=3),
     ],
-    "dropout": [functools.partial(computes, dropout_p=0.5, seed=3)],
     "grouped heads, any strides, lse": [functools.partial(computes, hq=8)],
     "packed sequences": [packs],
+    "merging parts, of float32 too": [
+        functools.partial(merges, dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16)
+    ],
     "gradients": [grades],
     "page_table": [functools.partial(packs, page_table=np.zeros((3, 1), np.int32))],
 }
@@ -226,10 +239,12 @@ ASKS = {  # line of the matrix -> what it asks a backend to declare; else nothin
     "causal, window, lengths, start": ({"features": POSITIONS},),
     "q_offset, windows of any sign": ({"features": ("q_offset", "causal", "window")},),
     "bool and float masks": tuple({"features": (mask,)} for mask in MASKED),
-    "softcap, ALiBi, sink": ({"features": ("softcap", "alibi", "sink")},),
-    "dropout": ({"features": ("dropout",)},),
+    "softcap, ALiBi, sink, dropout": ({"features": ("softcap", "alibi", "sink", "dropout")},),
     "grouped heads, any strides, lse": ({"features": ("gqa", "lse")},),
     "packed sequences": ({"features": ("varlen",)},),
+    "merging parts, of float32 too": tuple(
+        {"operation": "merge", "dtype": dtype} for dtype in ("float32", "float16", "bfloat16")
+    ),
     "gradients": ({"operation": "backward"},),
     "page_table": ({"features": ("pages",)},),
 }
