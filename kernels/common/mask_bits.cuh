@@ -1,4 +1,4 @@
-/* mask_bits.cuh - packs a bool mask for the general rows: stop 5 of 6, the launch before the
+/* mask_bits.cuh - packs a bool mask for the general variants: stop 5 of 6, the launch before the
  * kernel's, in the same stream. mask_bits.h says what comes out.
  *
  * A block of 8 warps packs 64 rows of 8 * 128 keys, a byte of the map, each warp one block of keys:

@@ -1,10 +1,10 @@
 /* mask_bits.h - where a packed bool mask lies in the workspace: a pure function of the request.
  *
  * Plain C, compiled by gcc and nvcc alike and tested on the host. kernels/common/mask_bits.cuh
- * packs, the loaders and warpgroups of general rows read.
+ * packs, the loaders and warpgroups of general variants read.
  *
  * What is packed is what a row sees: the mask and the row's interval, so it is complete. Of packed
- * sequences it is the mask alone, `bare`: each has intervals of its own, and there may be 100,000
+ * sequences it is the mask alone, `mask_only`: each has intervals of its own, and there may be 100,000
  * of them for one mask. There are three arrays over planes (the mask's own batches and heads, 1
  * where it is broadcast), groups of 64 rows and blocks of 128 keys:
  *

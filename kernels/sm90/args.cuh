@@ -71,7 +71,7 @@ struct kernel_args {
     uint32_t descriptor_high;   /* of wgmma's operands */
     int32_t watch;              /* 1: keep and follow no offset anywhere */
     int32_t reads;              /* the arguments alone do not describe a tile */
-    int32_t ahead;              /* items that a block may have claimed, at most ITEMS */
+    int32_t ahead;              /* tiles that a block may have claimed, at most TILE_SLOTS */
     int32_t moves[4][2]; /* q, k, v, out, heads and batches: 0 where the stride is; else 1, or of
                           * slices' heads the stride itself */
 #if HAS_SLICES

@@ -13,56 +13,14 @@
 #include "sm90/softmax.cuh"
 #include "sm90/visibility.cuh"
 #if VARIANT_GENERAL
-#include "sm90/general.cuh"
-#else
-#include "sm90/plain.cuh"
+#include "sm90/bool_mask.cuh"
+#include "sm90/mask_tiles.cuh"
+#include "sm90/scores.cuh"
 #endif
 
 /* What comes before a block: nothing (ALONE), the block before it in its tile (BEHIND), or the last
  * block of the tile before (NEXT). If DELAYED, the P V of those two is issued behind Q K^T. */
 enum place { ALONE, BEHIND, NEXT };
-
-/* What a block's softmax found out about offsets. */
-struct offset_change {
-    float2 minus;  /* what the FFMA adds */
-    float2 factor; /* O must shrink by this, */
-    bool raised;   /* if so: when P V of the block before has ended */
-};
-
-/* Raises the offsets of rows that need it, before there are exponentials. `done`: there are. */
-template <place PLACE, bool MASKED, enum offset HOW>
-DEVICE offset_change raise_offsets(const kernel_args &a, smem_layout &smem, const work_tile &t,
-                                   rows_state &st, float (&s)[BLOCK_N / 2], float scale, bool done,
-                                   bool held) {
-    offset_change c;
-    c.minus = make_float2(st.softmax.minus[0], st.softmax.minus[1]);
-    c.raised = false;
-    if (HOW == WATCH) {
-        if (DELAYED && PLACE == BEHIND && !SHRINKS_LATE) {
-            wgmma_wait_group<0>();
-            settle(st, smem, held);
-        }
-        /* The first block of a tile gives offsets to the rows that see a key of it; where they are
-         * kept, a later one does so for those that have none yet. */
-        if (PLACE == NEXT || (PLACE == ALONE && OFFSET == KEEP && !t.watch)) {
-            softmax_raise<true>(st.softmax, s, scale, a.slack);
-            c.minus = softmax_center(st.softmax, s);
-        } else if (!done && __any_sync(~0u, softmax_exceeds(st.softmax, s, a.slack) |
-                                                softmax_is_coarse(st.softmax))) {
-            c.factor = softmax_raise<false>(st.softmax, s, scale, a.slack);
-            c.raised = true;
-            c.minus = softmax_center(st.softmax, s);
-        }
-        if (!SHRINKS_LATE && c.raised) softmax_shrink(st.o, c.factor);
-    } else if (MASKED) {
-        /* Rows that see their first key here: a row of few is exact only with its own offset. */
-        if (__any_sync(~0u, fminf(st.softmax.top[0], st.softmax.top[1]) == -INFINITY)) {
-            softmax_raise<true>(st.softmax, s, scale, a.slack);
-            c.minus = make_float2(st.softmax.minus[0], st.softmax.minus[1]);
-        }
-    }
-    return c;
-}
 
 /* One key block: S = Q K^T, P = 2^(S scale - offset), O += P V. On return P V may still run, or, if
  * DELAYED, has not begun. NEXT ends the tile before in passing, so that the tensor cores have work
@@ -74,18 +32,14 @@ DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_stat
                    uint64_t q, uint32_t q_done, int32_t key, bool cut, bool fresh, int warpgroup,
                    bool holes = false) {
     constexpr bool PENDING = DELAYED && PLACE != ALONE;
-    const bool held = !(MASKED || GENERAL) || st.held; /* before a plain row's loops was a block */
+    const bool held = !(MASKED || GENERAL) || st.held; /* a plain loop has a block before it */
     const work_tile &t = smem.tiles[n % TILE_SLOTS];
     float s[BLOCK_N / 2];
     const uint64_t k = k_descriptor(a, smem, kv.stage);
     mbarrier_wait(smem_address(&smem.k_full[kv.stage]), kv.parity);
-#if HAS_SLICES
     /* Q has zeros there; where K has no finite numbers for them, the tile is voted down. */
-    if (HOW == WATCH && uniform(t.watch)) {
-        const int32_t begin = t.h * a.moves[0][0] % FA_SLICE; /* as Q's */
-        clear_columns<BLOCK_N>(smem.k[kv.stage], begin, begin + a.d, a.columns[1], warpgroup);
-    }
-#endif
+    if (SLICES && HOW == WATCH && uniform(t.watch))
+        clear_other_heads<BLOCK_N, 1>(a, t, smem.k[kv.stage], warpgroup);
 #if VARIANT_GENERAL
     constexpr enum changes CHANGES = (enum changes)ONLY;
     /* Before the branch that shrinks O, P is rounded beside the last exponentials: float masks gain
@@ -124,9 +78,7 @@ DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_stat
     release(smem_address(&smem.k_empty[kv.stage]));
     if (q_done) release(q_done);
     if (!DELAYED) settle(st, smem, held);
-    /* Never taken. Without a branch the compiler passes the turn when P is there, 300 clocks late.
-     */
-    if (HOW == FOLLOW && a.descriptor_high == 0) __trap();
+    pin_turn<HOW>(a);
 
 #if VARIANT_GENERAL
     const float scale = fabsf(a.scores.scale);
@@ -154,7 +106,7 @@ DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_stat
             wgmma_wait_group<0>();
             settle(st, smem, held);
         }
-        /* The first block of a tile gives tops to the rows that see a key of it; where they are
+        /* The first block of a tile gives offsets to the rows that see a key of it; where they are
          * kept, a later one does so for those that have none yet. */
         if (PLACE == NEXT || (PLACE == ALONE && OFFSET == KEEP && !t.watch)) {
             softmax_raise<true>(st.softmax, s, scale, a.slack);
@@ -167,7 +119,7 @@ DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_stat
         }
         if (!SHRINKS_LATE && raised) softmax_shrink(st.o, factor);
     } else if (MASKED) {
-        /* Rows that see their first key here: a row of few is exact only with a top of its own. */
+        /* Rows that see their first key here: a row of few is exact only with its own offset. */
         if (__any_sync(~0u, fminf(st.softmax.top[0], st.softmax.top[1]) == -INFINITY)) {
             softmax_raise<true>(st.softmax, s, scale, a.slack);
             minus = make_float2(st.softmax.minus[0], st.softmax.minus[1]);
@@ -203,18 +155,7 @@ DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_stat
     } else {
         mbarrier_wait(smem_address(&smem.v_full[kv.stage]), kv.parity);
         if (MASKED && cut) clear_hidden_v(t, smem.v[kv.stage], key, warpgroup);
-        const uint64_t v = v_descriptor(a, smem, kv.stage);
-#pragma unroll
-        for (int i = 0; i < BLOCK_N / 16; ++i) {
-            if (i >= P_PIECES) wgmma_wait_group<P_PIECES - 1>();
-            float (&piece)[8] = *(float (*)[8])(s + 8 * i);
-            softmax_exp<!ONES>(st.softmax, piece, scale, minus);
-            softmax_pack(piece, st.p[i % P_PIECES]);
-            wgmma_fence();
-            wgmma_rs<DV + 8 * ONES>(st.o, st.p[i % P_PIECES], v + i * 128, i > 0 || !fresh);
-            if (P_PIECES < BLOCK_N / 16 || i == BLOCK_N / 16 - 1) wgmma_commit_group();
-        }
-        st.fresh = false;
+        issue_pv_in_pieces(a, st, smem, s, scale, minus, kv.stage, fresh);
     }
     st.v = kv;
     st.held = true;

@@ -32,7 +32,7 @@ DEVICE void clear_unseen(const uint32_t (&seen)[4], uint8_t *v, int32_t key, int
 }
 
 /* Writes zeros over the rows of V that no row of the tile sees: 0 * NaN is NaN. As clear_hidden_v
- * in sight.cuh; both warpgroups write the same. */
+ * in visibility.cuh; both warpgroups write the same. */
 DEVICE void clear_holes(const score_args &a, const score_tile &t, uint8_t *v, int32_t row,
                         int32_t key, int warpgroup) {
     uint32_t seen[4] = {0, 0, 0, 0};
@@ -45,7 +45,7 @@ DEVICE void clear_holes(const score_args &a, const score_tile &t, uint8_t *v, in
     clear_unseen(seen, v, key, warpgroup);
 }
 
-/* As look(), of a bool mask. */
+/* As row_mask_of(), with a bool mask. */
 DEVICE row_mask bool_row_mask(const kernel_args &a, const work_tile &t, int32_t row, int32_t key,
                               int warpgroup) {
     row_mask seen;

@@ -39,7 +39,7 @@ DEVICE void wgmma_accumulators(float (&d)[N]) {
 /* For an x that is never 0: a store that never happens. What x is made of is worked out before it;
  * else ptxas does so where registers are fewest, behind the wait that was to hide it. (A branch
  * there would cost wgmma its pipeline.) Without, and without rounding P before the branch that
- * shrinks O (ROUNDS_FIRST in general.cuh): float masks 4 to 6 % at d 128, 7 to 9 % at d 256. */
+ * shrinks O (ROUNDS_FIRST in attend.cuh): float masks 4 to 6 % at d 128, 7 to 9 % at d 256. */
 DEVICE void work_out(uint32_t x) {
     asm volatile(
         "{\n.reg .pred never;\nsetp.eq.u32 never, %0, 0;\n"

@@ -23,16 +23,18 @@ DEVICE void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
 
     for (int32_t n = 0;; ++n) {
         const work_tile &t = wait_tile(smem, n);
-        const q_place place = q_place_of(n, warpgroup);
+        const int slot = q_slot(n, warpgroup);
         const int32_t last = uniform(t.last), blocks = uniform(t.end - t.begin);
 
-        /* The tile before ends: in passing, beside this one's first block, or here. */
+        /* The tile before ends: in passing if this one has a block for it before its V is needed,
+         * or here. */
 #if VARIANT_GENERAL
         const uint32_t tag = blocks ? read_tag(a, smem, t, kv, 0, warpgroup) : 0;
         const bool next = st.held && blocks && tag_visibility(tag, warpgroup) != NONE;
 #else
-        block_loop loop = open_loop(a, smem, t, st, kv, blocks, warpgroup);
-        const bool next = loop.next;
+        const int32_t skip = uniform(t.skip[warpgroup]), masked = uniform(t.masked[warpgroup]);
+        const bool next = DELAYED && st.held && skip < masked && skip < STAGES;
+        const int32_t watch = REDOES ? uniform(t.watch) : 1;
 #endif
         if (DELAYED && st.open && !next) finish_tile(a, smem, n - 1, st, warpgroup);
         if (last) { /* the copy engine may not have read all that has been stored */
@@ -40,10 +42,10 @@ DEVICE void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
             return;
         }
 
-        const uint64_t q = q_descriptor(a, smem, place.slot);
-        const uint32_t q_empty = smem_address(&smem.q_empty[place.slot]);
-        mbarrier_wait(smem_address(&smem.q_full[place.slot]), place.parity);
-        if (SLICES) clear_other_heads<64, 0>(a, t, smem.q[place.slot], warpgroup);
+        const uint64_t q = q_descriptor(a, smem, slot);
+        const uint32_t q_empty = smem_address(&smem.q_empty[slot]);
+        mbarrier_wait(smem_address(&smem.q_full[slot]), q_parity(n, warpgroup));
+        if (SLICES) clear_other_heads<64, 0>(a, t, smem.q[slot], warpgroup);
         if (blocks == 0) { /* all warps have met this Q, or one could miss two of its phases */
             sync_warpgroup(warpgroup);
             release(q_empty);
@@ -56,7 +58,7 @@ DEVICE void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
 #if VARIANT_GENERAL
         attend_blocks(a, smem, n, st, kv, q, q_empty, blocks, next, tag, warpgroup);
 #else
-        attend_blocks(a, smem, n, st, kv, q, q_empty, loop, warpgroup);
+        attend_blocks(a, smem, n, st, kv, q, q_empty, blocks, next, skip, masked, watch, warpgroup);
 #endif
         st.open = true;
         if (!DELAYED) finish_tile(a, smem, n, st, warpgroup);

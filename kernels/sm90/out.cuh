@@ -171,8 +171,8 @@ DEVICE void store_rows(const kernel_args &a, smem_layout &smem, const work_tile 
 #endif
 }
 
-/* The rows of item n leave, and the warpgroup the item; O and l are 0 again. All P V must have
- * ended. A warp that could not keep its tops says so: its warpgroup's rows come again. */
+/* The rows of the n-th tile leave, and the warpgroup the tile; O and l are 0 again. All P V must
+ * have ended. A warp that could not keep its tops says so: its warpgroup's rows come again. */
 DEVICE void end_epilogue(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
                          const epilogue &e, int warpgroup) {
     const work_tile &t = smem.tiles[n % TILE_SLOTS];

@@ -44,14 +44,6 @@ DEVICE void advance(cursor &c) {
     c.parity ^= wrap;
 }
 
-/* What is at this place has come. */
-DEVICE void wait_full(const uint64_t (&full)[STAGES], const cursor &c) {
-    mbarrier_wait(smem_address(&full[c.stage]), c.parity);
-}
-/* All warpgroups have handed this place back. */
-DEVICE void wait_empty(const uint64_t (&empty)[STAGES], const cursor &c) {
-    mbarrier_wait(smem_address(&empty[c.stage]), c.parity ^ 1);
-}
 /* A warpgroup hands back what lies behind this barrier. */
 DEVICE void release(uint32_t barrier) {
     if (RELEASERS == 128 || threadIdx.x % 128 == 0) mbarrier_arrive(barrier);
@@ -73,14 +65,10 @@ DEVICE void wait_tile_left(smem_layout &smem, int32_t n) {
     mbarrier_wait(smem_address(&smem.tile_empty[n % TILE_SLOTS]), n / TILE_SLOTS & 1);
 }
 
-/* The slot of Q that has a warpgroup's rows of the n-th work tile, and its parity. */
-struct q_place {
-    int slot;
-    uint32_t parity;
-};
-DEVICE q_place q_place_of(int32_t n, int warpgroup) {
-    const int32_t place = n * WARPGROUPS + warpgroup;
-    return {place % Q_SLOTS, (uint32_t)(place / Q_SLOTS & 1)};
+/* The slot of Q that has a warpgroup's rows of the n-th work tile, and the parity of its phase. */
+DEVICE int q_slot(int32_t n, int warpgroup) { return (n * WARPGROUPS + warpgroup) % Q_SLOTS; }
+DEVICE uint32_t q_parity(int32_t n, int warpgroup) {
+    return (n * WARPGROUPS + warpgroup) / Q_SLOTS & 1;
 }
 
 #endif

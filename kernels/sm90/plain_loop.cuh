@@ -8,46 +8,28 @@
 #include "sm90/attend.cuh"
 #include "sm90/visibility.cuh"
 
-/* What a warpgroup knows of a tile's blocks before the first. */
-struct block_loop {
-    bool next; /* the first that it computes ends the tile before in passing */
-    int32_t blocks, skip, masked;
-    int32_t watch;
-};
-
-/* The tile before ends in passing if there is a block for it before its V is needed. */
-DEVICE block_loop open_loop(const kernel_args &, smem_layout &, const work_tile &t,
-                            const rows_state &st, const cursor &, int32_t blocks, int warpgroup) {
-    block_loop l;
-    l.blocks = blocks;
-    l.skip = uniform(t.skip[warpgroup]), l.masked = uniform(t.masked[warpgroup]);
-    l.next = DELAYED && st.held && l.skip < l.masked && l.skip < STAGES;
-    l.watch = REDOES ? uniform(t.watch) : 1;
-    return l;
-}
-
 /* The blocks that not all rows see whole, the first one, and those that are skipped before it;
  * returns how many. */
 DEVICE int32_t attend_masked(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
-                             cursor &kv, uint64_t q, uint32_t q_empty, block_loop &l,
-                             int warpgroup) {
+                             cursor &kv, uint64_t q, uint32_t q_empty, int32_t blocks, bool &next,
+                             int32_t skip, int32_t masked, int32_t watch, int warpgroup) {
     const work_tile &t = smem.tiles[n % TILE_SLOTS];
     int32_t i = 0;
-    for (; i < l.masked; ++i) {
+    for (; i < masked; ++i) {
         const int32_t number = uniform(key_block(t, i)), key = number * BLOCK_N;
-        const uint32_t q_done = i == l.blocks - 1 ? q_empty : 0;
-        const enum visibility seen = i < l.skip ? NONE : visibility_of(t, number, warpgroup);
+        const uint32_t q_done = i == blocks - 1 ? q_empty : 0;
+        const enum visibility seen = i < skip ? NONE : visibility_of(t, number, warpgroup);
         const bool cut = seen == PART;
         if (seen == NONE) {
-            if (!l.next) finish_pv(a, st, smem);
+            if (!next) finish_pv(a, st, smem);
             skip_block(smem, kv, q_done, warpgroup);
-        } else if (l.next) {
+        } else if (next) {
             attend<NEXT, true, WATCH>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh, warpgroup);
-            l.next = false;
+            next = false;
         } else if (DELAYED && !st.held) {
             attend<ALONE, true, WATCH>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
                                        warpgroup);
-        } else if (OFFSET == KEEP && !l.watch) {
+        } else if (OFFSET == KEEP && !watch) {
             attend<BEHIND, true, KEEP>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
                                        warpgroup);
         } else {
@@ -69,16 +51,19 @@ DEVICE void attend_whole(const kernel_args &a, smem_layout &smem, int32_t n, row
                                    0, false, i == second, warpgroup);
 }
 
-/* All blocks of the n-th tile. */
+/* All blocks of the n-th tile. `next`: the first that is computed ends the tile before in passing;
+ * `skip`, `masked`, `watch`: as the tile says. */
 DEVICE void attend_blocks(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
-                          cursor &kv, uint64_t q, uint32_t q_empty, block_loop &l, int warpgroup) {
-    const int32_t i = attend_masked(a, smem, n, st, kv, q, q_empty, l, warpgroup);
-    const bool late = Q_AHEAD && i < l.blocks;
+                          cursor &kv, uint64_t q, uint32_t q_empty, int32_t blocks, bool next,
+                          int32_t skip, int32_t masked, int32_t watch, int warpgroup) {
+    const int32_t i =
+        attend_masked(a, smem, n, st, kv, q, q_empty, blocks, next, skip, masked, watch, warpgroup);
+    const bool late = Q_AHEAD && i < blocks;
     const int32_t second = uniform(DELAYED && st.fresh ? i : -1);
-    if (!l.watch)
-        attend_whole<OFFSET>(a, smem, n, st, kv, q, q_empty, i, l.blocks, second, warpgroup);
+    if (!watch)
+        attend_whole<OFFSET>(a, smem, n, st, kv, q, q_empty, i, blocks, second, warpgroup);
     else
-        attend_whole<WATCH>(a, smem, n, st, kv, q, q_empty, i, l.blocks, second, warpgroup);
+        attend_whole<WATCH>(a, smem, n, st, kv, q, q_empty, i, blocks, second, warpgroup);
     if (late) release(q_empty);
 }
 

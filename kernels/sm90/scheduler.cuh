@@ -53,8 +53,8 @@ DEVICE void locate(const kernel_args &a, work_tile &t, int32_t number) {
 /* `some` of a warpgroup whose rows see nothing, or are not computed: see_interval() says NONE. */
 static constexpr fa_interval NO_KEYS = {0, 0};
 
-/* How many blocks of the item a warpgroup passes by, and how many it takes one by one before its
- * loop. What a bool mask hides nobody knows here: general rows ask for each block. */
+/* How many blocks of the tile a warpgroup skips, and how many it takes one by one before its loop.
+ * What a bool mask hides is not known here: general variants ask for each block. */
 DEVICE void count_masked(work_tile &t) {
     const int32_t blocks = t.end - t.begin;
 #pragma unroll 1
@@ -117,7 +117,7 @@ DEVICE void describe(const kernel_args &a, work_tile &t, int32_t number) {
 #endif
 }
 
-/* How item n was voted on, once all have left it. */
+/* How the warpgroups voted on the n-th tile, once all have left it. */
 DEVICE uint32_t read_vote(smem_layout &smem, int32_t n) {
     wait_tile_left(smem, n);
     volatile uint32_t &votes = smem.votes[n % TILE_SLOTS];
@@ -136,12 +136,13 @@ DEVICE int32_t *claims(const kernel_args &a) {
 
 /* The next tile's number for this block. How long tiles are that a bool mask thins out, and of
  * packed sequences even how many there are, nobody knows on the host: blocks claim them one by one.
- * Only who computes a tile depends on that, never its bits. `n`: the item that it is for. */
+ * Only who computes a tile depends on that, never its bits. `n`: the place among
+ * this block's tiles that it is for. */
 DEVICE int32_t next_tile(const kernel_args &a, smem_layout &smem, int32_t n, int32_t *round) {
     int32_t *claimed = claims(a);
     if (!claimed) return fa_schedule_next(&a.schedule, gridDim.x, blockIdx.x, round);
-    if (n == 0) return blockIdx.x; /* so that nobody's second tile is another's first */
-    int32_t left = n - a.ahead;    /* the item that must be done with */
+    if (n == 0) return blockIdx.x; /* the first gridDim.x are taken, and claims begin behind them */
+    int32_t left = n - a.ahead;    /* the tile that must be done with */
     if (left >= 0)
         mbarrier_wait(smem_address(&smem.tile_empty[left % TILE_SLOTS]), left / TILE_SLOTS & 1);
     return gridDim.x + atomicAdd(claimed, 1);
@@ -151,7 +152,7 @@ DEVICE int32_t number_of_tiles(const kernel_args &a) {
     return a.packed.counts ? a.packed.counts->entries * a.hq : a.schedule.tiles;
 }
 
-/* The first item, before there are barriers, and in most calls before the stream's last kernel has
+/* The first tile, before there are barriers, and in most calls before the stream's last kernel has
  * ended: no load starts without it. */
 DEVICE int32_t first_tile(const kernel_args &a, smem_layout &smem, int32_t *round) {
     int32_t tile = next_tile(a, smem, 0, round);
@@ -160,11 +161,11 @@ DEVICE int32_t first_tile(const kernel_args &a, smem_layout &smem, int32_t *roun
 }
 
 /* Decides what comes next; runs ahead of the others, divisions and all. A tile ends when the
- * warpgroups meet the item behind it, so the last votes need one, of no rows, to be read. `tile`,
+ * warpgroups meet the one behind it, so the last votes need one, of no rows, to be read. `tile`,
  * `round`: what first_tile() said. */
 DEVICE void schedule(const kernel_args &a, smem_layout &smem, int32_t tile, int32_t round) {
-    int32_t read = 0;                /* items whose votes have been */
-    int32_t flush = REDOES ? 0 : -1; /* the item of no rows; 0: not yet */
+    int32_t read = 0;                /* tiles whose votes have been */
+    int32_t flush = REDOES ? 0 : -1; /* the tile of no rows; 0: not yet */
     const int32_t tiles = number_of_tiles(a);
     for (int32_t n = 0;; ++n) {
         /* Votes are read where their slot is needed, all of them before the end. */

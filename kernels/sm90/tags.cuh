@@ -13,11 +13,11 @@
 #include "sm90/smem.h"
 #include "sm90/visibility.cuh"
 
-/* A block's tag: its number from bit 8 on, LAST of its item, HOLES (keys that no row of the tile
+/* A block's tag: its number from bit 8 on, LAST of its tile, HOLES (keys that no row of the tile
  * sees), and two bits for each warpgroup: how much of it its rows see, as enum seen counts. */
 enum { TAG_LAST = 128, TAG_HOLES = 64, TAG_BLOCK = 8 };
 
-/* A walk over the blocks of an item that a bool mask does not hide, from right to left. */
+/* A walk over the blocks of a tile that a bool mask does not hide, from right to left. */
 struct block_walk {
     uint32_t end;                               /* blocks before this one are to come */
     uint32_t word;                              /* of the map, 32 * 128 keys; bits of its blocks: */
@@ -74,7 +74,7 @@ DEVICE uint32_t block_tag(const score_args &a, const work_tile &t, const block_w
     return tag | holes;
 }
 
-/* The tag of the i-th block of an item, as a loader would have written it. */
+/* The tag of the i-th block of a tile, as a loader would have written it. */
 DEVICE uint32_t interval_tag(const work_tile &t, int32_t i, int warpgroup) {
     int32_t block = key_block(t, i), last = i + 1 == t.end - t.begin;
     uint32_t tag = (uint32_t)block << TAG_BLOCK | (last ? TAG_LAST : 0);

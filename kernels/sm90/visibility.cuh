@@ -13,14 +13,14 @@
 #include "sm90/smem.h"
 
 #if VARIANT_GENERAL
-/* The i-th key block of an item: from right to left those before `mid`, then the others. With ALiBi
- * `mid` is behind the diagonal, where the highest scores are: offsets are raised least. */
+/* The i-th key block of a tile: from right to left those before `split`, then the others. With
+ * ALiBi `split` is behind the diagonal, where the highest scores are: offsets are raised least. */
 DEVICE int32_t key_block(const work_tile &t, int32_t i) {
     int32_t left = t.score.split - t.begin;
     return i < left ? t.score.split - 1 - i : t.end - 1 - (i - left);
 }
 #else
-/* The i-th key block of an item: the masked ones first, from the right, then from the left. */
+/* The i-th key block of a tile: the masked ones first, from the right, then from the left. */
 DEVICE int32_t key_block(const work_tile &t, int32_t i) {
     if (i < t.right) return t.end - 1 - i;
     if (i < t.right + t.left) return t.begin + i - t.right;

@@ -19,7 +19,7 @@ WITHOUT_CUDA = [  # all but the one about CUDA's devices
     for name in HEADERS
     if name.endswith(".h") and "cuda_runtime.h" not in (KERNELS / name).read_text()
 ]
-GENERAL = {"bool_mask", "general", "general_loop", "mask_tiles", "scores", "scores_launch", "tags"}
+GENERAL = {"bool_mask", "general_loop", "mask_tiles", "scores", "scores_launch", "tags"}
 RAW = {"load_raw", "load_strided"}
 
 
