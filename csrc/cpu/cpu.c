@@ -433,7 +433,7 @@ static void merge_row(const fa_merge *m, int64_t b, int64_t h, int64_t s, double
     double top = -INFINITY, total = 0;
     for (int i = 0; i < m->n; i++) {
         const double lse = part_lse(m, i, b, h, s);
-        if (!(lse <= top)) top = lse; /* a NaN stays */
+        if (lse > top) top = lse; /* not a NaN, whose own weight will be one: the row is NaN */
     }
     memset(sum, 0, (size_t)dv * sizeof *sum);
     for (int i = 0; i < m->n; i++) {
