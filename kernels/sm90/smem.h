@@ -1,6 +1,6 @@
 /* smem.h - the shared memory of a block: what lies where, and what the warps tell each other.
  *
- * C++ without CUDA: tests/test_gpu_layout.py compiles it for every line of the table.
+ * C++ without CUDA: tests/gpu_host/test_layout.py compiles it for every line of the table.
  */
 #ifndef FASTATTN_SM90_SMEM_H
 #define FASTATTN_SM90_SMEM_H

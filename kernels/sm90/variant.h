@@ -1,7 +1,7 @@
 /* variant.h - the variant that is compiled: its columns, and what follows from them alone.
  *
  * setup.py passes each column of a line of fwd.def as VARIANT_<COLUMN>; everybody else asks the
- * constants here. C++ without CUDA: tests/test_gpu_layout.py compiles it for every line of the
+ * constants here. C++ without CUDA: tests/gpu_host/test_layout.py compiles it for every line of the
  * table.
  */
 #ifndef FASTATTN_SM90_VARIANT_H

@@ -32,7 +32,7 @@ class Stack(ctypes.Structure):
 
 
 def described(x):
-    """fa_tensor of a NumPy array of 3 or 4 axes (b, h, s[, dv]), as check.c describes it."""
+    """fa_tensor of a NumPy array of 3 or 4 axes (b, h, s[, dv]), as views.c describes it."""
     x = x if x.ndim == 4 else x[..., None]
     strides = [0 if n == 1 else s // x.itemsize for n, s in zip(x.shape, x.strides, strict=True)]
     if x.shape[3] == 1:

@@ -1,0 +1,62 @@
+"""Comments and papers name files that are there: what is moved is found by its name."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no source tree")
+
+FOLDERS = ("csrc", "kernels", "python", "tests", "benchmarks", "findings", ".github")
+SUFFIXES = ("c", "h", "cu", "cuh", "cpp", "def", "py", "md")
+NAME = re.compile(rf"(?<![\w*/.<>-])(?:[\w.-]+/)*([a-z_0-9]+\.(?:{'|'.join(SUFFIXES)}))\b(?![.(])")
+PAPERS = ("README.md", ".github/CONTRIBUTING.md", ".github/RECIPES.md", "kernels/README.md")
+
+
+def there():
+    """The names of all files of the tree."""
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    return {path.name for path in (*paths, *ROOT.iterdir()) if path.is_file()}
+
+
+def missing(text, files):
+    return {name for name in NAME.findall(text) if name not in files}
+
+
+def comments(source):
+    """What C's comments say; of them, what names a file and not a member."""
+    found = re.findall(r"/\*.*?\*/|//[^\n]*", source, re.S)
+    return " ".join(re.sub(r"\b[a-z]\w?\.[ch]\b", "", text) for text in found)
+
+
+SOURCES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("csrc", "kernels")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix[1:] in ("c", "h", "cu", "cuh", "def")
+)
+
+
+@pytest.mark.parametrize("folder", ["csrc/", "kernels/"])
+def test_comments_name_files_that_are_there(folder):
+    files = there()
+    wrong = {
+        name: found
+        for name in SOURCES
+        if name.startswith(folder)
+        and (found := missing(comments((ROOT / name).read_text()), files))
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_papers_name_files_that_are_there(name):
+    assert not missing(re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.S), there())
+
+
+def test_a_name_that_is_gone_is_seen():
+    files = there()
+    assert missing(comments("/* as gone.cuh says, and mask.h; t.h is a head */"), files) == {
+        "gone.cuh"
+    }
+    assert missing("`kernels/sm90/sight.cuh` and `fwd.def`", files) == {"sight.cuh"}
