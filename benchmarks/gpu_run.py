@@ -8,9 +8,9 @@ variants can lie there side by side. `run` needs the sources' Python files and t
 more. Each part runs under its own time limit and writes its own log, so that one that hangs costs
 the others nothing:
 
-    smoke     python -m fastattn, and a few calls of every row; the others are skipped if it fails
+    smoke     python -m fastattn, and a few calls of every variant; what fails ends the run
     tests     pytest -m gpu
-    sanitize  compute-sanitizer's four tools over one small case per row and feature, the rows dealt
+    sanitize  compute-sanitizer's four tools over one small case per variant and feature, dealt
               to several processes, as many at once as there are CPUs
     campaign  random cases against the reference: tests/campaign.py
     correctness, merge, grid, shapes, features
@@ -254,7 +254,7 @@ def main():
         "--tools", default=",".join(TOOLS), help="of the sanitizer; default: %(default)s"
     )
     verb.add_argument(
-        "--shards", type=int, default=14, help="processes a tool, each with some of the rows"
+        "--shards", type=int, default=14, help="processes a tool, each with some of the variants"
     )
     verb.add_argument("--cases", type=int, default=36_000, help="of the campaign")
     verb.add_argument("--seed", type=int, default=0, help="of the campaign's first case")

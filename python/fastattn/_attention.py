@@ -511,7 +511,7 @@ class Explanation:
     backend: str | None
     """Name of the backend that would run, None if all refuse."""
     kernel: str | None
-    """Name of its kernel row."""
+    """Name of the kernel, the variant that would run."""
     reasons: dict[str, str]
     """For each backend that refuses: why."""
 

@@ -14,7 +14,7 @@ def poisoned(q, v):
 
 
 def check(q, k, v, most=16, **keywords):
-    """Calls (bhsd) into poisoned memory, and judges. Without lse another row may run."""
+    """Calls (bhsd) into poisoned memory, and judges. Without lse another variant may run."""
     out, bare = poisoned(q, v), poisoned(q, v)
     got, lse = fastattn.attention(q, k, v, out=out, return_lse=True, **keywords)
     assert got is out

@@ -1,6 +1,6 @@
-"""One small call per kernel row and feature, for `compute-sanitizer` and as a first smoke test.
+"""One small call per variant and feature, for `compute-sanitizer` and as a first smoke test.
 
-python tests/gpu/small_calls.py [--smoke] [--part I/N]   # rows I, I + N, I + 2N ...
+python tests/gpu/small_calls.py [--smoke] [--part I/N]   # variants I, I + N, I + 2N ...
 
 Inputs are made on the host and judged there, so that ours are the only kernels that run.
 """
@@ -49,9 +49,9 @@ def arrays(b, hq, hk, sq, sk, d, dv, dtype):
     return [gpu.normal(*shape, dtype=dtype, seed=i, device="cpu") for i, shape in enumerate(shapes)]
 
 
-def rows():
-    """{row name: (head sizes, dtype, shape)} for every row that some shape here is run by, and of
-    the general rows, which run what changes scores."""
+def variants():
+    """{name: (head sizes, dtype, shape)} for every variant that some shape here is run by, and of
+    the general variants, which run what changes scores."""
     found = {}
     for (d, dv), dtype, shape, change in itertools.product(
         SIZES, DTYPES.values(), SHAPES, ({}, {"softcap": 1.0}, {"return_lse": True})
@@ -134,7 +134,7 @@ def features(b, hq, sq, sk):
 
 
 def changes(b, hq, sq, sk):
-    """As features(), of general rows."""
+    """As features(), of general variants."""
 
     def mask(*shape, kind=None):
         x = gpu.normal(*shape, dtype=torch.float32, seed=5, device="cpu")
@@ -203,7 +203,7 @@ def run(name, feature, sizes, dtype, shape, change, keywords):
     move = change.get("move", torch.Tensor.cuda)
     # The output holds something already: initcheck does not see what the copy engine writes.
     out = change.get("move_out", move)(torch.full((b, h, sq, dv), torch.nan, dtype=dtype))
-    want_lse = feature != "full"  # some rows give none
+    want_lse = feature != "full"  # some variants give none
     sent = on_gpu(keywords)
     call = functools.partial(
         *(fastattn.attention, *map(move, (q, k, v))), **sent, out=out, return_lse=want_lse
@@ -215,7 +215,7 @@ def run(name, feature, sizes, dtype, shape, change, keywords):
 
 
 def packed_lengths(b, sq, sk):
-    """Of b sequences whose mean length, by which the row is chosen, is the shape's."""
+    """Of b sequences whose mean length, by which the variant is chosen, is the shape's."""
     steps = [7 * (-1) ** n if n ^ 1 < b else 0 for n in range(b)]
     lengths = [(sq + n, sk - n) for n in steps]
     lengths[-1] = (lengths[-1][0] - 3, lengths[-1][1] - 3)  # three rows belong to none
@@ -258,7 +258,7 @@ def run_merge(n, dtype, dv, is_stacked):
 
 
 def report(call, name, feature, wrong):
-    """A feature may have another row than the one that its shape was found for."""
+    """A feature may have another variant than the one that its shape was found for."""
     ran = fastattn.explain(call.func, *call.args, **call.keywords).kernel
     feature += "" if ran == name else f" (shape of {name})"
     print(f"{'WRONG' if wrong else 'ok   '}    {ran} {feature} {'; '.join(wrong)}", flush=True)
@@ -273,7 +273,7 @@ def main():
         torch.set_num_threads(max(1, os.cpu_count() // parts))
     print(f"{torch.cuda.get_device_name()}; {fastattn.info()}")
     right = []
-    for name, (sizes, dtype, shape) in itertools.islice(rows().items(), part, None, parts):
+    for name, (sizes, dtype, shape) in itertools.islice(variants().items(), part, None, parts):
         for feature, change, keywords in (changes if "general" in name else features)(*shape):
             if not smoke or feature in (
                 "full",

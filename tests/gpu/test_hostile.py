@@ -10,7 +10,7 @@ from gpu.calls import SIZES, check
 
 pytestmark = gpu.marks
 
-# (b, h, sq, sk, d, dv): between them every row of boxes is the best for some (gpu_host/)
+# (b, h, sq, sk, d, dv): between them every variant of boxes is the best for some (gpu_host/)
 EVERY_ROW = (
     (1, 1, 257, 257, 64, 64),
     (1, 32, 257, 257, 64, 64),
@@ -38,7 +38,7 @@ EVERY_ROW = (
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", EVERY_ROW)
 def test_offsets_that_do_not_hold(shape, dtype, causal, how):
-    """In every row: raised at nearly every block, or once, in the midst of a tile."""
+    """In every variant: raised at nearly every block, or once, in the midst of a tile."""
     b, h, sq, sk, d, dv = shape
     q, k, v = inputs(b, h, h, sq, sk, d, dv, dtype=DTYPES[dtype])
     if how == "peaked":

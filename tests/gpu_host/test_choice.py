@@ -1,4 +1,4 @@
-"""Which kernel row runs a call."""
+"""Which variant runs a call."""
 
 import ast
 import ctypes
