@@ -1,4 +1,8 @@
 /* attend.cuh - what a warpgroup does with a block of keys, and how it ends a tile.
+ *
+ * attend() is longer than a function should be: those of its parts that were tried as functions of
+ * their own and are not (the masks and changes of scores, raising the offset) gave other machine
+ * code.
  */
 #ifndef FASTATTN_SM90_ATTEND_CUH
 #define FASTATTN_SM90_ATTEND_CUH
@@ -35,6 +39,8 @@ DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_stat
     const bool held = !(MASKED || GENERAL) || st.held; /* a plain loop has a block before it */
     const work_tile &t = smem.tiles[n % TILE_SLOTS];
     float s[BLOCK_N / 2];
+
+    /* K is there, and what its scores need besides. */
     const uint64_t k = k_descriptor(a, smem, kv.stage);
     mbarrier_wait(smem_address(&smem.k_full[kv.stage]), kv.parity);
     /* Q has zeros there; where K has no finite numbers for them, the tile is voted down. */
@@ -56,10 +62,13 @@ DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_stat
 #else
     constexpr bool ROUNDS_FIRST = false;
 #endif
+
+    /* In its turn: Q K^T, and P V of the block before behind it. */
     if (PENDING) mbarrier_wait(smem_address(&smem.v_full[st.v.stage]), st.v.parity);
     take_turn(warpgroup);
     issue_qk(s, q, k);
     if (PENDING) issue_pv(a, st, smem, fresh);
+
     /* While the tensor cores work: what does not depend on them. */
     epilogue end;
     if (PLACE == NEXT) end = begin_epilogue(a, smem.tiles[(n - 1) % TILE_SLOTS], st, warpgroup);
@@ -72,6 +81,8 @@ DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_stat
     row_mask seen;
     if (MASKED && cut) seen = row_mask_of(t, first_row(t, warpgroup), key, warpgroup);
 #endif
+
+    /* Q K^T has ended: the turn, K and, behind the tile's last block, Q are handed on. */
     wgmma_wait_group<PENDING>();
     pass_turn(warpgroup);
     wgmma_accumulators(s);
@@ -80,6 +91,7 @@ DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_stat
     if (!DELAYED) settle(st, smem, held);
     pin_turn<HOW>(a);
 
+    /* Scores as the definition has them, -inf where a key is hidden. */
 #if VARIANT_GENERAL
     const float scale = fabsf(a.scores.scale);
     bool done = false;
@@ -99,6 +111,8 @@ DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_stat
     }
 #endif
     if (MASKED && cut) mask_scores(seen, s);
+
+    /* The offset, raised where a score needs it. */
     float2 minus = make_float2(st.softmax.minus[0], st.softmax.minus[1]), factor;
     bool raised = false; /* O must shrink, when P V of the block before has ended */
     if (HOW == WATCH) {
@@ -125,6 +139,8 @@ DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_stat
             minus = make_float2(st.softmax.minus[0], st.softmax.minus[1]);
         }
     }
+
+    /* P, and its product with V: behind the next block's Q K^T, or here. */
     if (DELAYED) {
         if (!done) softmax_exp<!ONES>(st.softmax, s, scale, minus);
         if (HOW == FOLLOW) raised = softmax_follow(st.softmax, s, fabsf(scale), factor);

@@ -37,6 +37,8 @@
 #include "sm90/smem.h"
 #include "sm90/variant.h"
 
+/* Longer than a function should be: the barriers set up by a function of their own are other
+ * machine code. */
 __global__ void __launch_bounds__(THREADS, SHARES)
     VARIANT_NAME(const __grid_constant__ kernel_args a) {
     extern __shared__ uint8_t raw[];
