@@ -9,7 +9,7 @@ import fastattn
 import handmade
 import pytest
 from conftest import ROOT, needs, python
-from gpu_host import EVERY_VARIANT, VARIANTS
+from gpu_host import EVERY_VARIANT
 
 MODULE = fastattn._C.__file__
 SOURCES = [p for folder in ("csrc", "kernels") for p in sorted((ROOT / folder).rglob("*.[ch]*"))]

@@ -2,7 +2,7 @@
 #ifndef FASTATTN_SM90_COST_H
 #define FASTATTN_SM90_COST_H
 
-#include "loads.h"
+#include "sm90/loads.h"
 
 static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline double fa_greater(double a, double b) { return a > b ? a : b; }

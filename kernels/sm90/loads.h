@@ -5,7 +5,7 @@
 #ifndef FASTATTN_SM90_LOADS_H
 #define FASTATTN_SM90_LOADS_H
 
-#include "columns.h"
+#include "sm90/columns.h"
 
 enum { FA_MAX_HEAD_SIZE = 256 }; /* d and dv that some variant takes, as support.c says */
 

@@ -11,7 +11,7 @@ from gpu.calls import SIZES, check
 pytestmark = gpu.marks
 
 # (b, h, sq, sk, d, dv): between them every variant of boxes is the best for some (gpu_host/)
-EVERY_ROW = (
+SHAPES = (
     (1, 1, 257, 257, 64, 64),
     (1, 32, 257, 257, 64, 64),
     (4, 16, 257, 257, 64, 64),
@@ -36,7 +36,7 @@ EVERY_ROW = (
 @pytest.mark.parametrize("how", ["peaked", "late"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", EVERY_ROW)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_offsets_that_do_not_hold(shape, dtype, causal, how):
     """In every variant: raised at nearly every block, or once, in the midst of a tile."""
     b, h, sq, sk, d, dv = shape

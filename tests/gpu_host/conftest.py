@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="session")
 def host(tmp_path_factory):
     made = library(HERE / "shim.c", tmp_path_factory.mktemp("host"))
-    made.row_name.restype = made.sentence.restype = ctypes.c_char_p
+    made.variant_name.restype = made.sentence.restype = ctypes.c_char_p
     return made
 
 

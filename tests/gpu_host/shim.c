@@ -1,10 +1,10 @@
-/* The decisions of kernels/ that are plain C, as functions that ctypes can call: which row runs,
+/* The decisions of kernels/ that are plain C, as functions that ctypes can call: which variant runs,
  * how a mask is packed, in which order tiles come, what the driver's errors say. */
 #include <string.h>
 #include "common/driver.h"
 #include "common/mask_bits.h"
 #include "common/packed.h"
-#include "sm90/variants.h"
+#include "sm90/choice.h"
 #include "common/schedule.h"
 
 int choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int invariant, int odd,
@@ -91,7 +91,7 @@ int choose_packed(int b, int h, int total, int longest, int d, int invariant, in
     p.varlen = (fa_varlen){&cu, &cu, 0, 0, total, total};
     return fa_choose_variant(&p, sms);
 }
-/* The row of arrays (b, s, h, d), of rows `padding` elements longer than their heads. */
+/* The variant for arrays (b, s, h, d), of rows `padding` elements longer than their heads. */
 int choose_heads_beside(int hq, int hk, int d, int dv, int padding, float softcap, int sms) {
     fa_params p = {
         .what = {
@@ -105,7 +105,7 @@ int choose_heads_beside(int hq, int hk, int d, int dv, int padding, float softca
     p.scores.softcap = softcap;
     return fa_choose_variant(&p, sms);
 }
-/* The row where K or V is this one; the other is contiguous, Q and the output take 256 columns. */
+/* The variant where K or V is this one; the other is contiguous, Q and the output take 256 columns. */
 int choose_one(int which, int64_t base, const int64_t *shape, const int64_t *stride,
                float softcap) {
     int b = shape[0], h = shape[1], s = shape[2], d = shape[3];
@@ -122,9 +122,9 @@ int choose_one(int which, int64_t base, const int64_t *shape, const int64_t *str
     p.scores.softcap = softcap;
     return fa_choose_variant(&p, 132);
 }
-int rows(void) { return FA_VARIANTS; }
-const char *row_name(int i) { return fa_variants[i].name; }
-int row_field(int i, int field) {
+int variants(void) { return FA_VARIANTS; }
+const char *variant_name(int i) { return fa_variants[i].name; }
+int variant_field(int i, int field) {
     const fa_variant *r = &fa_variants[i];
     int fields[] = {r->dtype, r->d, r->dv, r->loads, r->ones, r->general};
     return fields[field];

@@ -14,21 +14,21 @@ pytestmark = gpu_host.marks
 
 @pytest.mark.parametrize("change", range(6))
 @pytest.mark.parametrize("odd", [0, 2])
-def test_every_head_size_has_its_row(host, odd, change):
-    """The tightest row that holds d and dv, whatever the rest of the shape; none: -1. `odd` is the
-    address of v: 2 is one that the copy engine cannot load from. What changes scores has general
-    rows of its own; a `change` of 0 is none, 4 a sink."""
+def test_every_head_size_has_its_variant(host, odd, change):
+    """The tightest variant that holds d and dv, whatever the rest of the shape; none: -1. `odd` is
+    the address of v: 2 is one that the copy engine cannot load from. What changes scores has
+    general variants of its own; a `change` of 0 is none, 4 a sink."""
     dtypes, general = {"FA_F16": F16, "FA_BF16": BF16}, change not in (0, 4)
     way = 0 if not odd else 1 if general else 3
     for (name, dtype), d, dv in itertools.product(
         dtypes.items(), range(1, 257, 5), (64, 128, 192, 256)
     ):
         fits = [
-            int(row["d"]) + int(row["dv"])
-            for row in VARIANTS
-            if (row["dtype"], row["loads"]) == (name, LOADS[way])
-            and row["general"] == general
-            and (int(row["d"]) >= d and int(row["dv"]) >= dv)
+            v["d"] + v["dv"]
+            for v in VARIANTS
+            if (v["dtype"], v["loads"], v["general"]) == (name, LOADS[way], general)
+            and v["d"] >= d
+            and v["dv"] >= dv
         ]
         for (b, hq, hk, sq, sk), flags, lse in zip(
             shapes(4), (0, 2, 3, 6), (0, 1, 1, 0), strict=True
@@ -37,20 +37,20 @@ def test_every_head_size_has_its_row(host, odd, change):
             if not fits:
                 assert i == -1
                 continue
-            got = [host.row_field(i, field) for field in range(6)]
+            got = [host.variant_field(i, field) for field in range(6)]
             assert got[0] == dtype and got[1] >= d and got[2] >= dv and got[3] == way
             assert got[5] == general
             assert got[1] + got[2] == min(fits) and not (lse and got[4])
 
 
 def test_heads_that_begin_anywhere_in_a_row(host):
-    """The copy engine brings them if rows are multiples of 16 bytes, and a head fits a row of the
+    """The copy engine brings them if rows are multiples of 16 bytes, and a head fits one of the
     table from the 16 bytes on that it begins in; Q's and K's columns must lie in the same places.
     """
 
     def name(*arguments, softcap=0.0):
-        row = host.choose_heads_beside(*arguments, ctypes.c_float(softcap), SMS)
-        return host.row_name(row).decode().split("bf16_")[1]
+        i = host.choose_heads_beside(*arguments, ctypes.c_float(softcap), SMS)
+        return host.variant_name(i).decode().split("bf16_")[1]
 
     for d in range(1, 257):
         slack = 0 if d % 8 == 0 else 7
@@ -78,7 +78,7 @@ def test_rows_side_by_side_come_as_they_lie(host, which):
         shape, stride = (b, h, s, d), (h * head, head, pitch, step)
         args = [(ctypes.c_int64 * 4)(*x) for x in (shape, stride)]
         i = host.choose_one(ord(which), ctypes.c_int64(base), *args, ctypes.c_float(softcap))
-        return LOADS[host.row_field(i, 3)].removeprefix("FA_").lower()
+        return LOADS[host.variant_field(i, 3)].removeprefix("FA_").lower()
 
     assert loads() == loads(pitch=72) == "boxes"
     assert (
@@ -108,12 +108,12 @@ def test_rows_that_begin_on_16_bytes_are_read_for_taller_tiles(host, d, base, ex
     """They come at half the speed (measured: 1.1 to 1.3 times faster by the taller tiles)."""
     shape, stride = (16, 16, 1024, d), (16 * 1024 * d, 1024 * d, d, 1)
     args = [(ctypes.c_int64 * 4)(*x) for x in (shape, stride)]
-    row = host.choose_one(ord("k"), ctypes.c_int64(base), *args, ctypes.c_float(0))
-    assert host.row_name(row).decode() == f"sm90_fwd_bf16_{expected}"
+    i = host.choose_one(ord("k"), ctypes.c_int64(base), *args, ctypes.c_float(0))
+    assert host.variant_name(i).decode() == f"sm90_fwd_bf16_{expected}"
 
 
 CAUSAL = 2
-BEST = [  # (b, h, s, d, causal): the row that was fastest, or nearly, when all were measured
+BEST = [  # (b, h, s, d, causal): the variant that was fastest, or nearly, when all were measured
     ((4, 16, 4096, 128, 0), "d128_3x64"),
     ((1, 16, 16384, 128, 0), "d128_3x64"),
     ((1, 16, 16384, 128, CAUSAL), "d128_3x64"),
@@ -166,11 +166,11 @@ BEST_F16 = [  # where it differs: 128 keys at a time follow P, 64 watch every sc
     ("dtype", "shape", "expected"),
     [("bf16", *best) for best in BEST] + [("f16", *best) for best in BEST_F16],
 )
-def test_the_fastest_row_is_chosen(host, dtype, shape, expected):
+def test_the_fastest_variant_is_chosen(host, dtype, shape, expected):
     b, h, s, d, flags = shape
     number = {"bf16": BF16, "f16": F16}[dtype]
     i = host.choose(number, b, h, h, s, s, d, d, 0, 0, flags, 0, 0, SMS)
-    assert host.row_name(i).decode() == f"sm90_fwd_{dtype}_{expected}"
+    assert host.variant_name(i).decode() == f"sm90_fwd_{dtype}_{expected}"
 
 
 def constants(name):
@@ -179,30 +179,31 @@ def constants(name):
     return {ast.unparse(n.targets[0]): n.value for n in tree.body if isinstance(n, ast.Assign)}
 
 
-def check_every_row(host, shapes):
-    """Every row of boxes is the best for one of (b, h, sq, sk, d, dv), with or without a change."""
+def check_every_variant(host, shapes):
+    """Each variant of boxes is the best for one of (b, h, sq, sk, d, dv), with or without a
+    change."""
     chosen = {
         host.choose(dtype, b, h, h, sq, sk, d, dv, 0, 0, 0, lse, change, SMS)
         for dtype, (b, h, sq, sk, d, dv), (lse, change) in itertools.product(
             (F16, BF16), shapes, [(0, 0), (1, 0), (0, 2)]
         )
     }
-    boxes = {i for i, row in enumerate(VARIANTS) if row["loads"] == "FA_BOXES"}
+    boxes = {i for i, v in enumerate(VARIANTS) if v["loads"] == "FA_BOXES"}
     assert chosen == boxes, {VARIANTS[i]["name"] for i in boxes - chosen}
 
 
-def test_small_cases_reach_every_row(host):
+def test_small_cases_reach_every_variant(host):
     """The sizes and shapes of small_calls.py, which the sanitizers run."""
     values = constants("gpu/small_calls.py")
     sizes, of_shapes = (ast.literal_eval(values[name]) for name in ("SIZES", "SHAPES"))
-    check_every_row(host, [(*shape, *size) for shape in of_shapes for size in sizes])
+    check_every_variant(host, [(*shape, *size) for shape in of_shapes for size in sizes])
 
 
-def test_hostile_inputs_reach_every_row(host):
-    check_every_row(host, ast.literal_eval(constants("gpu/test_hostile.py")["EVERY_ROW"]))
+def test_hostile_inputs_reach_every_variant(host):
+    check_every_variant(host, ast.literal_eval(constants("gpu/test_hostile.py")["SHAPES"]))
 
 
-def test_no_row_for_other_dtypes(host):
+def test_no_variant_for_other_dtypes(host):
     for dtype in (1, 2, 5):
         assert host.choose(dtype, 1, 1, 1, 64, 64, 64, 64, 0, 0, 0, 0, 0, SMS) == -1
 
@@ -211,12 +212,12 @@ def test_batch_invariant_choice_sees_one_sequence(host):
     for b, hq, hk, sq, sk in shapes(500):
         for d in (64, 128, 256):
             for change in (0, 1):
-                rows = {
+                chosen = {
                     host.choose(BF16, n, hq, hk, sq, sk, d, d, 1, base, 0, 0, change, SMS)
                     for n in (1, 2, b, 4096)
                     for base in (0, 16)  # where a part of a batch begins
                 }
-                assert len(rows) == 1
+                assert len(chosen) == 1
 
 
 def test_tma_limits(host):
@@ -238,13 +239,13 @@ def test_tma_limits(host):
     assert not takes(1024, shape, (1 << 40, 6400, 64, 1))
 
 
-def test_packed_row_choice(host):
-    """By the mean length; with batch_invariant by no length at all. Score changes have one row per
-    head size and strides."""
+def test_packed_choice(host):
+    """By the mean length; with batch_invariant by no length at all. Score changes have one variant
+    per head size and strides."""
 
     def name(*arguments, softcap=0, odd=0):
-        row = host.choose_packed(*arguments, softcap, odd, SMS)
-        return host.row_name(row).decode().split("bf16_")[1]
+        i = host.choose_packed(*arguments, softcap, odd, SMS)
+        return host.variant_name(i).decode().split("bf16_")[1]
 
     assert name(64, 16, 64 * 2048, 8192, 128, 0, CAUSAL) == "d128_2x128"
     assert name(100_000, 2, 100_000 * 32, 64, 128, 0, 0) == "d128_1x64"

@@ -14,7 +14,7 @@ pytestmark = gpu_host.marks
 SHIM = r"""
 #include <string.h>
 #include "common/mask_bits.h"
-#include "sm90/variants.h"
+#include "sm90/choice.h"
 #include "common/head_parts.h"
 #include "common/schedule.h"
 
@@ -27,7 +27,7 @@ int planes(int b, int packed, int flags, int each) {
     fa_tensor mask = {.stride = {0, 0, 90, 1}};
     return fa_mask_bits_make(&w, &m, &v, &mask).batches;
 }
-/* The row of the table, and the least and the greatest cost of any that would do. */
+/* The variant, and the least and the greatest cost of any that would do. */
 int choose(int d, int sq, int sk, int flags, int left, int right, int offset, double *costs) {
     fa_params p = {.what = {.dtype = FA_BF16, .b = 2, .hq = 4, .hk = 4, .hv = 4, .sq = sq,
                             .sk = sk, .d = d, .dv = d},

@@ -1,13 +1,13 @@
-/* variants.h - which variant of fwd.def runs a request: a pure function of the shape.
+/* choice.h - which variant of fwd.def runs a request: a pure function of the shape.
  *
  * Plain C, no CUDA: backend.cu dispatches with it, the tests compile it with gcc and ask it about
  * thousands of shapes.
  */
-#ifndef FASTATTN_SM90_VARIANTS_H
-#define FASTATTN_SM90_VARIANTS_H
+#ifndef FASTATTN_SM90_CHOICE_H
+#define FASTATTN_SM90_CHOICE_H
 
-#include "cost.h"
-#include "loads.h"
+#include "sm90/cost.h"
+#include "sm90/loads.h"
 
 /* Where setup.py was asked for some of them alone, a copy of the table comes first on the path. */
 static const fa_variant fa_variants[] = {
