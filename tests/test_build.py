@@ -61,7 +61,7 @@ def build(tmp_path):
     """A tree with three variants of two kernels, a backend and what all share, and one C file; a
     function that builds it and returns the names of what was compiled."""
     tree, lib = tmp_path / "tree", tmp_path / "lib"
-    for folder in ("csrc", "kernels/sm90", "kernels/common", "python/fastattn"):
+    for folder in ("csrc", "kernels/sm90", "kernels/common", "python/fastattn/bench"):
         (tree / folder).mkdir(parents=True)
     shutil.copy(ROOT / "setup.py", tree)
     shutil.copy(ROOT / "pyproject.toml", tree)
