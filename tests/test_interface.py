@@ -157,8 +157,8 @@ def test_explain_raises_what_the_call_raises():
     q, k, v = arrays(1, 2, 5, 64)
     with pytest.raises(ValueError, match="`softcap`"):
         fastattn.explain(fastattn.attention, q, k, v, softcap=-1.0)
+    cu = np.array([1, 2], np.int32)
     with pytest.raises(ValueError, match="`cu_seqlens_q` must start at 0"):
-        cu = np.array([1, 2], np.int32)
         fastattn.explain(fastattn.attention_varlen, q[0], k[0], v[0], cu, cu, 2, 2)
     with pytest.raises(TypeError, match="`function` must be"):
         fastattn.explain(len, q)

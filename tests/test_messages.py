@@ -203,8 +203,8 @@ def test_a_forgotten_layout():
 def test_heads_that_no_layout_fits():
     with pytest.raises(ValueError, match=r"multiple of `k`'s 2, got 3$"):
         fastattn.attention(shaped(2, 3, 5, 8), *[shaped(2, 2, 7, 8)] * 2)
+    cu = np.array([0, 2], np.int32)
     with pytest.raises(ValueError, match=r"multiple of `k`'s 3, got 4$"):
-        cu = np.array([0, 2], np.int32)
         fastattn.attention_varlen(shaped(2, 4, 8), *[shaped(2, 3, 8)] * 2, cu, cu, 2, 2)
 
 

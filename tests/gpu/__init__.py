@@ -1,5 +1,8 @@
 """The benchmark's formula on a GPU, so that large shapes are judged by the same rule as small."""
 
+import os
+
+import fastattn
 import numpy as np
 import pytest
 import reference
@@ -12,6 +15,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 numpy = Torch("cuda").numpy
 
 served = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+if os.environ.get("FASTATTN_TEST_GPU"):
+    assert served and "sm90" in fastattn.info()["backends"], "no GPU that the sm90 backend serves"
 marks = [
     pytest.mark.gpu,
     pytest.mark.skipif(not served, reason="needs a GPU of compute capability 9.0"),

@@ -124,7 +124,7 @@ def test_packed_nothing(lengths):
 
 @pytest.mark.parametrize("d", SIZES)
 def test_packed_bad_offsets_stay_inside(d):
-    """Nothing around the output is written, and what two sequences do not claim is right or 0."""
+    """Nothing around the output is written. (What the rows hold then, nobody promises.)"""
     total, guard, big = 1000, 4096, 2**31 - 1
     offsets = [
         [0, 500, 300, 1000],

@@ -150,18 +150,20 @@ def test_a_graph_draws_a_new_seed_at_each_replay():
     assert not torch.equal(*results)
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [c for c in CHANGES if c != "dropout"])  # it counts sequences
 def test_general_rows_are_batch_invariant(change):
     q, k, v = inputs(3, 4, 2, 300, 700, 128)
     changes = sent(CHANGES[change], q, k)
-    if change in ("dropout", "alibi of each sequence"):  # b counts in the pattern, in the slopes
-        return
     mask = masks("bool", (3, 4, 300, 700))
     together = fastattn.attention(q, k, v, mask=mask, batch_invariant=True, **changes)
     for b in range(3):
         one = slice(b, b + 1)
+        if change == "alibi of each sequence":
+            own = {"alibi_slopes": changes["alibi_slopes"][one]}
+        else:
+            own = changes
         alone = fastattn.attention(
-            q[one], k[one], v[one], mask=mask[one], batch_invariant=True, **changes
+            q[one], k[one], v[one], mask=mask[one], batch_invariant=True, **own
         )
         assert torch.equal(alone[0], together[b])
 

@@ -15,7 +15,7 @@ pytestmark = gpu_host.marks
 @pytest.mark.parametrize("change", range(6))
 @pytest.mark.parametrize("odd", [0, 2])
 def test_every_head_size_has_its_variant(host, odd, change):
-    """The tightest variant that holds d and dv, whatever the rest of the shape; none: -1. `odd` is
+    """The tightest variant that holds d and dv, whatever the rest of the shape. `odd` is
     the address of v: 2 is one that the copy engine cannot load from. What changes scores has
     general variants of its own; a `change` of 0 is none, 4 a sink."""
     dtypes, general = {"FA_F16": F16, "FA_BF16": BF16}, change not in (0, 4)
@@ -34,9 +34,6 @@ def test_every_head_size_has_its_variant(host, odd, change):
             shapes(4), (0, 2, 3, 6), (0, 1, 1, 0), strict=True
         ):
             i = host.choose(dtype, b, hq, hk, sq, sk, d, dv, 0, odd, flags, lse, change, SMS)
-            if not fits:
-                assert i == -1
-                continue
             got = [host.variant_field(i, field) for field in range(6)]
             assert got[0] == dtype and got[1] >= d and got[2] >= dv and got[3] == way
             assert got[5] == general
