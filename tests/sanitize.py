@@ -126,7 +126,7 @@ def leaks():
         [sys.executable, __file__, "200"], env=environment, stderr=subprocess.PIPE, text=True
     )
     found = [x for x in done.stderr.split("\n\n") if re.match(r"\w+ leak of", x.strip())]
-    ours = [x for x in found if re.search(r"/(?:csrc/|_C\.)", x)]
+    ours = [x for x in found if re.search(r"[ /](?:csrc/|_C\.)", x)]
     if done.returncode or ours or not found:
         sys.exit("\n\n".join(ours) or done.stderr[-4000:] or "LeakSanitizer says nothing")
     print(f"sanitize: none of {len(found)} leaks is ours")
