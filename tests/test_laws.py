@@ -357,12 +357,14 @@ def test_no_paths_or_hosts_of_a_machine():
 
 
 def test_sources_stay_readable():
-    """The budgets are aims; but a file of twice its budget has become two."""
-    budget = {f"csrc/{name}": 110 for name in CONTRACT}
+    """The budgets of files, and the longer ones by name: a step towards theirs is welcome."""
+    longer = {"csrc/cpu/cpu.c": 520, "csrc/cpu/kernel.h": 670, "csrc/cpu/simd.h": 360}
+    budget = {f"csrc/{name}": 220 for name in CONTRACT} | longer
+    assert longer.keys() <= TEXT.keys()
     for name, text in TEXT.items():
         lines = len(text.splitlines())
-        limit = budget.get(name, 480 if name.startswith("kernels/") else 440)
-        assert lines <= 2 * limit, f"{name} has {lines} lines"
+        limit = budget.get(name, 480 if name.startswith("kernels/") else 300)
+        assert lines <= limit, f"{name} has {lines} lines, of {limit}"
         assert "\t" not in text and not re.search(r"[ ]+$", text, re.M), f"{name}: white space"
     tests = [p for p in (ROOT / "tests").rglob("*") if p.suffix in (".py", ".c", ".cpp", ".h")]
     assert not [p.name for p in tests if len(p.read_text().splitlines()) > 500] and tests
