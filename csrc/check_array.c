@@ -49,8 +49,7 @@ const char *fa_shape_text(int32_t ndim, const int64_t *shape, char buffer[192]) 
     return buffer;
 }
 
-fa_status fa_check_rank(const fa_array *a, int32_t ndim, const char *dimensions, fa_error *error) {
-    if (a->ndim == ndim) return FA_OK;
+fa_status fa_refuse_rank(const fa_array *a, int32_t ndim, const char *dimensions, fa_error *error) {
     return fa_fail(error, FA_VALUE, "`%s` must have %d dimensions %s, got %d", a->name, ndim,
                    dimensions, a->ndim);
 }
@@ -94,9 +93,8 @@ fa_status fa_check_float(const fa_array *a, fa_dtype *dtype, fa_error *error) {
                    a->name, fa_dtype_name(a->dtype, got));
 }
 
-fa_status fa_check_dtype(const fa_array *a, DLDataType want, const fa_array *like,
-                         fa_error *error) {
-    if (!memcmp(&a->dtype, &want, sizeof want)) return FA_OK;
+fa_status fa_refuse_dtype(const fa_array *a, DLDataType want, const fa_array *like,
+                          fa_error *error) {
     char expected[32], got[32], mend[80];
     const char *name = fa_dtype_name(want, expected);
     if (like)
@@ -106,36 +104,31 @@ fa_status fa_check_dtype(const fa_array *a, DLDataType want, const fa_array *lik
                    fa_dtype_name(a->dtype, got), fa_size_mend(a, want, mend));
 }
 
-fa_status fa_check_place(const fa_array *a, const fa_array *q, fa_error *error) {
+fa_status fa_refuse_place(const fa_array *a, const fa_array *q, fa_error *error) {
     char want[32], got[32];
     if (memcmp(&a->device, &q->device, sizeof q->device))
         return fa_fail(error, FA_VALUE, "`%s` must be on %s like `%s`, got %s", a->name,
                        device_name(q->device, want), q->name, device_name(a->device, got));
-    if (q->device.device_type == DL_CUDA && a->stream != q->stream)
-        return fa_fail(error, FA_VALUE,
-                       "`%s` must be on the same CUDA stream as `%s`: their frameworks are on "
-                       "different current streams",
-                       a->name, q->name);
-    return FA_OK;
+    return fa_fail(error, FA_VALUE,
+                   "`%s` must be on the same CUDA stream as `%s`: their frameworks are on "
+                   "different current streams",
+                   a->name, q->name);
 }
 
-fa_status fa_check_equal(const fa_array *a, int64_t got, const char *letter, const fa_array *like,
-                         int64_t want, fa_error *error) {
-    if (got == want) return FA_OK;
+fa_status fa_refuse_equal(const fa_array *a, int64_t got, const char *letter, const fa_array *like,
+                          int64_t want, fa_error *error) {
     return fa_fail(error, FA_VALUE, "`%s` must have %s = %lld like `%s`, got %lld", a->name, letter,
                    (long long)want, like->name, (long long)got);
 }
 
-fa_status fa_check_range(const fa_array *a, int64_t got, const char *letter, int64_t lo, int64_t hi,
-                         fa_error *error) {
-    if (lo <= got && got <= hi) return FA_OK;
+fa_status fa_refuse_range(const fa_array *a, int64_t got, const char *letter, int64_t lo,
+                          int64_t hi, fa_error *error) {
     return fa_fail(error, FA_VALUE, "`%s` must have %s from %lld to %lld, got %lld", a->name,
                    letter, (long long)lo, (long long)hi, (long long)got);
 }
 
-fa_status fa_check_vector(const fa_array *a, const fa_array *q, DLDataType dtype, int64_t size,
-                          const void **data, int64_t *stride, fa_error *error) {
-    if (!a) return FA_OK;
+fa_status fa_check_some_vector(const fa_array *a, const fa_array *q, DLDataType dtype, int64_t size,
+                               const void **data, int64_t *stride, fa_error *error) {
     TRY(fa_check_dtype(a, dtype, NULL, error));
     TRY(fa_check_shape(a, 1, &size, error));
     TRY(fa_check_place(a, q, error));

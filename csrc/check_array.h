@@ -21,23 +21,59 @@ const char *fa_array_cast(const fa_array *a, const char *name, const char *torch
 /* The cast that makes an int or a float of the wrong size the wanted one, as ": pass x.int()". */
 const char *fa_size_mend(const fa_array *a, DLDataType want, char buffer[80]);
 
-/* dimensions: as "(b, h, s, d)", for the sentence. */
-fa_status fa_check_rank(const fa_array *a, int32_t ndim, const char *dimensions, fa_error *error);
 fa_status fa_check_shape(const fa_array *a, int32_t ndim, const int64_t *shape, fa_error *error);
 /* One of the four that operations compute in, as the contract's. */
 fa_status fa_check_float(const fa_array *a, fa_dtype *dtype, fa_error *error);
+
+/* The checks below run a dozen times a call: the question is inline, the sentence is not. */
+fa_status fa_refuse_rank(const fa_array *a, int32_t ndim, const char *dimensions, fa_error *error);
+fa_status fa_refuse_dtype(const fa_array *a, DLDataType want, const fa_array *like,
+                          fa_error *error);
+fa_status fa_refuse_place(const fa_array *a, const fa_array *q, fa_error *error);
+fa_status fa_refuse_equal(const fa_array *a, int64_t got, const char *letter, const fa_array *like,
+                          int64_t want, fa_error *error);
+fa_status fa_refuse_range(const fa_array *a, int64_t got, const char *letter, int64_t lo,
+                          int64_t hi, fa_error *error);
+fa_status fa_check_some_vector(const fa_array *a, const fa_array *q, DLDataType dtype, int64_t size,
+                               const void **data, int64_t *stride, fa_error *error);
+
+/* dimensions: as "(b, h, s, d)", for the sentence. */
+static inline fa_status fa_check_rank(const fa_array *a, int32_t ndim, const char *dimensions,
+                                      fa_error *error) {
+    return a->ndim == ndim ? FA_OK : fa_refuse_rank(a, ndim, dimensions, error);
+}
+
 /* like: the argument whose dtype this is, or NULL. */
-fa_status fa_check_dtype(const fa_array *a, DLDataType want, const fa_array *like, fa_error *error);
+static inline fa_status fa_check_dtype(const fa_array *a, DLDataType want, const fa_array *like,
+                                       fa_error *error) {
+    if (!memcmp(&a->dtype, &want, sizeof want)) return FA_OK;
+    return fa_refuse_dtype(a, want, like, error);
+}
+
 /* Same device, and on a GPU the same stream: arrays of two streams would need an order between
  * them, and the library synchronises nothing. */
-fa_status fa_check_place(const fa_array *a, const fa_array *q, fa_error *error);
+static inline fa_status fa_check_place(const fa_array *a, const fa_array *q, fa_error *error) {
+    const int same = !memcmp(&a->device, &q->device, sizeof q->device);
+    if (same && (q->device.device_type != DL_CUDA || a->stream == q->stream)) return FA_OK;
+    return fa_refuse_place(a, q, error);
+}
+
 /* A dimension, `letter`, must equal that of `like`. */
-fa_status fa_check_equal(const fa_array *a, int64_t got, const char *letter, const fa_array *like,
-                         int64_t want, fa_error *error);
-fa_status fa_check_range(const fa_array *a, int64_t got, const char *letter, int64_t lo, int64_t hi,
-                         fa_error *error);
+static inline fa_status fa_check_equal(const fa_array *a, int64_t got, const char *letter,
+                                       const fa_array *like, int64_t want, fa_error *error) {
+    return got == want ? FA_OK : fa_refuse_equal(a, got, letter, like, want, error);
+}
+
+static inline fa_status fa_check_range(const fa_array *a, int64_t got, const char *letter,
+                                       int64_t lo, int64_t hi, fa_error *error) {
+    return lo <= got && got <= hi ? FA_OK : fa_refuse_range(a, got, letter, lo, hi, error);
+}
+
 /* An optional (b,) int32 or (hq,) float32 argument, into *data and *stride if there. */
-fa_status fa_check_vector(const fa_array *a, const fa_array *q, DLDataType dtype, int64_t size,
-                          const void **data, int64_t *stride, fa_error *error);
+static inline fa_status fa_check_vector(const fa_array *a, const fa_array *q, DLDataType dtype,
+                                        int64_t size, const void **data, int64_t *stride,
+                                        fa_error *error) {
+    return a ? fa_check_some_vector(a, q, dtype, size, data, stride, error) : FA_OK;
+}
 
 #endif

@@ -6,21 +6,6 @@
 
 #include "check_array.h"
 
-void fa_view_array(const fa_array *a, int32_t n, fa_layout layout, fa_view *out) {
-    static const int axis_of[2][4] = {{0, 1, 2, 3}, {0, 2, 1, 3}};
-    out->tensor.data = a->data;
-    for (int32_t i = 0; i < n + 3; i++) {
-        int32_t from = i - (n + 3) + a->ndim;
-        if (layout == FA_BSHD) from = axis_of[1][i] - 4 + a->ndim; /* rank 4 or 3, n = 1 */
-        int64_t shape = from < 0 ? 1 : a->shape[from];
-        int64_t stride = shape == 1 ? 0 : a->stride[from];
-        if (i < n)
-            out->lead_shape[i] = shape, out->lead_stride[i] = stride;
-        else
-            out->tensor.shape[i - n + 1] = shape, out->tensor.stride[i - n + 1] = stride;
-    }
-}
-
 void fa_fold_batch(fa_view *const views[FA_OPERANDS], int32_t n, fa_plan *plan) {
     int64_t shape[FA_OUTER + 1], stride[FA_OUTER + 1][FA_OPERANDS];
     int32_t kept = 0; /* groups of dimensions, innermost first */

@@ -13,7 +13,20 @@ typedef struct fa_view {
 
 /* The last three dimensions (h, s, d), missing ones of size 1, and the leading ones, right-aligned
  * to n of them; size-1 strides become 0, so that a later broadcast is a change of shape alone. */
-void fa_view_array(const fa_array *a, int32_t n, fa_layout layout, fa_view *out);
+static inline void fa_view_array(const fa_array *a, int32_t n, fa_layout layout, fa_view *out) {
+    static const int axis_of[2][4] = {{0, 1, 2, 3}, {0, 2, 1, 3}};
+    out->tensor.data = a->data;
+    for (int32_t i = 0; i < n + 3; i++) {
+        int32_t from = i - (n + 3) + a->ndim;
+        if (layout == FA_BSHD) from = axis_of[1][i] - 4 + a->ndim; /* rank 4 or 3, n = 1 */
+        int64_t shape = from < 0 ? 1 : a->shape[from];
+        int64_t stride = shape == 1 ? 0 : a->stride[from];
+        if (i < n)
+            out->lead_shape[i] = shape, out->lead_stride[i] = stride;
+        else
+            out->tensor.shape[i - n + 1] = shape, out->tensor.stride[i - n + 1] = stride;
+    }
+}
 
 /* Common size of a broadcast dimension; -1 if two sizes other than 1 differ. */
 static inline int64_t fa_broadcast(int64_t a, int64_t b) {
