@@ -61,8 +61,8 @@ template <int PARTS>
 static fa_status launch(const fa_merge *m, const fa_merge_plan *p, const void *kernel,
                         const fa_device *device, void *workspace, fa_error *error) {
     merge_args<PARTS> a = make_merge_args<PARTS>(m, p, workspace);
-    const int32_t most = device->sms * FA_MERGE_BLOCKS;
-    const int32_t blocks = p->items < most ? (int32_t)p->items : most;
+    /* A block an item; they go round where a grid has no more. */
+    const int32_t blocks = p->items < INT32_MAX ? (int32_t)p->items : INT32_MAX;
     return fa_launch_kernel(kernel, blocks, FA_MERGE_THREADS, 0, m->where.stream, device->early, &a,
                             error);
 }

@@ -76,13 +76,18 @@ struct row_place {
     int64_t at[3];
 };
 
+template <typename I>
+DEVICE row_place divide_row(I row, I size0, I size1) {
+    const I rest = row / size1, first = rest / size0;
+    return {{(int64_t)first, (int64_t)(rest - first * size0), (int64_t)(row - rest * size1)}};
+}
+
+/* The loads wait for it: in 32 bits where these do, by a branch that is the same for all. */
 template <int PARTS>
 DEVICE row_place find_place(const merge_args<PARTS> &a, int64_t row) {
-    row_place p;
-    p.at[2] = row % a.size[1];
-    p.at[1] = row / a.size[1] % a.size[0];
-    p.at[0] = row / a.size[1] / a.size[0];
-    return p;
+    if (a.rows <= UINT32_MAX)
+        return divide_row((uint32_t)row, (uint32_t)a.size[0], (uint32_t)a.size[1]);
+    return divide_row(row, a.size[0], a.size[1]);
 }
 
 DEVICE int64_t offset(const int64_t stride[3], const row_place &p) {
@@ -218,9 +223,9 @@ template <fa_dtype IN, fa_dtype OUT, int PARTS>
 static __global__ void __launch_bounds__(FA_MERGE_THREADS, FA_MERGE_BLOCKS)
     merge_few(const __grid_constant__ merge_args<PARTS> a) {
     typedef fragment<IN, true> piece;
-    constexpr int ROWS = FA_MERGE_PAIRS / PARTS;
-    const int32_t lane = threadIdx.x % a.lanes, group = threadIdx.x / a.lanes;
-    const int32_t groups = FA_MERGE_THREADS / a.lanes;
+    constexpr int ROWS = FA_MERGE_PAIRS / PARTS, WARPS = FA_MERGE_THREADS / 32;
+    const int32_t lane = threadIdx.x % a.lanes, warp = threadIdx.x / 32;
+    const int32_t groups = 32 / a.lanes, group = threadIdx.x % 32 / a.lanes; /* of the warp */
     const int32_t my_row = threadIdx.x % FA_MERGE_PAIRS / PARTS, my_part = threadIdx.x % PARTS;
     __shared__ fa_merge_part parts[PARTS];
     if (threadIdx.x < PARTS) parts[threadIdx.x] = a.parts[threadIdx.x];
@@ -231,7 +236,8 @@ static __global__ void __launch_bounds__(FA_MERGE_THREADS, FA_MERGE_BLOCKS)
     for (int64_t item = blockIdx.x; item < a.items; item += gridDim.x) {
         const int64_t block = a.tiles == 1 ? item : item / a.tiles, tile = item - block * a.tiles;
         const int64_t column = first_column<piece::SIZE, true>(tile, a.lanes, lane);
-        const int64_t row = (block * ROWS + my_row) * groups + group;
+        /* The rows of a warp lie together, and of those the ones of a load. */
+        const int64_t row = ((block * WARPS + warp) * ROWS + my_row) * groups + group;
         const bool is_row = row < a.rows;
         const row_place place = find_place(a, is_row ? row : 0);
         merge_pair pair = {NULL, 0, -INFINITY};

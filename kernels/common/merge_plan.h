@@ -6,7 +6,8 @@
  * A row is the dv outputs of one (b, h, s). 8, 16 or 32 lanes of a warp share it, each with 16
  * bytes of every part (one fragment) at a time. A thread has the fragments of 8 pairs (row, part)
  * in flight: of 4 rows where there are at most 2 parts, of 2 rows with 4, of one row with more.
- * Beyond 8 parts a row takes several steps, and from 17 parts on several groups of lanes.
+ * Beyond 8 parts a row takes several steps, and from 17 parts on several groups of lanes. A block
+ * takes as many rows as its threads have in flight, and ends.
  */
 #ifndef FASTATTN_MERGE_PLAN_H
 #define FASTATTN_MERGE_PLAN_H

@@ -35,9 +35,10 @@ extern "C" int merge(int n, const fa_tensor *outs, const fa_tensor *lses, const 
     return 0;
 }
 
-/* Where row `row` of (size0, size1, size2) rows lies. */
-extern "C" void place(int64_t row, int64_t size1, int64_t size2, int64_t *at) {
+/* Where row `row` of `rows` rows, (size0, size1, size2), lies. */
+extern "C" void place(int64_t row, int64_t rows, int64_t size1, int64_t size2, int64_t *at) {
     merge_args<2> a = {};
+    a.rows = rows;
     a.size[0] = size1, a.size[1] = size2;
     const row_place p = find_place(a, row);
     memcpy(at, p.at, sizeof p.at);

@@ -84,13 +84,13 @@ def states(n, shape, dtype, rng, shift=0, empty=0.2):
     return outs, lses
 
 
-def run(merging, outs, lses, out, lse, stack=None, n=None, blocks=3):
-    """Runs the kernels, into outputs of NaN, on every number of blocks the same."""
+def run(merging, outs, lses, out, lse, stack=None, n=None):
+    """Runs the kernels, into outputs of NaN: a block an item, and few that go round, the same."""
     found = plan(merging, outs, lses, out, lse, stack, n)
     workspace = np.zeros(found["bytes"] // 8, np.int64)
     stack = None if stack is None else ctypes.byref(stack)
     results = []
-    for count in (blocks, 1):
+    for count in (max(1, found["items"]), 2):
         out[:], lse[:] = np.nan, np.nan
         given = arguments(outs, lses, out, lse, n)
         data = ctypes.c_void_p(workspace.ctypes.data)
@@ -192,13 +192,15 @@ def test_the_axes_come_in_the_order_of_the_result_in_memory(merging):
         assert [found[f"axis{i}"] for i in range(3)] == list(order)
 
 
-@pytest.mark.parametrize("row", [0, 5, 2**31, 2**32 + 1, 2**35 + 12345, 2**40 - 1])
+@pytest.mark.parametrize("row", [0, 5, 2**31, 2**32 - 2, 2**32 - 1, 2**35 + 12345, 2**40 - 1])
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 7), (1, 2**33), (2**20, 2**11), (12345, 1)])
 def test_rows_beyond_32_bits_are_found(merging, row, sizes):
-    at = (ctypes.c_int64 * 3)()
-    merging.place(*map(ctypes.c_int64, (row, *sizes)), at)
+    """As the last of its rows, which may do in 32 bits, and as one of many."""
     rest, at2 = divmod(row, sizes[1])
-    assert list(at) == [rest // sizes[0], rest % sizes[0], at2]
+    for rows in (max(row + 1, sizes[0] * sizes[1]), 2**41):
+        at = (ctypes.c_int64 * 3)()
+        merging.place(*map(ctypes.c_int64, (row, rows, *sizes)), at)
+        assert list(at) == [rest // sizes[0], rest % sizes[0], at2]
 
 
 # ------------------------------------------------------------------------------------- the kernels
