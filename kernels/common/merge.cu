@@ -12,18 +12,23 @@ enum { FEW_2, FEW_4, FEW_8, MANY_WIDE, MANY_STRIDED, KINDS };
 
 struct merge_dtypes {
     fa_dtype in, out;
-    fa_merge_variant kinds[KINDS];
+    fa_merge_variant kinds[KINDS][2]; /* the parts are stacked: no, yes */
 };
 
+#define MERGE_KIND(name, wide, ...)                      \
+    {                                                    \
+        {name, (const void *)__VA_ARGS__, {0, wide}}, {  \
+            name, (const void *)__VA_ARGS__, { 1, wide } \
+        }                                                \
+    }
 #define MERGE_DTYPES(IN, OUT, name)                                                 \
     {                                                                               \
         IN, OUT, {                                                                  \
-            {"merge_" name "_2", (const void *)merge_few<IN, OUT, 2>},              \
-                {"merge_" name "_4", (const void *)merge_few<IN, OUT, 4>},          \
-                {"merge_" name "_8", (const void *)merge_few<IN, OUT, 8>},          \
-                {"merge_" name "_many", (const void *)merge_many<IN, OUT, true>}, { \
-                "merge_" name "_strided", (const void *)merge_many<IN, OUT, false>  \
-            }                                                                       \
+            MERGE_KIND("merge_" name "_2", 1, merge_few<IN, OUT, 2>),               \
+                MERGE_KIND("merge_" name "_4", 1, merge_few<IN, OUT, 4>),           \
+                MERGE_KIND("merge_" name "_8", 1, merge_few<IN, OUT, 8>),           \
+                MERGE_KIND("merge_" name "_many", 1, merge_many<IN, OUT, true>),    \
+                MERGE_KIND("merge_" name "_strided", 0, merge_many<IN, OUT, false>) \
         }                                                                           \
     }
 
@@ -34,16 +39,18 @@ static const merge_dtypes table[] = {
 };
 
 extern "C" const fa_merge_variant *fa_merge_choose(const fa_merge *m, const fa_merge_stack *stack) {
-    const fa_merge_plan p = fa_merge_make(m, stack);
+    const fa_merge_plan p = fa_merge_make(m, stack, fa_merge_walk(m, stack));
     const int32_t few = p.batch == 2 ? FEW_2 : p.batch == 4 ? FEW_4 : FEW_8;
     const int32_t many = p.is_wide ? MANY_WIDE : MANY_STRIDED;
     for (const merge_dtypes &d : table)
-        if (d.in == p.dtype && d.out == m->dtype) return &d.kinds[p.is_many ? many : few];
+        if (d.in == p.dtype && d.out == m->dtype)
+            return &d.kinds[p.is_many ? many : few][p.is_stacked];
     return NULL;
 }
 
-extern "C" int64_t fa_merge_bytes(const fa_merge *m, const fa_merge_stack *stack) {
-    return fa_merge_make(m, stack).bytes;
+extern "C" int64_t fa_merge_bytes(const fa_merge *m, const fa_merge_stack *stack,
+                                  const fa_merge_variant *variant) {
+    return fa_merge_make(m, stack, variant->found).bytes;
 }
 
 static fa_status launch_list(const fa_merge *m, const fa_merge_plan *p, const fa_device *device,
@@ -70,7 +77,7 @@ static fa_status launch(const fa_merge *m, const fa_merge_plan *p, const void *k
 extern "C" fa_status fa_merge_launch(const fa_merge *m, const fa_merge_stack *stack,
                                      const fa_merge_variant *variant, const fa_device *device,
                                      void *workspace, fa_error *error) {
-    const fa_merge_plan p = fa_merge_make(m, stack);
+    const fa_merge_plan p = fa_merge_make(m, stack, variant->found);
     if (p.rows == 0) return FA_OK;
     if (p.bytes) {
         const fa_status status = launch_list(m, &p, device, workspace, error);

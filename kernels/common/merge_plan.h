@@ -35,19 +35,24 @@ typedef struct fa_merge_stack {
     int64_t out_step, lse_step; /* elements */
 } fa_merge_stack;
 
+/* What walking the parts finds. The choice of a kernel carries it, so that they are walked once. */
+typedef struct fa_merge_found {
+    int32_t is_stacked; /* the parts lie equal steps apart */
+    int32_t is_wide;    /* 16 bytes at once; else element by element */
+} fa_merge_found;
+
 typedef struct fa_merge_plan {
-    int32_t batch;       /* parts that a thread reads at once: 2, 4 or 8 */
-    fa_dtype dtype;      /* of the parts */
-    int32_t is_many;     /* more than 8, or not wide: the kernel that takes any number of parts */
-    int32_t is_wide;     /* 16 bytes at once; else element by element */
-    int32_t is_stacked;  /* the parts lie equal steps apart; else, if many, they are listed */
-    int32_t lanes;       /* that share a row */
-    int32_t share;       /* groups of lanes that share it, each with some of the parts */
-    int32_t axis[3];     /* of b, h and s, the slowest first */
-    int64_t tiles;       /* of lanes fragments, that make a row */
-    int64_t rows, items; /* an item: a tile of as many rows as a block takes at once */
-    int64_t out_step, lse_step; /* bytes, where is_stacked */
-    int64_t bytes;              /* of workspace: the list of parts */
+    int32_t batch;   /* parts that a thread reads at once: 2, 4 or 8 */
+    fa_dtype dtype;  /* of the parts */
+    int32_t is_many; /* more than 8, or not wide: the kernel that takes any number of parts */
+    int32_t is_wide, is_stacked; /* as found; parts that are not stacked, if many, are listed */
+    int32_t lanes;               /* that share a row */
+    int32_t share;               /* groups of lanes that share it, each with some of the parts */
+    int32_t axis[3];             /* of b, h and s, the slowest first */
+    int64_t tiles;               /* of lanes fragments, that make a row */
+    int64_t rows, items;         /* an item: a tile of as many rows as a block takes at once */
+    int64_t out_step, lse_step;  /* bytes, where is_stacked */
+    int64_t bytes;               /* of workspace: the list of parts */
 } fa_merge_plan;
 
 /* Elements of one fragment. */
@@ -83,37 +88,58 @@ static inline int32_t fa_merge_is_alike(const fa_tensor *a, const fa_tensor *b) 
     return 1;
 }
 
-/* Whether the parts lie equal steps apart, and how far. */
-static inline int32_t fa_merge_find_stack(fa_merge_plan *p, const fa_merge *m) {
-    const fa_tensor *x = m->outs, *l = m->lses;
-    p->out_step = m->n > 1 ? (char *)x[1].data - (char *)x[0].data : 0;
-    p->lse_step = m->n > 1 ? (char *)l[1].data - (char *)l[0].data : 0;
+static inline fa_dtype fa_merge_dtype(const fa_merge *m, const fa_merge_stack *stack) {
+    return stack ? stack->dtype : m->dtype;
+}
+
+/* From each part to the next, in bytes, where they are stacked. */
+static inline int64_t fa_merge_step(const fa_merge *m, const fa_tensor *parts) {
+    return m->n > 1 ? (char *)parts[1].data - (char *)parts[0].data : 0;
+}
+
+static inline int32_t fa_merge_is_stack(const fa_merge *m, const fa_tensor *parts) {
+    const int64_t step = fa_merge_step(m, parts);
     for (int32_t i = 1; i < m->n; ++i)
-        if (!fa_merge_is_alike(&x[i], x) || !fa_merge_is_alike(&l[i], l) ||
-            (char *)x[i].data - (char *)x[i - 1].data != p->out_step ||
-            (char *)l[i].data - (char *)l[i - 1].data != p->lse_step)
+        if (!fa_merge_is_alike(&parts[i], parts) ||
+            (char *)parts[i].data - (char *)parts[i - 1].data != step)
             return 0;
     return 1;
 }
 
-static inline int32_t fa_merge_wide(const fa_merge_plan *p, const fa_merge *m, int32_t described) {
-    const int32_t size = (int32_t)fa_dtype_size(p->dtype), fragment = 16 / size;
-    if (m->out.shape[3] % fragment || (p->is_stacked && p->out_step % 16)) return 0;
+static inline int32_t fa_merge_is_wide(const fa_merge *m, fa_dtype dtype, int32_t described) {
+    const int32_t size = (int32_t)fa_dtype_size(dtype), fragment = 16 / size;
     const int32_t out_size = (int32_t)fa_dtype_size(m->dtype);
-    int32_t wide = fa_merge_is_aligned(&m->out, out_size, fragment * out_size);
+    int32_t wide = m->out.shape[3] % fragment == 0 &&
+                   fa_merge_is_aligned(&m->out, out_size, fragment * out_size);
     for (int32_t i = 0; i < described && wide; ++i)
         wide = fa_merge_is_aligned(&m->outs[i], size, 16);
     return wide;
 }
 
-/* `stack`: NULL where outs and lses describe every part. */
-static inline fa_merge_plan fa_merge_make(const fa_merge *m, const fa_merge_stack *stack) {
+/* `stack`: NULL where outs and lses describe every part. Reads all of them, and of the result's
+ * address only how it is aligned. */
+static inline fa_merge_found fa_merge_walk(const fa_merge *m, const fa_merge_stack *stack) {
+    const fa_dtype dtype = fa_merge_dtype(m, stack);
+    fa_merge_found found;
+    found.is_stacked = stack || (fa_merge_is_stack(m, m->outs) && fa_merge_is_stack(m, m->lses));
+    found.is_wide = fa_merge_is_wide(m, dtype, stack ? 1 : m->n);
+    if (stack && stack->out_step * (int32_t)fa_dtype_size(dtype) % 16) found.is_wide = 0;
+    return found;
+}
+
+static inline fa_merge_plan fa_merge_make(const fa_merge *m, const fa_merge_stack *stack,
+                                          fa_merge_found found) {
     fa_merge_plan p = {0};
-    p.dtype = stack ? stack->dtype : m->dtype;
-    p.is_stacked = stack ? 1 : fa_merge_find_stack(&p, m);
-    if (stack) p.out_step = stack->out_step * (int32_t)fa_dtype_size(p.dtype);
-    if (stack) p.lse_step = stack->lse_step * 4;
-    p.is_wide = fa_merge_wide(&p, m, p.is_stacked ? 1 : m->n);
+    p.dtype = fa_merge_dtype(m, stack);
+    p.is_stacked = found.is_stacked;
+    p.is_wide = found.is_wide;
+    if (stack) {
+        p.out_step = stack->out_step * (int32_t)fa_dtype_size(p.dtype);
+        p.lse_step = stack->lse_step * 4;
+    } else if (p.is_stacked) {
+        p.out_step = fa_merge_step(m, m->outs);
+        p.lse_step = fa_merge_step(m, m->lses);
+    }
     p.is_many = m->n > FA_MERGE_PAIRS || !p.is_wide;
     p.batch = m->n > 4 || p.is_many ? 8 : m->n > 2 ? 4 : 2;
     if (p.is_many && !p.is_stacked)
@@ -166,12 +192,14 @@ static inline fa_merge_part fa_merge_find(const fa_merge_plan *p, const fa_merge
 typedef struct fa_merge_variant {
     const char *name;
     const void *kernel;
+    fa_merge_found found; /* of the requests that choose it */
 } fa_merge_variant;
 
 extern "C" {
 /* The kernel for a request of a dtype that it takes: bfloat16, float16 or float32. */
 const fa_merge_variant *fa_merge_choose(const fa_merge *m, const fa_merge_stack *stack);
-int64_t fa_merge_bytes(const fa_merge *m, const fa_merge_stack *stack); /* of workspace */
+int64_t fa_merge_bytes(const fa_merge *m, const fa_merge_stack *stack,
+                       const fa_merge_variant *variant); /* of workspace */
 /* Launches on the request's stream, its device being current. */
 fa_status fa_merge_launch(const fa_merge *m, const fa_merge_stack *stack,
                           const fa_merge_variant *variant, const fa_device *device, void *workspace,

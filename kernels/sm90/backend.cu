@@ -145,8 +145,8 @@ static const char *merge_kernel(const fa_merge *, const fa_choice *choice) {
     return ((const fa_merge_variant *)choice->variant)->name;
 }
 
-static int64_t merge_workspace(const fa_merge *m, const fa_choice *) {
-    return fa_merge_bytes(m, NULL);
+static int64_t merge_workspace(const fa_merge *m, const fa_choice *choice) {
+    return fa_merge_bytes(m, NULL, (const fa_merge_variant *)choice->variant);
 }
 
 static fa_status run_merge(const fa_merge *m, const fa_choice *choice, void *workspace,

@@ -13,7 +13,7 @@ extern "C" void plan(int n, const fa_tensor *outs, const fa_tensor *lses, const 
                      const fa_tensor *lse, int dtype, const fa_merge_stack *stack,
                      int64_t *fields) {
     fa_merge m = request(n, outs, lses, out, lse, dtype);
-    fa_merge_plan p = fa_merge_make(&m, stack);
+    fa_merge_plan p = fa_merge_make(&m, stack, fa_merge_walk(&m, stack));
     int64_t all[] = {p.batch,   p.is_many, p.is_wide, p.is_stacked, p.lanes, p.share, p.axis[0],
                      p.axis[1], p.axis[2], p.tiles,   p.rows,       p.items, p.bytes};
     memcpy(fields, all, sizeof all);
@@ -23,7 +23,9 @@ extern "C" int merge(int n, const fa_tensor *outs, const fa_tensor *lses, const 
                      const fa_tensor *lse, int dtype, const fa_merge_stack *stack, void *workspace,
                      int blocks) {
     fa_merge m = request(n, outs, lses, out, lse, dtype);
-    fa_merge_plan p = fa_merge_make(&m, stack);
+    fa_merge to_come = m; /* as it is when a kernel is chosen */
+    to_come.out.data = to_come.lse.data = FA_TO_COME;
+    fa_merge_plan p = fa_merge_make(&m, stack, fa_merge_walk(&to_come, stack));
     if (p.dtype == FA_F32 && m.dtype == FA_F32)
         run_merge<FA_F32, FA_F32>(&m, &p, workspace, blocks);
     else if (p.dtype == FA_F32 && m.dtype == FA_BF16)
