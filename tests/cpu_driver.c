@@ -3,9 +3,9 @@
  *
  *     cc -std=c11 -O2 -Icsrc tests/cpu_driver.c csrc/cpu/cpu.c -lm -lpthread -o driver && ./driver
  *
- * Fills fa_params by hand, as check_attention.c would, for random shapes and features in every dtype; the
- * naive loop reads the contract (fastattn.h) alone and shares no code with the backend. Dropout,
- * whose bits are defined by code, and packed sequences are the Python tests' business.
+ * Fills fa_params by hand, as check_attention.c would, for random shapes and features in every
+ * dtype; the naive loop reads the contract (fastattn.h) alone and shares no code with the backend.
+ * Dropout, whose bits are defined by code, and packed sequences are the Python tests' business.
  */
 #include <math.h>
 #include <stdio.h>

@@ -28,7 +28,7 @@ static fa_status borrow_some(call *c, PyObject *object, const char *name, const 
     return object == Py_None ? FA_OK : borrow(c, object, name, out);
 }
 
-/* Whether there is dropout and so a seed has a meaning; check_attention.c refuses what is out of range. */
+/* Whether there is dropout, so that a seed has a meaning; what is out of range is refused later. */
 static int drops(const call *c) { return c->request.dropout_p > 0 && c->request.dropout_p <= 1; }
 
 static int is_torch(const call *c) { return torch_owns(c->state, c->arrays[0].object); }

@@ -4,9 +4,9 @@
  * packs, the loaders and warpgroups of general variants read.
  *
  * What is packed is what a row sees: the mask and the row's interval, so it is complete. Of packed
- * sequences it is the mask alone, `mask_only`: each has intervals of its own, and there may be 100,000
- * of them for one mask. There are three arrays over planes (the mask's own batches and heads, 1
- * where it is broadcast), groups of 64 rows and blocks of 128 keys:
+ * sequences it is the mask alone, `mask_only`: each has intervals of its own, and there may be
+ * 100,000 of them for one mask. There are three arrays over planes (the mask's own batches and
+ * heads, 1 where it is broadcast), groups of 64 rows and blocks of 128 keys:
  *
  *   - map, [plane][32 blocks][group] of 4 words: a bit per block, whether some of its scores are
  *     seen, all are, every key is seen by some row; and 0 (the first of these then counts the tiles

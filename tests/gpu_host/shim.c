@@ -1,5 +1,5 @@
-/* The decisions of kernels/ that are plain C, as functions that ctypes can call: which variant runs,
- * how a mask is packed, in which order tiles come, what the driver's errors say. */
+/* The decisions of kernels/ that are plain C, as functions that ctypes can call: which variant
+ * runs, how a mask is packed, in which order tiles come, what the driver's errors say. */
 #include <string.h>
 #include "common/driver.h"
 #include "common/mask_bits.h"
@@ -105,7 +105,7 @@ int choose_heads_beside(int hq, int hk, int d, int dv, int padding, float softca
     p.scores.softcap = softcap;
     return fa_choose_variant(&p, sms);
 }
-/* The variant where K or V is this one; the other is contiguous, Q and the output take 256 columns. */
+/* The variant where K or V is this one; the other is contiguous, Q and out take 256 columns. */
 int choose_one(int which, int64_t base, const int64_t *shape, const int64_t *stride,
                float softcap) {
     int b = shape[0], h = shape[1], s = shape[2], d = shape[3];
