@@ -1,5 +1,5 @@
-/* element.cuh - elements of the 16-bit formats and float32: to float and back, and 16 bytes of them
- * from global memory. Any architecture from sm_80 on. */
+/* element.cuh - elements of the 16-bit formats and float32: to float and back, and as many as one
+ * load brings. Any architecture from sm_80 on. */
 #ifndef FASTATTN_ELEMENT_CUH
 #define FASTATTN_ELEMENT_CUH
 
@@ -56,13 +56,19 @@ struct element<FA_F16> {
     }
 };
 
-/* Read once: the L1 keeps nothing of it. */
-DEVICE uint4 load_once(const void *from) {
-    uint4 x;
+/* 16, 8 or 4 bytes, aligned so, that are read once: the L1 keeps nothing of them. */
+DEVICE void load_once(uint32_t (&x)[4], const void *from) {
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                  : "l"(from));
-    return x;
+}
+DEVICE void load_once(uint32_t (&x)[2], const void *from) {
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(x[0]), "=r"(x[1])
+                 : "l"(from));
+}
+DEVICE void load_once(uint32_t (&x)[1], const void *from) {
+    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(x[0]) : "l"(from));
 }
 
 #endif

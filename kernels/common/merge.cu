@@ -7,30 +7,31 @@
 
 #include "common/merge.cuh"
 
-/* Kernels of one pair of dtypes: at most 2, 4 and 8 parts; any number, wide or not. */
-enum { FEW_2, FEW_4, FEW_8, MANY_WIDE, MANY_STRIDED, KINDS };
+/* Kernels of one pair of dtypes and one width: at most 2, 4 and 8 parts; any number. */
+enum { FEW_2, FEW_4, FEW_8, MANY, KINDS };
+enum { WIDTHS = 3 }; /* 16, 8 and 4 bytes */
 
 struct merge_dtypes {
     fa_dtype in, out;
-    fa_merge_variant kinds[KINDS][2]; /* the parts are stacked: no, yes */
+    fa_merge_variant kinds[WIDTHS][KINDS][2]; /* the parts are stacked: no, yes */
+    fa_merge_variant strided[2];
 };
 
-#define MERGE_KIND(name, wide, ...)                      \
-    {                                                    \
-        {name, (const void *)__VA_ARGS__, {0, wide}}, {  \
-            name, (const void *)__VA_ARGS__, { 1, wide } \
-        }                                                \
-    }
-#define MERGE_DTYPES(IN, OUT, name)                                                 \
-    {                                                                               \
-        IN, OUT, {                                                                  \
-            MERGE_KIND("merge_" name "_2", 1, merge_few<IN, OUT, 2>),               \
-                MERGE_KIND("merge_" name "_4", 1, merge_few<IN, OUT, 4>),           \
-                MERGE_KIND("merge_" name "_8", 1, merge_few<IN, OUT, 8>),           \
-                MERGE_KIND("merge_" name "_many", 1, merge_many<IN, OUT, true>),    \
-                MERGE_KIND("merge_" name "_strided", 0, merge_many<IN, OUT, false>) \
-        }                                                                           \
-    }
+/* clang-format off */
+#define MERGE_KIND(name, width, ...) \
+    {{name, (const void *)__VA_ARGS__, {0, width}}, {name, (const void *)__VA_ARGS__, {1, width}}}
+#define MERGE_WIDTH(IN, OUT, name, width)                              \
+    {MERGE_KIND(name "_2", width, merge_few<IN, OUT, 2, width>),       \
+     MERGE_KIND(name "_4", width, merge_few<IN, OUT, 4, width>),       \
+     MERGE_KIND(name "_8", width, merge_few<IN, OUT, 8, width>),       \
+     MERGE_KIND(name "_many", width, merge_many<IN, OUT, width>)}
+#define MERGE_DTYPES(IN, OUT, name)                                    \
+    {IN, OUT,                                                          \
+     {MERGE_WIDTH(IN, OUT, "merge_" name, 16),                         \
+      MERGE_WIDTH(IN, OUT, "merge_" name "_by_8", 8),                  \
+      MERGE_WIDTH(IN, OUT, "merge_" name "_by_4", 4)},                 \
+     MERGE_KIND("merge_" name "_strided", 0, merge_many<IN, OUT, 0>)}
+/* clang-format on */
 
 static const merge_dtypes table[] = {
     MERGE_DTYPES(FA_BF16, FA_BF16, "bf16"),       MERGE_DTYPES(FA_F16, FA_F16, "fp16"),
@@ -41,10 +42,11 @@ static const merge_dtypes table[] = {
 extern "C" const fa_merge_variant *fa_merge_choose(const fa_merge *m, const fa_merge_stack *stack) {
     const fa_merge_plan p = fa_merge_make(m, stack, fa_merge_walk(m, stack));
     const int32_t few = p.batch == 2 ? FEW_2 : p.batch == 4 ? FEW_4 : FEW_8;
-    const int32_t many = p.is_wide ? MANY_WIDE : MANY_STRIDED;
+    const int32_t kind = p.is_many ? MANY : few;
+    const int32_t width = p.width == 16 ? 0 : p.width == 8 ? 1 : 2;
     for (const merge_dtypes &d : table)
         if (d.in == p.dtype && d.out == m->dtype)
-            return &d.kinds[p.is_many ? many : few][p.is_stacked];
+            return p.width ? &d.kinds[width][kind][p.is_stacked] : &d.strided[p.is_stacked];
     return NULL;
 }
 

@@ -129,34 +129,36 @@ DEVICE float portion(bool is_there, float weight, float sum) {
     return !is_there ? 0 : part < least ? least : part;
 }
 
-/* SIZE elements of a row, as they are stored: those from a column on (WIDE), or every lanes-th. */
-template <fa_dtype T, bool WIDE>
+/* SIZE elements of a row, as they are stored: those from a column on, BYTES of them at once, or
+ * (BYTES 0) every lanes-th. */
+template <fa_dtype T, int BYTES>
 struct fragment {
-    static constexpr int SIZE = WIDE ? 16 / (int)sizeof(typename element<T>::stored) : 4;
-    typename element<T>::stored x[SIZE];
+    static constexpr int SIZE = BYTES / (int)sizeof(typename element<T>::stored);
+    uint32_t x[BYTES / 4];
 };
 template <fa_dtype T>
-struct fragment<T, true> {
-    static constexpr int SIZE = 16 / (int)sizeof(typename element<T>::stored);
-    uint4 x;
+struct fragment<T, 0> {
+    static constexpr int SIZE = 4;
+    typename element<T>::stored x[SIZE];
 };
 
 /* The first column of a lane's fragment of a tile. */
-template <int SIZE, bool WIDE>
+template <int SIZE, int BYTES>
 DEVICE int64_t first_column(int64_t tile, int32_t lanes, int32_t lane) {
-    return WIDE ? (tile * lanes + lane) * SIZE : tile * lanes * SIZE + lane;
+    return BYTES ? (tile * lanes + lane) * SIZE : tile * lanes * SIZE + lane;
 }
 
 /* row: NULL for none. */
-template <fa_dtype T>
-DEVICE void load_fragment(fragment<T, true> &f, const char *row, int64_t, int64_t column, int32_t,
+template <fa_dtype T, int BYTES>
+DEVICE void load_fragment(fragment<T, BYTES> &f, const char *row, int64_t, int64_t column, int32_t,
                           int64_t dv) {
-    f.x = uint4{0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < BYTES / 4; ++i) f.x[i] = 0;
     if (row && column < dv)
-        f.x = load_once(row + column * (int64_t)sizeof(typename element<T>::stored));
+        load_once(f.x, row + column * (int64_t)sizeof(typename element<T>::stored));
 }
 template <fa_dtype T>
-DEVICE void load_fragment(fragment<T, false> &f, const char *row, int64_t stride, int64_t column,
+DEVICE void load_fragment(fragment<T, 0> &f, const char *row, int64_t stride, int64_t column,
                           int32_t lanes, int64_t dv) {
     typedef typename element<T>::stored stored;
 #pragma unroll
@@ -167,27 +169,26 @@ DEVICE void load_fragment(fragment<T, false> &f, const char *row, int64_t stride
     }
 }
 
-template <fa_dtype T, int SIZE>
-DEVICE void unpack(float (&x)[SIZE], const fragment<T, true> &f) {
-    constexpr int EACH = SIZE / 4;
-    const uint32_t words[4] = {f.x.x, f.x.y, f.x.z, f.x.w};
+template <fa_dtype T, int BYTES, int SIZE>
+DEVICE void unpack(float (&x)[SIZE], const fragment<T, BYTES> &f) {
+    constexpr int EACH = SIZE * 4 / BYTES; /* of 32 bits */
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < BYTES / 4; ++i) {
         float some[EACH];
-        element<T>::unpack(some, words[i]);
+        element<T>::unpack(some, f.x[i]);
 #pragma unroll
         for (int e = 0; e < EACH; ++e) x[i * EACH + e] = some[e];
     }
 }
 template <fa_dtype T, int SIZE>
-DEVICE void unpack(float (&x)[SIZE], const fragment<T, false> &f) {
+DEVICE void unpack(float (&x)[SIZE], const fragment<T, 0> &f) {
 #pragma unroll
     for (int e = 0; e < SIZE; ++e) x[e] = element<T>::widen(f.x[e]);
 }
 
 /* sum += weight * f. Empty parts add nothing, whatever they hold. */
-template <fa_dtype T, bool WIDE, int SIZE>
-DEVICE void add_fragment(float (&sum)[SIZE], float weight, const fragment<T, WIDE> &f) {
+template <fa_dtype T, int BYTES, int SIZE>
+DEVICE void add_fragment(float (&sum)[SIZE], float weight, const fragment<T, BYTES> &f) {
     if (weight == 0) return;
     float x[SIZE];
     unpack(x, f);
@@ -195,7 +196,7 @@ DEVICE void add_fragment(float (&sum)[SIZE], float weight, const fragment<T, WID
     for (int e = 0; e < SIZE; ++e) sum[e] = fmaf(weight, x[e], sum[e]);
 }
 
-template <fa_dtype T, bool WIDE, int SIZE>
+template <fa_dtype T, int BYTES, int SIZE>
 DEVICE void store_fragment(const float (&x)[SIZE], char *row, int64_t stride, int64_t column,
                            int32_t lanes, int64_t dv) {
     typedef typename element<T>::stored stored;
@@ -205,7 +206,7 @@ DEVICE void store_fragment(const float (&x)[SIZE], char *row, int64_t stride, in
 #pragma unroll
     for (int e = 0; e < SIZE; ++e) f.x[e] = element<T>::narrow(x[e]);
     if (!row) return;
-    if constexpr (WIDE) {
+    if constexpr (BYTES != 0) {
         if (column < dv) *(decltype(f) *)(row + column * (int64_t)sizeof(stored)) = f;
     } else {
 #pragma unroll
@@ -219,10 +220,10 @@ DEVICE void store_lse(char *to, float top, float total) {
 }
 
 /* At most PARTS parts, all at once, of 8 / PARTS rows. */
-template <fa_dtype IN, fa_dtype OUT, int PARTS>
+template <fa_dtype IN, fa_dtype OUT, int PARTS, int BYTES>
 static __global__ void __launch_bounds__(FA_MERGE_THREADS, FA_MERGE_BLOCKS)
     merge_few(const __grid_constant__ merge_args<PARTS> a) {
-    typedef fragment<IN, true> piece;
+    typedef fragment<IN, BYTES> piece;
     constexpr int ROWS = FA_MERGE_PAIRS / PARTS, WARPS = FA_MERGE_THREADS / 32;
     const int32_t lane = threadIdx.x % a.lanes, warp = threadIdx.x / 32;
     const int32_t groups = 32 / a.lanes, group = threadIdx.x % 32 / a.lanes; /* of the warp */
@@ -235,7 +236,7 @@ static __global__ void __launch_bounds__(FA_MERGE_THREADS, FA_MERGE_BLOCKS)
 
     for (int64_t item = blockIdx.x; item < a.items; item += gridDim.x) {
         const int64_t block = a.tiles == 1 ? item : item / a.tiles, tile = item - block * a.tiles;
-        const int64_t column = first_column<piece::SIZE, true>(tile, a.lanes, lane);
+        const int64_t column = first_column<piece::SIZE, BYTES>(tile, a.lanes, lane);
         /* The rows of a warp lie together, and of those the ones of a load. */
         const int64_t row = ((block * WARPS + warp) * ROWS + my_row) * groups + group;
         const bool is_row = row < a.rows;
@@ -268,7 +269,7 @@ static __global__ void __launch_bounds__(FA_MERGE_THREADS, FA_MERGE_BLOCKS)
 #pragma unroll
             for (int j = r * PARTS; j < (r + 1) * PARTS; ++j)
                 add_fragment(sum, of_pair(mine, j), x[j]);
-            store_fragment<OUT, true>(sum, of_pair(to, r * PARTS), 0, column, a.lanes, a.dv);
+            store_fragment<OUT, BYTES>(sum, of_pair(to, r * PARTS), 0, column, a.lanes, a.dv);
         }
     }
 }
@@ -323,10 +324,10 @@ DEVICE void join_groups(merge_state<SIZE> &s, int32_t member, int32_t lanes, int
 
 /* Any number of parts, 8 a step, and any strides. Of the groups that share a row each takes every
  * share-th step. */
-template <fa_dtype IN, fa_dtype OUT, bool WIDE>
+template <fa_dtype IN, fa_dtype OUT, int BYTES>
 static __global__ void __launch_bounds__(FA_MERGE_THREADS, FA_MERGE_BLOCKS)
     merge_many(const __grid_constant__ merge_args<FA_MERGE_PAIRS> a) {
-    typedef fragment<IN, WIDE> piece;
+    typedef fragment<IN, BYTES> piece;
     const int32_t lane = threadIdx.x % a.lanes, group = threadIdx.x / a.lanes;
     const int32_t member = group % a.share, team = group / a.share;
     const int32_t teams = FA_MERGE_THREADS / (a.lanes * a.share);
@@ -335,7 +336,7 @@ static __global__ void __launch_bounds__(FA_MERGE_THREADS, FA_MERGE_BLOCKS)
 
     for (int64_t item = blockIdx.x; item < a.items; item += gridDim.x) {
         const int64_t block = a.tiles == 1 ? item : item / a.tiles, tile = item - block * a.tiles;
-        const int64_t column = first_column<piece::SIZE, WIDE>(tile, a.lanes, lane);
+        const int64_t column = first_column<piece::SIZE, BYTES>(tile, a.lanes, lane);
         const int64_t row = block * teams + team;
         const bool is_row = row < a.rows;
         const row_place place = find_place(a, is_row ? row : 0);
@@ -351,7 +352,7 @@ static __global__ void __launch_bounds__(FA_MERGE_THREADS, FA_MERGE_BLOCKS)
             piece x[FA_MERGE_PAIRS];
 #pragma unroll
             for (int j = 0; j < FA_MERGE_PAIRS; ++j)
-                load_fragment<IN>(x[j], of_pair(pair.out, j), WIDE ? 0 : of_pair(pair.column, j),
+                load_fragment<IN>(x[j], of_pair(pair.out, j), BYTES ? 0 : of_pair(pair.column, j),
                                   column, a.lanes, a.dv);
             if (a.n < 0) return; /* as in merge_few */
 
@@ -382,8 +383,8 @@ static __global__ void __launch_bounds__(FA_MERGE_THREADS, FA_MERGE_BLOCKS)
         if (member != 0 || !is_row) continue;
         if (lane == 0 && tile == 0)
             store_lse(a.result.lse + offset(a.result.lse_stride, place), s.top, s.total);
-        store_fragment<OUT, WIDE>(s.mean, a.result.out + offset(a.result.out_stride, place),
-                                  a.result.column, column, a.lanes, a.dv);
+        store_fragment<OUT, BYTES>(s.mean, a.result.out + offset(a.result.out_stride, place),
+                                   a.result.column, column, a.lanes, a.dv);
     }
 }
 

@@ -4,10 +4,10 @@
  * merge.cu launches them.
  *
  * A row is the dv outputs of one (b, h, s). 8, 16 or 32 lanes of a warp share it, each with 16
- * bytes of every part (one fragment) at a time. A thread has the fragments of 8 pairs (row, part)
- * in flight: of 4 rows where there are at most 2 parts, of 2 rows with 4, of one row with more.
- * Beyond 8 parts a row takes several steps, and from 17 parts on several groups of lanes. A block
- * takes as many rows as its threads have in flight, and ends.
+ * bytes of every part (one fragment) at a time, or 8 or 4 where dv or addresses want it. A thread
+ * has the fragments of 8 pairs (row, part) in flight: of 4 rows where there are at most 2 parts, of
+ * 2 rows with 4, of one row with more. Beyond 8 parts a row takes several steps, and from 17 parts
+ * on several groups of lanes. A block takes as many rows as its threads have in flight, and ends.
  */
 #ifndef FASTATTN_MERGE_PLAN_H
 #define FASTATTN_MERGE_PLAN_H
@@ -38,26 +38,26 @@ typedef struct fa_merge_stack {
 /* What walking the parts finds. The choice of a kernel carries it, so that they are walked once. */
 typedef struct fa_merge_found {
     int32_t is_stacked; /* the parts lie equal steps apart */
-    int32_t is_wide;    /* 16 bytes at once; else element by element */
+    int32_t width;      /* bytes of a fragment: 16, 8 or 4; 0: element by element */
 } fa_merge_found;
 
 typedef struct fa_merge_plan {
     int32_t batch;   /* parts that a thread reads at once: 2, 4 or 8 */
     fa_dtype dtype;  /* of the parts */
-    int32_t is_many; /* more than 8, or not wide: the kernel that takes any number of parts */
-    int32_t is_wide, is_stacked; /* as found; parts that are not stacked, if many, are listed */
-    int32_t lanes;               /* that share a row */
-    int32_t share;               /* groups of lanes that share it, each with some of the parts */
-    int32_t axis[3];             /* of b, h and s, the slowest first */
-    int64_t tiles;               /* of lanes fragments, that make a row */
-    int64_t rows, items;         /* an item: a tile of as many rows as a block takes at once */
-    int64_t out_step, lse_step;  /* bytes, where is_stacked */
-    int64_t bytes;               /* of workspace: the list of parts */
+    int32_t is_many; /* more than 8, or of width 0: the kernel that takes any number of parts */
+    int32_t width, is_stacked;  /* as found; parts that are not stacked, if many, are listed */
+    int32_t lanes;              /* that share a row */
+    int32_t share;              /* groups of lanes that share it, each with some of the parts */
+    int32_t axis[3];            /* of b, h and s, the slowest first */
+    int64_t tiles;              /* of lanes fragments, that make a row */
+    int64_t rows, items;        /* an item: a tile of as many rows as a block takes at once */
+    int64_t out_step, lse_step; /* bytes, where is_stacked */
+    int64_t bytes;              /* of workspace: the list of parts */
 } fa_merge_plan;
 
 /* Elements of one fragment. */
 static inline int32_t fa_merge_fragment(const fa_merge_plan *p) {
-    return p->is_wide ? 16 / (int32_t)fa_dtype_size(p->dtype) : 4;
+    return p->width ? p->width / (int32_t)fa_dtype_size(p->dtype) : 4;
 }
 
 static inline int64_t fa_merge_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -106,24 +106,28 @@ static inline int32_t fa_merge_is_stack(const fa_merge *m, const fa_tensor *part
     return 1;
 }
 
-static inline int32_t fa_merge_is_wide(const fa_merge *m, fa_dtype dtype, int32_t described) {
-    const int32_t size = (int32_t)fa_dtype_size(dtype), fragment = 16 / size;
-    const int32_t out_size = (int32_t)fa_dtype_size(m->dtype);
-    int32_t wide = m->out.shape[3] % fragment == 0 &&
-                   fa_merge_is_aligned(&m->out, out_size, fragment * out_size);
-    for (int32_t i = 0; i < described && wide; ++i)
-        wide = fa_merge_is_aligned(&m->outs[i], size, 16);
-    return wide;
+/* The widest fragments that all rows consist of, and that lie aligned in each. */
+static inline int32_t fa_merge_width(const fa_merge *m, const fa_merge_stack *stack) {
+    const int32_t size = (int32_t)fa_dtype_size(fa_merge_dtype(m, stack));
+    const int32_t out_size = (int32_t)fa_dtype_size(m->dtype), described = stack ? 1 : m->n;
+    for (int32_t width = 16; width >= 4; width /= 2) {
+        const int32_t fragment = width / size;
+        int32_t fits = m->out.shape[3] % fragment == 0 &&
+                       fa_merge_is_aligned(&m->out, out_size, fragment * out_size) &&
+                       !(stack && stack->out_step * size % width);
+        for (int32_t i = 0; i < described && fits; ++i)
+            fits = fa_merge_is_aligned(&m->outs[i], size, width);
+        if (fits) return width;
+    }
+    return 0;
 }
 
 /* `stack`: NULL where outs and lses describe every part. Reads all of them, and of the result's
  * address only how it is aligned. */
 static inline fa_merge_found fa_merge_walk(const fa_merge *m, const fa_merge_stack *stack) {
-    const fa_dtype dtype = fa_merge_dtype(m, stack);
     fa_merge_found found;
     found.is_stacked = stack || (fa_merge_is_stack(m, m->outs) && fa_merge_is_stack(m, m->lses));
-    found.is_wide = fa_merge_is_wide(m, dtype, stack ? 1 : m->n);
-    if (stack && stack->out_step * (int32_t)fa_dtype_size(dtype) % 16) found.is_wide = 0;
+    found.width = fa_merge_width(m, stack);
     return found;
 }
 
@@ -132,7 +136,7 @@ static inline fa_merge_plan fa_merge_make(const fa_merge *m, const fa_merge_stac
     fa_merge_plan p = {0};
     p.dtype = fa_merge_dtype(m, stack);
     p.is_stacked = found.is_stacked;
-    p.is_wide = found.is_wide;
+    p.width = found.width;
     if (stack) {
         p.out_step = stack->out_step * (int32_t)fa_dtype_size(p.dtype);
         p.lse_step = stack->lse_step * 4;
@@ -140,7 +144,7 @@ static inline fa_merge_plan fa_merge_make(const fa_merge *m, const fa_merge_stac
         p.out_step = fa_merge_step(m, m->outs);
         p.lse_step = fa_merge_step(m, m->lses);
     }
-    p.is_many = m->n > FA_MERGE_PAIRS || !p.is_wide;
+    p.is_many = m->n > FA_MERGE_PAIRS || !p.width;
     p.batch = m->n > 4 || p.is_many ? 8 : m->n > 2 ? 4 : 2;
     if (p.is_many && !p.is_stacked)
         p.bytes = fa_merge_ceil_div(m->n * (int64_t)sizeof(fa_merge_part), 256) * 256;

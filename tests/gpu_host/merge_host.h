@@ -11,10 +11,6 @@
 #define DEVICE static inline
 #define __fdividef(a, b) ((a) / (b))
 
-struct uint4 {
-    uint32_t x, y, z, w;
-};
-
 #include "fastattn.h"
 
 template <fa_dtype T>
@@ -50,9 +46,10 @@ struct element<FA_BF16> {
 };
 
 /* An address that a GPU would refuse ends the test. */
-static uint4 load_once(const void *from) {
-    if ((uintptr_t)from % 16) abort();
-    return *(const uint4 *)from;
+template <int WORDS>
+static void load_once(uint32_t (&x)[WORDS], const void *from) {
+    if ((uintptr_t)from % sizeof x) abort();
+    memcpy(x, from, sizeof x);
 }
 
 #include "common/merge.cuh"
@@ -67,32 +64,44 @@ static void launch_blocks(void (*body)(), int blocks) {
     for (blockIdx.x = blocks - 1; blockIdx.x >= 0; --blockIdx.x) run_block(body);
 }
 
-template <fa_dtype IN, fa_dtype OUT, int PARTS>
+template <fa_dtype IN, fa_dtype OUT, int BYTES, int PARTS>
 static void run_few(const fa_merge *m, const fa_merge_plan *p, int blocks) {
     merge_now<PARTS> = make_merge_args<PARTS>(m, p, NULL);
-    launch_blocks([] { merge_few<IN, OUT, PARTS>(merge_now<PARTS>); }, blocks);
+    launch_blocks([] { merge_few<IN, OUT, PARTS, BYTES>(merge_now<PARTS>); }, blocks);
 }
 
-template <fa_dtype IN, fa_dtype OUT, bool WIDE>
+template <fa_dtype IN, fa_dtype OUT, int BYTES>
 static void run_many(const fa_merge *m, const fa_merge_plan *p, void *workspace, int blocks) {
     for (int first = 0; p->bytes && first < m->n; first += FA_MERGE_LISTED) {
         list_now = make_list_args(m, p, first, workspace);
         launch_blocks([] { merge_list(list_now); }, 1);
     }
     merge_now<8> = make_merge_args<8>(m, p, workspace);
-    launch_blocks([] { merge_many<IN, OUT, WIDE>(merge_now<8>); }, blocks);
+    launch_blocks([] { merge_many<IN, OUT, BYTES>(merge_now<8>); }, blocks);
+}
+
+template <fa_dtype IN, fa_dtype OUT, int BYTES>
+static void run_width(const fa_merge *m, const fa_merge_plan *p, void *workspace, int blocks) {
+    if (p->is_many)
+        run_many<IN, OUT, BYTES>(m, p, workspace, blocks);
+    else if (p->batch == 2)
+        run_few<IN, OUT, BYTES, 2>(m, p, blocks);
+    else if (p->batch == 4)
+        run_few<IN, OUT, BYTES, 4>(m, p, blocks);
+    else
+        run_few<IN, OUT, BYTES, 8>(m, p, blocks);
 }
 
 template <fa_dtype IN, fa_dtype OUT>
 static void run_merge(const fa_merge *m, const fa_merge_plan *p, void *workspace, int blocks) {
-    if (p->is_many)
-        (p->is_wide ? run_many<IN, OUT, true> : run_many<IN, OUT, false>)(m, p, workspace, blocks);
-    else if (p->batch == 2)
-        run_few<IN, OUT, 2>(m, p, blocks);
-    else if (p->batch == 4)
-        run_few<IN, OUT, 4>(m, p, blocks);
+    if (p->width == 16)
+        run_width<IN, OUT, 16>(m, p, workspace, blocks);
+    else if (p->width == 8)
+        run_width<IN, OUT, 8>(m, p, workspace, blocks);
+    else if (p->width == 4)
+        run_width<IN, OUT, 4>(m, p, workspace, blocks);
     else
-        run_few<IN, OUT, 8>(m, p, blocks);
+        run_many<IN, OUT, 0>(m, p, workspace, blocks);
 }
 
 #endif

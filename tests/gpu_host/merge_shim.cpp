@@ -8,14 +8,14 @@ static fa_merge request(int n, const fa_tensor *outs, const fa_tensor *lses, con
     return m;
 }
 
-/* {batch, many, wide, stacked, lanes, share, axes..., tiles, rows, items, workspace} */
+/* {batch, many, width, stacked, lanes, share, axes..., tiles, rows, items, workspace} */
 extern "C" void plan(int n, const fa_tensor *outs, const fa_tensor *lses, const fa_tensor *out,
                      const fa_tensor *lse, int dtype, const fa_merge_stack *stack,
                      int64_t *fields) {
     fa_merge m = request(n, outs, lses, out, lse, dtype);
     fa_merge_plan p = fa_merge_make(&m, stack, fa_merge_walk(&m, stack));
-    int64_t all[] = {p.batch,   p.is_many, p.is_wide, p.is_stacked, p.lanes, p.share, p.axis[0],
-                     p.axis[1], p.axis[2], p.tiles,   p.rows,       p.items, p.bytes};
+    int64_t all[] = {p.batch,   p.is_many, p.width, p.is_stacked, p.lanes, p.share, p.axis[0],
+                     p.axis[1], p.axis[2], p.tiles, p.rows,       p.items, p.bytes};
     memcpy(fields, all, sizeof all);
 }
 

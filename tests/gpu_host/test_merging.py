@@ -14,7 +14,7 @@ pytestmark = gpu_host.marks
 
 DTYPES = {"bf16": (ml_dtypes.bfloat16, 4), "fp16": (np.float16, 3), "fp32": (np.float32, 2)}
 FIELDS = (
-    *("batch", "many", "wide", "stacked", "lanes", "share"),
+    *("batch", "many", "width", "stacked", "lanes", "share"),
     *("axis0", "axis1", "axis2", "tiles", "rows", "items", "bytes"),
 )
 
@@ -122,37 +122,35 @@ def check(outs, lses, out, lse):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("n", "dv", "shift", "batch", "many", "wide", "lanes", "tiles", "share"),
+    ("n", "dv", "shift", "batch", "many", "width", "lanes", "tiles", "share"),
     [
-        (1, 128, 0, 2, 0, 1, 128, 1, 1),
-        (2, 128, 0, 2, 0, 1, 128, 1, 1),
-        (3, 128, 0, 4, 0, 1, 128, 1, 1),
-        (5, 64, 0, 8, 0, 1, 64, 1, 1),
-        (8, 8, 0, 8, 0, 1, 8, 1, 1),
-        (9, 128, 0, 8, 1, 1, 128, 1, 1),
-        (17, 128, 0, 8, 1, 1, 128, 1, 2),
-        (64, 128, 0, 8, 1, 1, 128, 1, 4),
-        (5000, 128, 0, 8, 1, 1, 128, 1, 512),
-        (2, 512, 0, 2, 0, 1, 512, 2, 1),
-        (2, 127, 0, 8, 1, 0, 127, 1, 1),
-        (2, 128, 4, 8, 1, 0, 128, 1, 1),
+        (1, 128, 0, 2, 0, 16, 128, 1, 1),
+        (2, 128, 0, 2, 0, 16, 128, 1, 1),
+        (3, 128, 0, 4, 0, 16, 128, 1, 1),
+        (5, 64, 0, 8, 0, 16, 64, 1, 1),
+        (8, 8, 0, 8, 0, 16, 8, 1, 1),
+        (9, 128, 0, 8, 1, 16, 128, 1, 1),
+        (17, 128, 0, 8, 1, 16, 128, 1, 2),
+        (64, 128, 0, 8, 1, 16, 128, 1, 4),
+        (5000, 128, 0, 8, 1, 16, 128, 1, 512),
+        (2, 512, 0, 2, 0, 16, 512, 2, 1),
+        (2, 124, 8, 2, 0, 8, 124, 1, 1),
     ],
 )
-def test_which_kernel(merging, dtype, n, dv, shift, batch, many, wide, lanes, tiles, share):
+def test_which_kernel(merging, dtype, n, dv, shift, batch, many, width, lanes, tiles, share):
     """`lanes` is given as dv, and `share` and `tiles` of 16 bits: float32 takes twice as many."""
     kind = DTYPES[dtype][0]
     out, lse = aligned((2, 3, 7, dv), kind, shift), aligned((2, 3, 7), np.float32)
     outs, lses = zip(*[(aligned(out.shape, kind, shift), lse)] * n, strict=True)
     found = plan(merging, outs, lses, out, lse)
-    each = 16 // out.itemsize if wide else 4
-    fragments = -(-lanes // each)
+    fragments = -(-lanes * out.itemsize // width)
     lanes = 8 if fragments <= 8 else 16 if fragments <= 16 else 32
     tiles = max(1, -(-fragments // lanes))
     share = min(share, 256 // lanes)
-    assert [found[x] for x in ("batch", "many", "wide", "lanes", "tiles", "share")] == [
+    assert [found[x] for x in ("batch", "many", "width", "lanes", "tiles", "share")] == [
         batch,
         many,
-        wide,
+        width,
         lanes,
         tiles,
         share,
@@ -214,7 +212,30 @@ def test_wide(merging, dtype, n, dv):
     shape = (2, 3, 5, dv) if n < 100 else (1, 1, 2, dv)
     outs, lses = states(n, shape, DTYPES[dtype][0], rng)
     out, lse = aligned(shape, DTYPES[dtype][0]), aligned(shape[:3], np.float32)
-    assert run(merging, outs, lses, out, lse)["wide"]
+    assert run(merging, outs, lses, out, lse)["width"] == 16
+    check(outs, lses, out, lse)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 5, 9, 20, 60])
+@pytest.mark.parametrize(
+    ("dtype", "dv", "shift", "width"),
+    [
+        ("bf16", 100, 0, 8), ("bf16", 4, 0, 8), ("bf16", 128, 8, 8), ("bf16", 260, 0, 8),
+        ("bf16", 102, 0, 4), ("bf16", 128, 4, 4), ("bf16", 130, 12, 4),
+        ("bf16", 101, 0, 0), ("bf16", 128, 2, 0),
+        ("fp32", 98, 0, 8), ("fp32", 2, 0, 8), ("fp32", 128, 8, 8),
+        ("fp32", 97, 0, 4), ("fp32", 128, 4, 4),
+    ],
+)  # fmt: skip
+def test_width(merging, dtype, dv, shift, width, n):
+    """The widest that dv and the addresses of all parts allow; one part lies `shift` beside."""
+    rng = np.random.default_rng(n)
+    shape = (1, 2, 5, dv)
+    outs, lses = states(n, shape, DTYPES[dtype][0], rng)
+    outs[-1:], lses[-1:] = states(1, shape, DTYPES[dtype][0], rng, shift)
+    out, lse = aligned(shape, DTYPES[dtype][0]), aligned(shape[:3], np.float32)
+    found = run(merging, outs, lses, out, lse)
+    assert found["width"] == width and found["many"] == (n > 8 or not width)
     check(outs, lses, out, lse)
 
 
@@ -237,7 +258,7 @@ def test_strided(merging, dtype, n, dv):
     out = aligned((2, 5, 3, dv), DTYPES[dtype][0]).transpose(0, 2, 1, 3)
     lse = aligned((2, 3, 5), np.float32)
     found = run(merging, outs, lses, out, lse)
-    assert not found["wide"] or dv == 0
+    assert not found["width"] or dv == 0
     check(outs, lses, out, lse)
 
 

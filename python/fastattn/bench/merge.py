@@ -60,7 +60,9 @@ CASES = [
     Case(2, 16, 32, 8192, 128, layout="bshd"),
     Case(2, 16, 32, 8192, 64),
     Case(2, 8, 32, 8192, 256),
-    Case(2, 8, 32, 8192, 100),  # element by element
+    Case(2, 8, 32, 8192, 100),  # 8 bytes at once
+    Case(2, 8, 32, 8192, 102),  # 4
+    Case(2, 8, 32, 8192, 101),  # element by element
     Case(16, 1, 32, 1, 128, "fp32", stacked=True),  # as after a split over the keys
     Case(64, 1, 32, 1, 128, "fp32", stacked=True),
     Case(16, 64, 32, 1, 128, "fp32", stacked=True),
