@@ -56,7 +56,6 @@ typedef struct fa_cuda_state {
 } fa_cuda_state;
 
 /* kernels/common/device.cu */
-/* kernels/common/device.cu */
 void fa_cuda_probe(fa_cuda_state *state);
 fa_status fa_cuda_device(int32_t device_id, fa_gpu *gpu, fa_error *error);
 #endif
