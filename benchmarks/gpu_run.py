@@ -18,6 +18,8 @@ the others nothing:
               parts of a few minutes; each writes NAME-PART.json: moved into benchmarks/results/ as
               DATE-CARD-PART.json they
               are what report.py makes the tables and pictures of
+    mutants   tests/mutants.py --gpu: faults planted in device code, of which a GPU test must fail;
+              it builds with nvcc, and only if --parts names it
     bench     python benchmarks, with the arguments in --bench; only if --parts names it
 
 On 16 CPUs tests and sanitizers take 200 to 270 s, 36,000 cases 40. For the results alone:
@@ -58,6 +60,7 @@ SECONDS = {  # part -> its time limit
     "campaign": 120,
     "correctness": 60,
     "merge": 90,
+    "mutants": 400,
     **dict.fromkeys([*SUITES, "bench"], 400),
 }
 TOOLS = ("racecheck", "initcheck", "synccheck", "memcheck")  # the slowest first
@@ -166,6 +169,8 @@ def commands(part, options, out, name):
         yield "campaign", [*python, ROOT / "tests" / "campaign.py", *flags, *numbers]
     elif part == "correctness":
         yield part, [*python, ROOT / "benchmarks" / "correctness.py", *result_of(part)]
+    elif part == "mutants":
+        yield part, [*python, ROOT / "tests" / "mutants.py", "--gpu"]
     elif part == "merge":
         yield part, [*python, "-m", "fastattn.bench.merge", *result_of(part)]
     else:
@@ -249,7 +254,7 @@ def main():
     verb.add_argument(
         "--peers", nargs="*", default=[], metavar="ARCHIVE", help="wheels or tar files of peers"
     )
-    parts = ",".join(part for part in SECONDS if part != "bench")
+    parts = ",".join(part for part in SECONDS if part not in ("bench", "mutants"))
     verb.add_argument("--parts", default=parts, help="default: %(default)s")
     verb.add_argument(
         "--tools", default=",".join(TOOLS), help="of the sanitizer; default: %(default)s"

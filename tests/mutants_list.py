@@ -1,0 +1,218 @@
+"""The faults of mutants.py: where mechanical ones are drawn, written ones, and what is no fault."""
+
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    """Where mechanical faults are drawn, and the tests that must catch them."""
+
+    file: str
+    draws: int
+    tests: str
+    builds: bool = True
+
+
+MASK = "tests/test_mask_h.py tests/test_mask_rows.py tests/test_mask_positions.py"
+HOST = "tests/gpu_host"
+PLACES = (
+    Place("csrc/mask.h", 6, MASK, False),
+    Place("csrc/check_array.c", 1, "tests/test_messages.py tests/test_arrays.py"),
+    Place(
+        "csrc/check_attention.c",
+        2,
+        "tests/test_errors_sdpa.py tests/test_messages.py tests/test_errors.py",
+    ),
+    Place(
+        "csrc/check_keys.c",
+        2,
+        "tests/test_errors_varlen.py tests/test_errors.py tests/test_positions.py",
+    ),
+    Place("csrc/check_out.c", 2, "tests/test_memory.py tests/test_messages.py"),
+    Place("csrc/check_scores.c", 1, "tests/test_messages.py tests/test_errors.py"),
+    Place("csrc/views.c", 2, "tests/test_memory_order.py tests/test_memory.py tests/test_sdpa.py"),
+    Place(
+        "kernels/common/schedule.h", 2, f"{HOST}/test_schedule.py {HOST}/test_positions.py", False
+    ),
+    Place(
+        "kernels/common/packed.h", 2, f"{HOST}/test_packed_lists.py {HOST}/test_mask_bits.py", False
+    ),
+    Place(
+        "kernels/common/mask_bits.h", 2, f"{HOST}/test_mask_bits.py {HOST}/test_positions.py", False
+    ),
+    Place("kernels/common/merge_plan.h", 2, f"{HOST}/test_merging.py", False),
+    Place("kernels/sm90/choice.h", 1, f"{HOST}/test_choice.py", False),
+    Place("kernels/sm90/cost.h", 1, f"{HOST}/test_choice.py {HOST}/test_positions.py", False),
+    Place("kernels/sm90/loads.h", 2, f"{HOST}/test_choice.py", False),
+    Place("kernels/sm90/workspace.h", 1, f"{HOST}/test_mask_bits.py", False),
+)
+
+# (file, line, what it becomes, why no input can tell them apart)
+EQUIVALENT = ()
+
+VALUES = "tests/test_values.py -k 'test_feature and {}'"
+FAULTS = (
+    # ---- the CPU backend
+    (
+        "csrc/cpu/kernel.h",
+        "scores->sink[(c->group->h + p->row[j * LANES + i].head) * scores->sink_stride];",
+        "scores->sink[c->group->h * scores->sink_stride];",
+        VALUES.format("sink"),
+    ),
+    (
+        "csrc/cpu/kernel.h",
+        "scores->alibi_slopes[g->b * stride[0] + (g->h + row.head) * stride[1]];",
+        "scores->alibi_slopes[(g->h + row.head) * stride[1]];",
+        VALUES.format("alibi"),
+    ),
+    (
+        "csrc/cpu/kernel.h",
+        "const real gain = drops ? (real)c->p->dropout.gain : 1;",
+        "const real gain = 1;",
+        "tests/test_dropout.py",
+    ),
+    (
+        "csrc/cpu/kernel.h",
+        "const int sees = hides ? see(&c, first, count, &keys, seen) : n;",
+        "const int sees = n;",
+        "tests/test_positions.py tests/test_values.py -k 'reaches or feature or family'",
+    ),
+    (
+        "csrc/cpu/kernel.h",
+        "hv = h / (what->hq / what->hv);",
+        "hv = h / (what->hq / what->hk);",
+        "tests/test_shapes.py",
+    ),
+    (
+        "csrc/cpu/kernel.h",
+        "write_lse(what, c->group, row, empty[i] ? sink[i] : value[i]);",
+        "write_lse(what, c->group, row, value[i]);",
+        "tests/test_values.py -k 'nothing or feature or promise_6'",
+    ),
+    (
+        "csrc/cpu/cpu.c",
+        "return lse == INFINITY ? -INFINITY : lse;",
+        "return lse;",
+        "tests/test_numbers.py tests/test_merge.py -k inf",
+    ),
+    (
+        "csrc/cpu/half.h",
+        "(bits + 0x7fff + (bits >> 16 & 1)) >> 16;",
+        "(bits + 0x8000) >> 16;",
+        "tests/test_rounding.py",
+    ),
+    (
+        "csrc/philox.h",
+        "round < 7",
+        "round < 6",
+        "tests/test_dropout.py -k philox",
+        False,
+    ),
+    # ---- dispatch, checks, table of types
+    (
+        "csrc/dispatch.c",
+        "p.dropout.first_b += p.what.b;",
+        "p.dropout.first_b += 1;",
+        "tests/test_dropout.py",
+    ),
+    (
+        "csrc/dispatch.c",
+        "step = 1 - plan->outer_shape[i], index[i] = 0;",
+        "step = -plan->outer_shape[i], index[i] = 0;",
+        "tests/test_sdpa.py",
+    ),
+    (
+        "csrc/check_attention.c",
+        "TRY(fa_check_masks(r, plan, error));",
+        "(void)fa_check_masks(r, plan, error);",
+        "tests/test_messages.py tests/test_errors.py",
+    ),
+    (
+        "csrc/check_out.c",
+        "r->seed,      r->q_offset};",
+        "r->q_offset};",
+        "tests/test_overlaps.py",
+    ),
+    (
+        "csrc/dtype.h",
+        '{"bool", 1, 6}',
+        '{"bool", 1, 1}',
+        "tests/test_messages.py",
+    ),
+    (
+        "csrc/views.c",
+        "column.shape[a->ndim] = 1, column.stride[a->ndim] = 0;",
+        "column.shape[a->ndim] = 1, column.stride[a->ndim] = 1;",
+        "tests/test_merge.py",
+    ),
+    # ---- the binding
+    (
+        "csrc/binding/tensor.c",
+        "    Py_XDECREF(shape);\n    Py_XDECREF(strides);\n",
+        "    Py_XDECREF(shape);\n",
+        "tests/test_leaks.py tests/test_process.py -k 'leak or step'",
+    ),
+    (
+        "csrc/binding/call.c",
+        "if (c->has_out) tensor_release(&c->out);",
+        "",
+        "tests/test_leaks.py tests/test_arrays.py tests/test_memory.py",
+    ),
+    (
+        "csrc/binding/call.c",
+        "is_tiny(&plan->params) ? NULL : PyEval_SaveThread();",
+        "NULL;",
+        "tests/test_process.py -k gil",
+    ),
+    (
+        "csrc/binding/call.c",
+        "    if (status == FA_OK && c->has_out) status = torch_mark_written(c->state, &c->out);\n",
+        "",
+        "tests/test_torch.py -k autograd",
+    ),
+    # ---- host code of the kernels
+    (
+        "kernels/common/packed.h",
+        "return (int64_t)v->total_q / block_m + b + 1;",
+        "return (int64_t)v->total_q / block_m + b;",
+        f"{HOST}/test_packed_lists.py {HOST}/test_mask_bits.py",
+        False,
+    ),
+    (
+        "kernels/common/head_parts.h",
+        "fa_heads_of(&w->v, i / (parts / w->hv), 1, 2);",
+        "fa_heads_of(&w->v, i / (parts / w->hk), 1, 2);",
+        f"{HOST}/test_positions.py",
+        False,
+    ),
+    (
+        "kernels/common/schedule.h",
+        "s->causal && r & 1 ? blocks - 1 - block : block;",
+        "block;",
+        f"{HOST}/test_schedule.py",
+        False,
+    ),
+    (
+        "kernels/common/merge.cuh",
+        "{ return lse == INFINITY ? -INFINITY : lse; }",
+        "{ return lse; }",
+        f"{HOST}/test_merging.py",
+        False,
+    ),
+    (
+        "kernels/common/merge.cuh",
+        "    if (weight == 0) return;\n",
+        "",
+        f"{HOST}/test_merging.py",
+        False,
+    ),
+    (
+        "kernels/common/merge_plan.h",
+        "(p->is_stacked && p->out_step % 16)",
+        "0",
+        f"{HOST}/test_merging.py",
+        False,
+    ),
+)
+
+GPU_VARIANTS = "^$"
+GPU_FAULTS = ()
