@@ -96,6 +96,10 @@ def test_a_sink_belongs_to_one_part(place):
 def test_sentences():
     out, lse = np.ones((1, 2, 3, 4), np.float32), np.zeros((1, 2, 3), np.float32)
     wrong = [
+        (None, [lse], TypeError, "`outs` must be a sequence of arrays, got NoneType"),
+        ([out], 3, TypeError, "`lses` must be a sequence of arrays, got int"),
+        ([out], lse[0, 0, 0], TypeError, "`lses` must be a sequence of arrays, got float32"),
+        (np.array(1.0), [lse], TypeError, "`outs` must be a sequence of arrays, got ndarray"),
         ([], [], ValueError, "`outs` must hold at least one array, got 0"),
         ([out, out], [lse], ValueError, "`lses` must hold 2 arrays like `outs`, got 1"),
         ([out[0]], [lse], ValueError, r"`outs\[0\]` must have 4 dimensions"),

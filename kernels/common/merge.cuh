@@ -6,8 +6,8 @@
  * j, (row, part): where its out lies and its lse. All lanes of the row then learn the addresses by
  * shuffle and have all fragments on their way before the weights are known. Weights are quotients:
  * what a sum holds is a mean of the outs, which overflows no more than they do. The order of every
- * sum is a function of the number of parts and of dv. A part of merge.cu; tests/fibers.h runs it on
- * the host.
+ * sum is a function of the number of parts and of dv. A part of merge.cu; tests/gpu_host/fibers.h
+ * runs it on the host.
  */
 #ifndef FASTATTN_MERGE_CUH
 #define FASTATTN_MERGE_CUH

@@ -2,7 +2,7 @@
  *
  * A counting sort in two passes over the sequences, 32 to a warp and step. Each warp has
  * neighbouring sequences and counters of its own for each class, so that the order is the same
- * every time. A part of backend.cu; tests/fibers.h runs it on the host.
+ * every time. A part of backend.cu; tests/gpu_host/fibers.h runs it on the host.
  */
 #ifndef FASTATTN_PACKED_CUH
 #define FASTATTN_PACKED_CUH

@@ -1,7 +1,7 @@
 /* stream.cuh - what every kernel owes its stream, and how device functions are declared.
  *
  * A kernel may start before those before it in the stream have ended (programmatic launch,
- * launch.cuh). tests/fibers.h stands in for this header on the host.
+ * launch.cuh). tests/gpu_host/fibers.h stands in for this header on the host.
  */
 #ifndef FASTATTN_STREAM_CUH
 #define FASTATTN_STREAM_CUH

@@ -356,6 +356,15 @@ def attention_varlen(
     raise NotImplementedError  # never runs: see csrc/binding/call.c
 
 
+def _tuple(name: str, arrays: Sequence[Array]) -> tuple[Array, ...]:
+    try:
+        each = iter(arrays)
+    except TypeError:
+        kind = type(arrays).__name__
+        raise TypeError(f"`{name}` must be a sequence of arrays, got {kind}") from None
+    return tuple(each)
+
+
 def merge_states(
     outs: Sequence[Array], lses: Sequence[Any], *, layout: Layout = "bhsd"
 ) -> tuple[Array, Any]:
@@ -379,7 +388,7 @@ def merge_states(
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, section 3.1.
     """
-    return _C.merge_states(tuple(outs), tuple(lses), layout)
+    return _C.merge_states(_tuple("outs", outs), _tuple("lses", lses), layout)
 
 
 def attention_backward(
