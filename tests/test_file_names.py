@@ -9,18 +9,19 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no sou
 
 FOLDERS = ("csrc", "kernels", "python", "tests", "benchmarks", "findings", ".github")
 SUFFIXES = ("c", "h", "cu", "cuh", "cpp", "def", "py", "md")
-NAME = re.compile(rf"(?<![\w*/.<>-])(?:[\w.-]+/)*([a-z_0-9]+\.(?:{'|'.join(SUFFIXES)}))\b(?![.(])")
+NAME = re.compile(rf"(?<![\w*/.<>-])((?:[\w.-]+/)*[a-z_0-9]+\.(?:{'|'.join(SUFFIXES)}))\b(?![.(])")
 PAPERS = ("README.md", ".github/CONTRIBUTING.md", ".github/RECIPES.md", "kernels/README.md")
 
 
 def there():
-    """The names of all files of the tree."""
+    """All files of the tree, by their names and by each end of their paths."""
     paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
-    return {path.name for path in (*paths, *ROOT.iterdir()) if path.is_file()}
+    parts = [p.relative_to(ROOT).parts for p in (*paths, *ROOT.iterdir()) if p.is_file()]
+    return {"/".join(path[i:]) for path in parts for i in range(len(path))}
 
 
 def missing(text, files):
-    return {name for name in NAME.findall(text) if name not in files}
+    return {name for name in NAME.findall(text) if name.removeprefix("../") not in files}
 
 
 def comments(source):
@@ -59,4 +60,5 @@ def test_a_name_that_is_gone_is_seen():
     assert missing(comments("/* as gone.cuh says, and mask.h; t.h is a head */"), files) == {
         "gone.cuh"
     }
-    assert missing("`kernels/sm90/sight.cuh` and `fwd.def`", files) == {"sight.cuh"}
+    assert missing("`kernels/sm90/gone.cuh` and `fwd.def`", files) == {"kernels/sm90/gone.cuh"}
+    assert missing("`tests/mask.h` and `csrc/mask.h`", files) == {"tests/mask.h"}
