@@ -120,6 +120,33 @@ void fa_expect_outputs(fa_plan *plan, const fa_array *out, int wants_lse);
 /* Puts the outputs' memory into the plan; lse may be NULL. */
 void fa_bind_outputs(fa_plan *plan, const fa_array *out, const fa_array *lse);
 
+/* dq, dk, dv, dmask and dsink. */
+enum { FA_OF_Q, FA_OF_K, FA_OF_V, FA_OF_MASK, FA_OF_SINK, FA_GRADIENTS };
+
+/* Arguments of attention_backward() beside attention's; a NULL array is absent. */
+typedef struct fa_backward_request {
+    const fa_array *dout, *out, *lse, *dlse;
+    int need[FA_GRADIENTS];
+    const fa_array *given[FA_GRADIENTS]; /* dq=, dk=, dv=, to be written */
+    int deterministic;
+} fa_backward_request;
+
+/* A gradient that is asked for, as its array is to be. */
+typedef struct fa_gradient {
+    int wanted;
+    DLDataType dtype;
+    int32_t ndim;
+    const int64_t *shape; /* of the array that it is the gradient of */
+} fa_gradient;
+
+/* After fa_check_attention(), whose plan it completes to a request. */
+fa_status fa_check_backward(const fa_request *attention, const fa_backward_request *request,
+                            const fa_plan *plan, fa_backward *backward,
+                            fa_gradient gradients[FA_GRADIENTS], fa_error *error);
+
+/* Puts the memory of one of them into the request. */
+void fa_bind_gradient(fa_backward *backward, int which, const fa_array *a, fa_layout layout);
+
 /* merge_states: outs and lses are n arrays each; tensors is room for 2 * n. The shape and dtype of
  * out and lse are put into the plan (params unused), the request itself into merge. */
 fa_status fa_check_merge(int32_t n, const fa_array *outs, const fa_array *lses, fa_layout layout,
@@ -140,6 +167,14 @@ const fa_backend *fa_choose(fa_plan *plan, const char *name, fa_error *reasons, 
 const char *fa_kernel(const fa_plan *plan);
 int64_t fa_workspace(const fa_plan *plan);
 fa_status fa_run(const fa_plan *plan, void *workspace, fa_error *error);
+
+/* The same for the backward pass. */
+const fa_backend *fa_choose_backward(const fa_backward *backward, const char *name,
+                                     fa_chosen *chosen, fa_error *reasons, fa_error *error);
+const char *fa_backward_kernel(const fa_backward *backward, const fa_chosen *chosen);
+int64_t fa_backward_workspace(const fa_backward *backward, const fa_chosen *chosen);
+fa_status fa_run_backward(const fa_backward *backward, const fa_chosen *chosen, void *workspace,
+                          fa_error *error);
 
 /* The same for merging; the backend, or NULL. */
 const fa_backend *fa_choose_merge(const fa_merge *merge, fa_chosen *chosen, fa_error *error);

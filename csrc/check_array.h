@@ -21,6 +21,14 @@ const char *fa_array_cast(const fa_array *a, const char *name, const char *torch
 /* The cast that makes an int or a float of the wrong size the wanted one, as ": pass x.int()". */
 const char *fa_size_mend(const fa_array *a, DLDataType want, char buffer[80]);
 
+/* check_out.c: an array that a call writes, of this shape and like's dtype and device: it shares no
+ * element with the n inputs, of which some may be NULL, and has distinct ones. */
+fa_status fa_check_written(const fa_array *a, int32_t ndim, const int64_t *shape,
+                           const fa_array *like, int32_t n, const fa_array *const *inputs,
+                           fa_error *error);
+enum { FA_MAX_INPUTS = 13 };
+void fa_list_inputs(const fa_request *r, const fa_array *inputs[FA_MAX_INPUTS]);
+
 fa_status fa_check_shape(const fa_array *a, int32_t ndim, const int64_t *shape, fa_error *error);
 /* One of the four that operations compute in, as the contract's. */
 fa_status fa_check_float(const fa_array *a, fa_dtype *dtype, fa_error *error);

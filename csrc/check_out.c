@@ -1,4 +1,5 @@
-/* check_out.c - the caller's out=: like the output, apart from the inputs, of distinct elements. */
+/* check_out.c - what the caller lets us write, as out=: of the output's shape, apart from the
+ * inputs, of distinct elements. */
 #include "check_array.h"
 
 #include <string.h>
@@ -99,22 +100,36 @@ static int overlap(const fa_array *a, const fa_array *b) {
                    (a->dtype.bits + 7) / 8 - 1 - distance);
 }
 
-fa_status fa_check_out(const fa_request *r, const fa_plan *plan, const fa_array *out,
-                       fa_error *error) {
-    const fa_array *inputs[] = {r->q,    r->k,         r->v,         r->mask,    r->cu_q,
-                                r->cu_k, r->q_lengths, r->k_lengths, r->k_start, r->alibi_slopes,
-                                r->sink, r->seed,      r->q_offset};
-    TRY(fa_check_shape(out, plan->out_ndim, plan->out_shape, error));
-    TRY(fa_check_dtype(out, r->q->dtype, r->q, error));
-    TRY(fa_check_place(out, r->q, error));
-    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
-        if (inputs[i] && overlap(out, inputs[i]))
-            return fa_fail(error, FA_VALUE, "`%s` must not overlap `%s` in memory", out->name,
+void fa_list_inputs(const fa_request *r, const fa_array *inputs[FA_MAX_INPUTS]) {
+    const fa_array *const all[FA_MAX_INPUTS] = {
+        r->q,    r->k,         r->v,         r->mask,    r->cu_q,
+        r->cu_k, r->q_lengths, r->k_lengths, r->k_start, r->alibi_slopes,
+        r->sink, r->seed,      r->q_offset};
+    memcpy(inputs, all, sizeof all);
+}
+
+fa_status fa_check_written(const fa_array *a, int32_t ndim, const int64_t *shape,
+                           const fa_array *like, int32_t n, const fa_array *const *inputs,
+                           fa_error *error) {
+    TRY(fa_check_shape(a, ndim, shape, error));
+    TRY(fa_check_dtype(a, like->dtype, like, error));
+    TRY(fa_check_place(a, like, error));
+    for (int32_t i = 0; i < n; i++)
+        if (inputs[i] && overlap(a, inputs[i]))
+            return fa_fail(error, FA_VALUE, "`%s` must not overlap `%s` in memory", a->name,
                            inputs[i]->name);
     uintptr_t lo, hi;
-    extent(out, &lo, &hi);
-    if (lo < hi && overlaps_itself(out))
+    extent(a, &lo, &hi);
+    if (lo < hi && overlaps_itself(a))
         return fa_fail(error, FA_VALUE, "`%s` must have distinct elements, got overlapping strides",
-                       out->name);
+                       a->name);
     return FA_OK;
+}
+
+fa_status fa_check_out(const fa_request *r, const fa_plan *plan, const fa_array *out,
+                       fa_error *error) {
+    const fa_array *inputs[FA_MAX_INPUTS];
+    fa_list_inputs(r, inputs);
+    return fa_check_written(out, plan->out_ndim, plan->out_shape, r->q, FA_MAX_INPUTS, inputs,
+                            error);
 }

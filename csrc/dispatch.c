@@ -45,6 +45,14 @@ static fa_status ask_forward(const fa_backend *b, const void *request, fa_choice
     return b->forward->reject(request, choice, why);
 }
 
+static fa_status ask_backward(const fa_backend *b, const void *request, fa_choice *choice,
+                              fa_error *why) {
+    if (!b->backward) return fa_fail(why, FA_UNSUPPORTED, "it computes no gradients");
+    const fa_demand demand = fa_backward_demand(request);
+    TRY(fa_check_support(b->backward->support, &demand, why));
+    return b->backward->reject(request, choice, why);
+}
+
 static fa_status ask_merge(const fa_backend *b, const void *request, fa_choice *choice,
                            fa_error *why) {
     if (!b->merge) return fa_fail(why, FA_UNSUPPORTED, "it merges no partial results");
@@ -146,6 +154,26 @@ fa_status fa_run(const fa_plan *plan, void *workspace, fa_error *error) {
         step_outer(plan, index, &p);
     }
     return FA_OK;
+}
+
+/* ---- the backward pass ---- */
+
+const fa_backend *fa_choose_backward(const fa_backward *b, const char *name, fa_chosen *chosen,
+                                     fa_error *reasons, fa_error *error) {
+    return choose(ask_backward, b, &b->forward.where, name, chosen, reasons, error);
+}
+
+const char *fa_backward_kernel(const fa_backward *b, const fa_chosen *chosen) {
+    return chosen->backend->backward->kernel(b, &chosen->choice);
+}
+
+int64_t fa_backward_workspace(const fa_backward *b, const fa_chosen *chosen) {
+    return chosen->backend->backward->workspace(b, &chosen->choice);
+}
+
+fa_status fa_run_backward(const fa_backward *b, const fa_chosen *chosen, void *workspace,
+                          fa_error *error) {
+    return chosen->backend->backward->run(b, &chosen->choice, workspace, error);
 }
 
 /* ---- merging ---- */

@@ -7,6 +7,7 @@
 #ifndef FASTATTN_H
 #define FASTATTN_H
 
+#include "backward.h"
 #include "forward.h"
 #include "merge.h"
 
@@ -23,6 +24,7 @@ typedef struct fa_backend {
     fa_status (*find_device)(const fa_where *where, const void **device, fa_error *why);
     /* NULL where it has no such operation. */
     const fa_forward_op *forward;
+    const fa_backward_op *backward;
     const fa_merge_op *merge;
     /* Of its tables: the names of the kernels built in, NULL at the end. NULL: it has no table. */
     const char *const *variants;

@@ -71,6 +71,7 @@ typedef struct fa_demand {
 } fa_demand;
 
 fa_demand fa_forward_demand(const fa_params *p);
+fa_demand fa_backward_demand(const fa_backward *b);
 fa_demand fa_merge_demand(const fa_merge *m);
 
 /* FA_OK where the line declares all of it; else FA_UNSUPPORTED, and why it does not. */

@@ -68,8 +68,6 @@ def test_arguments_must_be_named():
 @pytest.mark.parametrize(
     "name, arguments",
     [
-        ("attention_backward", 6),
-        ("attention_varlen_backward", 10),
         ("attention_kvcache", 4),
     ],
 )

@@ -23,7 +23,9 @@ FUNCTIONS = [
     "scaled_dot_product_attention",
     "set_num_threads",
 ]
-BUILT = ["attention", "attention_varlen", "scaled_dot_product_attention", "merge_states"]
+LATER = ("attention_kvcache",)
+OTHERS = ("explain", "get_num_threads", "info", "set_num_threads")  # compute no attention
+BUILT = [name for name in FUNCTIONS if name not in LATER + OTHERS]
 DEFAULTS = (
     "q, k, v, *, causal=False, window=None, q_offset=None, q_lengths=None, k_lengths=None, "
     "k_start=None, mask=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None, "

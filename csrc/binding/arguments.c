@@ -72,6 +72,79 @@ static const parameter varlen[] = {
     P(backend),
 };
 
+static const parameter backward[] = {
+    P(dout),
+    P(q),
+    P(k),
+    P(v),
+    P(out),
+    P(lse),
+    P(dlse),
+    P(need_dq),
+    P(need_dk),
+    P(need_dv),
+    P(need_dmask),
+    P(need_dsink),
+    P(dq),
+    P(dk),
+    P(dv),
+    P(causal),
+    P(window),
+    P(q_offset),
+    P(q_lengths),
+    P(k_lengths),
+    P(k_start),
+    P(mask),
+    P(softcap),
+    P(alibi_slopes),
+    P(sink),
+    P(scale),
+    P(dropout_p),
+    P(seed),
+    P(layout),
+    P(deterministic),
+    P(batch_invariant),
+    P(backend),
+};
+
+static const parameter varlen_backward[] = {
+    P(dout),
+    P(q),
+    P(k),
+    P(v),
+    P(out),
+    P(lse),
+    P(cu_seqlens_q),
+    P(cu_seqlens_k),
+    P(max_seqlen_q),
+    P(max_seqlen_k),
+    P(seqused_q),
+    P(seqused_k),
+    P(q_offset),
+    P(page_table),
+    P(dlse),
+    P(need_dq),
+    P(need_dk),
+    P(need_dv),
+    P(need_dmask),
+    P(need_dsink),
+    P(dq),
+    P(dk),
+    P(dv),
+    P(causal),
+    P(window),
+    P(mask),
+    P(softcap),
+    P(alibi_slopes),
+    P(sink),
+    P(scale),
+    P(dropout_p),
+    P(seed),
+    P(deterministic),
+    P(batch_invariant),
+    P(backend),
+};
+
 #undef P
 #define COUNT(table) (sizeof(table) / sizeof *(table))
 
@@ -83,9 +156,11 @@ static const struct {
     [ATTENTION] = {"attention", attention, COUNT(attention)},
     [SDPA] = {"scaled_dot_product_attention", sdpa, COUNT(sdpa)},
     [VARLEN] = {"attention_varlen", varlen, COUNT(varlen)},
+    [BACKWARD] = {"attention_backward", backward, COUNT(backward)},
+    [VARLEN_BACKWARD] = {"attention_varlen_backward", varlen_backward, COUNT(varlen_backward)},
 };
 
-_Static_assert(COUNT(attention) <= MAX_PARAMETERS && COUNT(varlen) <= MAX_PARAMETERS,
+_Static_assert(COUNT(backward) <= MAX_PARAMETERS && COUNT(varlen_backward) <= MAX_PARAMETERS,
                "signature has no room for them");
 
 int arguments_function(const char *name) {
@@ -160,5 +235,26 @@ int arguments_parse(const signature *s, PyObject *const *given, Py_ssize_t count
             PyErr_Format(PyExc_TypeError, "%s() missing required argument '%U'", name, s->name[i]);
             return -1;
         }
+    return 0;
+}
+
+PyObject *arguments_pack(const signature *s, const arguments *a) {
+    PyObject *tuple = PyTuple_New(s->count);
+    for (Py_ssize_t i = 0; i < s->count && tuple; i++) {
+        PyObject *value = *(PyObject *const *)((const char *)a + s->field[i]);
+        if (PyTuple_SetItem(tuple, i, Py_NewRef(value)) < 0) Py_CLEAR(tuple);
+    }
+    return tuple;
+}
+
+int arguments_unpack(const signature *s, PyObject *tuple, arguments *out) {
+    if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != s->count) {
+        PyErr_Format(PyExc_TypeError, "%s() takes a tuple of %zd arguments", s->method.ml_name,
+                     s->count);
+        return -1;
+    }
+    memcpy(out, &s->defaults, sizeof *out);
+    for (Py_ssize_t i = 0; i < s->count; i++)
+        *field_of(out, s->field[i]) = PyTuple_GetItem(tuple, i);
     return 0;
 }

@@ -5,15 +5,17 @@
 #include <Python.h>
 
 /* The public functions that are builtins. */
-enum { ATTENTION, SDPA, VARLEN, FUNCTIONS };
+enum { ATTENTION, SDPA, VARLEN, BACKWARD, VARLEN_BACKWARD, FUNCTIONS };
 
-enum { MAX_PARAMETERS = 32 }; /* of one function */
+enum { MAX_PARAMETERS = 40 }; /* of one function */
 
 /* What one call was given, defaults included, under the names of python/fastattn/_attention.py.
  * NULL: the function has no such argument. All borrowed. */
 typedef struct arguments {
     PyObject *q, *k, *v, *out;
     PyObject *query, *key, *value; /* scaled_dot_product_attention's names */
+    PyObject *dout, *lse, *dlse, *dq, *dk, *dv;
+    PyObject *need_dq, *need_dk, *need_dv, *need_dmask, *need_dsink;
     PyObject *causal, *is_causal, *window, *q_offset;
     PyObject *q_lengths, *k_lengths, *k_start;
     PyObject *cu_seqlens_q, *cu_seqlens_k, *max_seqlen_q, *max_seqlen_k, *seqused_q, *seqused_k;
@@ -43,5 +45,9 @@ int arguments_learn(signature *s, PyObject *text, PyObject *names, PyObject *val
 /* Python's own way from a call to its arguments, and its complaints: -1 with one. */
 int arguments_parse(const signature *s, PyObject *const *given, Py_ssize_t count,
                     PyObject *keywords, arguments *out);
+
+/* All of them as a tuple in the order of the signature, new; and from one. */
+PyObject *arguments_pack(const signature *s, const arguments *a);
+int arguments_unpack(const signature *s, PyObject *tuple, arguments *out);
 
 #endif

@@ -40,14 +40,13 @@ PyObject *call_finish(const module_state *state, PyObject *result, fa_status sta
     return result;
 }
 
-static void release(call *c) {
+void call_release(call *c) {
     if (c->drawn) tensor_drop(&c->seed);
     for (int i = 0; i < c->count; i++) tensor_release(&c->arrays[i]);
     if (c->has_out) tensor_release(&c->out);
 }
 
-/* Some microseconds of work: letting another thread in would cost as much. */
-static int is_tiny(const fa_params *p) {
+int call_is_tiny(const fa_params *p) {
     const fa_what *w = &p->what;
     double products = (double)w->b * w->hq * w->sq * w->sk * (w->d + w->dv);
     return p->where.device_type == FA_CPU && products < 3e4;
@@ -60,6 +59,11 @@ static fa_status run(call *c, output *out, output *lse) {
     fa_error *error = &c->error;
     fa_expect_outputs(plan, c->has_out ? &c->out.array : NULL, c->return_lse);
     if (!fa_choose(plan, c->backend, NULL, error)) return FA_UNSUPPORTED;
+    if (c->is_differentiated) {
+        const fa_backward later = {.forward = plan->params};
+        fa_chosen chosen;
+        if (!fa_choose_backward(&later, c->backend, &chosen, NULL, error)) return FA_UNSUPPORTED;
+    }
     if (plan->params.where.device_type == FA_CPU) TRY(threads_warn(c->state));
     if (c->draws) {
         c->drawn = 1;
@@ -78,7 +82,7 @@ static fa_status run(call *c, output *out, output *lse) {
     output workspace;
     fa_clear(&workspace, sizeof workspace);
     if (bytes) TRY(tensor_new(c->state, &c->arrays[0], 1, &bytes, NULL, byte, &workspace, error));
-    PyThreadState *thread = is_tiny(&plan->params) ? NULL : PyEval_SaveThread();
+    PyThreadState *thread = call_is_tiny(&plan->params) ? NULL : PyEval_SaveThread();
     fa_status status = fa_run(plan, workspace.memory.array.data, error);
     if (thread) PyEval_RestoreThread(thread);
     if (bytes) tensor_drop(&workspace); /* a caching allocator orders its reuse after the launch */
@@ -101,65 +105,88 @@ PyObject *call_hand_over(module_state *state, const borrowed *like, output *out,
     return pair;
 }
 
-static void start(call *c, module_state *state) {
+void call_start(call *c, module_state *state) {
     c->state = state;
     c->now = (torch_now){0};
-    c->count = c->has_out = c->return_lse = c->draws = c->drawn = 0;
+    c->count = c->has_out = c->return_lse = c->deterministic = c->draws = c->drawn = 0;
+    c->is_backward = c->is_differentiated = 0;
     c->backend = NULL;
     c->error.text[0] = 0;
     fa_clear(&c->request, sizeof c->request);
 }
 
-static PyObject *compute(module_state *state, const arguments *a, prepare_function *prepare) {
+PyObject *call_to_torch(module_state *state, const arguments *a, int which) {
+    const signature *s = &state->signatures[which];
+    PyObject *all = arguments_pack(s, a);
+    return state_call_torch(state, "call",
+                            all ? Py_BuildValue("(sN)", s->method.ml_name, all) : NULL);
+}
+
+static PyObject *compute(module_state *state, const arguments *a, int which, int differentiated) {
     call c;
     output out, lse;
     PyObject *result = NULL;
-    start(&c, state);
+    call_start(&c, state);
     fa_clear(&out, sizeof out);
     fa_clear(&lse, sizeof lse);
-    fa_status status = prepare(&c, a);
+    fa_status status = prepare_forward(&c, a, which);
+    c.is_differentiated = differentiated;
+    c.return_lse |= differentiated;
     if (status == FA_OK) status = run(&c, &out, &lse);
     if (status == FA_OK) {
         result = call_hand_over(c.state, &c.arrays[0], &out, &lse, c.has_out ? c.out.object : NULL,
                                 c.return_lse);
+        if (result && differentiated)
+            result = Py_BuildValue("(NO)", result, c.drawn ? c.seed.object : Py_None);
     } else {
         tensor_drop(&out);
         tensor_drop(&lse);
     }
-    release(&c);
+    call_release(&c);
+    if (status == FA_TO_TORCH) return call_to_torch(state, a, which);
     return call_finish(state, result, status, c.request.sdpa, &c.error);
 }
 
 static PyObject *call_public(PyObject *module, int which, PyObject *const *given, Py_ssize_t count,
-                             PyObject *keywords, prepare_function *prepare) {
+                             PyObject *keywords) {
     module_state *state = PyModule_GetState(module);
     arguments a;
     if (arguments_parse(&state->signatures[which], given, count, keywords, &a) < 0) return NULL;
-    return compute(state, &a, prepare);
+    return which >= BACKWARD ? backward_compute(state, &a, which) : compute(state, &a, which, 0);
 }
 
-static PyObject *attention(PyObject *module, PyObject *const *given, Py_ssize_t count,
-                           PyObject *keywords) {
-    return call_public(module, ATTENTION, given, count, keywords, prepare_attention);
+PyObject *call_forward(PyObject *module, PyObject *const *given, Py_ssize_t count) {
+    module_state *state = PyModule_GetState(module);
+    char name[64] = "";
+    if (count == 2) state_text(Py_NewRef(given[0]), sizeof name, name);
+    const int which = arguments_function(name);
+    arguments a;
+    if (which >= BACKWARD || arguments_unpack(&state->signatures[which], given[1], &a) < 0)
+        return PyErr_Occurred() ? NULL
+                                : PyErr_Format(PyExc_TypeError, "_C has no forward %s", name);
+    return compute(state, &a, which, 1);
 }
 
-static PyObject *scaled_dot_product_attention(PyObject *module, PyObject *const *given,
-                                              Py_ssize_t count, PyObject *keywords) {
-    return call_public(module, SDPA, given, count, keywords, prepare_sdpa);
-}
+/* A builtin is called without its number. */
+#define ENTRY(name, which)                                                            \
+    static PyObject *name(PyObject *module, PyObject *const *given, Py_ssize_t count, \
+                          PyObject *keywords) {                                       \
+        return call_public(module, which, given, count, keywords);                    \
+    }
+ENTRY(attention, ATTENTION)
+ENTRY(scaled_dot_product_attention, SDPA)
+ENTRY(attention_varlen, VARLEN)
+ENTRY(attention_backward, BACKWARD)
+ENTRY(attention_varlen_backward, VARLEN_BACKWARD)
+#undef ENTRY
 
-static PyObject *attention_varlen(PyObject *module, PyObject *const *given, Py_ssize_t count,
-                                  PyObject *keywords) {
-    return call_public(module, VARLEN, given, count, keywords, prepare_varlen);
-}
-
-static const struct {
-    PyObject *(*entry)(PyObject *, PyObject *const *, Py_ssize_t, PyObject *);
-    prepare_function *prepare;
-} functions[FUNCTIONS] = {
-    [ATTENTION] = {attention, prepare_attention},
-    [SDPA] = {scaled_dot_product_attention, prepare_sdpa},
-    [VARLEN] = {attention_varlen, prepare_varlen},
+static PyObject *(*const entries[FUNCTIONS])(PyObject *, PyObject *const *, Py_ssize_t,
+                                             PyObject *) = {
+    [ATTENTION] = attention,
+    [SDPA] = scaled_dot_product_attention,
+    [VARLEN] = attention_varlen,
+    [BACKWARD] = attention_backward,
+    [VARLEN_BACKWARD] = attention_varlen_backward,
 };
 
 PyObject *call_function(PyObject *module, PyObject *args) {
@@ -171,13 +198,29 @@ PyObject *call_function(PyObject *module, PyObject *args) {
     const int which = arguments_function(PyBytes_AsString(text));
     if (which == FUNCTIONS) return PyErr_Format(PyExc_TypeError, "_C has no function of %R", text);
     signature *s = &((module_state *)PyModule_GetState(module))->signatures[which];
-    PyCFunction entry = (PyCFunction)(void (*)(void))functions[which].entry;
+    PyCFunction entry = (PyCFunction)(void (*)(void))entries[which];
     /* A package that is imported again keeps the first one's. */
     if (!s->text && arguments_learn(s, text, names, values, positional, entry) < 0) return NULL;
     PyObject *package = PyUnicode_FromString("fastattn");
     PyObject *result = package ? PyCFunction_NewEx(&s->method, module, package) : NULL;
     Py_XDECREF(package);
     return result;
+}
+
+static fa_status explain_forward(module_state *state, const arguments *a, int which,
+                                 const fa_backend **chosen, const char **kernel, fa_error *reasons,
+                                 fa_error *error) {
+    call c;
+    call_start(&c, state);
+    fa_status status = prepare_forward(&c, a, which);
+    if (status == FA_OK) {
+        fa_expect_outputs(&c.plan, c.has_out ? &c.out.array : NULL, c.return_lse);
+        *chosen = fa_choose(&c.plan, c.backend, reasons, &c.error);
+        if (*chosen) *kernel = fa_kernel(&c.plan);
+    }
+    *error = c.error;
+    call_release(&c);
+    return status;
 }
 
 PyObject *call_explain(PyObject *module, PyObject *const *given, Py_ssize_t count,
@@ -191,20 +234,18 @@ PyObject *call_explain(PyObject *module, PyObject *const *given, Py_ssize_t coun
     arguments a;
     if (arguments_parse(&state->signatures[which], given + 1, count - 1, keywords, &a) < 0)
         return NULL;
-    call c;
-    fa_error reasons[FA_MAX_BACKENDS];
+    fa_error reasons[FA_MAX_BACKENDS], error;
     const fa_backend *chosen = NULL;
     const char *kernel = NULL;
-    start(&c, state);
-    fa_status status = functions[which].prepare(&c, &a);
-    if (status == FA_OK) {
-        fa_expect_outputs(&c.plan, c.has_out ? &c.out.array : NULL, c.return_lse);
-        chosen = fa_choose(&c.plan, c.backend, reasons, &c.error);
-        if (chosen) kernel = fa_kernel(&c.plan);
+    const fa_status status = (which >= BACKWARD ? backward_explain : explain_forward)(
+        state, &a, which, &chosen, &kernel, reasons, &error);
+    if (status == FA_TO_TORCH) {
+        PyObject *all = arguments_pack(&state->signatures[which], &a);
+        return state_call_torch(state, "explain",
+                                all ? Py_BuildValue("(ON)", given[0], all) : NULL);
     }
-    release(&c);
     if (status != FA_OK || PyErr_Occurred())
-        return call_raise(c.state, status, c.request.sdpa, &c.error);
+        return call_raise(state, status, which == SDPA, &error);
     PyObject *refused = PyDict_New();
     for (int32_t i = 0; i < fa_backend_count() && refused; i++) {
         PyObject *reason = reasons[i].text[0] ? PyUnicode_FromString(reasons[i].text) : NULL;

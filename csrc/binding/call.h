@@ -4,7 +4,7 @@
 
 #include "frameworks.h"
 
-enum { MAX_ARRAYS = 20 }; /* of one call; attention_varlen_backward will have 19 */
+enum { MAX_ARRAYS = 20 }; /* of one call; attention_varlen_backward has 19 */
 
 typedef struct call {
     module_state *state;
@@ -12,8 +12,10 @@ typedef struct call {
     borrowed arrays[MAX_ARRAYS]; /* the first is q */
     int count;
     borrowed out; /* out=, if given */
-    int has_out, return_lse;
-    int draws, drawn; /* dropout's seed is to come, has come, from torch's generator */
+    int has_out, return_lse, deterministic;
+    int is_backward;       /* the arrays are the forward's, as it had them */
+    int is_differentiated; /* so a backward pass is to serve it, too; there is a lse */
+    int draws, drawn;      /* dropout's seed is to come, has come, from torch's generator */
     output seed;
     const char *backend;
     fa_request request;
@@ -21,9 +23,41 @@ typedef struct call {
     fa_error error;
 } call;
 
-/* prepare.c: arguments into the request and, by check_attention.c, the plan. */
-typedef fa_status prepare_function(call *c, const arguments *a);
-prepare_function prepare_attention, prepare_sdpa, prepare_varlen;
+/* Cleared as far as need be; and what it has borrowed, given back. */
+void call_start(call *c, module_state *state);
+void call_release(call *c);
+
+/* Some microseconds of work: letting another thread in would cost as much. */
+int call_is_tiny(const fa_params *p);
+
+/* The call by fastattn.torch, with every argument in the order of the signature. */
+PyObject *call_to_torch(module_state *state, const arguments *a, int which);
+
+/* prepare.c: arguments into the request and, by check_attention.c, the plan. FA_TO_TORCH where a
+ * gradient of an argument is asked for. */
+fa_status prepare_forward(call *c, const arguments *a, int which);
+
+/* One array more; is_followed: it may have a gradient, which fastattn.torch takes. */
+fa_status prepare_array(call *c, PyObject *object, const char *name, int is_followed,
+                        const fa_array **out);
+/* One that the call writes. */
+fa_status prepare_written(call *c, PyObject *object, const char *name, const fa_array **out);
+
+/* backward.c */
+typedef struct backward_call {
+    call forward;
+    fa_backward_request request;
+    fa_backward backward;
+    fa_gradient gradients[FA_GRADIENTS];
+    const borrowed *given[FA_GRADIENTS]; /* dq=, dk=, dv=, in forward.arrays */
+    output made[FA_GRADIENTS];
+    fa_chosen chosen;
+} backward_call;
+
+PyObject *backward_compute(module_state *state, const arguments *a, int which);
+fa_status backward_explain(module_state *state, const arguments *a, int which,
+                           const fa_backend **chosen, const char **kernel, fa_error *reasons,
+                           fa_error *error);
 
 /* The one place where a status becomes an exception; returns NULL. Where torch raises RuntimeError,
  * sdpa's is one too (and Python's NotImplementedError is by itself). */
@@ -40,6 +74,11 @@ PyObject *call_hand_over(module_state *state, const borrowed *like, output *out,
 /* function(text, names, defaults, positional) -> the builtin. text is the bytes "name\0doc", where
  * doc starts with the text signature; defaults are those of the last parameters. */
 PyObject *call_function(PyObject *module, PyObject *args);
+
+/* forward(name, arguments) -> ((out, lse), seed): a public function given every argument in the
+ * order of its signature, for a gradient: where no backward pass serves it nothing is computed.
+ * seed: the one that was drawn, or None. */
+PyObject *call_forward(PyObject *module, PyObject *const *given, Py_ssize_t count);
 
 /* explain(name, *args, **keywords) -> (backend or None, kernel or None, {backend: reason}). Runs
  * nothing. */

@@ -30,6 +30,7 @@ static fa_status merge_parts(merge_call *c, PyObject *outs, PyObject *lses, fa_l
                           &c->parts[i], &c->error));
         c->count++;
         c->arrays[i] = c->parts[i].array;
+        if (c->parts[i].requires_grad) return FA_TO_TORCH;
     }
     TRY(fa_check_merge((int32_t)c->n, c->arrays, c->arrays + c->n, layout, c->tensors, &merge,
                        &plan, &c->error));
@@ -89,5 +90,8 @@ PyObject *merge_states(PyObject *module, PyObject *const *arguments, Py_ssize_t 
     free(c.arrays);
     free(c.tensors);
     free(c.names);
+    if (status == FA_TO_TORCH)
+        return state_call_torch(c.state, "merge_parts",
+                                PyTuple_Pack(ARGUMENTS, outs, lses, arguments[LAYOUT]));
     return call_finish(c.state, result, status, 0, &c.error);
 }

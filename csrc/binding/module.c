@@ -9,6 +9,7 @@
 
 static PyMethodDef methods[] = {
     {"function", call_function, METH_VARARGS, NULL},
+    {"forward", (PyCFunction)(void (*)(void))call_forward, METH_FASTCALL, NULL},
     {"explain", (PyCFunction)(void (*)(void))call_explain, METH_FASTCALL | METH_KEYWORDS, NULL},
     {"merge_states", (PyCFunction)(void (*)(void))merge_states, METH_FASTCALL, NULL},
     {"info", info_dict, METH_NOARGS, NULL},

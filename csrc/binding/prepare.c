@@ -6,7 +6,8 @@
 #include "call.h"
 #include "options.h"
 
-static fa_status borrow(call *c, PyObject *object, const char *name, const fa_array **out) {
+fa_status prepare_array(call *c, PyObject *object, const char *name, int is_followed,
+                        const fa_array **out) {
     if (c->count == MAX_ARRAYS)
         return fa_fail(&c->error, FA_RUNTIME, "`%s` is one array more than a call has room for",
                        name);
@@ -14,12 +15,20 @@ static fa_status borrow(call *c, PyObject *object, const char *name, const fa_ar
     TRY(tensor_borrow(c->state, &c->now, object, name, b, &c->error));
     c->count++;
     *out = &b->array;
-    return FA_OK;
+    if (!b->requires_grad) return FA_OK;
+    if (is_followed) return FA_TO_TORCH;
+    return fa_fail(&c->error, FA_UNSUPPORTED,
+                   "`%s` requires grad, and its gradient is not served: pass its detach()", name);
 }
 
-/* q, k, v or a mask, which torch's autocast casts. */
+static fa_status borrow(call *c, PyObject *object, const char *name, const fa_array **out) {
+    return prepare_array(c, object, name, 0, out);
+}
+
+/* q, k, v or a mask, which torch's autocast casts; the backward pass gets what came of that. */
 static fa_status borrow_operand(call *c, PyObject *object, const char *name, const fa_array **out) {
-    TRY(borrow(c, object, name, out));
+    TRY(prepare_array(c, object, name, 1, out));
+    if (c->is_backward) return FA_OK;
     return torch_autocast(c->state, &c->now, &c->arrays[c->count - 1], &c->error);
 }
 
@@ -28,7 +37,8 @@ static fa_status borrow_some(call *c, PyObject *object, const char *name, const 
     return object == Py_None ? FA_OK : borrow(c, object, name, out);
 }
 
-/* Whether there is dropout, so that a seed has a meaning; what is out of range is refused later. */
+/* Whether there is dropout and so a seed has a meaning; check_attention.c refuses what is out of
+ * range. */
 static int drops(const call *c) { return c->request.dropout_p > 0 && c->request.dropout_p <= 1; }
 
 static int is_torch(const call *c) { return torch_owns(c->state, c->arrays[0].object); }
@@ -75,25 +85,42 @@ static fa_status get_offset(call *c, PyObject *object) {
                       &c->error);
 }
 
-static fa_status check_out(call *c, PyObject *object) {
-    if (object == Py_None) return FA_OK;
-    TRY(tensor_borrow(c->state, &c->now, object, "out", &c->out, &c->error));
-    c->has_out = 1;
-    TRY(torch_check_writable(c->state, &c->out, &c->error));
-    if (!c->out.writeable)
-        return fa_fail(&c->error, FA_VALUE, "`out` must be writeable, got a read-only array");
-    if (c->out.kind == KIND_DLPACK) {
-        PyObject *of = state_call(c->state, "never_written", "(O)", object);
+static fa_status check_writeable(call *c, const borrowed *b) {
+    const char *const named = b->array.name;
+    if (b->requires_grad)
+        return fa_fail(&c->error, FA_UNSUPPORTED,
+                       "`%s` requires grad, and what is written has none: pass its detach()",
+                       named);
+    TRY(torch_check_writable(c->state, b, &c->error));
+    if (!b->writeable)
+        return fa_fail(&c->error, FA_VALUE, "`%s` must be writeable, got a read-only array", named);
+    if (b->kind == KIND_DLPACK) {
+        PyObject *of = state_call(c->state, "never_written", "(O)", b->object);
         char name[16];
         if (!of) return FA_RAISED;
         if (of != Py_None) {
             state_text(of, sizeof name, name);
             return fa_fail(&c->error, FA_TYPE,
-                           "`out` must not be %s %s array: %s arrays are never written",
+                           "`%s` must not be %s %s array: %s arrays are never written", named,
                            *name == 'M' ? "an" : "a", name, name);
         }
         Py_DECREF(of);
     }
+    return FA_OK;
+}
+
+fa_status prepare_written(call *c, PyObject *object, const char *name, const fa_array **out) {
+    borrowed *b = &c->arrays[c->count];
+    TRY(tensor_borrow(c->state, &c->now, object, name, b, &c->error));
+    c->count++;
+    *out = &b->array;
+    return check_writeable(c, b);
+}
+
+static fa_status check_out(call *c, PyObject *object) {
+    TRY(tensor_borrow(c->state, &c->now, object, "out", &c->out, &c->error));
+    c->has_out = 1;
+    TRY(check_writeable(c, &c->out));
     return fa_check_out(&c->request, &c->plan, &c->out.array, &c->error);
 }
 
@@ -104,7 +131,7 @@ static fa_status get_scores(call *c, const arguments *a) {
     if (a->mask != Py_None) TRY(borrow_operand(c, a->mask, "mask", &r->mask));
     TRY(option_double(c->state, a->softcap, "softcap", &r->softcap, error));
     TRY(borrow_some(c, a->alibi_slopes, "alibi_slopes", &r->alibi_slopes));
-    TRY(borrow_some(c, a->sink, "sink", &r->sink));
+    if (a->sink != Py_None) TRY(prepare_array(c, a->sink, "sink", 1, &r->sink));
     r->has_scale = a->scale != Py_None;
     if (r->has_scale) TRY(option_double(c->state, a->scale, "scale", &r->scale, error));
     TRY(option_double(c->state, a->dropout_p, "dropout_p", &r->dropout_p, error));
@@ -113,17 +140,17 @@ static fa_status get_scores(call *c, const arguments *a) {
 
 /* How they run and what they return, and the verdict on all arguments. */
 static fa_status get_rest(call *c, const arguments *a) {
-    int deterministic; /* the forward pass always is */
-    TRY(option_bool(c->state, a->return_lse, "return_lse", &c->return_lse, &c->error));
-    TRY(option_bool(c->state, a->deterministic, "deterministic", &deterministic, &c->error));
+    if (!c->is_backward)
+        TRY(option_bool(c->state, a->return_lse, "return_lse", &c->return_lse, &c->error));
+    TRY(option_bool(c->state, a->deterministic, "deterministic", &c->deterministic, &c->error));
     TRY(option_bool(c->state, a->batch_invariant, "batch_invariant", &c->request.batch_invariant,
                     &c->error));
     TRY(option_backend(a->backend, &c->backend, &c->error));
     TRY(fa_check_attention(&c->request, &c->plan, &c->error));
-    return check_out(c, a->out);
+    return c->is_backward || a->out == Py_None ? FA_OK : check_out(c, a->out);
 }
 
-fa_status prepare_attention(call *c, const arguments *a) {
+static fa_status prepare_attention(call *c, const arguments *a) {
     fa_request *r = &c->request;
     fa_error *error = &c->error;
     TRY(borrow_operand(c, a->q, "q", &r->q));
@@ -140,7 +167,7 @@ fa_status prepare_attention(call *c, const arguments *a) {
     return get_rest(c, a);
 }
 
-fa_status prepare_varlen(call *c, const arguments *a) {
+static fa_status prepare_varlen(call *c, const arguments *a) {
     fa_request *r = &c->request;
     fa_error *error = &c->error;
     int overflow;
@@ -180,7 +207,7 @@ static fa_status get_attn_mask(call *c, PyObject *object) {
                    (long long)q_rows, (long long)k_rows, (long long)sq, (long long)sk);
 }
 
-fa_status prepare_sdpa(call *c, const arguments *a) {
+static fa_status prepare_sdpa(call *c, const arguments *a) {
     fa_request *r = &c->request;
     fa_error *error = &c->error;
     r->sdpa = 1;
@@ -204,4 +231,10 @@ fa_status prepare_sdpa(call *c, const arguments *a) {
     if (r->has_scale) TRY(option_double(c->state, a->scale, "scale", &r->scale, error));
     TRY(option_bool(c->state, a->enable_gqa, "enable_gqa", &r->enable_gqa, error));
     return fa_check_attention(r, &c->plan, error);
+}
+
+fa_status prepare_forward(call *c, const arguments *a, int which) {
+    static fa_status (*const prepare[])(call *, const arguments *) = {
+        [ATTENTION] = prepare_attention, [SDPA] = prepare_sdpa, [VARLEN] = prepare_varlen};
+    return prepare[which](c, a);
 }

@@ -41,6 +41,16 @@ PyObject *state_call(module_state *state, const char *function, const char *form
     return result;
 }
 
+PyObject *state_call_torch(module_state *state, const char *function, PyObject *arguments) {
+    if (arguments && !state->torch) state->torch = PyImport_ImportModule("fastattn.torch");
+    PyObject *callable =
+        arguments && state->torch ? PyObject_GetAttrString(state->torch, function) : NULL;
+    PyObject *result = callable ? PyObject_CallObject(callable, arguments) : NULL;
+    Py_XDECREF(callable);
+    Py_XDECREF(arguments);
+    return result;
+}
+
 int state_learn(module_state *state) {
     PyObject *torch, *ndarray;
     if (state->tensor && state->ndarray) return 0;
@@ -65,6 +75,7 @@ int state_traverse(module_state *state, visitproc visit, void *arg) {
     Py_VISIT(state->forward_ad);
     Py_VISIT(state->ndarray);
     Py_VISIT(state->arrays);
+    Py_VISIT(state->torch);
     Py_VISIT(state->value_error);
     Py_VISIT(state->type_error);
     return 0;
@@ -77,6 +88,7 @@ void state_clear(module_state *state) {
     Py_CLEAR(state->forward_ad);
     Py_CLEAR(state->ndarray);
     Py_CLEAR(state->arrays);
+    Py_CLEAR(state->torch);
     Py_CLEAR(state->value_error);
     Py_CLEAR(state->type_error);
     Py_CLEAR(state->requires_grad);

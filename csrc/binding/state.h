@@ -8,8 +8,10 @@
 #include "check.h"
 #include "torch_abi.h"
 
-/* A Python exception is already set; the only status that is not in the contract. */
+/* A Python exception is already set; not in the contract, as the next one. */
 #define FA_RAISED ((fa_status) - 1)
+/* No failure: the call is one for fastattn.torch, which takes it from the start. */
+#define FA_TO_TORCH ((fa_status) - 2)
 
 /* One per module object. */
 typedef struct module_state {
@@ -22,6 +24,7 @@ typedef struct module_state {
     torch_abi abi;
     PyTypeObject *ndarray; /* numpy.ndarray; NULL until NumPy is there */
     PyObject *arrays;      /* fastattn._arrays: the frameworks without a C table */
+    PyObject *torch;       /* fastattn.torch: gradients, transforms and graphs of torch */
     signature signatures[FUNCTIONS];
     PyObject *requires_grad, *current_level; /* interned names */
     PyObject *value_error, *type_error; /* the drop-in's, each a RuntimeError too, as torch's */
@@ -38,6 +41,9 @@ int state_learn(module_state *state);
 
 /* Calls a function of fastattn._arrays, which is imported by the first call that needs it. */
 PyObject *state_call(module_state *state, const char *function, const char *format, ...);
+
+/* Calls a function of fastattn.torch with a tuple, which it takes over. */
+PyObject *state_call_torch(module_state *state, const char *function, PyObject *arguments);
 
 /* Copies a str, which it takes over, into a buffer; "an object" if text is NULL. */
 const char *state_text(PyObject *text, size_t size, char *buffer);

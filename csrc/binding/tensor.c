@@ -87,6 +87,7 @@ fa_status tensor_borrow(module_state *state, torch_now *now, PyObject *object, c
     b->object = object;
     b->cast = NULL;
     b->writeable = 1;
+    b->requires_grad = 0;
     b->versioned = NULL;
     b->unversioned = NULL;
     for (int look = 0; look < 2; look++) {

@@ -13,6 +13,7 @@ typedef struct borrowed {
     PyObject *object; /* the caller's, not owned; or `cast` */
     PyObject *cast;   /* owned: what autocast made of the caller's, or NULL */
     int writeable;
+    int requires_grad;                   /* and gradients are being taken */
     DLManagedTensorVersioned *versioned; /* owned where object came by __dlpack__, else NULL */
     DLManagedTensor *unversioned;        /* same */
 } borrowed;

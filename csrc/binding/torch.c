@@ -90,21 +90,16 @@ static fa_status ask_tensor(module_state *state, const torch_now *now, PyObject 
     return FA_OK;
 }
 
-/* What the exchange table and DLPack lose silently: a gradient and the negative bit (the conjugate
- * bit needs a complex dtype, which check_attention.c refuses). */
+/* What the exchange table and DLPack lose silently: the negative bit, which is refused (the
+ * conjugate bit needs a complex dtype, which check_attention.c refuses), and a gradient. */
 static fa_status check_torch(module_state *state, torch_now *now, PyObject *object,
-                             const char *name, fa_error *error) {
+                             const char *name, int *requires_grad, fa_error *error) {
     if (!now->asked) {
         TRY(ask_torch(state, now));
         if (now->is_seen) TRY(torch_refuse(state, object, name, error));
     }
-    int requires_grad, neg;
-    TRY(ask_tensor(state, now, object, &requires_grad, &neg));
-    if (requires_grad)
-        return fa_fail(error, FA_UNSUPPORTED,
-                       "`%s` requires grad and the backward pass is not built yet: call under "
-                       "torch.no_grad() where no gradient is wanted",
-                       name);
+    int neg;
+    TRY(ask_tensor(state, now, object, requires_grad, &neg));
     if (neg)
         return fa_fail(
             error, FA_TYPE,
@@ -115,9 +110,8 @@ static fa_status check_torch(module_state *state, torch_now *now, PyObject *obje
     PyObject *dual = state_call(state, "has_tangent", "(O)", object);
     if (!dual) return FA_RAISED;
     Py_DECREF(dual);
-    if (dual != Py_True) return FA_OK;
-    return fa_fail(error, FA_UNSUPPORTED,
-                   "`%s` is a dual tensor and forward-mode gradients are not built", name);
+    if (dual == Py_True) *requires_grad = 1;
+    return FA_OK;
 }
 
 /* torch's current stream is one per device, and a call has one device. */
@@ -137,7 +131,7 @@ fa_status torch_borrow(module_state *state, torch_now *now, PyObject *object, bo
     DLTensor t;
     b->array.is_torch = 1;
     if (!state->exchange) {
-        TRY(check_torch(state, now, object, b->array.name, error));
+        TRY(check_torch(state, now, object, b->array.name, &b->requires_grad, error));
         return dlpack_borrow(state, object, b, error);
     }
     if (!torch_abi_view(&state->abi, object, &t) &&
@@ -152,7 +146,8 @@ fa_status torch_borrow(module_state *state, torch_now *now, PyObject *object, bo
     }
     if (!t.data) TRY(torch_refuse(state, object, b->array.name, error)); /* or it is empty */
     fa_status status = tensor_describe(&t, &b->array, error);
-    if (status == FA_OK) status = check_torch(state, now, object, b->array.name, error);
+    if (status == FA_OK)
+        status = check_torch(state, now, object, b->array.name, &b->requires_grad, error);
     if (status != FA_OK) return status;
     b->kind = now->dispatch_modes ? KIND_DLPACK : KIND_TABLE;
     return b->array.device.device_type == DL_CUDA ? find_stream(state, now, &b->array) : FA_OK;

@@ -496,4 +496,4 @@ static fa_status run_merge(const fa_merge *m, const fa_choice *choice, void *wor
 static const fa_merge_op merge = {FA_CPU_MERGE, reject_merge, name_merge, no_merge_workspace,
                                   run_merge};
 
-const fa_backend fa_cpu = {"cpu", FA_CPU, find_device, &forward, &merge};
+const fa_backend fa_cpu = {"cpu", FA_CPU, find_device, &forward, NULL, &merge};

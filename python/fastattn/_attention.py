@@ -391,6 +391,7 @@ def merge_states(
     return _C.merge_states(_tuple("outs", outs), _tuple("lses", lses), layout)
 
 
+@_in_c
 def attention_backward(
     dout: Any,
     q: Any,
@@ -400,6 +401,9 @@ def attention_backward(
     lse: Any,
     *,
     dlse: Any = None,
+    need_dq: bool = True,
+    need_dk: bool = True,
+    need_dv: bool = True,
     need_dmask: bool = False,
     need_dsink: bool = False,
     dq: Any = None,
@@ -421,14 +425,66 @@ def attention_backward(
     layout: Layout = "bhsd",
     deterministic: bool = False,
     batch_invariant: bool = False,
+    backend: Literal["sm90", "sm80", "cpu"] | None = None,
 ) -> tuple[Any, Any, Any, Any, Any]:
-    """Gradients (dq, dk, dv, dmask, dsink) of attention, None where not asked for.
+    """The gradients of attention: of a loss, given those of out and lse.
 
-    Not built yet: raises NotImplementedError.
+    Exactly 0 for what no row sees, and for rows that see nothing. Torch tensors that require grad
+    need no call of this: attention itself then has a grad_fn. Here autocast does nothing: arrays
+    have the dtype in which the forward pass ran.
+
+    Args:
+        dout: gradient of the loss with respect to out, of its shape and dtype, any strides; None:
+            zeros, with dlse given.
+        q: as in attention, as are all arguments that are not described here: what the forward call
+            had.
+        k: likewise.
+        v: likewise.
+        out: what the forward call gave.
+        lse: what it gave with return_lse=True.
+        dlse: gradient with respect to lse, of its shape and dtype; None: zeros.
+        need_dq: whether dq is wanted; what is not is not computed.
+        need_dk: likewise.
+        need_dv: likewise.
+        need_dmask: likewise; of a float mask.
+        need_dsink: likewise.
+        dq: an array that dq is written into, of q's shape, dtype and device, any strides; it
+            overlaps no other array. None: a new one.
+        dk: likewise.
+        dv: likewise.
+        causal: the forward's.
+        window: the forward's.
+        q_offset: the forward's.
+        q_lengths: the forward's.
+        k_lengths: the forward's.
+        k_start: the forward's.
+        mask: the forward's.
+        softcap: the forward's.
+        alibi_slopes: the forward's; they have no gradient.
+        sink: the forward's.
+        scale: the forward's.
+        dropout_p: the forward's.
+        seed: the forward's, by which the same elements are dropped; None with dropout: ValueError.
+        layout: of q, k, v, out and all their gradients.
+        deterministic: the same bits in every run; on the CPU it always is so.
+        batch_invariant: as in attention.
+        backend: as in attention.
+
+    Returns:
+        (dq, dk, dv, dmask, dsink), each like the array that it is the gradient of, None where not
+        wanted. dmask is summed in float32, float64 for float64, over what the mask broadcasts to.
+
+    Raises:
+        ValueError: a shape or value; dout, out or lse of another call.
+        TypeError: no array, or a dtype.
+        NotImplementedError: no backend serves the call: each one's reason is in the message.
+
+    Source: Dao et al., "FlashAttention", 2022, algorithm 4; Dao, "FlashAttention-2", 2023.
     """
-    raise NotImplementedError("attention_backward is not built yet: no backend has a backward pass")
+    raise NotImplementedError  # never runs: see csrc/binding/backward.c
 
 
+@_in_c
 def attention_varlen_backward(
     dout: Any,
     q: Any,
@@ -444,7 +500,11 @@ def attention_varlen_backward(
     seqused_q: Any = None,
     seqused_k: Any = None,
     q_offset: Any = None,
+    page_table: Any = None,
     dlse: Any = None,
+    need_dq: bool = True,
+    need_dk: bool = True,
+    need_dv: bool = True,
     need_dmask: bool = False,
     need_dsink: bool = False,
     dq: Any = None,
@@ -461,14 +521,58 @@ def attention_varlen_backward(
     seed: Any = None,
     deterministic: bool = False,
     batch_invariant: bool = False,
+    backend: Literal["sm90", "sm80", "cpu"] | None = None,
 ) -> tuple[Any, Any, Any, Any, Any]:
-    """Gradients (dq, dk, dv, dmask, dsink) of attention_varlen, None where not asked for.
+    """The gradients of attention_varlen: of a loss, given those of out and lse.
 
-    Not built yet: raises NotImplementedError.
+    As attention_backward, of packed sequences; rows in no sequence have gradients of 0.
+
+    Args:
+        dout: as in attention_backward; of out's shape (total_q, hq, dv).
+        q: as in attention_varlen, as are all arguments that are not described here.
+        k: likewise.
+        v: likewise.
+        out: what the forward call gave.
+        lse: what it gave with return_lse=True, (hq, total_q).
+        cu_seqlens_q: the forward's.
+        cu_seqlens_k: the forward's.
+        max_seqlen_q: the forward's.
+        max_seqlen_k: the forward's.
+        seqused_q: the forward's.
+        seqused_k: the forward's.
+        q_offset: the forward's.
+        page_table: not built yet: NotImplementedError.
+        dlse: as in attention_backward.
+        need_dq: as in attention_backward.
+        need_dk: likewise.
+        need_dv: likewise.
+        need_dmask: likewise.
+        need_dsink: likewise.
+        dq: as in attention_backward.
+        dk: likewise.
+        dv: likewise.
+        causal: the forward's.
+        window: the forward's.
+        mask: the forward's.
+        softcap: the forward's.
+        alibi_slopes: the forward's; they have no gradient.
+        sink: the forward's.
+        scale: the forward's.
+        dropout_p: the forward's.
+        seed: the forward's; None with dropout: ValueError.
+        deterministic: as in attention_backward.
+        batch_invariant: as in attention.
+        backend: as in attention.
+
+    Returns:
+        (dq, dk, dv, dmask, dsink), as attention_backward.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as attention_backward.
+
+    Source: as attention_backward.
     """
-    raise NotImplementedError(
-        "attention_varlen_backward is not built yet: no backend has a backward pass"
-    )
+    raise NotImplementedError  # never runs: see csrc/binding/backward.c
 
 
 def attention_kvcache(
@@ -533,7 +637,8 @@ def explain(function: Callable[..., Any], *args: Any, **keywords: Any) -> Explan
     """Which backend and kernel `function(*args, **keywords)` would run. Nothing is computed.
 
     Args:
-        function: attention, attention_varlen or scaled_dot_product_attention.
+        function: attention, attention_varlen, scaled_dot_product_attention, attention_backward or
+            attention_varlen_backward.
 
     Returns:
         An Explanation with .backend, .kernel and .reasons.
@@ -542,14 +647,16 @@ def explain(function: Callable[..., Any], *args: Any, **keywords: Any) -> Explan
         What the call would raise before it chooses a backend; TypeError for another function.
     """
     # By identity: where the function was forgotten, it is an array with an equality of its own.
-    if any(
-        function is f for f in (attention_backward, attention_varlen_backward, attention_kvcache)
-    ):
+    if function is attention_kvcache:
         function(*args, **keywords)  # raises why it is not built
-    if not any(function is f for f in (attention, attention_varlen, scaled_dot_product_attention)):
+    of_attention = (attention, attention_varlen, scaled_dot_product_attention)
+    if not any(
+        function is f for f in (*of_attention, attention_backward, attention_varlen_backward)
+    ):
         name = getattr(function, "__name__", None)
         raise TypeError(
-            "`function` must be attention, attention_varlen or scaled_dot_product_attention, got "
+            "`function` must be attention, attention_varlen, scaled_dot_product_attention or one's "
+            "backward, got "
             + (name or f"{type(function).__name__}: explain(fastattn.attention, q, k, v)")
         )
     return Explanation(*_C.explain(function.__name__, *args, **keywords))
@@ -589,7 +696,7 @@ def info() -> dict[str, Any]:
     support: what each backend declares to take, whether it is built in or not, as support[backend]
     [operation] with dtypes, the range of d and dv, features, and apart: sets of features that it
     does not take together. It refuses nothing else, but for a device that it does not run on. An
-    operation is forward (attention and its kin) or merge (merge_states).
+    operation is forward (attention and its kin), backward or merge (merge_states).
     """
     from . import __version__
 
