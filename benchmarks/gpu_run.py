@@ -60,7 +60,7 @@ SECONDS = {  # part -> its time limit
     "campaign": 120,
     "correctness": 60,
     "merge": 90,
-    "mutants": 400,
+    "mutants": 560,
     **dict.fromkeys([*SUITES, "bench"], 400),
 }
 TOOLS = ("racecheck", "initcheck", "synccheck", "memcheck")  # the slowest first
@@ -170,7 +170,7 @@ def commands(part, options, out, name):
     elif part == "correctness":
         yield part, [*python, ROOT / "benchmarks" / "correctness.py", *result_of(part)]
     elif part == "mutants":
-        yield part, [*python, ROOT / "tests" / "mutants.py", "--gpu"]
+        yield part, [*python, ROOT / "tests" / "mutants.py", "--gpu", "--jobs", "3"]
     elif part == "merge":
         yield part, [*python, "-m", "fastattn.bench.merge", *result_of(part)]
     else:

@@ -16,7 +16,7 @@ MASK = "tests/test_mask_h.py tests/test_mask_rows.py tests/test_mask_positions.p
 HOST = "tests/gpu_host"
 PLACES = (
     Place("csrc/mask.h", 6, MASK, False),
-    Place("csrc/check_array.c", 1, "tests/test_messages.py tests/test_arrays.py"),
+    Place("csrc/check_array.c", 1, "tests/test_dtypes.py tests/test_messages.py"),
     Place(
         "csrc/check_attention.c",
         2,
@@ -29,12 +29,12 @@ PLACES = (
     ),
     Place("csrc/check_out.c", 2, "tests/test_memory.py tests/test_messages.py"),
     Place("csrc/check_scores.c", 1, "tests/test_messages.py tests/test_errors.py"),
-    Place("csrc/views.c", 2, "tests/test_memory_order.py tests/test_memory.py tests/test_sdpa.py"),
+    Place("csrc/views.c", 2, "tests/test_sizes.py tests/test_memory_order.py tests/test_memory.py"),
     Place(
-        "kernels/common/schedule.h", 2, f"{HOST}/test_schedule.py {HOST}/test_positions.py", False
+        "kernels/common/schedule.h", 2, f"{HOST}/test_schedule.py {HOST}/test_sections.py", False
     ),
     Place(
-        "kernels/common/packed.h", 2, f"{HOST}/test_packed_lists.py {HOST}/test_mask_bits.py", False
+        "kernels/common/packed.h", 2, f"{HOST}/test_sections.py {HOST}/test_packed_lists.py", False
     ),
     Place(
         "kernels/common/mask_bits.h", 2, f"{HOST}/test_mask_bits.py {HOST}/test_positions.py", False
@@ -43,11 +43,24 @@ PLACES = (
     Place("kernels/sm90/choice.h", 1, f"{HOST}/test_choice.py", False),
     Place("kernels/sm90/cost.h", 1, f"{HOST}/test_choice.py {HOST}/test_positions.py", False),
     Place("kernels/sm90/loads.h", 2, f"{HOST}/test_choice.py", False),
-    Place("kernels/sm90/workspace.h", 1, f"{HOST}/test_mask_bits.py", False),
+    Place("kernels/sm90/workspace.h", 1, f"{HOST}/test_workspace.py", False),
 )
 
 # (file, line, what it becomes, why no input can tell them apart)
-EQUIVALENT = ()
+EQUIVALENT = (
+    (
+        "csrc/mask.h",
+        "fa_sequence s = {{0, 0, 0, 0, 0, 0}, 0, sq, 0};",
+        "fa_sequence s = {{0, 0, 0, 0, 0, 1}, 0, sq, 0};",
+        "Every path of fa_find_sequence() sets all of s.lengths before it returns.",
+    ),
+    (
+        "kernels/common/merge_plan.h",
+        "for (int32_t width = 16; width >= 4; width /= 2) {",
+        "for (int32_t width = 16; width >= 3; width /= 2) {",
+        "16 halves to 8, 4 and 2: it never is 3.",
+    ),
+)
 
 VALUES = "tests/test_values.py -k 'test_feature and {}'"
 FAULTS = (
@@ -214,5 +227,38 @@ FAULTS = (
     ),
 )
 
-GPU_VARIANTS = "^$"
-GPU_FAULTS = ()
+# What only a GPU shows, in the variants that those tests then choose.
+GPU_VARIANTS = "^sm90_fwd_bf16_d128_(2x128|general)$"
+GPU_FAULTS = (
+    (
+        "kernels/common/launch.cuh",
+        "    shape.stream = (cudaStream_t)stream;\n",
+        "",
+        "tests/gpu/test_merging.py tests/gpu/test_streams_and_devices.py"
+        " -k test_runs_on_the_current_stream",
+    ),
+    (
+        "kernels/sm90/out.cuh",
+        "        e.inverse[r] *= a.scores.gain;\n",
+        "",
+        "tests/gpu/test_scores.py -k 'test_score_changes and dropout and bf16 and 128'",
+    ),
+    (
+        "kernels/sm90/out.cuh",
+        "row < t.lengths.sq ? lse : -INFINITY;",
+        "lse;",
+        "tests/gpu/test_scores.py -k 'test_everything_together and 128 and sink and bool'",
+    ),
+    (
+        "kernels/sm90/visibility.cuh",
+        "if (row < begin || row >= end) ((uint4 *)v)[i]",
+        "if (row >= end) ((uint4 *)v)[i]",
+        "tests/gpu/test_shapes.py -k test_lengths_hide",
+    ),
+    (
+        "kernels/sm90/visibility.cuh",
+        "bool part = key < whole.begin || key + BLOCK_N > whole.end;",
+        "bool part = key + BLOCK_N > whole.end;",
+        "tests/gpu/test_positions.py -k test_windows_without_an_offset",
+    ),
+)

@@ -1,0 +1,49 @@
+"""The contract's element types, for every type that DLPack can say; the table is never overrun."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = """
+#include <stdio.h>
+#include "check_array.h"
+
+int main(void) {
+    char name[32];
+    for (int code = 0; code < 256; code++)
+        for (int bits = 0; bits < 256; bits++)
+            for (int lanes = 0; lanes < 3; lanes++) {
+                DLDataType t = {code, bits, lanes};
+                fa_dtype dtype = fa_contract_dtype(t);
+                if (dtype) printf("%d %d %d %s\\n", code, bits, lanes, fa_dtype_name(t, name));
+            }
+    return 0;
+}
+"""
+# (code, bits, lanes) of the standard: kDLFloat 2, kDLBfloat 4, kDLBool 6.
+NAMES = {
+    (2, 64, 1): "float64",
+    (2, 32, 1): "float32",
+    (2, 16, 1): "float16",
+    (4, 16, 1): "bfloat16",
+    (6, 8, 1): "bool",
+}
+
+
+@pytest.mark.skipif(
+    not (ROOT / "csrc").exists() or not shutil.which("gcc"), reason="needs the sources and gcc"
+)
+def test_every_type(tmp_path):
+    source, program = tmp_path / "dtypes.c", tmp_path / "dtypes"
+    source.write_text(SOURCE)
+    flags = ["-std=c11", "-g", "-fsanitize=undefined", "-fno-sanitize-recover", f"-I{ROOT}/csrc"]
+    subprocess.run(
+        ["gcc", *flags, source, ROOT / "csrc" / "check_array.c", "-o", program], check=True
+    )
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert {tuple(map(int, numbers)): name for *numbers, name in lines} == NAMES
