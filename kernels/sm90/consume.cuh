@@ -1,4 +1,7 @@
 /* consume.cuh - an MMA warpgroup: its 64 rows of one work tile after another.
+ *
+ * consume() is longer than a function should be: the loop of general variants as a function of its
+ * own, or wait_tile() (pipeline.cuh) here, give those other machine code.
  */
 #ifndef FASTATTN_SM90_CONSUME_CUH
 #define FASTATTN_SM90_CONSUME_CUH
@@ -22,15 +25,16 @@ DEVICE void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
     if (warpgroup == WARPGROUPS - 1) pass_turn(warpgroup); /* the first turn is warpgroup 0's */
 
     for (int32_t n = 0;; ++n) {
-        const work_tile &t = wait_tile(smem, n);
+        const work_tile &t = smem.tiles[n % TILE_SLOTS];
+        mbarrier_wait(smem_address(&smem.tile_full[n % TILE_SLOTS]), n / TILE_SLOTS & 1);
         const int slot = q_slot(n, warpgroup);
         const int32_t last = uniform(t.last), blocks = uniform(t.end - t.begin);
 
         /* The tile before ends: in passing if this one has a block for it before its V is needed,
          * or here. */
 #if VARIANT_GENERAL
-        const uint32_t tag = blocks ? read_tag(a, smem, t, kv, 0, warpgroup) : 0;
-        const bool next = st.held && blocks && tag_visibility(tag, warpgroup) != NONE;
+        uint32_t tag = blocks ? read_tag(a, smem, t, kv, 0, warpgroup) : 0;
+        bool next = st.held && blocks && tag_visibility(tag, warpgroup) != NONE;
 #else
         const int32_t skip = uniform(t.skip[warpgroup]), masked = uniform(t.masked[warpgroup]);
         const bool next = DELAYED && st.held && skip < masked && skip < STAGES;
@@ -56,7 +60,36 @@ DEVICE void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
         }
 
 #if VARIANT_GENERAL
-        attend_blocks(a, smem, n, st, kv, q, q_empty, blocks, next, tag, warpgroup);
+        for (int32_t i = 0; blocks;) {
+            const int32_t key = (int32_t)(tag >> TAG_BLOCK) * BLOCK_N;
+            const uint32_t q_done = tag & TAG_LAST ? q_empty : 0;
+            const enum visibility seen = tag_visibility(tag, warpgroup);
+            const bool cut = seen == PART, holes = tag & TAG_HOLES;
+            if (seen == NONE) {
+                finish_pv(a, st, smem);
+                pass_mask_tiles(a.scores, mask_tile_of(smem, kv, warpgroup));
+                skip_block(smem, kv, q_done, warpgroup);
+            } else if (next) {
+                attend<NEXT, true, WATCH>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                                          warpgroup, holes);
+                next = false;
+            } else if (!st.held) {
+                attend<ALONE, true, WATCH>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                                           warpgroup, holes);
+            } else if (SPECIAL && a.scores.only == WORDS && !holes) {
+                tag = attend_words(a, smem, n, st, kv, q, q_empty, tag, warpgroup);
+            } else if (SPECIAL && a.scores.only && a.scores.only != WORDS && !cut) {
+                i += attend_whole(a, smem, n, st, kv, q, q_empty, i, key, warpgroup);
+                if (i == t.end - t.begin) break;
+                tag = interval_tag(t, i, warpgroup);
+                continue;
+            } else {
+                attend<BEHIND, true, WATCH>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
+                                            warpgroup, holes);
+            }
+            if (tag & TAG_LAST) break;
+            tag = read_tag(a, smem, t, kv, ++i, warpgroup);
+        }
 #else
         attend_blocks(a, smem, n, st, kv, q, q_empty, blocks, next, skip, masked, watch, warpgroup);
 #endif

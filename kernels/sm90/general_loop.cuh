@@ -1,7 +1,7 @@
-/* general_loop.cuh - a general variant's blocks of keys: by their tags, and runs of blocks with one
- * change of scores each in a loop of its own.
+/* general_loop.cuh - a general variant's runs of blocks of keys with one change of scores, each in
+ * a loop of its own. The loop over all blocks of a tile, by their tags, is in consume.cuh.
  *
- * plain_loop.cuh has the same functions for the other variants.
+ * plain_loop.cuh has the loops of the other variants.
  */
 #ifndef FASTATTN_SM90_GENERAL_LOOP_CUH
 #define FASTATTN_SM90_GENERAL_LOOP_CUH
@@ -58,43 +58,6 @@ DEVICE int32_t attend_whole(const kernel_args &a, smem_layout &smem, int32_t n, 
             attend_run<DROPS>(a, smem, n, st, kv, q, q_last, key, run, warpgroup);
     }
     return run;
-}
-
-/* All blocks of the n-th tile. */
-DEVICE void attend_blocks(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st,
-                          cursor &kv, uint64_t q, uint32_t q_empty, int32_t blocks, bool next,
-                          uint32_t tag, int warpgroup) {
-    const work_tile &t = smem.tiles[n % TILE_SLOTS];
-    for (int32_t i = 0; blocks;) {
-        const int32_t key = (int32_t)(tag >> TAG_BLOCK) * BLOCK_N;
-        const uint32_t q_done = tag & TAG_LAST ? q_empty : 0;
-        const enum visibility seen = tag_visibility(tag, warpgroup);
-        const bool cut = seen == PART, holes = tag & TAG_HOLES;
-        if (seen == NONE) {
-            finish_pv(a, st, smem);
-            pass_mask_tiles(a.scores, mask_tile_of(smem, kv, warpgroup));
-            skip_block(smem, kv, q_done, warpgroup);
-        } else if (next) {
-            attend<NEXT, true, WATCH>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh, warpgroup,
-                                      holes);
-            next = false;
-        } else if (!st.held) {
-            attend<ALONE, true, WATCH>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh, warpgroup,
-                                       holes);
-        } else if (SPECIAL && a.scores.only == WORDS && !holes) {
-            tag = attend_words(a, smem, n, st, kv, q, q_empty, tag, warpgroup);
-        } else if (SPECIAL && a.scores.only && a.scores.only != WORDS && !cut) {
-            i += attend_whole(a, smem, n, st, kv, q, q_empty, i, key, warpgroup);
-            if (i == t.end - t.begin) break;
-            tag = interval_tag(t, i, warpgroup);
-            continue;
-        } else {
-            attend<BEHIND, true, WATCH>(a, smem, n, st, kv, q, q_done, key, cut, st.fresh,
-                                        warpgroup, holes);
-        }
-        if (tag & TAG_LAST) break;
-        tag = read_tag(a, smem, t, kv, ++i, warpgroup);
-    }
 }
 
 #endif

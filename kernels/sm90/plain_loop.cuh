@@ -1,6 +1,6 @@
 /* plain_loop.cuh - a plain variant's blocks of keys: masked ones one by one, then the loop.
  *
- * general_loop.cuh has the same functions for variants that change scores.
+ * general_loop.cuh has the loops of variants that change scores.
  */
 #ifndef FASTATTN_SM90_PLAIN_LOOP_CUH
 #define FASTATTN_SM90_PLAIN_LOOP_CUH
