@@ -1,9 +1,8 @@
 """The largest outputs: the size in bytes is what has to fit 63 bits. Nothing is computed."""
 
+import fastattn
 import numpy as np
 import pytest
-
-import fastattn
 
 ROWS = 2**30 - 1  # the most of a sequence
 
@@ -19,5 +18,5 @@ def test_the_largest_output(dtype, dv):
     q, k = large(dtype, ROWS, 1), large(dtype, 1, 1)
     explained = fastattn.explain(fastattn.attention, q, k, large(dtype, 1, dv))
     assert explained.backend == "cpu"
-    with pytest.raises(ValueError, match="^`q` is too large for an output$"):
+    with pytest.raises(ValueError, match="is too large for an output"):
         fastattn.explain(fastattn.attention, q, k, large(dtype, 1, dv + 1))
