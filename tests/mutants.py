@@ -35,6 +35,7 @@ import mutants_list as listed
 ROOT = Path(__file__).resolve().parent.parent
 SEED = "2026"
 SECONDS = 600  # a test that takes longer hangs
+GPU = {"FASTATTN_VARIANTS": listed.GPU_VARIANTS, "FASTATTN_TEST_GPU": "1"}
 TURNS = {
     **{"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="},
     **{"&&": "||", "||": "&&", "+": "-", "-": "+", "+=": "-=", "-=": "+="},
@@ -176,7 +177,7 @@ class Tree:
             "PATH": path,
             "PYTHONPATH": f"{self.root / 'python'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
             "PYTHONDONTWRITEBYTECODE": "1",
-            **({"FASTATTN_VARIANTS": listed.GPU_VARIANTS} if gpu else {"FASTATTN_CUDA": "0"}),
+            **(GPU if gpu else {"FASTATTN_CUDA": "0"}),
         }
         self.environment.pop("FASTATTN_STRICT", None)
         code, said = self.build()
