@@ -75,8 +75,6 @@ fa_status option_causal(module_state *state, PyObject *object, fa_request *r, fa
                    state_repr(object, got));
 }
 
-/* Anything with __index__. Where an int64 is too small *out is the nearest, and *overflow -1 or 1.
- */
 fa_status option_int(PyObject *object, const char *name, const char *rule, int64_t *out,
                      int *overflow, fa_error *error) {
     char got[64];
@@ -116,7 +114,7 @@ fa_status option_window(PyObject *object, fa_request *r, fa_error *error) {
     return FA_OK;
 }
 
-/* backend=: *out stays NULL for None. The names of a version to come are legal and not served. */
+/* The names of a version to come are legal and not served. */
 fa_status option_backend(PyObject *object, const char **out, fa_error *error) {
     static const char *const names[] = {"sm90", "sm80", "cpu"};
     char got[64];

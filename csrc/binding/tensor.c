@@ -30,8 +30,6 @@ static fa_status check_reach(const fa_array *a, int64_t size, fa_error *error) {
     return FA_OK;
 }
 
-/* Copies a DLTensor, whose own arrays live only as long as its producer likes, and checks what a
- * hand-made one may get wrong. */
 fa_status tensor_describe(const DLTensor *t, fa_array *a, fa_error *error) {
     int64_t contiguous = 1, empty = 0, size = (t->dtype.bits + 7) / 8;
     uint64_t bits = 0;

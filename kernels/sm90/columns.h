@@ -28,7 +28,7 @@ typedef struct fa_variant {
     int32_t q_slots;       /* of 64 query rows each: Q of this tile and, as far as there is room, of
                             * the next */
     int32_t blocks_per_sm; /* that share an SM; those of more than one that WATCH are for short
-                            * calls (DELAYED in fwd.cu) */
+                            * calls (DELAYED in variant.h) */
     int32_t mma_registers; /* of a thread of an MMA warpgroup; the producers get the pool's rest */
     enum offset offset;
     enum fa_loads loads;

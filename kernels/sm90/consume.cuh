@@ -54,7 +54,7 @@ DEVICE void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
             sync_warpgroup(warpgroup);
             release(q_empty);
         }
-        if (REDOES && uniform(t.warpgroups) == 0) { /* nobody's rows: there is nothing to end */
+        if (REDOES && uniform(t.warpgroups) == 0) { /* no rows to compute: none to end */
             leave_tile(smem, n);
             continue;
         }
