@@ -36,9 +36,13 @@ class Kernel:
     registers: int = 0  # of a thread, at the launch
 
     def variant(self) -> str:
-        """The function's name in the source: the first that the symbol spells out."""
+        """The function's name in the source: the first that the symbol spells out. Of a template
+        its arguments follow."""
         match = re.search(r"_Z[A-Z]*(\d+)(\w+)", self.name)
-        return match[2][: int(match[1])] if match else self.name
+        if not match:
+            return self.name
+        name, rest = match[2][: int(match[1])], match[2][int(match[1]) :]
+        return name + rest if rest.startswith("I") else name
 
     def parameter(self, i: int) -> int | None:
         """The constant bank's offset that an instruction reads, if a parameter lies there."""

@@ -62,3 +62,24 @@ def test_a_name_that_is_gone_is_seen():
     }
     assert missing("`kernels/sm90/gone.cuh` and `fwd.def`", files) == {"kernels/sm90/gone.cuh"}
     assert missing("`tests/mask.h` and `csrc/mask.h`", files) == {"tests/mask.h"}
+
+
+PLACE = re.compile(rf"\b(\w+)(?:\(\))?`? in `?((?:[\w-]+/)*\w+\.(?:{'|'.join(SUFFIXES)}))\b")
+
+
+def misplaced(text):
+    """Each NAME in FILE (a constant, or of more words than one) that the file does not have."""
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+    for name, file in PLACE.findall(" ".join(text.replace("\n * ", " ").split())):
+        if name.isupper() or "_" in name:
+            found = [p for p in paths if f"/{p.relative_to(ROOT).as_posix()}".endswith(f"/{file}")]
+            if not any(name in p.read_text() for p in found):
+                yield f"{name} in {file}"
+
+
+def test_names_are_in_the_files_that_are_said_to_have_them():
+    texts = [comments((ROOT / name).read_text()) for name in SOURCES]
+    texts += [(ROOT / name).read_text() for name in PAPERS]
+    assert not [found for text in texts for found in misplaced(text)]
+    wrong = "/* `DELAYED` in `fwd.cu`, DELAYED in\n * variant.h, fa_run() in csrc/mask.h */"
+    assert list(misplaced(wrong)) == ["DELAYED in fwd.cu", "fa_run in csrc/mask.h"]

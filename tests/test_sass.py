@@ -82,6 +82,9 @@ def test_a_variant_that_is_missing_fails(sass, capsys):
 def test_a_variant_is_named_as_in_the_source(sass):
     for symbol in ("_Z14sm90_fwd_d64_111kernel_args", "_ZL14sm90_fwd_d64_14args", "sm90_fwd_d64_1"):
         assert kernel(sass, name=symbol).variant() == "sm90_fwd_d64_1"
+    few = ["_Z9merge_fewILi2ELi16EEv10merge_argsIXT0_EE", "_ZL9merge_fewILi4ELi16EEv10merge_args"]
+    names = {kernel(sass, name=symbol).variant() for symbol in few}  # of a template, each its own
+    assert len(names) == 2 and all(name.startswith("merge_fewILi") for name in names)
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
