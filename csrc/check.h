@@ -73,7 +73,7 @@ typedef struct fa_chosen {
 /* One fa_params, run once for every index of the outer dimensions (one run but for scaled dot
  * product attention with more than one batch dimension that no single stride describes). */
 typedef struct fa_plan {
-    fa_params params; /* out and lse of params.what are set by fa_bind_outputs() */
+    fa_params params; /* outputs that are to come have all but their data */
     fa_chosen chosen; /* set by fa_choose() */
     int32_t outer_ndim;
     int64_t outer_shape[FA_OUTER];
@@ -114,11 +114,9 @@ fa_status fa_check_out(const fa_request *request, const fa_plan *plan, const fa_
                        fa_error *error);
 
 /* Before a backend is chosen: the caller's out=, if there is one (else the plan has the layout of
- * the output to come), and whether there will be an lse. */
+ * the output to come), and whether there will be an lse. tensor_new() keeps to these layouts, so
+ * that later nothing but the address is put in. */
 void fa_expect_outputs(fa_plan *plan, const fa_array *out, int wants_lse);
-
-/* Puts the outputs' memory into the plan; lse may be NULL. */
-void fa_bind_outputs(fa_plan *plan, const fa_array *out, const fa_array *lse);
 
 /* dq, dk, dv, dmask and dsink. */
 enum { FA_OF_Q, FA_OF_K, FA_OF_V, FA_OF_MASK, FA_OF_SINK, FA_GRADIENTS };
@@ -148,10 +146,10 @@ fa_status fa_check_backward(const fa_request *attention, const fa_backward_reque
 void fa_bind_gradient(fa_backward *backward, int which, const fa_array *a, fa_layout layout);
 
 /* merge_states: outs and lses are n arrays each; tensors is room for 2 * n. The shape and dtype of
- * out and lse are put into the plan (params unused), the request itself into merge. */
+ * out and lse are put into the plan (params unused), the request itself into merge, whose outputs
+ * are to come. */
 fa_status fa_check_merge(int32_t n, const fa_array *outs, const fa_array *lses, fa_layout layout,
                          fa_tensor *tensors, fa_merge *merge, fa_plan *plan, fa_error *error);
-void fa_bind_merge(fa_merge *merge, fa_layout layout, const fa_array *out, const fa_array *lse);
 
 /* dispatch.c: the ordered table of backends. */
 enum { FA_MAX_BACKENDS = 8 };

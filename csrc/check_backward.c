@@ -86,8 +86,7 @@ fa_status fa_check_backward(const fa_request *r, const fa_backward_request *b, c
         else if (i == FA_OF_SINK)
             to->dsink = FA_TO_COME;
         else
-            fa_expect(tensor_of(to, i), of[i]->ndim, of[i]->shape, NULL,
-                      layout_of(i, plan->layout));
+            fa_expect(tensor_of(to, i), of[i]->ndim, of[i]->shape, layout_of(i, plan->layout));
     }
     return check_given(r, b, gradients, error);
 }

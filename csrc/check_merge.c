@@ -24,16 +24,11 @@ fa_status fa_check_merge(int32_t n, const fa_array *outs, const fa_array *lses, 
     }
     merge->n = n, merge->outs = tensors, merge->lses = tensors + n;
     merge->where = fa_where_of(first);
-    fa_expect(&merge->out, 4, first->shape, NULL, layout);
+    fa_expect(&merge->out, 4, first->shape, layout);
     fa_expect_lse(&merge->lse, 3, lse_shape);
     plan->out_dtype = first->dtype;
     plan->out_ndim = 4, plan->lse_ndim = 3;
     memcpy(plan->out_shape, first->shape, 4 * sizeof *first->shape);
     memcpy(plan->lse_shape, lse_shape, sizeof lse_shape);
     return FA_OK;
-}
-
-void fa_bind_merge(fa_merge *merge, fa_layout layout, const fa_array *out, const fa_array *lse) {
-    fa_bind(&merge->out, out, layout);
-    fa_bind_lse(&merge->lse, lse);
 }

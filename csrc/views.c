@@ -102,36 +102,23 @@ void fa_bind_lse(fa_tensor *tensor, const fa_array *a) {
     fa_bind(tensor, &column, FA_BHSD);
 }
 
-static fa_array to_come(int32_t ndim, const int64_t *shape, const int64_t *stride) {
+void fa_expect(fa_tensor *tensor, int32_t ndim, const int64_t *shape, fa_layout layout) {
     fa_array a = {.data = FA_TO_COME, .ndim = ndim};
-    int64_t dense = 1;
+    int64_t stride = 1;
     for (int32_t i = ndim - 1; i >= 0; i--) {
-        a.shape[i] = shape[i], a.stride[i] = stride ? stride[i] : dense;
-        if (shape[i]) dense *= shape[i];
+        a.shape[i] = shape[i], a.stride[i] = stride;
+        if (shape[i]) stride *= shape[i];
     }
-    return a;
-}
-
-void fa_expect(fa_tensor *tensor, int32_t ndim, const int64_t *shape, const int64_t *stride,
-               fa_layout layout) {
-    const fa_array a = to_come(ndim, shape, stride);
     fa_bind(tensor, &a, layout);
 }
 
 void fa_expect_lse(fa_tensor *tensor, int32_t ndim, const int64_t *shape) {
-    const fa_array a = to_come(ndim, shape, NULL);
-    fa_bind_lse(tensor, &a);
+    const int64_t b = ndim == 3 ? shape[0] : 1, h = shape[ndim - 2], rows = shape[ndim - 1];
+    *tensor = (fa_tensor){
+        FA_TO_COME, {b, h, rows, 1}, {b == 1 ? 0 : h * rows, h == 1 ? 0 : rows, rows != 1, 0}};
 }
 
 void fa_expect_outputs(fa_plan *plan, const fa_array *out, int wants_lse) {
-    if (out && plan->out_ndim <= 4) fa_bind(&plan->params.what.out, out, plan->layout);
+    if (out) fa_bind(&plan->params.what.out, out, plan->layout);
     if (wants_lse) fa_expect_lse(&plan->params.what.lse, plan->lse_ndim, plan->lse_shape);
-}
-
-void fa_bind_outputs(fa_plan *plan, const fa_array *out, const fa_array *lse) {
-    if (plan->out_ndim <= 4)
-        fa_bind(&plan->params.what.out, out, plan->layout);
-    else
-        plan->params.what.out.data = out->data; /* laid out as fa_check_attention says */
-    if (lse) fa_bind_lse(&plan->params.what.lse, lse);
 }

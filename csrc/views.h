@@ -53,9 +53,8 @@ fa_status fa_lay_out(const fa_request *r, const int64_t *lead, int32_t n, int32_
 void fa_bind(fa_tensor *tensor, const fa_array *a, fa_layout layout);
 void fa_bind_lse(fa_tensor *tensor, const fa_array *a);
 
-/* The same of arrays that are to come; stride: NULL for contiguous ones. */
-void fa_expect(fa_tensor *tensor, int32_t ndim, const int64_t *shape, const int64_t *stride,
-               fa_layout layout);
+/* The same of contiguous ones that are to come. */
+void fa_expect(fa_tensor *tensor, int32_t ndim, const int64_t *shape, fa_layout layout);
 void fa_expect_lse(fa_tensor *tensor, int32_t ndim, const int64_t *shape);
 
 #endif

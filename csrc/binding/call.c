@@ -70,14 +70,16 @@ static fa_status run(call *c, output *out, output *lse) {
         TRY(torch_draw_seed(c->state, &c->arrays[0], &c->seed, error));
         plan->params.dropout.seed_data = c->seed.memory.array.data;
     }
-    if (!c->has_out)
+    if (!c->has_out) {
         TRY(tensor_new(c->state, &c->arrays[0], plan->out_ndim, plan->out_shape, plan->out_stride,
                        plan->out_dtype, out, error));
-    if (c->return_lse)
+        plan->params.what.out.data = out->memory.array.data;
+    }
+    if (c->return_lse) {
         TRY(tensor_new(c->state, &c->arrays[0], plan->lse_ndim, plan->lse_shape, NULL,
                        plan->lse_dtype, lse, error));
-    fa_bind_outputs(plan, c->has_out ? &c->out.array : &out->memory.array,
-                    c->return_lse ? &lse->memory.array : NULL);
+        plan->params.what.lse.data = lse->memory.array.data;
+    }
     int64_t bytes = fa_workspace(plan);
     output workspace;
     fa_clear(&workspace, sizeof workspace);

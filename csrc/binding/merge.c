@@ -40,7 +40,7 @@ static fa_status merge_parts(merge_call *c, PyObject *outs, PyObject *lses, fa_l
                    &c->error));
     TRY(tensor_new(c->state, c->parts, plan.lse_ndim, plan.lse_shape, NULL, plan.lse_dtype, lse,
                    &c->error));
-    fa_bind_merge(&merge, layout, &out->memory.array, &lse->memory.array);
+    merge.out.data = out->memory.array.data, merge.lse.data = lse->memory.array.data;
     int64_t bytes = fa_merge_workspace(&merge, &chosen);
     output workspace = {0};
     if (bytes) TRY(tensor_new(c->state, c->parts, 1, &bytes, NULL, byte, &workspace, &c->error));
