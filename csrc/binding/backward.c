@@ -94,6 +94,12 @@ static void start(backward_call *c, module_state *state) {
     fa_clear(c->made, sizeof c->made);
 }
 
+fa_status backward_expect(const fa_plan *plan, const char *backend, fa_error *error) {
+    const fa_backward later = {.forward = plan->params};
+    fa_chosen chosen;
+    return fa_choose_backward(&later, backend, &chosen, NULL, error) ? FA_OK : FA_UNSUPPORTED;
+}
+
 PyObject *backward_compute(module_state *state, const arguments *a, int which) {
     backward_call c;
     PyObject *result = NULL;

@@ -54,6 +54,8 @@ typedef struct backward_call {
     fa_chosen chosen;
 } backward_call;
 
+/* Whether a backward pass will serve what the forward pass computes now. */
+fa_status backward_expect(const fa_plan *plan, const char *backend, fa_error *error);
 PyObject *backward_compute(module_state *state, const arguments *a, int which);
 fa_status backward_explain(module_state *state, const arguments *a, int which,
                            const fa_backend **chosen, const char **kernel, fa_error *reasons,
