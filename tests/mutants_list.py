@@ -20,15 +20,19 @@ PLACES = (
     Place(
         "csrc/check_attention.c",
         2,
-        "tests/test_errors_sdpa.py tests/test_messages.py tests/test_errors.py",
+        "tests/test_sdpa.py tests/test_errors_sdpa.py tests/test_messages.py",
     ),
     Place(
         "csrc/check_keys.c",
         2,
-        "tests/test_errors_varlen.py tests/test_errors.py tests/test_positions.py",
+        "tests/test_errors_varlen.py tests/test_positions.py tests/test_varlen.py",
     ),
     Place("csrc/check_out.c", 2, "tests/test_memory.py tests/test_messages.py"),
-    Place("csrc/check_scores.c", 1, "tests/test_messages.py tests/test_errors.py"),
+    Place(
+        "csrc/check_scores.c",
+        1,
+        "tests/test_messages.py tests/test_values.py -k 'messages or test_feature'",
+    ),
     Place("csrc/views.c", 2, "tests/test_sizes.py tests/test_memory_order.py tests/test_memory.py"),
     Place(
         "kernels/common/schedule.h", 2, f"{HOST}/test_schedule.py {HOST}/test_sections.py", False
@@ -39,7 +43,7 @@ PLACES = (
     Place(
         "kernels/common/mask_bits.h", 2, f"{HOST}/test_mask_bits.py {HOST}/test_positions.py", False
     ),
-    Place("kernels/common/merge_plan.h", 2, f"{HOST}/test_merging.py", False),
+    Place("kernels/common/merge_plan.h", 2, f"{HOST}/test_stacks.py {HOST}/test_merging.py", False),
     Place("kernels/sm90/choice.h", 1, f"{HOST}/test_choice.py", False),
     Place("kernels/sm90/cost.h", 1, f"{HOST}/test_choice.py {HOST}/test_positions.py", False),
     Place("kernels/sm90/loads.h", 2, f"{HOST}/test_choice.py", False),
@@ -137,7 +141,7 @@ FAULTS = (
         "csrc/check_attention.c",
         "TRY(fa_check_masks(r, plan, error));",
         "(void)fa_check_masks(r, plan, error);",
-        "tests/test_messages.py tests/test_errors.py",
+        "tests/test_errors_varlen.py tests/test_positions.py",
     ),
     (
         "csrc/check_out.c",
@@ -222,7 +226,7 @@ FAULTS = (
         "kernels/common/merge_plan.h",
         "!(stack && stack->out_step * size % width);",
         "1;",
-        f"{HOST}/test_merging.py",
+        f"{HOST}/test_stacks.py",
         False,
     ),
 )
