@@ -1,7 +1,8 @@
 /* dispatch.c - the ordered table of backends; the first that takes a request runs it.
  *
  * Stop 4 of 6. A backend is one entry here and nothing else: support.c declares what it takes, its
- * own folder computes. Next: run_forward() in csrc/cpu/cpu.c, or run() in kernels/sm90/backend.cu.
+ * own folder computes. Next: fa_cpu_forward() in csrc/cpu/forward.c, or run() in
+ * kernels/sm90/backend.cu.
  */
 #include "check.h"
 #include "support.h"

@@ -1,7 +1,7 @@
 /* mask.h - the key interval of a row, and its inverse, the rows that see a block of keys: the only
  * place that knows causal, window and lengths.
  *
- * Compiled by gcc and nvcc alike (csrc/cpu/cpu.c, kernels/). Includes nothing but forward.h.
+ * Compiled by gcc and nvcc alike (csrc/cpu, kernels/). Includes nothing but forward.h.
  * For the rows 0 .. sq-1 of one sequence (its true length) both ends are non-decreasing in the row,
  * so a block of rows sees exactly [begin of its first row, end of its last row).
  */

@@ -1,7 +1,7 @@
 /* philox.h - the random bits of dropout: a function of the place in P, so that every backend, every
  * tiling and the backward pass see the same.
  *
- * Compiled by gcc and nvcc alike (csrc/cpu/cpu.c, kernels/). Includes nothing but forward.h.
+ * Compiled by gcc and nvcc alike (csrc/cpu, kernels/). Includes nothing but forward.h.
  * Philox4x32-7 of Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", 2011,
  * section 3: seven rounds are the fewest of which they found no test to fail. One counter serves 8
  * neighbouring keys of a row.

@@ -20,6 +20,7 @@ enum { FLOATS = 1 << FA_F64 | 1 << FA_F32 | 1 << FA_F16 | 1 << FA_BF16 };
  * of backends that this build does not have, too. */
 const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
     [FA_CPU_FORWARD] = {"cpu", "forward", FLOATS, FA_ALL_FEATURES, {0}, 0, FA_MAX_LENGTH},
+    [FA_CPU_BACKWARD] = {"cpu", "backward", FLOATS, FA_ALL_FEATURES, {0}, 0, FA_MAX_LENGTH},
     [FA_CPU_MERGE] = {"cpu", "merge", FLOATS, 0, {0}, 0, INT32_MAX},
     /* One launch for each pair of a key head and a value head: random bits count heads. */
     [FA_SM90_FORWARD] = {"sm90",

@@ -49,7 +49,14 @@ typedef struct fa_feature {
 extern const fa_feature fa_features[FA_FEATURE_COUNT]; /* by bit */
 
 /* The lines of the table: fa_*_op.support. */
-enum { FA_CPU_FORWARD, FA_CPU_MERGE, FA_SM90_FORWARD, FA_SM90_MERGE, FA_SUPPORT_COUNT };
+enum {
+    FA_CPU_FORWARD,
+    FA_CPU_BACKWARD,
+    FA_CPU_MERGE,
+    FA_SM90_FORWARD,
+    FA_SM90_MERGE,
+    FA_SUPPORT_COUNT
+};
 
 enum { FA_MAX_APART = 2 };
 

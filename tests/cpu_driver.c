@@ -1,7 +1,7 @@
 /* cpu_driver.c - the CPU backend against a naive loop, without Python: any architecture that a C
  * compiler has, natively (tests/test_cpu_driver.py) or in an emulator (.ci/run).
  *
- *     cc -std=c11 -O2 -Icsrc tests/cpu_driver.c csrc/cpu/cpu.c -lm -lpthread -o driver && ./driver
+ *     cc -std=c11 -O2 -Icsrc -o driver tests/cpu_driver.c csrc/cpu/?*.c -lm -lpthread && ./driver
  *
  * Fills fa_params by hand, as check_attention.c would, for random shapes and features in every
  * dtype; the naive loop reads the contract (fastattn.h) alone and shares no code with the backend.

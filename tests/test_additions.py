@@ -24,7 +24,9 @@ def forgotten(contract, choice, cpu):
     (general,) = re.findall(r"fa_needs_general\(const fa_params \*p\) \{(.*?)\n\}", choice, re.S)
     (changed,) = re.findall(r"c\.changed = (.*?);", cpu, re.S)
     (one_key,) = re.findall(r"static int has_one_key\(.*?\n\}", cpu, re.S)
-    switches = {"cpu": changed, "cpu, one key": one_key, "sm90": general}
+    (backward,) = re.findall(r"c->rounds = (.*?);", cpu, re.S)
+    switches = {"cpu": changed, "cpu, one key": one_key, "cpu, backward": backward}
+    switches |= {"sm90": general}
     return [
         (name, backend)
         for name in changes
@@ -35,10 +37,10 @@ def forgotten(contract, choice, cpu):
 
 def test_a_change_of_the_scores_is_switched_on_in_every_backend():
     contract, choice = text("csrc/forward.h"), text("kernels/sm90/choice.h")
-    cpu = text("csrc/cpu/kernel.h")
+    cpu = text("csrc/cpu/forward_kernel.h") + text("csrc/cpu/backward_kernel.h")
     assert not forgotten(contract, choice, cpu)
     more = contract.replace("} fa_scores;", "float temperature; } fa_scores;")
-    switches = ("cpu", "cpu, one key", "sm90")
+    switches = ("cpu", "cpu, one key", "cpu, backward", "sm90")
     assert forgotten(more, choice, cpu) == [("temperature", name) for name in switches]
     assert forgotten(contract, choice.replace("s->softcap", "0"), cpu) == [("softcap", "sm90")]
     assert forgotten(contract, choice, cpu.replace("c.mask", "0")) == [("mask", "cpu")]
@@ -47,6 +49,6 @@ def test_a_change_of_the_scores_is_switched_on_in_every_backend():
 
 
 def test_every_cpu_level_is_tested():
-    assert tuple(re.findall(r"^ *LEVEL\((\w+),", text("csrc/cpu/cpu.c"), re.M)) == LEVELS
+    assert tuple(re.findall(r"^ *LEVEL\((\w+)\)", text("csrc/cpu/cpu.c"), re.M)) == LEVELS
     readme = (ROOT / "README.md").read_text()
     assert all(f"`{level}`" in readme for level in LEVELS)

@@ -15,7 +15,7 @@ pytestmark = [
 
 def test_the_contract_from_c(tmp_path, cpu_levels):
     driver = tmp_path / "driver"
-    sources = [ROOT / "tests" / "cpu_driver.c", ROOT / "csrc" / "cpu" / "cpu.c"]
+    sources = [ROOT / "tests" / "cpu_driver.c", *(ROOT / "csrc" / "cpu").glob("*.c")]
     flags = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Werror"]
     command = ["cc", *flags, f"-I{ROOT / 'csrc'}", *sources, "-lm", "-lpthread", "-o", driver]
     subprocess.run(command, check=True)

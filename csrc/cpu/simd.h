@@ -1,9 +1,9 @@
-/* simd.h - the vector operations that kernel.h is written in, once per instance.
+/* simd.h - the vector operations that the kernels are written in, once per instance.
  *
  * An instance is a level and a number type. It defines FA_NAME (its suffix), FA_REAL (float or
  * double), FA_INT (the integer of that size), FA_BYTES (of a vector), FA_X86 (which intrinsics it
  * may use: 0, 256 or 512) and FA_PAIRS (1: products of bfloat16 pairs). Every name below gets the
- * suffix, so that instances live side by side in one file.
+ * suffix, so that instances live side by side in one file; levels.h defines them all.
  */
 #ifndef FASTATTN_CPU_SIMD_H
 #define FASTATTN_CPU_SIMD_H
@@ -12,30 +12,20 @@
 #define real FA_REAL
 #define vec FN(vec)
 #define ivec FN(ivec)
-#define unit FN(unit)
 #define base FN(base)
 #define base_of FN(base_of)
-#define dot FN(dot)
 #define exponent FN(exponent)
 #define fma_ FN(fma)
 #define log2_ FN(log2)
 #define max_ FN(max)
-#define multiply_units FN(multiply_units)
-#define pair FN(pair)
 #define pick FN(pick)
 #define power FN(power)
 #define power_parts FN(power_parts)
-#define read_row FN(read_row)
-#define read_step FN(read_step)
-#define read_units FN(read_units)
 #define splat FN(splat)
 #define tanh_ FN(tanh)
-#define transpose FN(transpose)
-#define write_row FN(write_row)
 
 #define LANES (FA_BYTES / (int)sizeof(real))
 #define DOUBLE (sizeof(real) == 8)
-#define STEP (FA_PAIRS ? 2 : 1) /* elements in a unit */
 
 /* Where products are rounded before they are added, numbers are cut in two: half of the bits times
  * half of the bits is exact. */
@@ -50,9 +40,6 @@
 
 typedef real vec __attribute__((vector_size(FA_BYTES)));
 typedef FA_INT ivec __attribute__((vector_size(FA_BYTES)));
-/* One step of a dot product as it lies in memory: the bits of a number, or of two bfloat16. */
-typedef FA_INT unit __attribute__((may_alias, aligned(2)));
-
 FA_FAST vec splat(real x) { return x - (vec){0}; /* x - 0 is x, also where it is -0 */ }
 
 FA_FAST vec fma_(vec a, vec b, vec c) {
@@ -67,14 +54,6 @@ FA_FAST vec fma_(vec a, vec b, vec c) {
                   : (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
-#endif
-}
-
-FA_FAST vec dot(vec a, vec b, vec c) {
-#if FA_PAIRS
-    return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-#else
-    return fma_(a, b, c);
 #endif
 }
 
@@ -103,7 +82,7 @@ typedef struct base {
     real high, low, floor;
 } base;
 
-static base base_of(double log2) {
+FA_LOCAL base base_of(double log2) {
     const real single = (real)log2, c = single * SPLIT;
     const real high = FUSED || c - c != 0 ? single : c - (c - single); /* c may overflow */
     return (base){high, (real)(log2 - high), (DOUBLE ? -1023 : -127) / single};
@@ -179,167 +158,4 @@ FA_FAST vec log2_(vec x) {
 #pragma GCC unroll 11
     for (int n = last - 2; n > 0; n -= 2) y = fma_(y, w, splat((real)(2 * FA_LOG2E / n)));
     return fma_(y, z, __builtin_convertvector(n, vec) + (x - x));
-}
-
-/* Transposes a square of LANES x LANES numbers: log2(LANES) rounds that interleave row i with row
- * i + LANES/2. Strides count numbers. */
-static void transpose(real *to, int64_t to_stride, const real *from, int64_t from_stride) {
-    vec a[LANES], b[LANES];
-    ivec low, high;
-#pragma GCC unroll 16 /* all of it: what the shuffles do is then known to the compiler */
-    for (int i = 0; i < LANES; i++) {
-        low[i] = i / 2 + i % 2 * LANES;
-        high[i] = low[i] + LANES / 2;
-        memcpy(&a[i], from + i * from_stride, sizeof(vec));
-    }
-#pragma GCC unroll 4
-    for (int round = 1; round < LANES; round *= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < LANES / 2; i++) {
-            b[2 * i] = __builtin_shuffle(a[i], a[i + LANES / 2], low);
-            b[2 * i + 1] = __builtin_shuffle(a[i], a[i + LANES / 2], high);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) a[i] = b[i];
-    }
-    for (int i = 0; i < LANES; i++) memcpy(to + i * to_stride, &a[i], sizeof(vec));
-}
-
-/* n strided elements of `type` -> contiguous reals. */
-#define READ(type, expression)                                           \
-    do {                                                                 \
-        const type *x = from;                                            \
-        if (stride == 1) {                                               \
-            for (int i = 0; i < n; i++, x++) to[i] = expression;         \
-        } else {                                                         \
-            for (int i = 0; i < n; i++, x += stride) to[i] = expression; \
-        }                                                                \
-    } while (0)
-static void read_row(real *to, const void *from, fa_dtype type, int64_t stride, int n) {
-    switch (type) {
-        case FA_F64:
-            READ(double, (real)*x);
-            break;
-        case FA_F32:
-            READ(float, *x);
-            break;
-        case FA_BF16:
-            READ(uint16_t, fa_bf16_to_float(*x));
-            break;
-        case FA_BOOL:
-            READ(uint8_t, *x);
-            break;
-        case FA_F16: {
-            const uint16_t *x = from;
-            int i = 0;
-#if FA_X86
-            if (!DOUBLE && stride == 1)
-                for (; i + 8 <= n; i += 8) {
-                    __m256 y = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + i)));
-                    memcpy(to + i, &y, sizeof y);
-                }
-#endif
-            for (; i < n; i++) to[i] = fa_f16_to_float(x[i * stride]);
-            break;
-        }
-    }
-}
-#undef READ
-
-/* What differs where a unit is a pair of bfloat16: Q and K pair along d, V and P along keys.
- *
- * read_units      n strided elements of a row of Q or K -> contiguous units
- * read_step       one row of V, or with pairs two of them zipped -> units; a NULL row counts as
- * zeros multiply_units  n elements in units times 1 or -1
- */
-#if FA_PAIRS
-static void read_units(real *to, const void *from, fa_dtype type, int64_t stride, int n) {
-    const uint16_t *x = from;
-    uint16_t *y = (uint16_t *)to;
-    (void)type;
-    if (stride == 1)
-        memcpy(y, x, (size_t)n * sizeof *x);
-    else
-        for (int i = 0; i < n; i++) y[i] = x[i * stride];
-    if (n % 2) y[n] = 0;
-}
-
-static void read_step(real *to, const void *first, const void *second, fa_dtype type,
-                      int64_t stride, int n) {
-    const uint16_t *x = first, *y = second;
-    uint16_t *z = (uint16_t *)to;
-    (void)type;
-    if (x && y && stride == 1) {
-        for (int i = 0; i < n; i++) {
-            z[2 * i] = x[i];
-            z[2 * i + 1] = y[i];
-        }
-    } else {
-        for (int i = 0; i < n; i++) {
-            z[2 * i] = x ? x[i * stride] : 0;
-            z[2 * i + 1] = y ? y[i * stride] : 0;
-        }
-    }
-}
-
-static void multiply_units(real *units, real factor, int n) {
-    uint16_t *x = (uint16_t *)units;
-    for (int i = 0; i < n; i++) x[i] = fa_float_to_bf16(fa_bf16_to_float(x[i]) * factor);
-}
-
-/* x and y rounded to bfloat16: x0 y0 x1 y1 ... */
-FA_FAST vec pair(vec x, vec y) {
-    const __m512i order =
-        (__m512i)(__v32hi){0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return (vec)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
-}
-#else
-static void read_units(real *to, const void *from, fa_dtype type, int64_t stride, int n) {
-    read_row(to, from, type, stride, n);
-}
-
-static void read_step(real *to, const void *first, const void *second, fa_dtype type,
-                      int64_t stride, int n) {
-    (void)second;
-    if (first)
-        read_row(to, first, type, stride, n);
-    else
-        memset(to, 0, (size_t)n * sizeof *to);
-}
-
-static void multiply_units(real *units, real factor, int n) {
-    for (int i = 0; i < n; i++) units[i] *= factor;
-}
-
-FA_FAST vec pair(vec x, vec y) {
-    (void)y;
-    return x;
-}
-#endif
-
-/* n contiguous reals -> strided elements of `type`. */
-static void write_row(void *to, fa_dtype type, int64_t stride, const real *from, int n) {
-    if (type == FA_BF16) {
-        uint16_t *x = to;
-        for (int i = 0; i < n; i++) x[i * stride] = fa_float_to_bf16((float)from[i]);
-    } else if (type == FA_F16) {
-        uint16_t *x = to;
-        int i = 0;
-#if FA_X86
-        if (!DOUBLE && stride == 1)
-            for (; i + 8 <= n; i += 8) {
-                __m256 y;
-                memcpy(&y, from + i, sizeof y);
-                _mm_storeu_si128((__m128i *)(x + i), _mm256_cvtps_ph(y, 0));
-            }
-#endif
-        for (; i < n; i++) x[i * stride] = fa_float_to_f16((float)from[i]);
-    } else {
-        real *x = to; /* float for float32, double for float64 */
-        if (stride == 1)
-            memcpy(x, from, (size_t)n * sizeof(real));
-        else
-            for (int i = 0; i < n; i++) x[i * stride] = from[i];
-    }
 }

@@ -1,0 +1,90 @@
+/* backward_products.h - what a block of rows adds to the gradients; included by backward_kernel.h
+ * once per instance.
+ */
+/* P and dS of a block of rows. */
+static void fill_tile(const backward *c, tile *r, int raw) {
+    for (int i = r->begin; i < r->end; i++) load_row(c, r->h, r->first + i, i);
+    for (int p = 0; p < panels(c->s); p++) {
+        const int width = width_of(c->s, p), key = c->begin + p * WIDTH;
+        const fa_interval block = {key, key + width};
+        r->some[p] = fa_rows_seeing_some(c->sequence.lengths, block);
+        r->all[p] = fa_rows_seeing_all(c->sequence.lengths, block);
+        for (int n = 0; n < 2; n++) { /* counted from `first` on */
+            fa_row_range *rows = n ? &r->all[p] : &r->some[p];
+            rows->begin = fa_clamp(rows->begin - r->first, r->begin, r->end);
+            rows->end = fa_clamp(rows->end - r->first, r->begin, r->end);
+        }
+        const int begin = r->some[p].begin, end = r->some[p].end;
+        real *s = panel(c->s, p), *t = panel(c->t, p);
+        if (begin == end) continue;
+        product(s + begin * width, width, 0, width, panel(c->kt, p), c->q, 0, panels(c->q), begin,
+                end);
+        if (c->wants_ds)
+            product(t + begin * width, width, 0, width, panel(c->vt, p), c->g, 0, panels(c->g),
+                    begin, end);
+        ivec at = {0};
+        for (int j = 0; j < LANES; j++) at[j] = key + j;
+        for (int i = begin; i < end; i++) {
+            vec *x = (vec *)(s + i * width), *y = (vec *)(t + i * width);
+            const int cuts = i < r->all[p].begin || i >= r->all[p].end;
+            if (c->changed || raw)
+                change(c, r, i, key, (real *)x, (real *)y, width, raw);
+            else if (width == WIDTH && !cuts)
+                weigh(c, x, y, NV, i, (fa_interval){0, 0}, at, 0);
+            else
+                weigh(c, x, y, width / LANES, i, fa_row_interval(c->sequence.lengths, r->first + i),
+                      at, 1);
+        }
+    }
+}
+
+/* m += B' A for the keys of each panel of B: P' dO, or dS' Q. */
+static void add_to_keys(const tile *r, matrix m, matrix a, matrix b) {
+    for (int p = 0; p < panels(b); p++) {
+        const int begin = r->some[p].begin, steps = r->some[p].end - begin;
+        const int left = b.columns - p * WIDTH, across = width_of(b, p);
+        for (int j = 0; j < panels(m) && steps; j++) {
+            const int width = width_of(m, j);
+            transposed_product(panel(m, j) + p * WIDTH * width, width, panel(a, j) + begin * width,
+                               panel(b, p) + begin * across, across, left < across ? left : across,
+                               steps);
+        }
+    }
+}
+
+/* dQ += dS K, row by row where the keys of this task are not the first that a row sees, and set
+ * where they are. Rows that see no key of a later task are done. */
+static void add_to_rows(const backward *c, const fa_keys *task, const tile *r) {
+    const fa_tensor *dq = &c->b->dq;
+    const fa_dtype type = c->p->what.dtype;
+    const int64_t n = c->p->varlen.cu_q ? 0 : c->n, columns = whole(c->k.columns);
+    char *to = (char *)dq->data +
+               element(dq, n, r->h, c->sequence.q + (int64_t)r->first) * fa_dtype_size(type);
+    real *sums = (real *)to;
+    int64_t row = dq->stride[2];
+    if (task->sums) {
+        row = columns;
+        sums = (real *)task->sums +
+               ((r->h - task->h) * task->sums_rows + r->first) * columns; /* [head][row][d] */
+    }
+    int fresh = r->begin; /* rows from here on have no sum yet */
+    const fa_lengths lengths = c->sequence.lengths;
+    while (fresh < r->end && fa_row_interval(lengths, r->first + fresh).begin < c->begin) fresh++;
+    for (int i = r->begin, stop; i < r->end; i = stop) {
+        int begin = panels(c->t), end = 0; /* panels that these rows see */
+        stop = i < fresh ? fresh : r->end;
+        for (int p = 0; p < panels(c->t); p++) {
+            const fa_row_range some = r->some[p];
+            if (some.begin <= i && i < some.end) begin = begin < p ? begin : p, end = p + 1;
+            if (some.begin > i && some.begin < stop) stop = some.begin;
+            if (some.end > i && some.end < stop) stop = some.end;
+        }
+        for (int j = 0; j < panels(c->k) && begin < end; j++)
+            product(sums + i * row + j * WIDTH, row, i < fresh, width_of(c->k, j), panel(c->k, j),
+                    c->t, begin, end, i, stop);
+    }
+    for (int i = r->begin; i < r->end && task->sums; i++)
+        if (fa_row_interval(lengths, r->first + i).end <= c->end)
+            write_row(to + i * dq->stride[2] * fa_dtype_size(type), type, dq->stride[3],
+                      sums + i * row, c->k.columns);
+}

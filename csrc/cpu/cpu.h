@@ -1,0 +1,53 @@
+/* cpu.h - what the files of the CPU backend share: cpu.c chooses the level, forward.c, backward.c
+ * and merge.c are an operation each, pool.c has the threads.
+ */
+#ifndef FASTATTN_CPU_H
+#define FASTATTN_CPU_H
+
+#include <float.h>
+#include <math.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "backward.h"
+#include "fastattn.h"
+#include "half.h"
+#include "mask.h"
+#include "philox.h"
+
+#define FA_LOG2E 1.44269504088896340736
+#define FA_LN2 0.69314718055994530942
+#define FA_FAST static inline __attribute__((always_inline))
+#define FA_LOCAL static __attribute__((unused)) /* not every file needs it */
+#define FA_JOIN_(a, b) a##_##b
+#define FA_JOIN(a, b) FA_JOIN_(a, b)
+
+/* Element (b, h, s, 0) of a tensor, in elements. */
+static inline int64_t element(const fa_tensor *t, int64_t b, int64_t h, int64_t s) {
+    return b * t->stride[0] + h * t->stride[1] + s * t->stride[2];
+}
+
+/* Element `at` of lse: float64 where the arrays are, else float32. */
+static inline void put_lse(const fa_tensor *lse, fa_dtype type, int64_t at, double value) {
+    if (type == FA_F64)
+        ((double *)lse->data)[at] = value;
+    else
+        ((float *)lse->data)[at] = (float)value;
+}
+
+/* The vector levels, the plainest first. */
+typedef enum fa_level { FA_PORTABLE, FA_AVX2, FA_AVX512, FA_AVX512_BF16 } fa_level;
+
+fa_status fa_cpu_forward(const fa_params *p, fa_level level, fa_error *error);
+fa_status fa_cpu_backward(const fa_backward *b, fa_level level, fa_error *error);
+fa_status fa_cpu_merge(const fa_merge *m, fa_error *error);
+
+#endif

@@ -1,0 +1,300 @@
+/* forward_kernel.h - the CPU's attention, once per instance (see simd.h): stop 6 of 6.
+ * Included without a guard.
+ *
+ * Online softmax over blocks of keys. The lanes of every vector are query rows, of one head or of
+ * several that share the keys, so all that a row carries - its maximum, its sum, its interval - is
+ * one lane, and no step adds across lanes. A panel of up to NV * LANES rows holds
+ *
+ *     Q^T [d][row]      S^T [key][row]      O^T [dv][row]
+ *
+ * and both products are the same loop: vectors of rows times one broadcast number of K or V, which
+ * are therefore read as they lie, without packing, where they lie well.
+ *
+ *     S^T[key] = sum over d    Q^T[d]   * K[key][d]
+ *     O^T[dv]  = sum over keys P^T[key] * V[key][dv]
+ *
+ * With FA_PAIRS a step is a pair of bfloat16 (vdpbf16ps): Q and K pair up along d, P and V along
+ * keys.
+ */
+#include "simd.h"
+#include "rows.h"
+#include "units.h"
+
+#ifndef FASTATTN_CPU_FORWARD_KERNEL_H
+#define FASTATTN_CPU_FORWARD_KERNEL_H
+
+#define attend FN(attend)
+#define attend_panel FN(attend_panel)
+#define block FN(block)
+#define cap FN(cap)
+#define change FN(change)
+#define close_panel FN(close_panel)
+#define collect FN(collect)
+#define context FN(context)
+#define drop FN(drop)
+#define has_one_key FN(has_one_key)
+#define lay_out FN(lay_out)
+#define load_block FN(load_block)
+#define multiply FN(multiply)
+#define one_key FN(one_key)
+#define open_panel FN(open_panel)
+#define panel FN(panel)
+#define read_bias FN(read_bias)
+#define run_rows FN(run_rows)
+#define score FN(score)
+#define scratch_bytes FN(scratch_bytes)
+#define see FN(see)
+#define whole FN(whole)
+
+/* In a block, at most: twice as many are 1 % faster where S^T still lies in the L1 with them. */
+#define KEYS (FA_BYTES == 64 ? 64 : 128)
+#define CHAIN 16             /* probabilities added up in a row */
+#define PRODUCTS 64          /* of a score added up in a row, see score() */
+#define NV FA_VECTORS        /* in a panel, at most; so many fit the registers */
+#define PANEL (NV * LANES)   /* rows in a panel */
+#define PANELS (128 / PANEL) /* that share a packed block */
+/* Of the register tile: with `nv` vectors of rows, so many numbers of K or V. */
+#define HEIGHT(nv) (FA_ACCUMULATORS / (nv) < 8 ? FA_ACCUMULATORS / (nv) : 8)
+
+#endif
+
+typedef struct panel {
+    vec *q;           /* [units of d][nv] */
+    vec *o;           /* [dv][nv], not yet divided by l */
+    vec m[NV], l[NV]; /* maximum m of the scores, sum of exp(s - m) */
+    /* Of each row; begin = end in the lanes past the last row. */
+    ivec begin[NV], end[NV], position[NV];
+    vec slope[NV];
+    fa_interval any, all; /* keys that some row, and that every row sees */
+    fa_row row[PANEL];    /* the last one in the lanes past it */
+    int count, nv;        /* rows, vectors of rows */
+} panel;
+
+/* What all blocks of a run share. */
+typedef struct context {
+    const fa_params *p;
+    const fa_group *group;
+    const char *q, *k, *v, *mask; /* of this sequence and the group's first head, from row 0 on */
+    char *out;
+    int64_t seed;
+    int unit_k, unit_v; /* K and V can be read in place */
+    int units;          /* units of d */
+    /* As they come from Q K a score counts |scale|, with the scale's sign multiplied into Q. Where
+     * softcap, a float mask or ALiBi changes them, change() brings them to 1. */
+    int changed;
+    real scale, sign, nats;     /* nats: what a score counts in the end */
+    base score_base, e_squared; /* e^nats; e^2 for tanh */
+    real softcap;
+    panel panels[PANELS];
+    vec *s, *bias; /* [KEYS][NV]: scores, then probabilities; the mask's block */
+    real *rows;    /* [LANES][longest row], to transpose from and to */
+    real *k_packed, *v_packed;
+} context;
+
+/* A block of keys, and where its K and V are. */
+typedef struct block {
+    int begin, end;
+    const unit *k, *v;
+    int64_t k_row, v_row; /* units from key to key, from step to step */
+} block;
+
+static int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
+
+#include "forward_products.h"
+#include "forward_scores.h"
+
+/* One panel meets the keys [begin, end) of one block. */
+FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, int end, int nv) {
+    const int n = end - begin, height = HEIGHT(nv);
+    const unit *k = keys->k + (begin - keys->begin) * keys->k_row;
+    vec *s = c->s, top[NV], alpha[NV];
+    for (int j = 0; j < nv; j++) top[j] = splat(-(real)INFINITY);
+    for (int i = 0; i < n;) {
+        if (n >= height) { /* at the end some of the last keys once more */
+            if (i > n - height) i = n - height;
+            score(s + i * nv, top, height, nv, p->q, k + i * keys->k_row, keys->k_row, c->units);
+            i += height;
+        } else {
+            score(s + i * nv, top, 1, nv, p->q, k + i * keys->k_row, keys->k_row, c->units);
+            i++;
+        }
+    }
+    if (c->changed || c->bias || begin < p->all.begin || end > p->all.end) {
+        if (c->bias) read_bias(c, p, begin, n);
+        change(c, p, s, top, begin, n, nv);
+    }
+
+    for (int j = 0; j < nv; j++) {
+        const vec top_j = max_(top[j], p->m[j]);
+        const vec m = pick(top_j == -(real)INFINITY, (vec){0}, top_j); /* 2^(-inf - 0) is 0 */
+        vec l = {0};
+        alpha[j] = power(c->score_base, p->m[j] - m);
+        for (int chain = 0, stop; chain < n; chain = stop) {
+            stop = chain + CHAIN - (begin + chain) % CHAIN; /* the same for every panel */
+            if (stop > n) stop = n;
+            vec sum = {0};
+            for (int i = chain; i < stop; i += STEP) {
+                vec x = power(c->score_base, s[i * nv + j] - m);
+                sum += x;
+                vec y = {0};
+                if (FA_PAIRS && i + 1 < n) sum += y = power(c->score_base, s[(i + 1) * nv + j] - m);
+                s[i / STEP * nv + j] = pair(x, y);
+            }
+            l += sum;
+        }
+        p->l[j] = fma_(p->l[j], alpha[j], l);
+        p->m[j] = top_j;
+    }
+    if (c->p->dropout.p > 0) drop(c, p, s, begin, n, nv);
+
+    const unit *v = keys->v + (begin - keys->begin) / STEP * keys->v_row;
+    const int steps = (n + STEP - 1) / STEP, dv = c->p->what.dv;
+    for (int i = 0; i < dv;) {
+        if (dv - i >= height) {
+            collect(p->o + i * nv, alpha, height, nv, s, v + i, keys->v_row, steps);
+            i += height;
+        } else {
+            collect(p->o + i * nv, alpha, 1, nv, s, v + i, keys->v_row, steps);
+            i++;
+        }
+    }
+}
+
+/* The same with the number of vectors known to the compiler. */
+static __attribute__((noinline)) void attend_panel(const context *c, panel *p, const block *keys,
+                                                   int begin, int end) {
+    switch (p->nv) {
+        case 1:
+            attend(c, p, keys, begin, end, 1);
+            break;
+        case 2:
+            attend(c, p, keys, begin, end, 2);
+            break;
+        case 3:
+            attend(c, p, keys, begin, end, 3);
+            break;
+#if FA_VECTORS == 4
+        case 4:
+            attend(c, p, keys, begin, end, 4);
+            break;
+#endif
+    }
+}
+
+#include "forward_rows.h"
+
+/* The scratch of one thread, carved from `memory` (NULL: only counted). Returns its bytes. */
+static size_t lay_out(context *c, char *memory, const fa_what *what, int masked, int rows) {
+    const int units = (what->d + STEP - 1) / STEP, keys = what->sk < KEYS ? whole(what->sk) : KEYS;
+    int longest = whole(what->d > what->dv ? what->d : what->dv);
+    if (longest < KEYS) longest = KEYS;
+    size_t used = 0;
+#define CARVE(pointer, numbers)                                    \
+    do {                                                           \
+        if (memory) pointer = (void *)(memory + used);             \
+        used += ((size_t)(numbers) * sizeof(real) + 63) / 64 * 64; \
+    } while (0)
+    for (int i = 0, first = 0; first < rows; i++, first += PANEL) {
+        const int wide = rows - first < PANEL ? whole(rows - first) : PANEL;
+        CARVE(c->panels[i].q, (size_t)whole(units) * wide);
+        CARVE(c->panels[i].o, (size_t)whole(what->dv) * wide);
+    }
+    const int wide = rows < PANEL ? whole(rows) : PANEL;
+    CARVE(c->s, keys * wide);
+    if (masked) CARVE(c->bias, keys * wide);
+    CARVE(c->rows, (size_t)longest * LANES);
+    CARVE(c->k_packed, (size_t)units * keys);
+    CARVE(c->v_packed, (size_t)what->dv * keys);
+    return used;
+}
+
+static size_t scratch_bytes(const fa_params *p, int rows) {
+    return lay_out(NULL, NULL, &p->what, p->scores.mask.data != NULL, rows);
+}
+
+/* Whether all rows of a sequence have one key, see it, and nothing changes its weight. (All: a
+ * row's bits must not depend on which others are in its task.) */
+static int has_one_key(const fa_params *p, fa_lengths lengths) {
+    const fa_scores *scores = &p->scores;
+    const double scale = fabs(p->what.scale);
+    if (lengths.sk - lengths.k_start != 1) return 0;
+    if (scores->mask.data || scores->sink || scores->alibi_slopes || scores->softcap > 0) return 0;
+    return p->dropout.p == 0 && scale > 1e-30 && scale < 1e30 &&
+           fa_row_interval(lengths, 0).end > lengths.k_start &&
+           fa_row_interval(lengths, lengths.sq - 1).begin == lengths.k_start;
+}
+
+/* Rows first .. first + count - 1 (at most 128, all within the sequence's length) of one group. */
+static void run_rows(const fa_params *p, const fa_group *g, int64_t first, int count,
+                     void *memory) {
+    const fa_what *what = &p->what;
+    const fa_sequence sequence = g->sequence;
+    const fa_scores *scores = &p->scores;
+    const int64_t size = fa_dtype_size(what->dtype), b = g->b, h = g->h;
+    const int64_t hk = h / (what->hq / what->hk), hv = h / (what->hq / what->hv);
+    const int native = FA_PAIRS || (what->dtype == (DOUBLE ? FA_F64 : FA_F32));
+    const int hides = scores->mask.data && scores->mask_dtype == FA_BOOL;
+    context c;
+    c.bias = NULL;
+    c.p = p;
+    c.group = g;
+    c.q = (const char *)what->q.data + element(&what->q, b, h, sequence.q) * size;
+    c.k = (const char *)what->k.data + element(&what->k, b, hk, sequence.k) * size;
+    c.v = (const char *)what->v.data + element(&what->v, b, hv, sequence.k) * size;
+    c.out = (char *)what->out.data + element(&what->out, b, h, sequence.q) * size;
+    if (has_one_key(p, sequence.lengths)) {
+        one_key(&c, first, count, memory);
+        return;
+    }
+    c.seed = p->dropout.p > 0 ? fa_dropout_seed(&p->dropout) : 0;
+    c.mask = scores->mask.data;
+    if (c.mask)
+        c.mask += (b * scores->mask.stride[0] + h * scores->mask.stride[1]) *
+                  fa_dtype_size(scores->mask_dtype);
+    c.unit_k = native && (what->k.stride[3] == 1 || what->d == 1) && what->d % STEP == 0 &&
+               what->k.stride[2] % STEP == 0;
+    c.unit_v = native && (what->v.stride[3] == 1 || what->dv == 1) && !FA_PAIRS;
+    c.units = (what->d + STEP - 1) / STEP;
+    /* A scale that makes 0 of all scores is left to change(), too; one that leaves only the
+     * greatest brings none to infinity. */
+    const double size_of_scale = fmin(fabs(what->scale), DOUBLE ? 1e300 : 1e30);
+    c.changed = scores->softcap > 0 || scores->alibi_slopes || (c.mask && !hides) ||
+                !(size_of_scale > 1e-30);
+    c.scale = (real)copysign(size_of_scale, what->scale);
+    c.sign = !c.changed && what->scale < 0 ? -1 : 1;
+    c.nats = c.changed ? 1 : c.scale * c.sign;
+    c.score_base = base_of(c.changed ? FA_LOG2E : size_of_scale * FA_LOG2E);
+    c.e_squared = base_of(2 * FA_LOG2E);
+    c.softcap = (real)(DOUBLE ? scores->softcap : fmin(fmax(scores->softcap, FLT_MIN), FLT_MAX));
+    lay_out(&c, memory, what, c.mask != NULL, count);
+
+    int panels = 0;
+    for (int i = 0; i < count; i += PANEL, panels++)
+        open_panel(&c, &c.panels[panels], first + i, count - i < PANEL ? count - i : PANEL);
+    const int begin = row_keys(g, first).begin, end = row_keys(g, first + count - 1).end;
+    /* Blocks start at multiples of KEYS, chains of additions at multiples of CHAIN, wherever the
+     * rows' keys do: how rows are grouped, and so how many threads there are and how many
+     * sequences, changes no bit. */
+    for (int at = begin / KEYS * KEYS; at < end; at += KEYS) {
+        block keys = {.begin = at > begin ? at : begin / STEP * STEP,
+                      .end = at + KEYS < end ? at + KEYS : end};
+        uint8_t seen[KEYS];
+        const int n = keys.end - keys.begin;
+        const int sees = hides ? see(&c, first, count, &keys, seen) : n;
+        if (sees == 0) continue;
+        load_block(&c, &keys, begin, sees < n ? seen : NULL);
+        for (int i = 0; i < panels; i++) {
+            panel *rows = &c.panels[i];
+            int from = rows->any.begin > keys.begin ? rows->any.begin / STEP * STEP : keys.begin;
+            int to = rows->any.end < keys.end ? rows->any.end : keys.end;
+            if (from < to) attend_panel(&c, rows, &keys, from, to);
+        }
+    }
+    for (int i = 0; i < panels; i++) close_panel(&c, &c.panels[i]);
+}
+
+static const fa_cpu_kernel FN(kernel) = {LANES, PANEL, PANELS * PANEL, scratch_bytes, run_rows};
+
+#undef FA_NAME
+#undef FA_REAL
+#undef FA_INT

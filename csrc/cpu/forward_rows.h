@@ -1,0 +1,185 @@
+/* forward_rows.h - from the caller's rows to the panels and blocks of forward_kernel.h, which
+ * includes it once per instance, and back.
+ */
+/* Rows first .. first + count - 1 in lanes: Q transposed, O empty, the interval of each. */
+static void open_panel(const context *c, panel *p, int64_t first, int count) {
+    const fa_what *what = &c->p->what;
+    const fa_scores *scores = &c->p->scores;
+    const fa_group *g = c->group;
+    const int64_t *stride = scores->alibi_stride;
+    const int64_t size = fa_dtype_size(what->dtype);
+    const int64_t width = whole(c->units);
+    p->count = count;
+    p->nv = (count + LANES - 1) / LANES;
+    fa_interval top = row_keys(g, first), bottom = row_keys(g, first + count - 1);
+    p->any = (fa_interval){top.begin, bottom.end};
+    p->all = (fa_interval){bottom.begin, top.end};
+    memset(p->o, 0, (size_t)whole(what->dv) * p->nv * sizeof(vec));
+    for (int j = 0; j < p->nv; j++) {
+        p->m[j] = splat(-(real)INFINITY);
+        p->l[j] = p->slope[j] = (vec){0};
+        for (int i = 0; i < LANES; i++) {
+            const int n = j * LANES + i;
+            const fa_row row = find_row(g, first + (n < count ? n : count - 1));
+            real *to = c->rows + i * width;
+            p->row[n] = row;
+            p->begin[j][i] = p->end[j][i] = p->position[j][i] = 0;
+            if (n >= count) {
+                memset(to, 0, (size_t)width * sizeof(real));
+                continue;
+            }
+            const fa_interval keys = fa_row_interval(g->sequence.lengths, row.row);
+            p->begin[j][i] = keys.begin;
+            p->end[j][i] = keys.end;
+            p->position[j][i] = fa_row_position(g->sequence.lengths, row.row);
+            if (scores->alibi_slopes)
+                p->slope[j][i] =
+                    scores->alibi_slopes[g->b * stride[0] + (g->h + row.head) * stride[1]];
+            const char *from = c->q + row_offset(&what->q, row) * size;
+            read_units(to, from, what->dtype, what->q.stride[3], what->d);
+            if (c->sign != 1) multiply_units(to, c->sign, what->d);
+        }
+        for (int i = 0; i < c->units; i += LANES)
+            transpose((real *)(p->q + i * p->nv + j), p->nv * LANES, c->rows + i, width);
+    }
+}
+
+/* Divides by the sums, the sink's term included, and writes out and lse. */
+static void close_panel(const context *c, panel *p) {
+    const fa_what *what = &c->p->what;
+    const fa_scores *scores = &c->p->scores;
+    const int64_t width = whole(what->dv);
+    const int drops = c->p->dropout.p > 0;
+    const real gain = drops ? (real)c->p->dropout.gain : 1;
+    for (int j = 0; j < p->nv; j++) {
+        vec m = p->m[j] * c->nats, l = p->l[j], weight = splat(1);
+        vec sink = splat(-(real)INFINITY);
+        const ivec empty = l == 0; /* the largest score gives 1, so 0 means that all are -inf */
+        if (scores->sink) {
+            for (int i = 0; i < LANES; i++)
+                sink[i] =
+                    scores->sink[(c->group->h + p->row[j * LANES + i].head) * scores->sink_stride];
+            vec top = max_(m, sink), finite = pick(top == -(real)INFINITY, (vec){0}, top);
+            weight = power(base_of(FA_LOG2E), m - finite);
+            l = l * weight +
+                power(base_of(FA_LOG2E), pick(sink == finite, (vec){0}, sink - finite));
+            m = top;
+        }
+        const ivec zero = empty | (ivec)(splat(gain) == 0); /* also of an infinite value */
+        weight *= gain / l;
+        for (int i = 0; i < what->dv; i++) {
+            vec *o = p->o + i * p->nv + j;
+            *o = pick(zero, (vec){0}, *o * weight);
+        }
+        for (int i = 0; i < what->dv; i += LANES)
+            transpose(c->rows + i, width, (real *)(p->o + i * p->nv + j), p->nv * LANES);
+        const vec value = m + log2_(l) * (real)FA_LN2;
+        for (int i = 0; i < LANES && j * LANES + i < p->count; i++) {
+            const fa_row row = p->row[j * LANES + i];
+            write_row(c->out + row_offset(&what->out, row) * fa_dtype_size(what->dtype),
+                      what->dtype, what->out.stride[3], c->rows + i * width, what->dv);
+            write_lse(what, c->group, row, empty[i] ? sink[i] : value[i]);
+        }
+    }
+}
+
+/* Which keys of a block some row sees through the bool mask; returns how many. The rows' intervals
+ * count too: a key that every row has hidden, by the one or by the other, is not read as a value.
+ */
+static int see(const context *c, int64_t first, int count, const block *keys, uint8_t *seen) {
+    const fa_tensor *mask = &c->p->scores.mask;
+    const int64_t stride = mask->stride[3];
+    int n = 0;
+    memset(seen, 0, KEYS);
+    for (int64_t row = first; row < first + count; row++) {
+        fa_interval of = row_keys(c->group, row);
+        int begin = of.begin > keys->begin ? of.begin : keys->begin;
+        int end = of.end < keys->end ? of.end : keys->end;
+        const uint8_t *restrict from =
+            (const uint8_t *)c->mask + row_offset(mask, find_row(c->group, row)) + begin * stride;
+        uint8_t *restrict to = seen + (begin - keys->begin);
+        if (stride == 1 && end - begin == KEYS)
+            for (int i = 0; i < KEYS; i++) to[i] |= from[i];
+        else
+            for (int i = 0; i < end - begin; i++) to[i] |= from[i * stride];
+        if ((row - first) % 16 != 15 && row + 1 < first + count) continue;
+        n = 0;
+        for (int i = 0; i < KEYS; i++) n += seen[i] != 0;
+        if (n == keys->end - keys->begin) break; /* mostly after a few rows */
+    }
+    return n;
+}
+
+/* Points a block at its K and V, packed where they cannot be read in place. Values that no row sees
+ * (keys below `visible`, or not `seen`) become 0: their probability is 0, and 0 * NaN is not. */
+static void load_block(const context *c, block *keys, int visible, const uint8_t *seen) {
+    const fa_what *what = &c->p->what;
+    const int64_t size = fa_dtype_size(what->dtype);
+    const int n = keys->end - keys->begin, dv = what->dv;
+    const char *k = c->k + keys->begin * what->k.stride[2] * size;
+    const char *v = c->v + keys->begin * what->v.stride[2] * size;
+    keys->k = (const unit *)k;
+    keys->k_row = what->k.stride[2] / STEP;
+    if (!c->unit_k) {
+        keys->k = (const unit *)c->k_packed;
+        keys->k_row = c->units;
+        for (int i = 0; i < n; i++)
+            read_units(c->k_packed + (int64_t)i * c->units, k + i * what->k.stride[2] * size,
+                       what->dtype, what->k.stride[3], what->d);
+    }
+    keys->v = (const unit *)v;
+    keys->v_row = what->v.stride[2];
+    if (!c->unit_v || seen) {
+        keys->v = (const unit *)c->v_packed;
+        keys->v_row = dv;
+        for (int i = 0; i < n; i += STEP) {
+            const char *x = v + i * what->v.stride[2] * size, *y = x + what->v.stride[2] * size;
+            if (keys->begin + i < visible || (seen && !seen[i])) x = NULL;
+            if (i + 1 == n || (seen && !seen[i + 1])) y = NULL;
+            read_step(c->v_packed + (int64_t)(i / STEP) * dv, x, y, what->dtype, what->v.stride[3],
+                      dv);
+        }
+    }
+}
+
+/* Their output is the key's value, and their lse the score. */
+static void one_key(const context *c, int64_t first, int count, void *memory) {
+    const fa_what *what = &c->p->what;
+    const int64_t size = fa_dtype_size(what->dtype), start = c->group->sequence.lengths.k_start;
+    const int width = whole(what->d), packed = what->v.stride[3] == 1 && what->out.stride[3] == 1;
+    const char *k = c->k + start * what->k.stride[2] * size;
+    const char *v = c->v + start * what->v.stride[2] * size;
+    real *key = memory, *row = key + width; /* scratch has LANES of them */
+    if (width) {                            /* what is behind the last columns */
+        memset(row - LANES, 0, LANES * sizeof(real));
+        memset(row + width - LANES, 0, LANES * sizeof(real));
+    }
+    read_row(key, k, what->dtype, what->k.stride[3], what->d);
+    for (int64_t at = first; at < first + count; at++) {
+        const fa_row to = find_row(c->group, at);
+        const char *q = c->q + row_offset(&what->q, to) * size;
+        char *out = c->out + row_offset(&what->out, to) * size;
+        vec sum = {0};
+        read_row(row, q, what->dtype, what->q.stride[3], what->d);
+        for (int j = 0; j < width; j += LANES) {
+            vec x, y;
+            memcpy(&x, row + j, sizeof x);
+            memcpy(&y, key + j, sizeof y);
+            sum = fma_(x, y, sum);
+        }
+        real s = 0;
+        for (int j = 0; j < LANES; j++) s += sum[j];
+        s *= (real)what->scale;
+        const real nothing = s == -(real)INFINITY ? 0 : s - s; /* 0, or NaN */
+        if (nothing != 0 || s == -(real)INFINITY)
+            for (int j = 0; j < what->dv; j++)
+                write_row(out + j * what->out.stride[3] * size, what->dtype, 1, &nothing, 1);
+        else if (packed)
+            memcpy(out, v, (size_t)(what->dv * size));
+        else
+            for (int64_t j = 0; j < what->dv; j++)
+                memcpy(out + j * what->out.stride[3] * size, v + j * what->v.stride[3] * size,
+                       (size_t)size);
+        write_lse(what, c->group, to, s + nothing);
+    }
+}
