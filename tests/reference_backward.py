@@ -203,5 +203,5 @@ def judge(got, ref, lows, empty, size, dtype):
 def _named(name, complaints):
     for n, said in enumerate(complaints):
         complaints[n] = reference.Above(f"{name}: {said}")
-        complaints[n].ratio = said.ratio
+        complaints[n].ratio = getattr(said, "ratio", np.inf)
     return complaints
