@@ -150,23 +150,16 @@ def all_faults():
     return faults
 
 
-def git(*arguments):
-    return subprocess.check_output(["git", *arguments], cwd=ROOT, text=True)
-
-
 class Tree:
     """A copy of the sources with its own build."""
 
     def __init__(self, folder, gpu):
         self.root = folder / "tree"
-        names = git("ls-files", "-co", "--exclude-standard").splitlines()
-        for name in filter(lambda name: (ROOT / name).is_file(), names):
-            target = self.root / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target)
+        others = (".*", "build", "dist", "__pycache__", "*.so", "*.egg-info")
+        shutil.copytree(ROOT, self.root, ignore=shutil.ignore_patterns(*others))
         path = os.environ["PATH"]
         if not gpu:  # a warning is no test; and little optimization is fast to compile
-            for name in ("cc", "gcc", "g++"):
+            for name in filter(shutil.which, ("cc", "gcc", "g++")):
                 tool = folder / "bin" / name
                 tool.parent.mkdir(exist_ok=True)
                 tool.write_text(f'#!/bin/sh\nexec "{shutil.which(name)}" "$@" -w -O1\n')
@@ -245,7 +238,8 @@ def chosen(options):
         return [fault for fault in faults if re.search(options.only, str(fault))]
     if options.all:
         return faults
-    commit = options.commit or git("rev-parse", "HEAD")
+    ask = ["git", "rev-parse", "HEAD"]
+    commit = options.commit or subprocess.check_output(ask, cwd=ROOT, text=True)
 
     def drawn(fault):
         return hashlib.sha256(f"{commit.strip()} {fault}".encode()).digest()

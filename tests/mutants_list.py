@@ -101,9 +101,9 @@ FAULTS = (
     ),
     (
         "csrc/cpu/kernel.h",
-        "write_lse(what, c->group, row, empty[i] ? sink[i] : value[i]);",
-        "write_lse(what, c->group, row, value[i]);",
-        "tests/test_values.py -k 'nothing or feature or promise_6'",
+        "const ivec zero = empty | (ivec)(splat(gain) == 0);",
+        "const ivec zero = (ivec)(splat(gain) == 0);",
+        "tests/test_values.py -k promise_6",
     ),
     (
         "csrc/cpu/cpu.c",
@@ -135,7 +135,7 @@ FAULTS = (
         "csrc/dispatch.c",
         "step = 1 - plan->outer_shape[i], index[i] = 0;",
         "step = -plan->outer_shape[i], index[i] = 0;",
-        "tests/test_sdpa.py",
+        "tests/test_outer.py",
     ),
     (
         "csrc/check_attention.c",
@@ -157,9 +157,9 @@ FAULTS = (
     ),
     (
         "csrc/views.c",
-        "column.shape[a->ndim] = 1, column.stride[a->ndim] = 0;",
-        "column.shape[a->ndim] = 1, column.stride[a->ndim] = 1;",
-        "tests/test_merge.py",
+        "tensor->shape[0] = v.lead_shape[0], tensor->stride[0] = v.lead_stride[0];",
+        "tensor->shape[0] = v.lead_shape[0], tensor->stride[0] = v.tensor.stride[1];",
+        "tests/test_merge.py -k test_parts_of_the_keys",
     ),
     # ---- the binding
     (
