@@ -176,7 +176,7 @@ FAULTS = (
     ),
     (
         "csrc/binding/call.c",
-        "is_tiny(&plan->params) ? NULL : PyEval_SaveThread();",
+        "call_is_tiny(&plan->params) ? NULL : PyEval_SaveThread();",
         "NULL;",
         "tests/test_process.py -k gil",
     ),
