@@ -7,7 +7,7 @@ import gradient_cases
 import numpy as np
 import pytest
 import reference_backward
-from cases import Case
+from cases import Case, dtype_of
 from conftest import LEVELS, needs, python
 from random_cases import random_case
 
@@ -133,3 +133,16 @@ def test_other_heads_of_k_than_of_v(heads):
     wanted = torch.autograd.grad(plain, tensors, dout)
     for x, y in zip(found, wanted, strict=True):
         assert (x - y).abs().max() <= 1e-12 * y.abs().max()
+
+
+@pytest.mark.parametrize("mask", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_dmask_has_the_dtype_and_shape_of_the_mask(dtype, mask):
+    case = Case(b=2, hq=2, hk=2, sq=9, sk=20, mask=mask, dtype=dtype)
+    for shape in ((True,) * 4, (False, True, False, True)):
+        assert not gradient_cases.run(replace(case, mask_shape=shape))
+    q = np.ones((1, 1, 3, 4), dtype)
+    bias = np.zeros((3, 3), dtype_of(mask))
+    out, lse = fastattn.attention(q, q, q, mask=bias, return_lse=True)
+    found = fastattn.attention_backward(out, q, q, q, out, lse, mask=bias, need_dmask=True)
+    assert (found[3].dtype, found[3].shape) == (bias.dtype, bias.shape)

@@ -9,6 +9,13 @@
 
 static const char *const names[FA_GRADIENTS] = {"dq", "dk", "dv", "dmask", "dsink"};
 
+/* The array that gradient i is like: the mask has a dtype of its own. */
+static const borrowed *like(const call *f, int i) {
+    const borrowed *a = f->arrays;
+    while (i == FA_OF_MASK && &a->array != f->request.mask) a++;
+    return a;
+}
+
 /* Outputs and workspace from the caller's allocator, then the backend without the GIL. */
 static fa_status run(backward_call *c) {
     static const DLDataType byte = {DL_UINT, 8, 1};
@@ -20,7 +27,8 @@ static fa_status run(backward_call *c) {
     for (int i = 0; i < FA_GRADIENTS; i++) {
         const fa_gradient *g = &c->gradients[i];
         if (!g->wanted || c->given[i]) continue;
-        TRY(tensor_new(f->state, f->arrays, g->ndim, g->shape, NULL, g->dtype, &c->made[i], error));
+        TRY(tensor_new(f->state, like(f, i), g->ndim, g->shape, NULL, g->dtype, &c->made[i],
+                       error));
         fa_bind_gradient(b, i, &c->made[i].memory.array, f->plan.layout);
     }
     int64_t bytes = fa_backward_workspace(b, &c->chosen);
