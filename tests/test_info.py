@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from conftest import needs, python
 
-RULE = "`function` must be attention, attention_varlen or scaled_dot_product_attention, got "
+RULE = (
+    "`function` must be attention, attention_varlen, scaled_dot_product_attention or one's "
+    "backward, got "
+)
 
 
 @pytest.mark.parametrize("q", [np.ones((1, 2, 5, 8)), handmade.ones(1, 2, 5, 8), None, "q"])
