@@ -62,16 +62,9 @@ static bool encode(fa_tensor *array, const fa_device *, const fa_tensor *t, int,
 }
 #endif
 
-extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const fa_device *device,
-                                                     void *workspace, fa_error *error) {
-    const fa_what *w = &p->what;
-    const bool packed = p->varlen.cu_q != NULL;
-    int64_t tiles = packed ? w->hq * fa_packed_capacity(&p->varlen, w->b, BLOCK_M)
-                           : (int64_t)w->b * w->hq * ((w->sq + BLOCK_M - 1) / BLOCK_M);
-    int32_t slots = device->sms * BLOCKS_PER_SM;
-    if (tiles > INT32_MAX - slots)
-        return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 tiles of %d rows", BLOCK_M);
-    kernel_args a = {};
+/* The arrays, as the loaders and the stores address them. */
+static fa_status encode_arrays(kernel_args &a, const fa_device *device, const fa_what *w,
+                               fa_error *error) {
     if (!encode(&a.q, device, &w->q, 64, a.moves[0]) ||
         !encode(&a.k, device, &w->k, BLOCK_N, a.moves[1]) ||
         !encode(&a.v, device, &w->v, BLOCK_N, a.moves[2]) ||
@@ -87,8 +80,40 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
             return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected q, k or v");
     }
 #endif
-    a.descriptor_high = 64 | 1u << 30; /* as in wgmma_descriptor() */
     a.out = w->out;
+    return FA_OK;
+}
+
+#if VARIANT_GENERAL
+/* What changes scores; after all else that the offset's slack depends on. */
+static fa_status set_scores(kernel_args &a, const fa_device *device, const fa_params *p,
+                            void *workspace, fa_error *error) {
+    a.b = p->what.b;
+    a.scores = make_scores(p, (char *)workspace + fa_lay_out_forward(p, BLOCK_M).mask);
+    a.slack = softmax_slack(a.scores.scale);
+    if (!a.scores.tiles) return FA_OK;
+    fa_tensor mask = p->scores.mask;
+    if (!a.scores.tile_rows) mask.shape[2] = 1;
+    if (encode(&a.scores.mask_map, device, &mask, a.scores.tile_rows ? 64 : 1, a.scores.mask_moves,
+               a.scores.mask == ADD_F32 ? 4 : 2))
+        return FA_OK;
+    return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected the mask");
+}
+#endif
+
+extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const fa_device *device,
+                                                     void *workspace, fa_error *error) {
+    const fa_what *w = &p->what;
+    const bool packed = p->varlen.cu_q != NULL;
+    int64_t tiles = packed ? w->hq * fa_packed_capacity(&p->varlen, w->b, BLOCK_M)
+                           : (int64_t)w->b * w->hq * ((w->sq + BLOCK_M - 1) / BLOCK_M);
+    int32_t slots = device->sms * BLOCKS_PER_SM;
+    if (tiles > INT32_MAX - slots)
+        return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 tiles of %d rows", BLOCK_M);
+    kernel_args a = {};
+    fa_status status = encode_arrays(a, device, w, error);
+    if (status != FA_OK) return status;
+    a.descriptor_high = 64 | 1u << 30; /* as in wgmma_descriptor() */
 #if HAS_SLICES
     a.d = w->d;
 #endif
@@ -108,16 +133,8 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
     const fa_masks &m = p->masks;
     a.reads = GENERAL || packed || a.sink || m.q_lengths || m.k_lengths || m.k_start || m.q_offset;
 #if VARIANT_GENERAL
-    a.b = w->b;
-    a.scores = make_scores(p, (char *)workspace + fa_lay_out_forward(p, BLOCK_M).mask);
-    a.slack = softmax_slack(a.scores.scale);
-    if (a.scores.tiles) {
-        fa_tensor mask = p->scores.mask;
-        if (!a.scores.tile_rows) mask.shape[2] = 1;
-        if (!encode(&a.scores.mask_map, device, &mask, a.scores.tile_rows ? 64 : 1,
-                    a.scores.mask_moves, a.scores.mask == ADD_F32 ? 4 : 2))
-            return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected the mask");
-    }
+    status = set_scores(a, device, p, workspace, error);
+    if (status != FA_OK) return status;
 #endif
     int32_t blocks = tiles < slots ? (int32_t)tiles : slots;
     a.ahead = TILE_SLOTS;
@@ -133,8 +150,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
     if (tiles < 16 * (int64_t)slots && keys >= 4 * BLOCK_N) a.ahead = 2;
 
     static uint64_t allowed;
-    fa_status status =
-        fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES, error);
+    status = fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES, error);
     if (status != FA_OK) return status;
     /* An early start saves 2 us; but its blocks sit on other SMs than in their order, and where
      * there are many short tiles, neighbours of which share K and V, that costs up to 6 %. */

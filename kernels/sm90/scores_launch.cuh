@@ -12,6 +12,27 @@
 #include "sm90/loads.h"
 #include "sm90/softmax.cuh"
 
+/* How c tanh(s / c) is computed; `alone` as in make_scores(). */
+static void set_caps(score_args &a, double softcap, double cap, double scale, bool alone) {
+    /* A cap changes a score by a third of (s / c)^2 of itself: one so large changes none that a
+     * float can tell from its neighbours. */
+    a.caps = softcap != 0 && softcap < 0x1p40;
+    if (!a.caps) return;
+    /* The least maximum of relative errors up to 0.3, 1.2e-6: of a score of 40, 5e-5. */
+    const double series[3] = {0.99999884, -0.33310022, 0.12633946};
+    const double y = fmax(-1e30, fmin(scale / cap, 1e30));
+    a.cap_wide = cap >= 256;
+    const float near = (float)fmin((a.cap_wide ? 0.3 : fmin(0.3, 40. / cap)) / fabs(y), 1e38);
+    /* Where a float would not hold y^5, only 0 is near, and stays 0. Where bits may not depend
+     * on other sequences, whose rows may share a warp and its vote, it is each score's own. */
+    if (near > 1e-4f && (a.cap_wide || (near < 1e4f && !alone))) {
+        double power = y;
+        for (int i = 0; i < 3; ++i, power *= y * y) a.cap_series[i] = (float)(series[i] * power);
+        memcpy(&a.cap_near, &near, sizeof near);
+    }
+    a.cap_scale = (float)y;
+}
+
 /* `packed`: where the mask is packed, of a bool one. */
 static score_args make_scores(const fa_params *p, const char *packed) {
     const fa_scores *s = &p->scores;
@@ -20,25 +41,7 @@ static score_args make_scores(const fa_params *p, const char *packed) {
     score_args a = {};
     /* Bits may not depend on other sequences, whose rows may share a warp and its votes. */
     const bool alone = p->what.batch_invariant && p->varlen.cu_q;
-    /* A cap changes a score by a third of (s / c)^2 of itself: one so large changes none that a
-     * float can tell from its neighbours. */
-    a.caps = s->softcap != 0 && s->softcap < 0x1p40;
-    if (a.caps) {
-        /* The least maximum of relative errors up to 0.3, 1.2e-6: of a score of 40, 5e-5. */
-        const double series[3] = {0.99999884, -0.33310022, 0.12633946};
-        const double y = fmax(-1e30, fmin(scale / cap, 1e30));
-        a.cap_wide = cap >= 256;
-        const float near = (float)fmin((a.cap_wide ? 0.3 : fmin(0.3, 40. / cap)) / fabs(y), 1e38);
-        /* Where a float would not hold y^5, only 0 is near, and stays 0. Where bits may not depend
-         * on other sequences, whose rows may share a warp and its vote, it is each score's own. */
-        if (near > 1e-4f && (a.cap_wide || (near < 1e4f && !alone))) {
-            double power = y;
-            for (int i = 0; i < 3; ++i, power *= y * y)
-                a.cap_series[i] = (float)(series[i] * power);
-            memcpy(&a.cap_near, &near, sizeof near);
-        }
-        a.cap_scale = (float)y;
-    }
+    set_caps(a, s->softcap, cap, scale, alone);
     a.unit = (float)(a.caps ? cap : scale);
     a.slopes = s->alibi_slopes;
     for (int i = 0; i < 2; ++i) a.slope_stride[i] = s->alibi_stride[i];
