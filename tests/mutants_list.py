@@ -70,43 +70,43 @@ VALUES = "tests/test_values.py -k 'test_feature and {}'"
 FAULTS = (
     # ---- the CPU backend
     (
-        "csrc/cpu/kernel.h",
+        "csrc/cpu/forward_rows.h",
         "scores->sink[(c->group->h + p->row[j * LANES + i].head) * scores->sink_stride];",
         "scores->sink[c->group->h * scores->sink_stride];",
         VALUES.format("sink"),
     ),
     (
-        "csrc/cpu/kernel.h",
+        "csrc/cpu/forward_rows.h",
         "scores->alibi_slopes[g->b * stride[0] + (g->h + row.head) * stride[1]];",
         "scores->alibi_slopes[(g->h + row.head) * stride[1]];",
         VALUES.format("alibi"),
     ),
     (
-        "csrc/cpu/kernel.h",
+        "csrc/cpu/forward_rows.h",
         "const real gain = drops ? (real)c->p->dropout.gain : 1;",
         "const real gain = 1;",
         "tests/test_dropout.py",
     ),
     (
-        "csrc/cpu/kernel.h",
+        "csrc/cpu/forward_kernel.h",
         "const int sees = hides ? see(&c, first, count, &keys, seen) : n;",
         "const int sees = n;",
         "tests/test_positions.py tests/test_values.py -k 'reaches or feature or family'",
     ),
     (
-        "csrc/cpu/kernel.h",
+        "csrc/cpu/forward_kernel.h",
         "hv = h / (what->hq / what->hv);",
         "hv = h / (what->hq / what->hk);",
         "tests/test_shapes.py",
     ),
     (
-        "csrc/cpu/kernel.h",
+        "csrc/cpu/forward_rows.h",
         "const ivec zero = empty | (ivec)(splat(gain) == 0);",
         "const ivec zero = (ivec)(splat(gain) == 0);",
         "tests/test_values.py -k promise_6",
     ),
     (
-        "csrc/cpu/cpu.c",
+        "csrc/cpu/merge.c",
         "return lse == INFINITY ? -INFINITY : lse;",
         "return lse;",
         "tests/test_numbers.py tests/test_merge.py -k inf",
