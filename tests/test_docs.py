@@ -41,7 +41,7 @@ def test_programs_run(name, tmp_path):
 def test_readme_opens_with_what_it_is():
     """The limits of this version, both pictures and both commands, before any program."""
     first, commands = README.partition("## Two commands")[::2]
-    for words in ("forward pass only", "Hopper", "CPU", "JAX", "benchmarks/gpu-bf16.svg"):
+    for words in ("gradients on the CPU only", "Hopper", "CPU", "JAX", "benchmarks/gpu-bf16.svg"):
         assert words in first
     assert "benchmarks/cpu.svg" in first
     for command in ("pip install . && python -m fastattn", "pip install '.[test]' && pytest"):

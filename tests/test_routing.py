@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from fastattn import _routing  # noqa: E402
-from fastattn._routing import use_fastattn  # noqa: E402
+from fastattn.torch import use_fastattn  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention as by_name  # noqa: E402
 
 OPERATORS = ("scaled_dot_product_attention", "_native_multi_head_attention", "linear", "bmm")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _C, _arrays
+from . import _C, _arrays, _provider
 from ._attention import (
     attention,
     attention_backward,
@@ -19,8 +19,17 @@ from ._attention import (
     scaled_dot_product_attention,
 )
 from ._derivatives import Problem, gradients_of_gradients, in_blocks, merge
+from ._routing import use_fastattn
 
-__all__ = ["attention", "attention_varlen", "merge_states", "scaled_dot_product_attention"]
+__all__ = [
+    "attention",
+    "attention_varlen",
+    "merge_states",
+    "scaled_dot_product_attention",
+    "use_fastattn",
+]
+
+_provider.register()
 
 
 class _Function(NamedTuple):
