@@ -12,7 +12,7 @@ class Place(NamedTuple):
     builds: bool = True
 
 
-MASK = "tests/test_mask_h.py tests/test_mask_rows.py tests/test_mask_positions.py"
+MASK = " ".join(f"tests/test_mask_{name}.py" for name in ("sequences", "h", "rows", "positions"))
 HOST = "tests/gpu_host"
 PLACES = (
     Place("csrc/mask.h", 6, MASK, False),
