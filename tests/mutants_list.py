@@ -33,7 +33,11 @@ PLACES = (
         1,
         "tests/test_messages.py tests/test_values.py -k 'messages or test_feature'",
     ),
-    Place("csrc/views.c", 2, "tests/test_sizes.py tests/test_memory_order.py tests/test_memory.py"),
+    Place(
+        "csrc/views.c",
+        2,
+        "tests/test_views.py tests/test_sizes.py tests/test_memory_order.py tests/test_memory.py",
+    ),
     Place(
         "kernels/common/schedule.h", 2, f"{HOST}/test_schedule.py {HOST}/test_sections.py", False
     ),
