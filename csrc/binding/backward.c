@@ -118,7 +118,7 @@ PyObject *backward_compute(module_state *state, const arguments *a, int which) {
     if (!result)
         for (int i = 0; i < FA_GRADIENTS; i++) tensor_drop(&c.made[i]);
     call_release(&c.forward);
-    if (status == FA_TO_TORCH) return call_to_torch(state, a, which);
+    if (call_is_torchs(status)) return call_to_torch(state, a, which, status);
     return call_finish(state, result, status, 0, &c.forward.error);
 }
 

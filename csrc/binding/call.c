@@ -113,10 +113,10 @@ void call_start(call *c, module_state *state) {
     fa_clear(&c->request, sizeof c->request);
 }
 
-PyObject *call_to_torch(module_state *state, const arguments *a, int which) {
+PyObject *call_to_torch(module_state *state, const arguments *a, int which, fa_status status) {
     const signature *s = &state->signatures[which];
     PyObject *all = arguments_pack(s, a);
-    return state_call_torch(state, "call",
+    return state_call_torch(state, status == FA_TO_TORCH ? "call" : "record",
                             all ? Py_BuildValue("(sN)", s->method.ml_name, all) : NULL);
 }
 
@@ -141,7 +141,9 @@ static PyObject *compute(module_state *state, const arguments *a, int which, int
         tensor_drop(&lse);
     }
     call_release(&c);
-    if (status == FA_TO_TORCH) return call_to_torch(state, a, which);
+    if (call_is_torchs(status) && !differentiated) return call_to_torch(state, a, which, status);
+    if (call_is_torchs(status))
+        status = fa_fail(&c.error, FA_TYPE, "tensors with and without values in one call");
     return call_finish(state, result, status, c.request.sdpa, &c.error);
 }
 
@@ -237,7 +239,7 @@ PyObject *call_explain(PyObject *module, PyObject *const *given, Py_ssize_t coun
     const char *kernel = NULL;
     const fa_status status = (which >= BACKWARD ? backward_explain : explain_forward)(
         state, &a, which, &chosen, &kernel, reasons, &error);
-    if (status == FA_TO_TORCH) {
+    if (call_is_torchs(status)) {
         PyObject *all = arguments_pack(&state->signatures[which], &a);
         return state_call_torch(state, "explain",
                                 all ? Py_BuildValue("(ON)", given[0], all) : NULL);

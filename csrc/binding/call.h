@@ -30,8 +30,11 @@ void call_release(call *c);
 /* Some microseconds of work: letting another thread in would cost as much. */
 int call_is_tiny(const fa_params *p);
 
-/* The call by fastattn.torch, with every argument in the order of the signature. */
-PyObject *call_to_torch(module_state *state, const arguments *a, int which);
+/* Whether fastattn.torch has the call, with every argument in the order of the signature. */
+static inline int call_is_torchs(fa_status status) {
+    return status == FA_TO_TORCH || status == FA_TO_GRAPH;
+}
+PyObject *call_to_torch(module_state *state, const arguments *a, int which, fa_status status);
 
 /* prepare.c: arguments into the request and, by check_attention.c, the plan. FA_TO_TORCH where a
  * gradient of an argument is asked for. */

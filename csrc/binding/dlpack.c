@@ -23,6 +23,10 @@ fa_status dlpack_borrow(module_state *state, PyObject *object, borrowed *b, fa_e
     unsigned long long stream = 0;
     int cpu;
     if (!found) return FA_RAISED;
+    if (found == Py_True) { /* a stand-in for one, of torch.fx */
+        Py_DECREF(found);
+        return FA_TO_GRAPH;
+    }
     if (!PyArg_ParseTuple(found, "OKi", &capsule, &stream, &cpu)) {
         Py_DECREF(found);
         return FA_RAISED;

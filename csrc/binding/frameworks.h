@@ -33,8 +33,8 @@ static inline int torch_owns(const module_state *state, PyObject *object) {
 fa_status torch_borrow(module_state *state, torch_now *now, PyObject *object, borrowed *b,
                        fa_error *error);
 
-/* Refuses a tensor that is not what it seems to be, or whose operators are being recorded, by a
- * sentence of fastattn._arrays; FA_OK where nothing speaks against it. */
+/* Refuses a tensor that is not what it seems to be by a sentence of fastattn._arrays; FA_TO_GRAPH
+ * where it is transformed or operators are recorded; FA_OK where nothing speaks against it. */
 fa_status torch_refuse(module_state *state, PyObject *object, const char *name, fa_error *error);
 
 /* Inside an autocast region of its device a torch tensor becomes what torch's own operators would

@@ -90,7 +90,7 @@ PyObject *merge_states(PyObject *module, PyObject *const *arguments, Py_ssize_t 
     free(c.arrays);
     free(c.tensors);
     free(c.names);
-    if (status == FA_TO_TORCH)
+    if (call_is_torchs(status))
         return state_call_torch(c.state, "merge_parts",
                                 PyTuple_Pack(ARGUMENTS, outs, lses, arguments[LAYOUT]));
     return call_finish(c.state, result, status, 0, &c.error);

@@ -10,8 +10,10 @@
 
 /* A Python exception is already set; not in the contract, as the next one. */
 #define FA_RAISED ((fa_status) - 1)
-/* No failure: the call is one for fastattn.torch, which takes it from the start. */
+/* No failures: the call is one for fastattn.torch, which takes it from the start, for a gradient;
+ * or for what records or transforms torch's operators. */
 #define FA_TO_TORCH ((fa_status) - 2)
+#define FA_TO_GRAPH ((fa_status) - 3)
 
 /* One per module object. */
 typedef struct module_state {

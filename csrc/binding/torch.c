@@ -33,16 +33,13 @@ int torch_learn(module_state *state, PyObject *parts) {
 }
 
 fa_status torch_refuse(module_state *state, PyObject *object, const char *name, fa_error *error) {
-    PyObject *refusal = state_call(state, "refusal", "(O)", object), *sentence;
-    int later;
+    PyObject *refusal = state_call(state, "refusal", "(O)", object);
     if (!refusal) return FA_RAISED;
-    fa_status status = FA_OK;
-    if (refusal != Py_None) {
+    fa_status status = refusal == Py_True ? FA_TO_GRAPH : FA_OK;
+    if (refusal != Py_None && refusal != Py_True) {
         char text[384];
-        status = PyArg_ParseTuple(refusal, "pO", &later, &sentence) ? FA_OK : FA_RAISED;
-        if (status == FA_OK)
-            status = fa_fail(error, later ? FA_UNSUPPORTED : FA_TYPE, "`%s` %s", name,
-                             state_text(Py_NewRef(sentence), sizeof text, text));
+        status = fa_fail(error, FA_TYPE, "`%s` %s", name,
+                         state_text(Py_NewRef(refusal), sizeof text, text));
     }
     Py_DECREF(refusal);
     return status;

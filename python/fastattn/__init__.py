@@ -3,6 +3,7 @@
 Importing it imports no framework; arrays go in and come out as whatever the caller uses.
 """
 
+from . import _compile
 from ._attention import (
     Explanation,
     attention,
@@ -34,3 +35,10 @@ __all__ = [
     "scaled_dot_product_attention",
     "set_num_threads",
 ]
+
+_compile.watch(
+    (
+        *(attention, attention_varlen, scaled_dot_product_attention),
+        *(attention_backward, attention_varlen_backward),
+    )
+)

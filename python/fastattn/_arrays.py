@@ -6,7 +6,7 @@ already; so each is looked up there.
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 _CPU, _CUDA, _CUDA_HOST, _CUDA_MANAGED = 1, 2, 3, 13  # DLPack's device types
 _DLPACK = (1, 3)  # the version that csrc/dlpack.h declares
@@ -65,15 +65,15 @@ def _jax_device(array: Any, name: str) -> Any:
     return next(iter(devices))
 
 
-def export(array: Any, name: str) -> tuple[Any, int, int]:
+def export(array: Any, name: str) -> Literal[True] | tuple[Any, int, int]:
     """(capsule, stream, cpu): the array as a DLPack capsule, and where it is.
 
     stream is its framework's current CUDA stream; cpu tells JAX's CPU devices apart, which DLPack
     calls 0 all. Raises TypeError for what is no array, NotImplementedError for JAX on a GPU and
-    for what torch.fx or JAX traces.
+    for what JAX traces. True: torch.fx traces it, so fastattn.torch takes the call.
     """
     if _is(array, "torch.fx", "Proxy"):
-        raise NotImplementedError(f"`{name}` {_traced_by('torch.fx.symbolic_trace')}")
+        return True
     if _is(array, "jax.core", "Tracer"):
         raise NotImplementedError(
             f"`{name}` is traced by JAX (jit, vmap, grad), and fastattn is no primitive of JAX "
@@ -230,72 +230,59 @@ def is_plain_ndarray(array: Any) -> bool:
     return _is(array, "numpy", "memmap")
 
 
-def _traced_by(recorder: str) -> str:
-    return (
-        f"is traced by {recorder}, and fastattn is no operator of torch yet, which a graph could "
-        "hold: call it outside of what is traced"
+def _is_recorded(torch: Any) -> bool:
+    """Whether this thread's operators are recorded into a graph, or replaced."""
+    if torch._C._get_tracing_state() is not None:
+        return True
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    if any(getattr(mode, "_mode_key", None) is not None for mode in modes):
+        return True  # torch's own: fake, proxy, functional
+    modes = torch.overrides._get_current_function_mode_stack()  # before dispatch
+    return any(type(mode).__module__ == "torch.fx.experimental.proxy_tensor" for mode in modes)
+
+
+def is_fake(tensor: Any) -> bool:
+    """Whether a tensor stands for one in a graph of torch's."""
+    return _is(tensor, "torch._subclasses.fake_tensor", "FakeTensor") or _is(
+        tensor, "torch._subclasses.functional_tensor", "FunctionalTensor"
     )
 
 
-def _recorder(torch: Any) -> str | None:
-    """What records this thread's operators into a graph, or replaces them; None if nothing does."""
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace"
-    for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
-        if getattr(mode, "_mode_key", None) is not None:  # torch's own: fake, proxy, functional
-            return type(mode).__name__
-    for mode in torch.overrides._get_current_function_mode_stack():
-        if type(mode).__module__ == "torch.fx.experimental.proxy_tensor":  # before dispatch
-            return type(mode).__name__
-    return None
-
-
-def refusal(tensor: Any) -> tuple[bool, str] | None:
+def refusal(tensor: Any) -> Literal[True] | str | None:
     """What is said of a torch tensor that is not simply numbers in memory, after its name.
 
-    Its like may be served one day (True), or not. None: nothing speaks against it.
+    True: it is one of torch's transforms, or operators are recorded, and fastattn.torch takes the
+    call. None: nothing speaks against it.
     """
     torch = sys.modules["torch"]
     functorch = torch._C._functorch
-    recorder = _recorder(torch)
-    if functorch.is_functionaltensor(tensor):
-        recorder = "torch.func.functionalize"
-    if recorder is not None:
-        return True, _traced_by(recorder)
-    if functorch.is_batchedtensor(tensor):
-        return True, (
-            "is batched by torch.vmap, for which fastattn has no rule yet: pass the whole batch in "
-            "one call, scaled_dot_product_attention takes any leading dimensions"
-        )
-    if functorch.is_gradtrackingtensor(tensor):
-        return True, (
-            "is followed by torch.func.grad, vjp or jvp, and the backward pass is not built yet: "
-            "call torch's attention there"
-        )
+    if (
+        _is_recorded(torch)
+        or functorch.is_functionaltensor(tensor)
+        or functorch.is_batchedtensor(tensor)
+        or functorch.is_gradtrackingtensor(tensor)
+        or is_fake(tensor)
+    ):
+        return True
     kind = type(tensor).__qualname__
-    if _is(tensor, "torch._subclasses.fake_tensor", "FakeTensor"):
-        return True, (
-            "is a FakeTensor, which has no values, and fastattn is no operator of torch yet: "
-            "pass a tensor with values"
-        )
     if _is(tensor, "torch.distributed.tensor", "DTensor"):
-        return False, "must be a plain torch.Tensor, got a DTensor: pass its to_local()"
+        return "must be a plain torch.Tensor, got a DTensor: pass its to_local()"
     if tensor.is_nested:
-        return False, (
+        return (
             "must not be nested: pass its values() and offsets() to attention_varlen, or its "
             "to_padded_tensor(0) with q_lengths and k_lengths"
         )
     if tensor.is_quantized:
-        return False, f"must not be quantized, got {tensor.dtype}: pass its dequantize()"
+        return f"must not be quantized, got {tensor.dtype}: pass its dequantize()"
     if tensor.layout != torch.strided:
-        return False, f"must be a strided tensor, got {tensor.layout}: pass its to_dense()"
+        return f"must be a strided tensor, got {tensor.layout}: pass its to_dense()"
     if tensor.is_meta:
-        return False, "must have memory, got a meta tensor, which has only a shape"
+        return "must have memory, got a meta tensor, which has only a shape"
     if (bias := causal_bias(tensor)) is not None:
         instead = '"top-left"' if bias[0] else "True"
-        return False, f"must be a plain torch.Tensor, got a CausalBias: pass causal={instead}"
+        return f"must be a plain torch.Tensor, got a CausalBias: pass causal={instead}"
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        return False, (
+        return (
             f"must be a plain torch.Tensor or Parameter, got its subclass {kind}: pass its "
             "as_subclass(torch.Tensor) if that means the same"
         )
@@ -340,7 +327,7 @@ def has_tangent(tensor: Any) -> bool:
 def draw_seed(tensor: Any) -> Any:
     """A random int64 from torch's generator of tensor's device; drawn anew by a graph's replay."""
     torch = sys.modules["torch"]
-    return torch.empty((), dtype=torch.int64, device=tensor.device).random_()
+    return torch.randint(0, (1 << 63) - 1, (), device=tensor.device)
 
 
 def mark_written(tensor: Any) -> None:

@@ -109,9 +109,8 @@ def scaled_dot_product_attention(
         ValueError: a shape or value, or attn_mask together with is_causal. A RuntimeError too, as
             torch's.
         TypeError: no array, a dtype, or a torch subclass. A RuntimeError too, but for no array.
-        NotImplementedError: no backend serves the call, a gradient is asked for, or the call is
-            traced (torch.jit.trace, torch.export, torch.func, jax.jit); torch.compile breaks its
-            graph here.
+        NotImplementedError: no backend serves the call, or its gradient where one is asked for; or
+            jax.jit traces it.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1.
     """
@@ -173,6 +172,9 @@ def attention(
 
     A row that sees nothing has output 0 and lse -inf (the sink's value, if there is one).
 
+    Torch tensors q, k, v, mask and sink may require grad: out and lse then have a grad_fn, on which
+    derivatives of any order can be taken.
+
     Inside a torch.autocast region of their device, torch tensors q, k, v and a float mask are cast
     to its dtype first, but for float64, as by torch's own operators.
 
@@ -223,8 +225,9 @@ def attention(
     Raises:
         ValueError: a shape or value; the message names the argument, the rule and what came.
         TypeError: no array, or a dtype.
-        NotImplementedError: no backend serves the call (each one's reason is in the message), a
-            gradient is asked for, or the call is traced.
+        NotImplementedError: no backend serves the call, or its gradient where one is asked for
+            (each one's reason is in the message); that of alibi_slopes is not served; or jax.jit
+            traces the call.
         RuntimeError: CUDA's name and text for a failure.
 
     Source: Vaswani et al., 2017, equation 1; online softmax: Milakov and Gimelshein, 2018; tiling:

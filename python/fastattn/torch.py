@@ -3,13 +3,16 @@
 csrc/binding/ hands such calls to call(): the functions of this module's name are fastattn's own.
 """
 
+import contextlib
 import inspect
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
-from . import _C, _arrays, _provider
+from . import _C, _arrays, _operators, _provider
 from ._attention import (
     attention,
     attention_backward,
@@ -65,7 +68,8 @@ _FUNCTIONS = {
 }
 
 
-class _Call(NamedTuple):
+@dataclass(slots=True)
+class _Call:
     """A call without its arrays."""
 
     name: str  # whose backward pass it has
@@ -110,6 +114,46 @@ _PLACES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 _NEEDS = ("need_dq", "need_dk", "need_dv", "need_dmask", "need_dsink")
 
 
+def _each(function: Any, info: Any, in_dims: Any, arguments: Sequence[Any]) -> tuple[Any, Any]:
+    """torch.vmap's rule for an autograd function: one call for each, the results stacked."""
+    found = [
+        _apply(
+            function,
+            *(
+                x.select(d, n) if isinstance(x, torch.Tensor) and d is not None else x
+                for x, d in zip(arguments, in_dims, strict=True)
+            ),
+        )
+        for n in range(info.batch_size)
+    ]
+    stacked = tuple(None if x[0] is None else torch.stack(x) for x in zip(*found, strict=True))
+    return stacked, tuple(None if x is None else 0 for x in stacked)
+
+
+def _together(
+    function: Any, info: Any, in_dims: Any, arguments: Sequence[Any], first: int
+) -> tuple[Any, Any]:
+    """The same by one call of a larger batch, of arguments that all have one from `first` on."""
+    size = info.batch_size
+
+    def joined(x: Any, d: Any) -> Any:
+        if x is None:
+            return None
+        moved = x.expand(size, *x.shape) if d is None else x.movedim(d, 0)
+        return moved.flatten(0, 1)
+
+    together = map(joined, arguments[first:], in_dims[first:])
+    found = _apply(function, *arguments[:first], *together)
+    apart = tuple(None if x is None else x.unflatten(0, (size, x.shape[0] // size)) for x in found)
+    return apart, tuple(None if x is None else 0 for x in apart)
+
+
+def _has_batch(described: _Call, arrays: Sequence[Any]) -> bool:
+    """Whether q, k and v are all its arrays, and no random bits count sequences."""
+    alone = described.name == "attention" and all(x is None for x in arrays[3:])
+    return alone and not described.options["dropout_p"]
+
+
 class _Attention(torch.autograd.Function):
     """(out, lse, seed) of a call and its arrays; seed is the one that was drawn, or None."""
 
@@ -124,11 +168,17 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1:], *output)
 
     @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        if info.batch_size and _has_batch(arguments[0], arguments[1:]):
+            return _together(_Attention, info, in_dims, arguments, 1)
+        return _each(_Attention, info, in_dims, arguments)
+
+    @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any, _: Any) -> Any:
         *arrays, out, lse, seed = ctx.saved_tensors
         call = ctx.call
         if seed is not None:  # drawn
-            call = call._replace(options=call.options | {"seed": seed})
+            call = replace(call, options=call.options | {"seed": seed})
         if dout is None and dlse is None:
             return (None,) * (1 + len(arrays))
         needs = ctx.needs_input_grad[1:6]
@@ -155,6 +205,12 @@ class _Gradients(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.call, _, dout, dlse, _, _, *arrays = inputs
         ctx.save_for_backward(dout, dlse, *arrays)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        if info.batch_size and _has_batch(arguments[0], arguments[6:]):
+            return _together(_Gradients, info, in_dims, arguments, 2)
+        return _each(_Gradients, info, in_dims, arguments)
 
     @staticmethod
     def backward(ctx: Any, *given: Any) -> Any:
@@ -197,11 +253,28 @@ def _has_tangent(x: Any) -> bool:
 
 def _run(described: _Call, arrays: Sequence[Any]) -> tuple[Any, Any]:
     """out and lse, with a gradient of any order; with a tangent by the formula."""
-    if torch.autograd.forward_ad._current_level >= 0 and any(map(_has_tangent, arrays)):
+    if torch.autograd.forward_ad._current_level >= 0 and (
+        any(map(_has_tangent, arrays)) or _is_pushed_forward()
+    ):
         whole = (*arrays, *(None,) * (5 - len(arrays)))
         return in_blocks(described.problem(whole[5:]), *whole[:5])
     out, lse, _ = _apply(_Attention, described, *arrays)
     return out, lse
+
+
+def _is_pushed_forward() -> bool:
+    """Whether torch.func.jvp is around, whose tangents other transforms may hide."""
+    functorch = torch._C._functorch
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    return any(x.key() == functorch.TransformType.Jvp for x in functorch.get_interpreter_stack())
+
+
+def _draw(values: dict[str, Any]) -> None:
+    """Draws the seed of dropout where C does not: a transform or a graph is to see it."""
+    p = values["dropout_p"]
+    if values["seed"] is None and isinstance(p, (int, float)) and 0 < p <= 1:
+        values["seed"] = _arrays.draw_seed(values["q"])
 
 
 def _call_attention(name: str, values: tuple[Any, ...]) -> Any:
@@ -209,6 +282,8 @@ def _call_attention(name: str, values: tuple[Any, ...]) -> Any:
     given = dict(zip(function.names, values, strict=True))
     _refuse(given["out"], given["alibi_slopes"])
     given["q"], given["k"], given["v"], given["mask"] = _cast(*(given[x] for x in _FOLLOWED[:4]))
+    if torch._C._are_functorch_transforms_active():
+        _draw(given)
     arrays = [
         x if isinstance(x := given[function.names[at]], torch.Tensor) else None
         for at in function.arrays
@@ -228,7 +303,7 @@ def _cast(*arrays: Any) -> Sequence[Any]:
     return [_arrays.autocast(x) if isinstance(x, torch.Tensor) else x for x in arrays]
 
 
-_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_DEFAULTS = {n: p.default for n, p in inspect.signature(attention).parameters.items()}
 
 
 def _call_sdpa(name: str, values: tuple[Any, ...]) -> Any:
@@ -236,9 +311,10 @@ def _call_sdpa(name: str, values: tuple[Any, ...]) -> Any:
     query, key, value, mask = _cast(query, key, value, mask)
     bias = _arrays.causal_bias(mask)
     shape = None
+    is_seen = torch._C._are_functorch_transforms_active() or _is_recorded((query, key, value, mask))
     if not _is_plain(query, key, value, enable_gqa):
-        with torch.no_grad():
-            _C.explain(
+        with contextlib.nullcontext() if is_seen else torch.no_grad():
+            is_seen or _C.explain(
                 name,
                 query,
                 key,
@@ -251,6 +327,12 @@ def _call_sdpa(name: str, values: tuple[Any, ...]) -> Any:
             )
         query, key, value, mask, shape = _as_rank_4(query, key, value, None if bias else mask)
         enable_gqa = True
+    if is_seen:
+        general = dict(_DEFAULTS, q=query, k=key, v=value, scale=scale, dropout_p=dropout_p)
+        general["causal"] = "top-left" if is_causal or (bias and bias[0]) else bias is not None
+        general["mask"] = None if bias else mask
+        out = _in_order(general)
+        return out if shape is None else out.reshape(shape)
     rest = (None, None, None, mask if bias else None, dropout_p, is_causal, scale, enable_gqa)
     causal: Any = "top-left" if is_causal else False
     if bias is not None:
@@ -260,6 +342,17 @@ def _call_sdpa(name: str, values: tuple[Any, ...]) -> Any:
     described = _Call("attention", name, rest, (0, 1, 2, 3)[: 3 if bias else 4], options, ())
     out, _ = _run(described, arrays[: len(described.at)])
     return out if shape is None else out.reshape(shape)
+
+
+def _in_order(given: dict[str, Any]) -> Any:
+    """attention, its output's axes in the order of q's: as the layout has them, or by the other."""
+    q = given["q"]
+    swapped = q.shape[1] > 1 and q.shape[2] > 1 and q.stride(1) < q.stride(2)
+    if swapped:
+        given["layout"] = "bshd"
+        given |= {n: given[n].transpose(1, 2) for n in ("q", "k", "v")}
+    out = record("attention", tuple(given.values()))
+    return out.transpose(1, 2) if swapped else out
 
 
 def _is_plain(query: Any, key: Any, value: Any, enable_gqa: Any) -> bool:
@@ -323,6 +416,41 @@ def _call_backward(name: str, values: tuple[Any, ...]) -> Any:
     return _apply(_Gradients, described, needs, *of, *results, *arrays)
 
 
+def _is_recorded(values: Sequence[Any]) -> bool:
+    """Whether operators go into a graph; what vmap and grad have wrapped, they unwrap first."""
+    functorch = torch._C._functorch
+    tensors = [x for x in values if isinstance(x, torch.Tensor)]
+    if any(functorch.is_batchedtensor(x) or functorch.is_gradtrackingtensor(x) for x in tensors):
+        return False
+    return _arrays._is_recorded(torch) or any(
+        functorch.is_functionaltensor(x) or _arrays.is_fake(x) for x in tensors
+    )
+
+
+def record(name: str, values: tuple[Any, ...]) -> Any:
+    """A public function that was given what torch transforms, or records into a graph."""
+    proxies = sys.modules.get("torch.fx")
+    if proxies and any(isinstance(x, proxies.Proxy) for x in values):
+        return _leave_in_graph(name, values)
+    if name != "scaled_dot_product_attention" and _is_recorded(values):
+        return _operators.record(name, values)
+    return call(name, values)
+
+
+def _leave_in_graph(name: str, values: tuple[Any, ...]) -> Any:
+    """A node of torch.fx that calls the public function."""
+    function = _PUBLIC[name]
+    by_place, by_name = [], {}
+    for x, p in zip(values, inspect.signature(function).parameters.values(), strict=True):
+        if p.kind is p.KEYWORD_ONLY:
+            if x is not p.default:
+                by_name[p.name] = x
+        else:
+            by_place.append(x)
+    proxy = next(x for x in values if isinstance(x, torch.fx.Proxy))
+    return proxy.tracer.create_proxy("call_function", function, tuple(by_place), by_name)
+
+
 _CALLS = {
     "attention": _call_attention,
     "attention_varlen": _call_attention,
@@ -332,10 +460,21 @@ _CALLS = {
 }
 
 
+_PUBLIC = {
+    function.__name__: function
+    for function in (
+        *(attention, attention_varlen, scaled_dot_product_attention),
+        *(attention_backward, attention_varlen_backward),
+    )
+}
+
+
 def explain(name: str, values: tuple[Any, ...]) -> Any:
     """_C.explain() of tensors that have a gradient."""
-    function = {**globals()}[name]
-    keywords = dict(zip(inspect.signature(function).parameters, values, strict=True))
+    keywords = dict(zip(inspect.signature(_PUBLIC[name]).parameters, values, strict=True))
+    tensors = [x for x in values if isinstance(x, torch.Tensor)]
+    if any(_arrays.refusal(x) is True for x in tensors):
+        raise NotImplementedError("explain needs tensors with values, outside of what is traced")
     with torch.no_grad():
         return _C.explain(name, **keywords)
 
