@@ -66,10 +66,13 @@ def test_autocast_and_torch_func(threads):
 
     want = torch.func.grad(loss)(q)
     each = torch.stack([torch.func.grad(loss)(x) for x in (q, -q)])
-    with use_fastattn():
+    with use_fastattn("raise"):
         torch.testing.assert_close(torch.func.grad(loss)(q), want)
         got = torch.vmap(torch.func.grad(loss))(torch.stack([q, -q]))
+        slope = torch.func.jvp(loss, (q,), (k,))[1]  # torch has none on the CPU
+    assert len(threads) == 3
     torch.testing.assert_close(got, each)
+    torch.testing.assert_close(slope, (want * k).sum(), rtol=1e-4, atol=1e-4)
     threads.clear()
     with torch.autocast("cpu", torch.bfloat16), use_fastattn("raise"):
         leaf = q.clone().requires_grad_()
@@ -77,6 +80,19 @@ def test_autocast_and_torch_func(threads):
     assert len(threads) == 1
     assert leaf.grad.dtype == torch.float32
     torch.testing.assert_close(leaf.grad, want, rtol=0.1, atol=0.1)
+
+
+def test_a_graph_made_inside_keeps_fastattn(threads):
+    x, by_name = torch.randn(2, 4, 9, 16), torch.nn.functional.scaled_dot_product_attention
+    leaf, same = (x.clone().requires_grad_() for _ in range(2))
+    compiled = torch.compile(lambda x: by_name(x, x, x) * 2, backend="aot_eager", fullgraph=True)
+    with use_fastattn("raise"):
+        compiled(leaf)
+    traced = len(threads)
+    compiled(leaf).square().sum().backward()  # outside
+    (by_name(same, same, same) * 2).square().sum().backward()
+    assert traced and len(threads) == traced
+    torch.testing.assert_close(leaf.grad, same.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_checkpoints_are_recomputed_by_the_same(threads):

@@ -19,6 +19,7 @@ Fallback = Literal["torch", "raise"]
 
 _ATTENTION: Any = torch.ops.aten.scaled_dot_product_attention.default
 _MULTI_HEAD: Any = torch.ops.aten._native_multi_head_attention.default
+_FRONT = "FuncTorchDynamicLayerFrontMode"
 
 
 class _Route(NamedTuple):
@@ -81,50 +82,17 @@ def _attend(*args: Any, **keys: Any) -> Any:
     return _answer(scaled_dot_product_attention, _ATTENTION.decompose, *args, **keys)
 
 
-def _attend_batched(
-    info: Any,
-    dims: tuple[int | None, ...],
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    *args: Any,
-    **keys: Any,
-) -> Any:
-    """torch.vmap's rule: one more leading dimension."""
-    if dims[0] is None:  # a mask does not widen a query
-        query, dims = query.expand(info.batch_size, *query.shape), (0, *dims[1:])
-    given = (query, key, value, attn_mask)
-    pairs = [(x, n) for x, n in zip(given, (*dims, None), strict=False) if x is not None]
-    rank = max(x.dim() + (n is None) for x, n in pairs)
+def _attend_in_front() -> Callable[..., Any]:
+    """Before torch.func's transforms take attention apart: fastattn's has their rules."""
+    kernel = torch.library.get_kernel(_ATTENTION, _FRONT)
 
-    def in_front(array: Any, dim: int | None) -> Any:
-        if dim is None:
-            return array
-        array = array.movedim(dim, 0)
-        return array[(slice(None), *[None] * (rank - array.dim()))]
-
-    arrays = [in_front(*pair) for pair in pairs]
-    mask = () if attn_mask is not None else (None,)
-    return _ATTENTION(*arrays, *mask, *args, **keys), 0
-
-
-def _vmap_rule() -> Callable[..., Any]:
-    """What torch.library.register_vmap makes of _attend_batched, for routed threads alone."""
-    from torch._functorch.autograd_function import custom_function_call_vmap_helper
-    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-
-    kernel = torch.library.get_kernel(_ATTENTION, "FuncTorchBatched")
-
-    def batched(keyset: Any, *args: Any, **keys: Any) -> Any:
-        interpreter: Any = retrieve_current_functorch_interpreter()
-        drops = len(args) > 4 and args[4] > 0
-        if _fallback() is None or (drops and interpreter.randomness() != "different"):
+    def attend(keyset: Any, *args: Any, **keys: Any) -> Any:
+        def theirs(*args: Any, **keys: Any) -> Any:
             return kernel.call_boxed(keyset, *args, **keys)
-        rule = _attend_batched
-        return custom_function_call_vmap_helper(interpreter, rule, _ATTENTION, *args, **keys)
 
-    return batched
+        return _answer(scaled_dot_product_attention, theirs, *args, **keys)
+
+    return attend
 
 
 def _project(rows: Any, heads: int, weights: tuple[Any, ...]) -> Any:
@@ -208,9 +176,7 @@ def _register() -> Any:
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
         for place in ("CPU", "AutogradCPU", "CUDA", "AutogradCUDA"):
             library.impl(_ATTENTION, _attend, place)
-        library.impl(_ATTENTION, _vmap_rule(), "FuncTorchBatched", with_keyset=True)
-        # Torch takes attention apart here, before any rule of vmap's is asked.
-        library.impl(_ATTENTION, torch.library.fallthrough_kernel, "FuncTorchVmapMode")
+        library.impl(_ATTENTION, _attend_in_front(), _FRONT, with_keyset=True)
         for place in ("CPU", "CUDA", "NestedTensorCPU", "NestedTensorCUDA"):
             if has_kernel(_MULTI_HEAD.name(), place):
                 library.impl(_MULTI_HEAD, _multi_head_on(place), place, with_keyset=True)
@@ -288,15 +254,16 @@ def use_fastattn(fallback: Fallback = "torch") -> Routing:
 
     Reached are all callers of torch's operator on CPU and CUDA tensors: functions imported by name
     before, torch.nn.MultiheadAttention, TransformerEncoder and Decoder with their fast paths,
-    transformers' attn_implementation="sdpa", C++, torch.vmap; and the threads in which a backward
-    pass inside of the `with` recomputes checkpoints. They nest, and the innermost counts; after the
-    last one torch's operators are its own again, also after an exception (where other threads run,
-    which must not meet that change, our kernels stay and hand calls on, some microseconds each).
+    transformers' attn_implementation="sdpa", C++, torch.func's transforms; and the threads in which
+    a backward pass inside of the `with` recomputes checkpoints. They nest, and the innermost
+    counts; after the last one torch's operators are its own again, also after an exception (where
+    other threads run, which must not meet that change, ours stay and hand calls on, some
+    microseconds each).
 
-    Not reached are: a graph that torch.compile or torch.export made before (one made inside keeps
-    fastattn for good); attention weights (MultiheadAttention with need_weights=True, its default);
-    nested tensors other than those inside of TransformerEncoder; code that calls one of torch's
-    backends itself. torch.nn.attention.sdpa_kernel chooses among torch's own backends only.
+    Not reached are: a graph that torch.compile made before (one made inside keeps fastattn for
+    good); attention weights (MultiheadAttention with need_weights=True, its default); nested
+    tensors other than those inside of TransformerEncoder; code that calls one of torch's backends
+    itself. torch.nn.attention.sdpa_kernel chooses among torch's own backends only.
 
     Args:
         fallback: what becomes of calls that fastattn refuses. "torch": torch's own attention, with
