@@ -42,6 +42,9 @@ class _Function(NamedTuple):
     arrays: tuple[int, ...]  # q, k, v, mask and sink first; those of the drop-in are fewer
     options: tuple[tuple[str, int], ...]  # what the backward pass takes of the others, and where
     backward: Any
+    side: tuple[str, ...]  # the names of the arrays after the first five
+    out: int
+    return_lse: int
 
 
 _FOLLOWED = ("q", "k", "v", "mask", "sink")  # may have a gradient
@@ -59,7 +62,9 @@ def _describe(function: Any, backward: Any) -> _Function:
     options = [
         (name, n) for n, name in enumerate(names) if name not in (*_FOLLOWED, *_FORWARD_ONLY)
     ]
-    return _Function(names, tuple(map(names.index, arrays)), tuple(options), backward)
+    places = tuple(map(names.index, arrays))
+    ends = names.index("out"), names.index("return_lse")
+    return _Function(names, places, tuple(options), backward, side, *ends)
 
 
 _FUNCTIONS = {
@@ -76,8 +81,13 @@ class _Call:
     forward: str  # what computes it: that, or the drop-in
     values: tuple[Any, ...]  # arguments of `forward` in order, None for arrays
     at: tuple[int, ...]  # where they stand
-    options: dict[str, Any]  # of the backward pass
+    options: dict[str, Any] | None  # of the backward pass; None: they are among `values`
     side: tuple[str, ...]  # the names of the arrays after the five that have gradients
+
+    def all_options(self) -> dict[str, Any]:
+        if self.options is not None:
+            return self.options
+        return {name: self.values[at] for name, at in _FUNCTIONS[self.name].options}
 
     def compute(self, arrays: Sequence[Any]) -> tuple[Any, Any, Any]:
         values = list(self.values)
@@ -92,7 +102,7 @@ class _Call:
         given = {n: x for n, x in zip(self.side, side, strict=False) if x is not None}
         deterministic = torch.are_deterministic_algorithms_enabled()
         more = {"deterministic": True} if deterministic else {}
-        return self.options | given | more
+        return self.all_options() | given | more
 
     def problem(self, side: Sequence[Any]) -> Problem:
         return Problem(self.keywords(side))
@@ -151,7 +161,7 @@ def _together(
 def _has_batch(described: _Call, arrays: Sequence[Any]) -> bool:
     """Whether q, k and v are all its arrays, and no random bits count sequences."""
     alone = described.name == "attention" and all(x is None for x in arrays[3:])
-    return alone and not described.options["dropout_p"]
+    return alone and not described.all_options()["dropout_p"]
 
 
 class _Attention(torch.autograd.Function):
@@ -178,7 +188,7 @@ class _Attention(torch.autograd.Function):
         *arrays, out, lse, seed = ctx.saved_tensors
         call = ctx.call
         if seed is not None:  # drawn
-            call = replace(call, options=call.options | {"seed": seed})
+            call = replace(call, options=call.all_options() | {"seed": seed})
         if dout is None and dlse is None:
             return (None,) * (1 + len(arrays))
         needs = ctx.needs_input_grad[1:6]
@@ -278,22 +288,26 @@ def _draw(values: dict[str, Any]) -> None:
 
 
 def _call_attention(name: str, values: tuple[Any, ...]) -> Any:
-    function = _FUNCTIONS[name]
-    given = dict(zip(function.names, values, strict=True))
-    _refuse(given["out"], given["alibi_slopes"])
-    given["q"], given["k"], given["v"], given["mask"] = _cast(*(given[x] for x in _FOLLOWED[:4]))
+    function, rest = _FUNCTIONS[name], list(values)
+    _refuse(rest[function.out], rest[function.arrays[5]])
+    if torch.is_autocast_enabled(rest[0].device.type):
+        for at in function.arrays[:4]:
+            if isinstance(rest[at], torch.Tensor):
+                rest[at] = _arrays.autocast(rest[at])
     if torch._C._are_functorch_transforms_active():
+        given = dict(zip(function.names, rest, strict=True))
         _draw(given)
-    arrays = [
-        x if isinstance(x := given[function.names[at]], torch.Tensor) else None
-        for at in function.arrays
-    ]
-    rest = [x if not isinstance(x, torch.Tensor) else None for x in given.values()]
-    options = {n: rest[at] for n, at in function.options}
-    side = tuple(function.names[at] for at in function.arrays[5:])
-    described = _Call(name, name, tuple(rest), function.arrays, options, side)
-    out, lse = _run(described, arrays)
-    return (out, lse) if given["return_lse"] else out
+        rest = list(given.values())
+    arrays: list[Any] = []
+    for at in function.arrays:
+        x = rest[at]
+        if x is not None and isinstance(x, torch.Tensor):
+            rest[at] = None
+            arrays.append(x)
+        else:
+            arrays.append(None)
+    out, lse = _run(_Call(name, name, tuple(rest), function.arrays, None, function.side), arrays)
+    return (out, lse) if rest[function.return_lse] else out
 
 
 def _cast(*arrays: Any) -> Sequence[Any]:
