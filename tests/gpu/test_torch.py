@@ -107,9 +107,12 @@ def test_memory_order_of_a_large_call():
     assert (out.float() - plain.float()).abs().max() < 0.02
 
 
-def test_what_is_traced_is_refused():
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_is_traced_is_called_again():
     q, k, v = gpu.inputs(1, 2, 2, 9, 9, 64)
-    with pytest.raises(NotImplementedError, match=r"`query` is traced by torch\.jit\.trace"):
-        torch.jit.trace(lambda q, k, v: fastattn.scaled_dot_product_attention(q, k, v), (q, k, v))
+    traced = torch.jit.trace(
+        lambda q, k, v: fastattn.scaled_dot_product_attention(q, k, v), (q, k, v)
+    )
+    assert torch.equal(traced(k, v, q), fastattn.scaled_dot_product_attention(k, v, q))
     with torch.device("cuda"):  # a default device is a mode, which may only look on
         assert fastattn.scaled_dot_product_attention(q, k, v).shape == q.shape
