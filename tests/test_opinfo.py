@@ -30,8 +30,12 @@ def drawn_seed(seed):
     return drawn
 
 
-def formula(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, seed=0):
-    s = q @ k.mT * q.shape[-1] ** -0.5
+def formula(
+    q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, seed=0
+):
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    s = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         s = s.masked_fill(torch.ones(s.shape[-2:]).triu(1).bool(), float("-inf"))
     if attn_mask is not None:

@@ -257,7 +257,8 @@ def test_vmap_draws_as_its_randomness_says(calls):
 def test_vmap_of_threads_that_are_not_routed(calls):
     q, k, v = qkv(3, 2, 9, 16)
     want, got = by_name(q, k, v), []
-    with use_fastattn():
+    with use_fastattn(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of its speed
         in_another_thread(lambda: got.append(torch.vmap(by_name)(q, k, v)))
     torch.testing.assert_close(got[0], want)
     assert not calls
@@ -333,6 +334,11 @@ def test_a_graph_made_before_is_not_reached(calls):
     compiled(q, k, v)
     with use_fastattn():
         compiled(q, k, v)
+        assert not calls
+        torch.compile(lambda q, k, v: by_name(q, k, v) * 1, backend="aot_eager")(q, k, v)
+        assert calls  # what torch has kept of the operator is not asked
+    calls.clear()
+    torch.compile(lambda q, k, v: by_name(q, k, v) * 1, backend="aot_eager")(q, k, v)
     assert not calls
 
 

@@ -243,7 +243,9 @@ def _formula(
     weights = weights / total
     if p := float(problem.get("dropout_p") or 0.0):
         kept = _kept(int(problem.get("seed")), s.n, hq, at, keys, p)
-        weights = torch.where(kept, weights / (1 - p) if p < 1 else 0.0, 0.0)
+        if p == 1:  # not 0 / 0 on the way back
+            kept, p = torch.zeros_like(kept), 0.0
+        weights = torch.where(kept, weights / (1 - p), 0.0)
     return (weights @ v).to(q.dtype), lse
 
 

@@ -180,7 +180,15 @@ def _register() -> Any:
         for place in ("CPU", "CUDA", "NestedTensorCPU", "NestedTensorCUDA"):
             if has_kernel(_MULTI_HEAD.name(), place):
                 library.impl(_MULTI_HEAD, _multi_head_on(place), place, with_keyset=True)
+    _forget()
     return library
+
+
+def _forget() -> None:
+    """What modes that trace have found for an operator they keep for good, and would not ask
+    again; torch forgets it for the very keys that are registered alone."""
+    for operator in (_ATTENTION, _MULTI_HEAD):
+        operator._dispatch_cache.clear()
 
 
 class _Operators:
@@ -204,6 +212,7 @@ class _Operators:
             self.users -= 1
             if not self.users and threading.active_count() == 1:
                 self.library = None  # its last reference: torch's kernels are back
+                _forget()
 
 
 _operators = _Operators()
