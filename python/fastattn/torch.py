@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from ._needs import need
+
+need(__name__, "torch", "2.10")
+
 import torch
 
 from . import _C, _arrays, _operators, _provider

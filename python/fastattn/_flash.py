@@ -1,0 +1,55 @@
+"""What FlashAttention 2's and 3's interfaces have in common."""
+
+from typing import Any
+
+from ._attention import attention, attention_varlen
+
+
+def options(
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Any,
+    softcap: float,
+    deterministic: bool,
+    s_aux: Any,
+) -> dict[str, Any]:
+    """As arguments of attention. A window's bounds may be a tensor's; those below 0 are none."""
+    left, right = (None if n < 0 else int(n) for n in window_size)
+    return {
+        "scale": softmax_scale,
+        "causal": bool(causal),
+        "window": None if left is None and right is None else (left, right),
+        "softcap": max(softcap, 0.0),  # 0 and below is off
+        "deterministic": deterministic,
+        "sink": None if s_aux is None else s_aux.float(),
+    }
+
+
+def attend(q: Any, k: Any, v: Any, return_lse: bool, keywords: dict[str, Any]) -> Any:
+    return attention(q, k, v, layout="bshd", return_lse=bool(return_lse), **keywords)
+
+
+def attend_varlen(
+    arrays: tuple[Any, Any, Any],
+    cu_seqlens: tuple[Any, Any],
+    max_seqlens: tuple[Any, Any],
+    return_lse: bool,
+    keywords: dict[str, Any],
+) -> Any:
+    lengths = (n if isinstance(n, int) else int(n) for n in max_seqlens)
+    return attention_varlen(*arrays, *cu_seqlens, *lengths, return_lse=bool(return_lse), **keywords)
+
+
+def unpack(name: str, packed: Any, axis: int, count: int) -> Any:
+    """The `count` arrays that are stacked along an axis; their gradients come back as one."""
+    rank = axis + 3
+    if packed.ndim != rank or packed.shape[axis] != count:
+        shape = {2: "(b, s, {}, h, d)", 1: "(total, {}, h, d)"}[axis].format(count)
+        raise ValueError(f"`{name}` must be {shape}, got {tuple(packed.shape)}")
+    return packed.unbind(axis)
+
+
+NO_CACHE = (
+    "flash_attn_with_kvcache is not built yet: use flash_attn_func on the cache's filled part, or "
+    "fastattn.attention with k_lengths"
+)
