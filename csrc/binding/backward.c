@@ -78,7 +78,7 @@ static fa_status get_gradients(backward_call *c, const arguments *a) {
     return FA_OK;
 }
 
-static fa_status prepare(backward_call *c, const arguments *a, int which) {
+fa_status backward_prepare(backward_call *c, const arguments *a, int which) {
     call *f = &c->forward;
     fa_backward_request *r = &c->request;
     f->is_backward = 1;
@@ -95,7 +95,7 @@ static fa_status prepare(backward_call *c, const arguments *a, int which) {
     return fa_check_backward(&f->request, r, &f->plan, &c->backward, c->gradients, &f->error);
 }
 
-static void start(backward_call *c, module_state *state) {
+void backward_start(backward_call *c, module_state *state) {
     call_start(&c->forward, state);
     fa_clear(&c->request, sizeof c->request);
     fa_clear(c->given, sizeof c->given);
@@ -111,14 +111,14 @@ fa_status backward_expect(const fa_plan *plan, const char *backend, fa_error *er
 PyObject *backward_compute(module_state *state, const arguments *a, int which) {
     backward_call c;
     PyObject *result = NULL;
-    start(&c, state);
-    fa_status status = prepare(&c, a, which);
+    backward_start(&c, state);
+    fa_status status = backward_prepare(&c, a, which);
     if (status == FA_OK) status = run(&c);
     if (status == FA_OK) result = hand_over(&c);
     if (!result)
         for (int i = 0; i < FA_GRADIENTS; i++) tensor_drop(&c.made[i]);
     call_release(&c.forward);
-    if (call_is_torchs(status)) return call_to_torch(state, a, which, status);
+    if (call_is_elsewhere(status)) return call_hand_on(state, a, which, status);
     return call_finish(state, result, status, 0, &c.forward.error);
 }
 
@@ -126,8 +126,8 @@ fa_status backward_explain(module_state *state, const arguments *a, int which,
                            const fa_backend **chosen, const char **kernel, fa_error *reasons,
                            fa_error *error) {
     backward_call c;
-    start(&c, state);
-    fa_status status = prepare(&c, a, which);
+    backward_start(&c, state);
+    fa_status status = backward_prepare(&c, a, which);
     if (status == FA_OK) {
         *chosen = fa_choose_backward(&c.backward, c.forward.backend, &c.chosen, reasons,
                                      &c.forward.error);

@@ -113,11 +113,11 @@ void call_start(call *c, module_state *state) {
     fa_clear(&c->request, sizeof c->request);
 }
 
-PyObject *call_to_torch(module_state *state, const arguments *a, int which, fa_status status) {
+PyObject *call_hand_on(module_state *state, const arguments *a, int which, fa_status status) {
     const signature *s = &state->signatures[which];
     PyObject *all = arguments_pack(s, a);
-    return state_call_torch(state, status == FA_TO_TORCH ? "call" : "record",
-                            all ? Py_BuildValue("(sN)", s->method.ml_name, all) : NULL);
+    return state_hand_on(state, status, status == FA_TO_GRAPH ? "record" : "call",
+                         all ? Py_BuildValue("(sN)", s->method.ml_name, all) : NULL);
 }
 
 static PyObject *compute(module_state *state, const arguments *a, int which, int differentiated) {
@@ -141,8 +141,8 @@ static PyObject *compute(module_state *state, const arguments *a, int which, int
         tensor_drop(&lse);
     }
     call_release(&c);
-    if (call_is_torchs(status) && !differentiated) return call_to_torch(state, a, which, status);
-    if (call_is_torchs(status))
+    if (call_is_elsewhere(status) && !differentiated) return call_hand_on(state, a, which, status);
+    if (call_is_elsewhere(status))
         status = fa_fail(&c.error, FA_TYPE, "tensors with and without values in one call");
     return call_finish(state, result, status, c.request.sdpa, &c.error);
 }
@@ -239,10 +239,10 @@ PyObject *call_explain(PyObject *module, PyObject *const *given, Py_ssize_t coun
     const char *kernel = NULL;
     const fa_status status = (which >= BACKWARD ? backward_explain : explain_forward)(
         state, &a, which, &chosen, &kernel, reasons, &error);
-    if (call_is_torchs(status)) {
+    if (call_is_elsewhere(status)) {
         PyObject *all = arguments_pack(&state->signatures[which], &a);
-        return state_call_torch(state, "explain",
-                                all ? Py_BuildValue("(ON)", given[0], all) : NULL);
+        return state_hand_on(state, status, "explain",
+                             all ? Py_BuildValue("(ON)", given[0], all) : NULL);
     }
     if (status != FA_OK || PyErr_Occurred())
         return call_raise(state, status, which == SDPA, &error);

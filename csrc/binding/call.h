@@ -30,11 +30,12 @@ void call_release(call *c);
 /* Some microseconds of work: letting another thread in would cost as much. */
 int call_is_tiny(const fa_params *p);
 
-/* Whether fastattn.torch has the call, with every argument in the order of the signature. */
-static inline int call_is_torchs(fa_status status) {
-    return status == FA_TO_TORCH || status == FA_TO_GRAPH;
+/* Whether fastattn.torch or fastattn.jax has the call, with every argument in the order of the
+ * signature. */
+static inline int call_is_elsewhere(fa_status status) {
+    return status == FA_TO_TORCH || status == FA_TO_GRAPH || status == FA_TO_JAX;
 }
-PyObject *call_to_torch(module_state *state, const arguments *a, int which, fa_status status);
+PyObject *call_hand_on(module_state *state, const arguments *a, int which, fa_status status);
 
 /* prepare.c: arguments into the request and, by check_attention.c, the plan. FA_TO_TORCH where a
  * gradient of an argument is asked for. */
@@ -56,6 +57,10 @@ typedef struct backward_call {
     output made[FA_GRADIENTS];
     fa_chosen chosen;
 } backward_call;
+
+/* The forward's arguments and its results, as prepare_forward() does it. */
+void backward_start(backward_call *c, module_state *state);
+fa_status backward_prepare(backward_call *c, const arguments *a, int which);
 
 /* Whether a backward pass will serve what the forward pass computes now. */
 fa_status backward_expect(const fa_plan *plan, const char *backend, fa_error *error);
@@ -92,6 +97,18 @@ PyObject *call_explain(PyObject *module, PyObject *const *arguments, Py_ssize_t 
 
 /* merge.c: merge_states(outs, lses, layout), two tuples of the same length. */
 PyObject *merge_states(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
+
+/* jax.c: what fastattn.jax asks for while JAX traces. */
+
+/* jax_plan(name, arguments) -> (operands, attributes, results): a public function given every
+ * argument in the order of its signature, its arrays described only. Operands are (name, object),
+ * results (name, shape, dtype); attributes a dict of what is no array. */
+PyObject *jax_plan(PyObject *module, PyObject *const *given, Py_ssize_t count);
+/* jax_workspace(target, operands, attributes, results) -> the bytes that a kernel of the first GPU
+ * needs. Operands and results are (name, shape, code, bits). */
+PyObject *jax_workspace(PyObject *module, PyObject *args);
+/* jax_handlers() -> {target: (capsule for the CPU, capsule for CUDA)} */
+PyObject *jax_handlers(PyObject *module, PyObject *unused);
 
 /* threads.c */
 PyObject *threads_get(PyObject *module, PyObject *unused);

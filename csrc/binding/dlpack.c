@@ -17,15 +17,36 @@ const DLExchangeAPI *dlpack_table(PyObject *capsule) {
     return api->borrow_from_object ? api : NULL;
 }
 
+/* fastattn.jax's (shape, code, bits) of what has no memory. As if on a GPU, whose memory no check
+ * reads. */
+static fa_status borrow_described(PyObject *found, borrowed *b, fa_error *error) {
+    int64_t shape[FA_MAX_RANK] = {0};
+    PyObject *sizes;
+    int code, bits;
+    b->kind = KIND_DESCRIBED;
+    if (!PyArg_ParseTuple(found, "O!ii", &PyTuple_Type, &sizes, &code, &bits)) return FA_RAISED;
+    DLTensor t = {FA_TO_COME, {DL_CUDA, 0}, 0, {(uint8_t)code, (uint8_t)bits, 1}, shape, NULL, 0};
+    t.ndim = (int32_t)PyTuple_Size(sizes);
+    for (int32_t i = 0; i < t.ndim && i < FA_MAX_RANK; i++)
+        shape[i] = PyLong_AsLongLong(PyTuple_GetItem(sizes, i));
+    return PyErr_Occurred() ? FA_RAISED : tensor_describe(&t, &b->array, error);
+}
+
 fa_status dlpack_borrow(module_state *state, PyObject *object, borrowed *b, fa_error *error) {
     char got[128];
     PyObject *found = state_call(state, "export", "(Os)", object, b->array.name), *capsule = NULL;
     unsigned long long stream = 0;
     int cpu;
     if (!found) return FA_RAISED;
-    if (found == Py_True) { /* a stand-in for one, of torch.fx */
+    if (PyUnicode_Check(found)) { /* a stand-in for one, of torch.fx; or JAX's own call */
+        const int to_jax = PyUnicode_CompareWithASCIIString(found, "jax") == 0;
         Py_DECREF(found);
-        return FA_TO_GRAPH;
+        return to_jax ? FA_TO_JAX : FA_TO_GRAPH;
+    }
+    if (PyTuple_Check(found) && PyTuple_Check(PyTuple_GetItem(found, 0))) {
+        fa_status described = borrow_described(found, b, error);
+        Py_DECREF(found);
+        return described;
     }
     if (!PyArg_ParseTuple(found, "OKi", &capsule, &stream, &cpu)) {
         Py_DECREF(found);

@@ -34,6 +34,7 @@ static fa_status merge_parts(merge_call *c, PyObject *outs, PyObject *lses, fa_l
     }
     TRY(fa_check_merge((int32_t)c->n, c->arrays, c->arrays + c->n, layout, c->tensors, &merge,
                        &plan, &c->error));
+    if (c->parts->kind == KIND_DESCRIBED) return FA_OK; /* that was all that was asked */
     fa_chosen chosen;
     if (!fa_choose_merge(&merge, &chosen, &c->error)) return FA_UNSUPPORTED;
     TRY(tensor_new(c->state, c->parts, plan.out_ndim, plan.out_shape, NULL, plan.out_dtype, out,
@@ -79,7 +80,9 @@ PyObject *merge_states(PyObject *module, PyObject *const *arguments, Py_ssize_t 
                      ? merge_parts(&c, outs, lses, layout, &out, &lse)
                      : fa_fail(&c.error, FA_MEMORY, "no memory for %zd parts", c.n);
     }
-    if (status == FA_OK) {
+    if (status == FA_OK && c.parts->kind == KIND_DESCRIBED) {
+        result = Py_NewRef(Py_None);
+    } else if (status == FA_OK) {
         result = call_hand_over(c.state, c.parts, &out, &lse, NULL, 1);
     } else {
         tensor_drop(&out);
@@ -90,8 +93,8 @@ PyObject *merge_states(PyObject *module, PyObject *const *arguments, Py_ssize_t 
     free(c.arrays);
     free(c.tensors);
     free(c.names);
-    if (call_is_torchs(status))
-        return state_call_torch(c.state, "merge_parts",
-                                PyTuple_Pack(ARGUMENTS, outs, lses, arguments[LAYOUT]));
+    if (call_is_elsewhere(status))
+        return state_hand_on(c.state, status, "merge_parts",
+                             PyTuple_Pack(ARGUMENTS, outs, lses, arguments[LAYOUT]));
     return call_finish(c.state, result, status, 0, &c.error);
 }

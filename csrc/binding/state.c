@@ -41,10 +41,13 @@ PyObject *state_call(module_state *state, const char *function, const char *form
     return result;
 }
 
-PyObject *state_call_torch(module_state *state, const char *function, PyObject *arguments) {
-    if (arguments && !state->torch) state->torch = PyImport_ImportModule("fastattn.torch");
-    PyObject *callable =
-        arguments && state->torch ? PyObject_GetAttrString(state->torch, function) : NULL;
+PyObject *state_hand_on(module_state *state, fa_status status, const char *function,
+                        PyObject *arguments) {
+    const int to_jax = status == FA_TO_JAX;
+    PyObject **module = to_jax ? &state->jax : &state->torch;
+    if (arguments && !*module)
+        *module = PyImport_ImportModule(to_jax ? "fastattn.jax" : "fastattn.torch");
+    PyObject *callable = arguments && *module ? PyObject_GetAttrString(*module, function) : NULL;
     PyObject *result = callable ? PyObject_CallObject(callable, arguments) : NULL;
     Py_XDECREF(callable);
     Py_XDECREF(arguments);
@@ -76,6 +79,7 @@ int state_traverse(module_state *state, visitproc visit, void *arg) {
     Py_VISIT(state->ndarray);
     Py_VISIT(state->arrays);
     Py_VISIT(state->torch);
+    Py_VISIT(state->jax);
     Py_VISIT(state->value_error);
     Py_VISIT(state->type_error);
     return 0;
@@ -89,6 +93,7 @@ void state_clear(module_state *state) {
     Py_CLEAR(state->ndarray);
     Py_CLEAR(state->arrays);
     Py_CLEAR(state->torch);
+    Py_CLEAR(state->jax);
     Py_CLEAR(state->value_error);
     Py_CLEAR(state->type_error);
     Py_CLEAR(state->requires_grad);

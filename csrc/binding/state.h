@@ -11,9 +11,10 @@
 /* A Python exception is already set; not in the contract, as the next one. */
 #define FA_RAISED ((fa_status) - 1)
 /* No failures: the call is one for fastattn.torch, which takes it from the start, for a gradient;
- * or for what records or transforms torch's operators. */
+ * or for what records or transforms torch's operators; or one for fastattn.jax. */
 #define FA_TO_TORCH ((fa_status) - 2)
 #define FA_TO_GRAPH ((fa_status) - 3)
+#define FA_TO_JAX ((fa_status) - 4)
 
 /* One per module object. */
 typedef struct module_state {
@@ -27,6 +28,7 @@ typedef struct module_state {
     PyTypeObject *ndarray; /* numpy.ndarray; NULL until NumPy is there */
     PyObject *arrays;      /* fastattn._arrays: the frameworks without a C table */
     PyObject *torch;       /* fastattn.torch: gradients, transforms and graphs of torch */
+    PyObject *jax;         /* fastattn.jax: what JAX traces, and its arrays on a GPU */
     signature signatures[FUNCTIONS];
     PyObject *requires_grad, *current_level; /* interned names */
     PyObject *value_error, *type_error; /* the drop-in's, each a RuntimeError too, as torch's */
@@ -44,8 +46,10 @@ int state_learn(module_state *state);
 /* Calls a function of fastattn._arrays, which is imported by the first call that needs it. */
 PyObject *state_call(module_state *state, const char *function, const char *format, ...);
 
-/* Calls a function of fastattn.torch with a tuple, which it takes over. */
-PyObject *state_call_torch(module_state *state, const char *function, PyObject *arguments);
+/* Calls a function of the module that has a call of this status, FA_TO_..., with a tuple, which it
+ * takes over. */
+PyObject *state_hand_on(module_state *state, fa_status status, const char *function,
+                        PyObject *arguments);
 
 /* Copies a str, which it takes over, into a buffer; "an object" if text is NULL. */
 const char *state_text(PyObject *text, size_t size, char *buffer);

@@ -4,8 +4,9 @@
 
 #include "state.h"
 
-/* How an array came, and so how its like is made. */
-typedef enum array_kind { KIND_TABLE, KIND_NUMPY, KIND_DLPACK } array_kind;
+/* How an array came, and so how its like is made. Of a described one, which has no memory, there is
+ * none: such a call is checked and not run. */
+typedef enum array_kind { KIND_TABLE, KIND_NUMPY, KIND_DLPACK, KIND_DESCRIBED } array_kind;
 
 typedef struct borrowed {
     fa_array array;

@@ -65,20 +65,20 @@ def _jax_device(array: Any, name: str) -> Any:
     return next(iter(devices))
 
 
-def export(array: Any, name: str) -> Literal[True] | tuple[Any, int, int]:
+def export(array: Any, name: str) -> Literal["torch", "jax"] | tuple[Any, int, int]:
     """(capsule, stream, cpu): the array as a DLPack capsule, and where it is.
 
     stream is its framework's current CUDA stream; cpu tells JAX's CPU devices apart, which DLPack
-    calls 0 all. Raises TypeError for what is no array, NotImplementedError for JAX on a GPU and
-    for what JAX traces. True: torch.fx traces it, so fastattn.torch takes the call.
+    calls 0 all. Raises TypeError for what is no array. Else fastattn.torch takes the call, where
+    torch.fx traces the array, or fastattn.jax, where JAX does or has it on a GPU, whose streams and
+    buffers XLA alone knows. (shape, code, bits): of one that only fastattn.jax has described.
     """
     if _is(array, "torch.fx", "Proxy"):
-        return True
+        return "torch"
     if _is(array, "jax.core", "Tracer"):
-        raise NotImplementedError(
-            f"`{name}` is traced by JAX (jit, vmap, grad), and fastattn is no primitive of JAX "
-            "yet: call it outside of what is traced"
-        )
+        return "jax"
+    if _is(array, "fastattn.jax", "Described"):
+        return array.shape, array.code, array.bits
     if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
         raise TypeError(
             f"`{name}` must be an array (torch, NumPy, JAX, CuPy, any with __dlpack__), "
@@ -93,10 +93,7 @@ def export(array: Any, name: str) -> Literal[True] | tuple[Any, int, int]:
             array.detach()
         )  # a leaf under no_grad; csrc/binding/torch.c has refused all other grads
     if on_gpu and jax_device:
-        raise NotImplementedError(
-            f"`{name}` is a JAX array on CUDA: these go through XLA's FFI (fastattn.jax), "
-            "which owns its streams and buffers and is not built yet"
-        )
+        return "jax"
     if jax_device:
         array.block_until_ready()
     # -1: no synchronisation, because the kernel runs on the producer's own stream. A producer
