@@ -205,7 +205,7 @@ def test_arrays_of_two_frameworks():
 
 def test_without_jax_and_with_an_old_one(tmp_path):
     stub = tmp_path / "jax.py"
-    stub.write_text("raise ImportError('no JAX')\n")
+    stub.write_text("raise ModuleNotFoundError('no JAX', name='jax')\n")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport fastattn\n"
         "try: import fastattn.jax\nexcept ImportError as error: print(error)"

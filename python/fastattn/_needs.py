@@ -4,18 +4,22 @@ import importlib
 import re
 
 
+NAMES = {"jax": "JAX", "torch": "PyTorch"}
+
+
 def need(module: str, framework: str, least: str) -> None:
     """Raises ImportError, of one sentence, if `module` cannot use the `framework` that is here."""
-    wanted = f"{module} needs {framework} {least} or newer: pip install '{framework}>={least}'"
+    wanted = f"{module} needs {NAMES.get(framework, framework)} {least} or newer"
     try:
-        found = importlib.import_module(framework)
+        found = importlib.import_module(framework).__version__
     except ModuleNotFoundError as error:
         if error.name != framework:
             raise
-        raise ModuleNotFoundError(wanted, name=framework) from None
-    version = found.__version__
-    if _numbers(version) < _numbers(least):
-        raise ImportError(f"{wanted}, got {version}", name=framework)
+        said = f"{wanted}: pip install '{framework}>={least}'"
+        raise ModuleNotFoundError(said, name=framework) from None
+    if _numbers(found) < _numbers(least):
+        said = f"{wanted}, found {found}: pip install -U '{framework}>={least}'"
+        raise ImportError(said, name=framework)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -14,15 +14,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-try:
-    import jax
-except ImportError as error:
-    raise ImportError("fastattn.jax needs JAX 0.6 or newer: pip install 'jax>=0.6'") from error
-if jax.__version_info__ < (0, 6):
-    raise ImportError(
-        f"fastattn.jax needs JAX 0.6 or newer, found {jax.__version__}: pip install -U 'jax>=0.6'"
-    )
+from ._needs import need
 
+need(__name__, "jax", "0.6")
+
+import jax
 import jax.numpy as jnp
 import numpy
 from jax.extend.core import Primitive
