@@ -48,10 +48,10 @@ PLACES = (
         "kernels/common/mask_bits.h", 2, f"{HOST}/test_mask_bits.py {HOST}/test_positions.py", False
     ),
     Place("kernels/common/merge_plan.h", 2, f"{HOST}/test_stacks.py {HOST}/test_merging.py", False),
-    Place("kernels/sm90/choice.h", 1, f"{HOST}/test_choice.py", False),
-    Place("kernels/sm90/cost.h", 1, f"{HOST}/test_choice.py {HOST}/test_positions.py", False),
+    Place("kernels/sm90/fwd_choice.h", 1, f"{HOST}/test_choice.py", False),
+    Place("kernels/sm90/fwd_cost.h", 1, f"{HOST}/test_choice.py {HOST}/test_positions.py", False),
     Place("kernels/sm90/loads.h", 2, f"{HOST}/test_choice.py", False),
-    Place("kernels/sm90/workspace.h", 1, f"{HOST}/test_workspace.py", False),
+    Place("kernels/sm90/fwd_workspace.h", 1, f"{HOST}/test_workspace.py", False),
 )
 
 # (file, line, what it becomes, why no input can tell them apart)
@@ -246,25 +246,25 @@ GPU_FAULTS = (
         " -k test_runs_on_the_current_stream",
     ),
     (
-        "kernels/sm90/out.cuh",
+        "kernels/sm90/fwd_out.cuh",
         "        e.inverse[r] *= a.scores.gain;\n",
         "",
         "tests/gpu/test_scores.py -k 'test_score_changes and dropout and bf16 and 128'",
     ),
     (
-        "kernels/sm90/out.cuh",
+        "kernels/sm90/fwd_out.cuh",
         "row < t.lengths.sq ? lse : -INFINITY;",
         "lse;",
         "tests/gpu/test_scores.py -k 'test_everything_together and 128 and sink and bool'",
     ),
     (
-        "kernels/sm90/visibility.cuh",
+        "kernels/sm90/fwd_visibility.cuh",
         "if (row < begin || row >= end) ((uint4 *)v)[i]",
         "if (row >= end) ((uint4 *)v)[i]",
         "tests/gpu/test_shapes.py -k test_lengths_hide",
     ),
     (
-        "kernels/sm90/visibility.cuh",
+        "kernels/sm90/fwd_visibility.cuh",
         "bool part = key < whole.begin || key + BLOCK_N > whole.end;",
         "bool part = key + BLOCK_N > whole.end;",
         "tests/gpu/test_positions.py -k test_windows_without_an_offset",

@@ -36,7 +36,7 @@ def forgotten(contract, choice, cpu):
 
 
 def test_a_change_of_the_scores_is_switched_on_in_every_backend():
-    contract, choice = text("csrc/forward.h"), text("kernels/sm90/choice.h")
+    contract, choice = text("csrc/forward.h"), text("kernels/sm90/fwd_choice.h")
     cpu = text("csrc/cpu/forward_kernel.h") + text("csrc/cpu/backward_kernel.h")
     assert not forgotten(contract, choice, cpu)
     more = contract.replace("} fa_scores;", "float temperature; } fa_scores;")

@@ -81,5 +81,5 @@ def test_names_are_in_the_files_that_are_said_to_have_them():
     texts = [comments((ROOT / name).read_text()) for name in SOURCES]
     texts += [(ROOT / name).read_text() for name in PAPERS]
     assert not [found for text in texts for found in misplaced(text)]
-    wrong = "/* `DELAYED` in `fwd.cu`, DELAYED in\n * variant.h, fa_run() in csrc/mask.h */"
+    wrong = "/* `DELAYED` in `fwd.cu`, DELAYED in\n * fwd_variant.h, fa_run() in csrc/mask.h */"
     assert list(misplaced(wrong)) == ["DELAYED in fwd.cu", "fa_run in csrc/mask.h"]

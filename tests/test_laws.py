@@ -109,6 +109,22 @@ def test_a_forward_kernel_sees_no_other_operation():
     assert ours == {f"csrc/{n}" for n in ("forward.h", "types.h", "dtype.h", *SHARED)}
 
 
+def operation_of(path):
+    """As files of kernels/ are named: fwd, of sm90/fwd_smem.h; of a shared one, its first word."""
+    return re.split(r"[._]", path.rpartition("/")[2])[0]
+
+
+def test_a_kernels_file_is_named_for_its_operation():
+    """fwd_*, bwd_*: a file without such a prefix serves every operation and includes none that has
+    one, as a file of one operation includes no other's. (The backend includes them all.)"""
+    operations = {table.stem for table in (ROOT / "kernels").glob("sm*/*.def")}
+    assert operations
+    for name, text in TEXT.items():
+        if name.startswith("kernels/") and not name.endswith("/backend.cu"):
+            others = operations - {operation_of(name)}
+            assert not [i for i in includes(text) if operation_of(i) in others], name
+
+
 @pytest.mark.parametrize("compiler", ["gcc -std=c11", "g++ -std=c++17"])
 def test_law_1_the_contract_compiles_alone(compiler, tmp_path):
     if not shutil.which(compiler.split()[0]):

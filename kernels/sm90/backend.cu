@@ -10,8 +10,8 @@
 #include "common/packed.cuh"
 #include "fastattn.h"
 #include "support.h"
-#include "sm90/choice.h"
-#include "sm90/workspace.h"
+#include "sm90/fwd_choice.h"
+#include "sm90/fwd_workspace.h"
 
 /* The one function that every variant exports (fwd_launch.cuh): the launch, and the tensor maps
  * before it. The tensors' device is current. */

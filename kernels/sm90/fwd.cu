@@ -1,13 +1,13 @@
 /* fwd.cu - the Hopper forward kernel: stop 6 of 6. kernels/README.md has the pictures.
  *
- * One object per line of fwd.def: setup.py passes its columns as VARIANT_<COLUMN> (variant.h), and
- * the object exports one function, fa_launch_<name> (fwd_launch.cuh).
+ * One object per line of fwd.def: setup.py passes its columns as VARIANT_<COLUMN> (fwd_variant.h),
+ * and the object exports one function, fa_launch_<name> (fwd_launch.cuh).
  *
  * A block stays on its SM and works through tiles of 64 * WARPGROUPS query rows of one head. Each
- * MMA warpgroup owns 64 rows of a tile and keeps S, P and O in registers (consume.cuh, attend.cuh).
- * Four more warps serve them, one thread each: one decides what comes next (scheduler.cuh), one
- * brings Q, one K, one V (producers.cuh). A tile ends while the next one's first block is under way
- * (NEXT in attend.cuh).
+ * MMA warpgroup owns 64 rows of a tile and keeps S, P and O in registers (fwd_consume.cuh,
+ * fwd_attend.cuh). Four more warps serve them, one thread each: one decides what comes next
+ * (fwd_scheduler.cuh), one brings Q, one K, one V (fwd_producers.cuh). A tile ends while the next
+ * one's first block is under way (NEXT in fwd_attend.cuh).
  *
  * The softmax offset (softmax.cuh) comes from the first, masked key blocks of a tile. Variants that
  * KEEP it never look at it again: their main loop has no maximum at all; those that FOLLOW look at
@@ -15,8 +15,8 @@
  * the tile comes again for its warpgroup, with the loop that watches every score, and what was
  * stored is stored once more.
  *
- * GENERAL variants change scores (scores.cuh): they watch every score, always, and take their key
- * blocks from the right to the left, those that a bool mask hides from all rows left out.
+ * GENERAL variants change scores (fwd_scores.cuh): they watch every score, always, and take their
+ * key blocks from the right to the left, those that a bool mask hides from all rows left out.
  *
  * STRIDED variants take arrays that the copy engine cannot address: whole warps load in its place,
  * element by element, and O is stored likewise. Everything between is the same. SLICES: the copy
@@ -27,15 +27,15 @@
 #include <stdint.h>
 
 #include "common/stream.cuh"
-#include "sm90/args.cuh"
-#include "sm90/consume.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_consume.cuh"
 #include "sm90/fwd_launch.cuh"
-#include "sm90/pipeline.cuh"
-#include "sm90/producers.cuh"
+#include "sm90/fwd_pipeline.cuh"
+#include "sm90/fwd_producers.cuh"
+#include "sm90/fwd_scheduler.cuh"
+#include "sm90/fwd_smem.h"
+#include "sm90/fwd_variant.h"
 #include "sm90/ptx.cuh"
-#include "sm90/scheduler.cuh"
-#include "sm90/smem.h"
-#include "sm90/variant.h"
 
 /* Longer than a function should be: the barriers set up by a function of their own are other
  * machine code. */

@@ -8,14 +8,14 @@
 #include "common/launch.cuh"
 #include "common/packed.h"
 #include "common/schedule.h"
-#include "sm90/args.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_smem.h"
+#include "sm90/fwd_variant.h"
+#include "sm90/fwd_workspace.h"
 #include "sm90/loads.h"
-#include "sm90/smem.h"
 #include "sm90/softmax.cuh"
-#include "sm90/variant.h"
-#include "sm90/workspace.h"
 #if VARIANT_GENERAL
-#include "sm90/scores_launch.cuh"
+#include "sm90/fwd_scores_launch.cuh"
 #endif
 
 __global__ void VARIANT_NAME(const __grid_constant__ kernel_args a);

@@ -5,7 +5,14 @@
 #ifndef FASTATTN_SM90_LOADS_H
 #define FASTATTN_SM90_LOADS_H
 
-#include "sm90/columns.h"
+#include <stdint.h>
+
+#include "forward.h"
+
+/* How Q, K and V come: boxes of the copy engine; by a warp, element by element if need be, whatever
+ * their strides; boxes again, where a head begins anywhere in a row; or by a warp, but K and V as
+ * they lie in memory by the copy engine, and from there to their places. */
+enum fa_loads { FA_BOXES, FA_STRIDED, FA_SLICES, FA_RAW };
 
 enum { FA_MAX_HEAD_SIZE = 256 }; /* d and dv that some variant takes, as support.c says */
 

@@ -4,7 +4,7 @@
 #include "common/driver.h"
 #include "common/mask_bits.h"
 #include "common/packed.h"
-#include "sm90/choice.h"
+#include "sm90/fwd_choice.h"
 #include "common/schedule.h"
 
 int choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int invariant, int odd,

@@ -1,7 +1,7 @@
 """Each variant's shared memory and registers fit the chip: the kernel's own layout, compiled here.
 
-kernels/sm90/variant.h and smem.h are C++ without CUDA. One program includes them once for each line
-of the table, each in a namespace of its own, and prints what came out.
+kernels/sm90/fwd_variant.h and fwd_smem.h are C++ without CUDA. One program includes them once for
+each line of the table, each in a namespace of its own, and prints what came out.
 """
 
 import shutil
@@ -25,7 +25,7 @@ HEAD = """#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include "mask.h"
-#include "sm90/columns.h"
+#include "sm90/fwd_columns.h"
 """
 
 
@@ -34,9 +34,11 @@ def program(variants):
     text, prints = [HEAD], []
     for i, defines in enumerate(variants):
         text += [f"#define {name} {value}" for name, value in defines.items()]
-        text += [f"namespace n{i} {{", '#include "sm90/smem.h"', "}"]
+        text += [f"namespace n{i} {{", '#include "sm90/fwd_smem.h"', "}"]
         text += [f"#undef {name}" for name in defines]
-        text += ["#undef FASTATTN_SM90_VARIANT_H", "#undef FASTATTN_SM90_SMEM_H"]
+        text += [
+            f"#undef FASTATTN_SM90_{name}_H" for name in ("VARIANT", "FWD_VARIANT", "FWD_SMEM")
+        ]
         values = ", ".join(f"(int)n{i}::{field}" for field in FIELDS)
         prints.append(f'printf("{" ".join(["%d"] * len(FIELDS))}\\n", {values});')
     return "\n".join([*text, "int main() {", *prints, "}", ""])

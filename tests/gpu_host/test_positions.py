@@ -14,7 +14,7 @@ pytestmark = gpu_host.marks
 SHIM = r"""
 #include <string.h>
 #include "common/mask_bits.h"
-#include "sm90/choice.h"
+#include "sm90/fwd_choice.h"
 #include "common/head_parts.h"
 #include "common/schedule.h"
 

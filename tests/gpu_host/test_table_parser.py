@@ -75,7 +75,7 @@ def test_what_nvcc_makes_for_a_folder():
 SHIM = r"""
 #include <stddef.h>
 
-#include "sm90/choice.h"
+#include "sm90/fwd_choice.h"
 
 int count(void) { return FA_VARIANTS; }
 const char *name(int i) { return fa_variants[i].name; }

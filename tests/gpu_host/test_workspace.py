@@ -10,7 +10,7 @@ import gpu_host
 pytestmark = gpu_host.marks
 
 SOURCE = """
-#include "sm90/workspace.h"
+#include "sm90/fwd_workspace.h"
 
 /* {tiles, mask, bytes, packs} of the layout; then the bytes of the list and of the mask alone. */
 void lay_out(int b, int hq, int sq, int sk, int rows, int keys, int total, int mask_dtype,

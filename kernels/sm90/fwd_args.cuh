@@ -1,9 +1,9 @@
-/* args.cuh - the arguments of the forward kernel.
+/* fwd_args.cuh - the arguments of the forward kernel.
  *
  * fwd_launch.cuh fills them in; the kernel finds them in the constant bank.
  */
-#ifndef FASTATTN_SM90_ARGS_CUH
-#define FASTATTN_SM90_ARGS_CUH
+#ifndef FASTATTN_SM90_FWD_ARGS_CUH
+#define FASTATTN_SM90_FWD_ARGS_CUH
 
 #include <cuda.h> /* types only */
 #include <stdint.h>
@@ -11,7 +11,7 @@
 #include "common/mask_bits.h"
 #include "common/packed.h"
 #include "common/schedule.h"
-#include "sm90/variant.h"
+#include "sm90/fwd_variant.h"
 
 enum mask_kind { NO_MASK, BITS, ADD_BF16, ADD_F16, ADD_F32 };
 

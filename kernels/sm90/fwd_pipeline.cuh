@@ -1,16 +1,17 @@
-/* pipeline.cuh - who waits for whom: rings of shared memory, turns at the tensor cores, barriers.
+/* fwd_pipeline.cuh - who waits for whom: rings of shared memory, turns at the tensor cores,
+ * barriers.
  *
  * Work tiles pass through a ring of TILE_SLOTS: the scheduler fills a slot (tile_full), everybody
  * reads it, and when the warpgroups and the loaders of K and V have left it (tile_empty) it is
  * filled again. K and V have rings of STAGES each, Q one of Q_SLOTS, a warpgroup's 64 rows a slot.
  */
-#ifndef FASTATTN_SM90_PIPELINE_CUH
-#define FASTATTN_SM90_PIPELINE_CUH
+#ifndef FASTATTN_SM90_FWD_PIPELINE_CUH
+#define FASTATTN_SM90_FWD_PIPELINE_CUH
 
 #include <stdint.h>
 
+#include "sm90/fwd_smem.h"
 #include "sm90/ptx.cuh"
-#include "sm90/smem.h"
 
 /* ---- named barriers ---------------------------------------------------------------------------*/
 

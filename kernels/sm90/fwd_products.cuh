@@ -1,15 +1,17 @@
-/* products.cuh - the two matrix products of a block of keys, and what a warpgroup keeps of them.
+/* fwd_products.cuh - the two matrix products of a block of keys, and what a warpgroup keeps of
+ * them.
  */
-#ifndef FASTATTN_SM90_PRODUCTS_CUH
-#define FASTATTN_SM90_PRODUCTS_CUH
+#ifndef FASTATTN_SM90_FWD_PRODUCTS_CUH
+#define FASTATTN_SM90_FWD_PRODUCTS_CUH
 
 #include <stddef.h>
 
-#include "sm90/args.cuh"
-#include "sm90/compiler.cuh"
-#include "sm90/pipeline.cuh"
+#include "common/compiler.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_compiler.cuh"
+#include "sm90/fwd_pipeline.cuh"
+#include "sm90/fwd_smem.h"
 #include "sm90/ptx.cuh"
-#include "sm90/smem.h"
 #include "sm90/softmax.cuh"
 #include "sm90/wgmma.cuh"
 

@@ -1,12 +1,12 @@
-/* plain_loop.cuh - a plain variant's blocks of keys: masked ones one by one, then the loop.
+/* fwd_plain_loop.cuh - a plain variant's blocks of keys: masked ones one by one, then the loop.
  *
- * general_loop.cuh has the loops of variants that change scores.
+ * fwd_general_loop.cuh has the loops of variants that change scores.
  */
-#ifndef FASTATTN_SM90_PLAIN_LOOP_CUH
-#define FASTATTN_SM90_PLAIN_LOOP_CUH
+#ifndef FASTATTN_SM90_FWD_PLAIN_LOOP_CUH
+#define FASTATTN_SM90_FWD_PLAIN_LOOP_CUH
 
-#include "sm90/attend.cuh"
-#include "sm90/visibility.cuh"
+#include "sm90/fwd_attend.cuh"
+#include "sm90/fwd_visibility.cuh"
 
 /* The blocks that not all rows see whole, the first one, and those that are skipped before it;
  * returns how many. */

@@ -1,29 +1,30 @@
-/* producers.cuh - what brings Q, K and V, each a thread (or, without the copy engine, the lanes) of
- * a warp of its own. With the scheduler (scheduler.cuh) they serve the MMA warpgroups.
+/* fwd_producers.cuh - what brings Q, K and V, each a thread (or, without the copy engine, the
+ * lanes) of a warp of its own. With the scheduler (fwd_scheduler.cuh) they serve the MMA
+ * warpgroups.
  *
  * Loops over what comes once a tile are not unrolled: their code would push the warpgroups' loops
  * out of the instruction cache (with the scheduler's divisions by multiplication: s 512 2.5 to
  * 5.8 %).
  */
-#ifndef FASTATTN_SM90_PRODUCERS_CUH
-#define FASTATTN_SM90_PRODUCERS_CUH
+#ifndef FASTATTN_SM90_FWD_PRODUCERS_CUH
+#define FASTATTN_SM90_FWD_PRODUCERS_CUH
 
-#include "sm90/args.cuh"
-#include "sm90/pipeline.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_pipeline.cuh"
+#include "sm90/fwd_scheduler.cuh"
+#include "sm90/fwd_smem.h"
+#include "sm90/fwd_visibility.cuh"
 #include "sm90/ptx.cuh"
-#include "sm90/scheduler.cuh"
-#include "sm90/smem.h"
-#include "sm90/visibility.cuh"
 #if IS_RAW
-#include "sm90/load_raw.cuh"
+#include "sm90/fwd_load_raw.cuh"
 #elif IS_STRIDED
-#include "sm90/load_strided.cuh"
+#include "sm90/fwd_load_strided.cuh"
 #else
-#include "sm90/load_boxes.cuh"
+#include "sm90/fwd_load_boxes.cuh"
 #endif
 #if VARIANT_GENERAL
-#include "sm90/mask_tiles.cuh"
-#include "sm90/tags.cuh"
+#include "sm90/fwd_mask_tiles.cuh"
+#include "sm90/fwd_tags.cuh"
 #endif
 
 /* Short calls read K and V once or twice: there is no use in keeping them in the L2 longest. */

@@ -1,15 +1,15 @@
-/* smem.h - the shared memory of a block: what lies where, and what the warps tell each other.
+/* fwd_smem.h - the shared memory of a block: what lies where, and what the warps tell each other.
  *
  * C++ without CUDA: tests/gpu_host/test_layout.py compiles it for every line of the table.
  */
-#ifndef FASTATTN_SM90_SMEM_H
-#define FASTATTN_SM90_SMEM_H
+#ifndef FASTATTN_SM90_FWD_SMEM_H
+#define FASTATTN_SM90_FWD_SMEM_H
 
 #include <stddef.h>
 #include <stdint.h>
 
 #include "mask.h"
-#include "sm90/variant.h"
+#include "sm90/fwd_variant.h"
 
 /* ---- panels of 64 columns, 128 bytes a row, swizzled, each on 1024 bytes ----------------------*/
 
@@ -21,7 +21,7 @@ static constexpr int O_BYTES = 16 * 128; /* a panel of a warp's rows */
 static constexpr int K_BYTES = PANEL_N * panels<D>, V_BYTES = PANEL_N * panels<DV>;
 [[maybe_unused]] static constexpr int MASK_BYTES = 64 * BLOCK_N * 2; /* a float mask's tile */
 #if IS_RAW
-static constexpr int RING = 4, RAW_BYTES = DV > 128 ? 15360 : 17408; /* load_raw.cuh */
+static constexpr int RING = 4, RAW_BYTES = DV > 128 ? 15360 : 17408; /* fwd_load_raw.cuh */
 #endif
 
 #if VARIANT_GENERAL

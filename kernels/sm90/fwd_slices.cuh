@@ -1,15 +1,15 @@
-/* slices.cuh - heads that begin anywhere in a row (FA_SLICES): the copy engine brings columns of
- * other heads with them, which are cleared. Of other variants the functions do nothing.
+/* fwd_slices.cuh - heads that begin anywhere in a row (FA_SLICES): the copy engine brings columns
+ * of other heads with them, which are cleared. Of other variants the functions do nothing.
  */
-#ifndef FASTATTN_SM90_SLICES_CUH
-#define FASTATTN_SM90_SLICES_CUH
+#ifndef FASTATTN_SM90_FWD_SLICES_CUH
+#define FASTATTN_SM90_FWD_SLICES_CUH
 
-#include "sm90/args.cuh"
-#include "sm90/compiler.cuh"
+#include "common/compiler.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_pipeline.cuh"
+#include "sm90/fwd_smem.h"
 #include "sm90/loads.h"
-#include "sm90/pipeline.cuh"
 #include "sm90/ptx.cuh"
-#include "sm90/smem.h"
 
 /* Writes zeros over what a block's rows have before column `begin` and from `end` on, other heads'
  * columns: of Q and K, for 0 * NaN is NaN. (Of V they make columns of O that nobody stores.) It

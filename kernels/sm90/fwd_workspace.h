@@ -1,6 +1,6 @@
-/* workspace.h - where everything of a forward request lies in its workspace, said once. */
-#ifndef FASTATTN_SM90_WORKSPACE_H
-#define FASTATTN_SM90_WORKSPACE_H
+/* fwd_workspace.h - where everything of a forward request lies in its workspace, said once. */
+#ifndef FASTATTN_SM90_FWD_WORKSPACE_H
+#define FASTATTN_SM90_FWD_WORKSPACE_H
 
 #include "common/mask_bits.h"
 #include "common/packed.h"

@@ -1,4 +1,5 @@
-/* scores.cuh - what changes scores: softcap, float masks, ALiBi, dropout. General variants only.
+/* fwd_scores.cuh - what changes scores: softcap, float masks, ALiBi, dropout. General variants
+ * only.
  *
  * All branches are the same for the whole block: they are on the arguments.
  *
@@ -8,17 +9,17 @@
  * One change alone has a loop of its own over the blocks that need nothing else; branches on all
  * that there might be take as long as the change (kernels/README.md).
  */
-#ifndef FASTATTN_SM90_SCORES_CUH
-#define FASTATTN_SM90_SCORES_CUH
+#ifndef FASTATTN_SM90_FWD_SCORES_CUH
+#define FASTATTN_SM90_FWD_SCORES_CUH
 
+#include "common/compiler.cuh"
 #include "philox.h"
-#include "sm90/args.cuh"
-#include "sm90/compiler.cuh"
-#include "sm90/mask_tiles.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_mask_tiles.cuh"
+#include "sm90/fwd_smem.h"
+#include "sm90/fwd_visibility.cuh"
 #include "sm90/ptx.cuh"
-#include "sm90/smem.h"
 #include "sm90/softmax.cuh"
-#include "sm90/visibility.cuh"
 
 DEVICE void describe_scores(const score_args &a, score_tile &t, int32_t b, int32_t h) {
     t.mask = a.mask_data + b * a.mask_stride[0] + h * a.mask_stride[1];

@@ -1,15 +1,15 @@
-/* bool_mask.cuh - the bits of a bool mask, which the launch before packed (mask_bits.h): one word
- * for a thread's scores of a row. General variants only.
+/* fwd_bool_mask.cuh - the bits of a bool mask, which the launch before packed (mask_bits.h): one
+ * word for a thread's scores of a row. General variants only.
  */
-#ifndef FASTATTN_SM90_BOOL_MASK_CUH
-#define FASTATTN_SM90_BOOL_MASK_CUH
+#ifndef FASTATTN_SM90_FWD_BOOL_MASK_CUH
+#define FASTATTN_SM90_FWD_BOOL_MASK_CUH
 
-#include "sm90/args.cuh"
-#include "sm90/compiler.cuh"
-#include "sm90/pipeline.cuh"
+#include "common/compiler.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_pipeline.cuh"
+#include "sm90/fwd_smem.h"
+#include "sm90/fwd_visibility.cuh"
 #include "sm90/ptx.cuh"
-#include "sm90/smem.h"
-#include "sm90/visibility.cuh"
 
 /* Which scores of a block this thread's two rows see, a bit each. */
 DEVICE void load_row_mask(const score_args &a, const score_tile &t, uint32_t (&seen)[2],
@@ -32,7 +32,7 @@ DEVICE void clear_unseen(const uint32_t (&seen)[4], uint8_t *v, int32_t key, int
 }
 
 /* Writes zeros over the rows of V that no row of the tile sees: 0 * NaN is NaN. As clear_hidden_v
- * in visibility.cuh; both warpgroups write the same. */
+ * in fwd_visibility.cuh; both warpgroups write the same. */
 DEVICE void clear_holes(const score_args &a, const score_tile &t, uint8_t *v, int32_t row,
                         int32_t key, int warpgroup) {
     uint32_t seen[4] = {0, 0, 0, 0};

@@ -1,14 +1,14 @@
-/* scores_launch.cuh - the launcher's part of what changes scores: a request's arguments. General
- * variants only; host code.
+/* fwd_scores_launch.cuh - the launcher's part of what changes scores: a request's arguments.
+ * General variants only; host code.
  */
-#ifndef FASTATTN_SM90_SCORES_LAUNCH_CUH
-#define FASTATTN_SM90_SCORES_LAUNCH_CUH
+#ifndef FASTATTN_SM90_FWD_SCORES_LAUNCH_CUH
+#define FASTATTN_SM90_FWD_SCORES_LAUNCH_CUH
 
 #include <math.h>
 #include <string.h>
 
 #include "common/mask_bits.h"
-#include "sm90/args.cuh"
+#include "sm90/fwd_args.cuh"
 #include "sm90/loads.h"
 #include "sm90/softmax.cuh"
 

@@ -1,16 +1,10 @@
-/* columns.h - what the columns of fwd.def say. Plain C: the host's choice and the kernel read it.
+/* fwd_columns.h - what the columns of fwd.def say. Plain C: the host's choice and the kernel read
+ * it.
  */
-#ifndef FASTATTN_SM90_COLUMNS_H
-#define FASTATTN_SM90_COLUMNS_H
+#ifndef FASTATTN_SM90_FWD_COLUMNS_H
+#define FASTATTN_SM90_FWD_COLUMNS_H
 
-#include <stdint.h>
-
-#include "forward.h"
-
-/* How Q, K and V come: boxes of the copy engine; by a warp, element by element if need be, whatever
- * their strides; boxes again, where a head begins anywhere in a row; or by a warp, but K and V as
- * they lie in memory by the copy engine, and from there to their places. */
-enum fa_loads { FA_BOXES, FA_STRIDED, FA_SLICES, FA_RAW };
+#include "sm90/loads.h"
 
 /* What a loop does about the tops of its rows (softmax.cuh), which a tile's first blocks give:
  * nothing; it looks at P, when it is there; or at the scores, before. To look at P costs next to
@@ -28,13 +22,13 @@ typedef struct fa_variant {
     int32_t q_slots;       /* of 64 query rows each: Q of this tile and, as far as there is room, of
                             * the next */
     int32_t blocks_per_sm; /* that share an SM; those of more than one that WATCH are for short
-                            * calls (DELAYED in variant.h) */
+                            * calls (DELAYED in fwd_variant.h) */
     int32_t mma_registers; /* of a thread of an MMA warpgroup; the producers get the pool's rest */
     enum offset offset;
     enum fa_loads loads;
     int32_t ones;    /* 1: the row sum is one more column of V, so that of the rounded P: no lse */
     int32_t staged;  /* 1: O leaves through shared memory, by the copy engine */
-    int32_t general; /* 1: it changes scores: softcap, masks, ALiBi, dropout (scores.cuh) */
+    int32_t general; /* 1: it changes scores: softcap, masks, ALiBi, dropout (fwd_scores.cuh) */
 } fa_variant;
 
 static inline int32_t fa_block_m(const fa_variant *v) { return 64 * v->warpgroups; }

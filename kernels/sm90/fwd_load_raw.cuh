@@ -1,4 +1,4 @@
-/* load_raw.cuh - K and V whose rows lie side by side, or nearly, and begin anywhere: the copy
+/* fwd_load_raw.cuh - K and V whose rows lie side by side, or nearly, and begin anywhere: the copy
  * engine brings them as they lie in memory, and a warp moves them to their places, a row a lane.
  *
  * What comes is in units of 16 bytes, of which the first and the last may be in part no row's of
@@ -6,13 +6,13 @@
  * there themselves. They come in pieces, a ring of them, and those of the next block set out while
  * this one is moved.
  */
-#ifndef FASTATTN_SM90_LOAD_RAW_CUH
-#define FASTATTN_SM90_LOAD_RAW_CUH
+#ifndef FASTATTN_SM90_FWD_LOAD_RAW_CUH
+#define FASTATTN_SM90_FWD_LOAD_RAW_CUH
 
-#include "sm90/args.cuh"
-#include "sm90/load_strided.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_load_strided.cuh"
+#include "sm90/fwd_smem.h"
 #include "sm90/ptx.cuh"
-#include "sm90/smem.h"
 
 struct raw_rows {
     uint32_t smem, full;         /* where the ring begins, and its barriers */

@@ -1,9 +1,9 @@
-/* load_boxes.cuh - rows of Q, K and V by the copy engine, in boxes of its tensor maps.
+/* fwd_load_boxes.cuh - rows of Q, K and V by the copy engine, in boxes of its tensor maps.
  */
-#ifndef FASTATTN_SM90_LOAD_BOXES_CUH
-#define FASTATTN_SM90_LOAD_BOXES_CUH
+#ifndef FASTATTN_SM90_FWD_LOAD_BOXES_CUH
+#define FASTATTN_SM90_FWD_LOAD_BOXES_CUH
 
-#include "sm90/args.cuh"
+#include "sm90/fwd_args.cuh"
 #include "sm90/loads.h"
 #include "sm90/ptx.cuh"
 

@@ -1,16 +1,16 @@
-/* mask_tiles.cuh - a float mask, by tiles of 64 rows in shared memory. General variants only.
+/* fwd_mask_tiles.cuh - a float mask, by tiles of 64 rows in shared memory. General variants only.
  *
  * K's loader brings the tile of a block where the copy engine takes the mask; where it does not,
  * the warpgroup's threads write the same tile themselves.
  */
-#ifndef FASTATTN_SM90_MASK_TILES_CUH
-#define FASTATTN_SM90_MASK_TILES_CUH
+#ifndef FASTATTN_SM90_FWD_MASK_TILES_CUH
+#define FASTATTN_SM90_FWD_MASK_TILES_CUH
 
-#include "sm90/args.cuh"
-#include "sm90/compiler.cuh"
-#include "sm90/pipeline.cuh"
+#include "common/compiler.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_pipeline.cuh"
+#include "sm90/fwd_smem.h"
 #include "sm90/ptx.cuh"
-#include "sm90/smem.h"
 
 /* A warpgroup's tile, swizzled, 128 bytes of a row in a panel: the block's columns of 16 bits, or
  * half of them of 32. */

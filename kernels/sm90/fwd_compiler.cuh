@@ -1,51 +1,20 @@
-/* compiler.cuh - what persuades the compiler: instructions that do nothing, branches never taken,
- * stores that never happen; each with what was lost without it (H100, kernels/JOURNAL.md).
+/* fwd_compiler.cuh - what persuades the compiler in the forward kernel alone, as
+ * common/compiler.cuh does elsewhere.
  *
  * What else the machine code hangs on stands where it is used: `#pragma unroll 1` around what is
- * run once a tile, which must not push the loops out of the instruction cache (producers.cuh), and
- * the launch's share of the registers (SHARES, variant.h).
+ * run once a tile, which must not push the loops out of the instruction cache (fwd_producers.cuh),
+ * and the launch's share of the registers (SHARES, fwd_variant.h).
  */
-#ifndef FASTATTN_SM90_COMPILER_CUH
-#define FASTATTN_SM90_COMPILER_CUH
+#ifndef FASTATTN_SM90_FWD_COMPILER_CUH
+#define FASTATTN_SM90_FWD_COMPILER_CUH
 
 #include <stdint.h>
 
-#include "sm90/args.cuh"
+#include "common/compiler.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_smem.h"
 #include "sm90/ptx.cuh"
-#include "sm90/smem.h"
 #include "sm90/wgmma.cuh"
-
-/* All lanes have this x, as the compiler cannot know of what came from shared memory: addresses and
- * branches that depend on it stay in uniform registers. Without: 75 to 87 R2UR an iteration at
- * d 256, and spills. */
-DEVICE int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
-
-/* threadIdx.x, read where it is asked for: what is computed from it is not kept around a loop.
- * Without: registers that the loop needs; no figure of this alone was kept. */
-DEVICE int32_t thread_here() {
-    int32_t x;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-    return x;
-}
-
-/* Uses of the accumulators do not move across the wait before this. Without: it may read registers
- * that wgmma has not written yet. */
-template <int N>
-DEVICE void wgmma_accumulators(float (&d)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-/* For an x that is never 0: a store that never happens. What x is made of is worked out before it;
- * else ptxas does so where registers are fewest, behind the wait that was to hide it. (A branch
- * there would cost wgmma its pipeline.) Without, and without rounding P before the branch that
- * shrinks O (ROUNDS_FIRST in attend.cuh): float masks 4 to 6 % at d 128, 7 to 9 % at d 256. */
-DEVICE void work_out(uint32_t x) {
-    asm volatile(
-        "{\n.reg .pred never;\nsetp.eq.u32 never, %0, 0;\n"
-        "@never st.shared.u32 [%0], %0;\n}" ::"r"(x)
-        : "memory");
-}
 
 /* A branch that is never taken, behind the barrier that passes the turn: it stays there. Without,
  * where P is looked at: the turn is passed when P is there, 300 clocks late, and all is 30 %
@@ -55,10 +24,6 @@ template <enum offset HOW>
 DEVICE void pin_turn(const kernel_args &a) {
     if (HOW == FOLLOW && a.descriptor_high == 0) __trap();
 }
-
-/* Between this and the other side of an `if` there is a branch, not a select. Without: both sides
- * live at once, 143 stores and 132 loads of local memory in the loop (bf16, d 128, softcap). */
-DEVICE void not_a_select(float &x) { asm volatile("" : "+f"(x)); }
 
 /* wgmma's descriptor of what lies `offset` + 16 * `step` bytes into shared memory. Linear in
  * `step`, so that one instruction finds a stage; the upper half is an argument. Without: of a

@@ -1,25 +1,26 @@
-/* attend.cuh - what a warpgroup does with a block of keys, and how it ends a tile.
+/* fwd_attend.cuh - what a warpgroup does with a block of keys, and how it ends a tile.
  *
  * attend() is longer than a function should be: those of its parts that were tried as functions of
  * their own and are not (the masks and changes of scores, raising the offset) gave other machine
  * code.
  */
-#ifndef FASTATTN_SM90_ATTEND_CUH
-#define FASTATTN_SM90_ATTEND_CUH
+#ifndef FASTATTN_SM90_FWD_ATTEND_CUH
+#define FASTATTN_SM90_FWD_ATTEND_CUH
 
-#include "sm90/args.cuh"
-#include "sm90/compiler.cuh"
-#include "sm90/out.cuh"
-#include "sm90/pipeline.cuh"
-#include "sm90/products.cuh"
-#include "sm90/slices.cuh"
-#include "sm90/smem.h"
+#include "common/compiler.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_compiler.cuh"
+#include "sm90/fwd_out.cuh"
+#include "sm90/fwd_pipeline.cuh"
+#include "sm90/fwd_products.cuh"
+#include "sm90/fwd_slices.cuh"
+#include "sm90/fwd_smem.h"
+#include "sm90/fwd_visibility.cuh"
 #include "sm90/softmax.cuh"
-#include "sm90/visibility.cuh"
 #if VARIANT_GENERAL
-#include "sm90/bool_mask.cuh"
-#include "sm90/mask_tiles.cuh"
-#include "sm90/scores.cuh"
+#include "sm90/fwd_bool_mask.cuh"
+#include "sm90/fwd_mask_tiles.cuh"
+#include "sm90/fwd_scores.cuh"
 #endif
 
 /* What comes before a block: nothing (ALONE), the block before it in its tile (BEHIND), or the last

@@ -1,13 +1,13 @@
-/* general_loop.cuh - a general variant's runs of blocks of keys with one change of scores, each in
- * a loop of its own. The loop over all blocks of a tile, by their tags, is in consume.cuh.
+/* fwd_general_loop.cuh - a general variant's runs of blocks of keys with one change of scores, each
+ * in a loop of its own. The loop over all blocks of a tile, by their tags, is in fwd_consume.cuh.
  *
- * plain_loop.cuh has the loops of the other variants.
+ * fwd_plain_loop.cuh has the loops of the other variants.
  */
-#ifndef FASTATTN_SM90_GENERAL_LOOP_CUH
-#define FASTATTN_SM90_GENERAL_LOOP_CUH
+#ifndef FASTATTN_SM90_FWD_GENERAL_LOOP_CUH
+#define FASTATTN_SM90_FWD_GENERAL_LOOP_CUH
 
-#include "sm90/attend.cuh"
-#include "sm90/tags.cuh"
+#include "sm90/fwd_attend.cuh"
+#include "sm90/fwd_tags.cuh"
 
 /* `run` blocks from `key` to the left, which all rows see whole, with one change. */
 template <enum changes ONLY>

@@ -1,12 +1,12 @@
-/* choice.h - which variant of fwd.def runs a request: a pure function of the shape.
+/* fwd_choice.h - which variant of fwd.def runs a request: a pure function of the shape.
  *
  * Plain C, no CUDA: backend.cu dispatches with it, the tests compile it with gcc and ask it about
  * thousands of shapes.
  */
-#ifndef FASTATTN_SM90_CHOICE_H
-#define FASTATTN_SM90_CHOICE_H
+#ifndef FASTATTN_SM90_FWD_CHOICE_H
+#define FASTATTN_SM90_FWD_CHOICE_H
 
-#include "sm90/cost.h"
+#include "sm90/fwd_cost.h"
 #include "sm90/loads.h"
 
 /* Where setup.py was asked for some of them alone, a copy of the table comes first on the path. */

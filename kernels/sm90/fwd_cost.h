@@ -1,7 +1,9 @@
-/* cost.h - what a request costs on a variant, by measured weights. Plain C, tested on the host. */
-#ifndef FASTATTN_SM90_COST_H
-#define FASTATTN_SM90_COST_H
+/* fwd_cost.h - what a request costs on a variant, by measured weights. Plain C, tested on the host.
+ */
+#ifndef FASTATTN_SM90_FWD_COST_H
+#define FASTATTN_SM90_FWD_COST_H
 
+#include "sm90/fwd_columns.h"
 #include "sm90/loads.h"
 
 static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,17 +1,17 @@
-/* tags.cuh - which blocks of keys a general variant's tile has: their order and tags.
+/* fwd_tags.cuh - which blocks of keys a general variant's tile has: their order and tags.
  *
  * What a bool mask hides the scheduler does not know. The loaders of K and V walk over its map, and
  * leave out what is hidden from all rows of the tile; K's writes a tag beside each stage, by which
  * the warpgroups know which block came. Without a bool mask everybody works out the same tags.
  */
-#ifndef FASTATTN_SM90_TAGS_CUH
-#define FASTATTN_SM90_TAGS_CUH
+#ifndef FASTATTN_SM90_FWD_TAGS_CUH
+#define FASTATTN_SM90_FWD_TAGS_CUH
 
-#include "sm90/args.cuh"
-#include "sm90/compiler.cuh"
-#include "sm90/pipeline.cuh"
-#include "sm90/smem.h"
-#include "sm90/visibility.cuh"
+#include "common/compiler.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_pipeline.cuh"
+#include "sm90/fwd_smem.h"
+#include "sm90/fwd_visibility.cuh"
 
 /* A block's tag: its number from bit 8 on, LAST of its tile, HOLES (keys that no row of the tile
  * sees), and two bits for each warpgroup: how much of it its rows see, as enum seen counts. */

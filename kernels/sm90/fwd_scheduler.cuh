@@ -1,18 +1,19 @@
-/* scheduler.cuh - the thread that decides what comes next: it describes work tiles to the others.
+/* fwd_scheduler.cuh - the thread that decides what comes next: it describes work tiles to the
+ * others.
  *
  * It runs ahead by up to TILE_SLOTS tiles, divisions and all, and reads the votes of the tiles that
  * are done: a tile whose offsets did not hold for some warpgroup comes again, for that warpgroup.
  */
-#ifndef FASTATTN_SM90_SCHEDULER_CUH
-#define FASTATTN_SM90_SCHEDULER_CUH
+#ifndef FASTATTN_SM90_FWD_SCHEDULER_CUH
+#define FASTATTN_SM90_FWD_SCHEDULER_CUH
 
 #include "common/stream.cuh"
-#include "sm90/args.cuh"
-#include "sm90/pipeline.cuh"
-#include "sm90/smem.h"
-#include "sm90/visibility.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_pipeline.cuh"
+#include "sm90/fwd_smem.h"
+#include "sm90/fwd_visibility.cuh"
 #if VARIANT_GENERAL
-#include "sm90/scores.cuh"
+#include "sm90/fwd_scores.cuh"
 #endif
 
 /* Where the tile of this number lies. */

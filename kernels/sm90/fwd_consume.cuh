@@ -1,20 +1,21 @@
-/* consume.cuh - an MMA warpgroup: its 64 rows of one work tile after another.
+/* fwd_consume.cuh - an MMA warpgroup: its 64 rows of one work tile after another.
  *
  * consume() is longer than a function should be: the loop of general variants as a function of its
- * own, or wait_tile() (pipeline.cuh) here, give those other machine code.
+ * own, or wait_tile() (fwd_pipeline.cuh) here, give those other machine code.
  */
-#ifndef FASTATTN_SM90_CONSUME_CUH
-#define FASTATTN_SM90_CONSUME_CUH
+#ifndef FASTATTN_SM90_FWD_CONSUME_CUH
+#define FASTATTN_SM90_FWD_CONSUME_CUH
 
-#include "sm90/args.cuh"
-#include "sm90/attend.cuh"
-#include "sm90/compiler.cuh"
-#include "sm90/pipeline.cuh"
-#include "sm90/smem.h"
+#include "common/compiler.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_attend.cuh"
+#include "sm90/fwd_compiler.cuh"
+#include "sm90/fwd_pipeline.cuh"
+#include "sm90/fwd_smem.h"
 #if VARIANT_GENERAL
-#include "sm90/general_loop.cuh"
+#include "sm90/fwd_general_loop.cuh"
 #else
-#include "sm90/plain_loop.cuh"
+#include "sm90/fwd_plain_loop.cuh"
 #endif
 
 DEVICE void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {

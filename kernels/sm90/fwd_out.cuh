@@ -1,21 +1,22 @@
-/* out.cuh - how the rows of a tile leave: the division by l, the vote, the way out.
+/* fwd_out.cuh - how the rows of a tile leave: the division by l, the vote, the way out.
  *
  * Every warp takes its own 16 rows to memory: by the copy engine from its part of shared memory
  * (STAGED), or, where there is no room for that, 16 bytes a thread after an exchange of registers.
  */
-#ifndef FASTATTN_SM90_OUT_CUH
-#define FASTATTN_SM90_OUT_CUH
+#ifndef FASTATTN_SM90_FWD_OUT_CUH
+#define FASTATTN_SM90_FWD_OUT_CUH
 
+#include "common/compiler.cuh"
 #include "mask.h"
-#include "sm90/args.cuh"
-#include "sm90/compiler.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_compiler.cuh"
+#include "sm90/fwd_pipeline.cuh"
+#include "sm90/fwd_products.cuh"
+#include "sm90/fwd_smem.h"
+#include "sm90/fwd_visibility.cuh"
 #include "sm90/loads.h"
-#include "sm90/pipeline.cuh"
-#include "sm90/products.cuh"
 #include "sm90/ptx.cuh"
-#include "sm90/smem.h"
 #include "sm90/softmax.cuh"
-#include "sm90/visibility.cuh"
 #include "sm90/wgmma.cuh"
 
 /* These are the rows of no tile. */

@@ -1,11 +1,12 @@
-/* load_strided.cuh - rows of K, V or Q that no copy engine takes, brought by the lanes of a warp.
+/* fwd_load_strided.cuh - rows of K, V or Q that no copy engine takes, brought by the lanes of a
+ * warp.
  */
-#ifndef FASTATTN_SM90_LOAD_STRIDED_CUH
-#define FASTATTN_SM90_LOAD_STRIDED_CUH
+#ifndef FASTATTN_SM90_FWD_LOAD_STRIDED_CUH
+#define FASTATTN_SM90_FWD_LOAD_STRIDED_CUH
 
-#include "sm90/args.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_smem.h"
 #include "sm90/ptx.cuh"
-#include "sm90/smem.h"
 
 DEVICE uint16_t *element(const fa_tensor &t, int32_t b, int32_t h, int32_t row, int32_t column) {
     return (uint16_t *)t.data + b * t.stride[0] + h * t.stride[1] + row * t.stride[2] +

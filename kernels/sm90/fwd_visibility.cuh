@@ -1,16 +1,17 @@
-/* visibility.cuh - which keys the rows of a warpgroup see: blocks of them, and scores of a block.
+/* fwd_visibility.cuh - which keys the rows of a warpgroup see: blocks of them, and scores of a
+ * block.
  *
- * The intervals are csrc/mask.h's; a bool mask says more (tags.cuh, bool_mask.cuh).
+ * The intervals are csrc/mask.h's; a bool mask says more (fwd_tags.cuh, fwd_bool_mask.cuh).
  */
-#ifndef FASTATTN_SM90_VISIBILITY_CUH
-#define FASTATTN_SM90_VISIBILITY_CUH
+#ifndef FASTATTN_SM90_FWD_VISIBILITY_CUH
+#define FASTATTN_SM90_FWD_VISIBILITY_CUH
 
+#include "common/compiler.cuh"
 #include "mask.h"
-#include "sm90/args.cuh"
-#include "sm90/compiler.cuh"
-#include "sm90/pipeline.cuh"
+#include "sm90/fwd_args.cuh"
+#include "sm90/fwd_pipeline.cuh"
+#include "sm90/fwd_smem.h"
 #include "sm90/ptx.cuh"
-#include "sm90/smem.h"
 
 #if VARIANT_GENERAL
 /* The i-th key block of a tile: from right to left those before `split`, then the others. With
