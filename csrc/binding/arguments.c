@@ -15,137 +15,34 @@ typedef struct parameter {
 
 #define P(name) {#name, offsetof(arguments, name)}
 
-static const parameter attention[] = {
-    P(q),
-    P(k),
-    P(v),
-    P(causal),
-    P(window),
-    P(q_offset),
-    P(q_lengths),
-    P(k_lengths),
-    P(k_start),
-    P(mask),
-    P(softcap),
-    P(alibi_slopes),
-    P(sink),
-    P(scale),
-    P(dropout_p),
-    P(seed),
-    P(layout),
-    P(return_lse),
-    P(out),
-    P(deterministic),
-    P(batch_invariant),
-    P(backend),
-};
+/* What several functions have, in the same order. */
+#define QKV P(q), P(k), P(v)
+#define FORWARD_RESULTS P(return_lse), P(out)
+#define GRADIENTS \
+    P(need_dq), P(need_dk), P(need_dv), P(need_dmask), P(need_dsink), P(dq), P(dk), P(dv)
+#define LENGTHS P(q_offset), P(q_lengths), P(k_lengths), P(k_start)
+#define SEQUENCES                                                                     \
+    P(cu_seqlens_q), P(cu_seqlens_k), P(max_seqlen_q), P(max_seqlen_k), P(seqused_q), \
+        P(seqused_k), P(q_offset), P(page_table)
+#define SCORES P(mask), P(softcap), P(alibi_slopes), P(sink), P(scale), P(dropout_p), P(seed)
+#define EXECUTION P(deterministic), P(batch_invariant), P(backend)
 
-static const parameter sdpa[] = {
-    P(query), P(key), P(value), P(attn_mask), P(dropout_p), P(is_causal), P(scale), P(enable_gqa),
-};
+static const parameter attention[] = {QKV,    P(causal), P(window),       LENGTHS,
+                                      SCORES, P(layout), FORWARD_RESULTS, EXECUTION};
 
-static const parameter varlen[] = {
-    P(q),
-    P(k),
-    P(v),
-    P(cu_seqlens_q),
-    P(cu_seqlens_k),
-    P(max_seqlen_q),
-    P(max_seqlen_k),
-    P(seqused_q),
-    P(seqused_k),
-    P(q_offset),
-    P(page_table),
-    P(causal),
-    P(window),
-    P(mask),
-    P(softcap),
-    P(alibi_slopes),
-    P(sink),
-    P(scale),
-    P(dropout_p),
-    P(seed),
-    P(return_lse),
-    P(out),
-    P(deterministic),
-    P(batch_invariant),
-    P(backend),
-};
+static const parameter sdpa[] = {P(query),     P(key),       P(value), P(attn_mask),
+                                 P(dropout_p), P(is_causal), P(scale), P(enable_gqa)};
 
-static const parameter backward[] = {
-    P(dout),
-    P(q),
-    P(k),
-    P(v),
-    P(out),
-    P(lse),
-    P(dlse),
-    P(need_dq),
-    P(need_dk),
-    P(need_dv),
-    P(need_dmask),
-    P(need_dsink),
-    P(dq),
-    P(dk),
-    P(dv),
-    P(causal),
-    P(window),
-    P(q_offset),
-    P(q_lengths),
-    P(k_lengths),
-    P(k_start),
-    P(mask),
-    P(softcap),
-    P(alibi_slopes),
-    P(sink),
-    P(scale),
-    P(dropout_p),
-    P(seed),
-    P(layout),
-    P(deterministic),
-    P(batch_invariant),
-    P(backend),
-};
+static const parameter varlen[] = {QKV,    SEQUENCES,       P(causal), P(window),
+                                   SCORES, FORWARD_RESULTS, EXECUTION};
 
-static const parameter varlen_backward[] = {
-    P(dout),
-    P(q),
-    P(k),
-    P(v),
-    P(out),
-    P(lse),
-    P(cu_seqlens_q),
-    P(cu_seqlens_k),
-    P(max_seqlen_q),
-    P(max_seqlen_k),
-    P(seqused_q),
-    P(seqused_k),
-    P(q_offset),
-    P(page_table),
-    P(dlse),
-    P(need_dq),
-    P(need_dk),
-    P(need_dv),
-    P(need_dmask),
-    P(need_dsink),
-    P(dq),
-    P(dk),
-    P(dv),
-    P(causal),
-    P(window),
-    P(mask),
-    P(softcap),
-    P(alibi_slopes),
-    P(sink),
-    P(scale),
-    P(dropout_p),
-    P(seed),
-    P(deterministic),
-    P(batch_invariant),
-    P(backend),
-};
+static const parameter backward[] = {P(dout),   QKV,       P(out),  P(lse), P(dlse),   GRADIENTS,
+                                     P(causal), P(window), LENGTHS, SCORES, P(layout), EXECUTION};
 
-#undef P
+static const parameter varlen_backward[] = {P(dout),   QKV,     P(out),    P(lse),
+                                            SEQUENCES, P(dlse), GRADIENTS, P(causal),
+                                            P(window), SCORES,  EXECUTION};
+
 #define COUNT(table) (sizeof(table) / sizeof *(table))
 
 static const struct {
