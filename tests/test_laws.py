@@ -209,6 +209,13 @@ def test_law_5_one_function_turns_a_status_into_an_exception():
     assert [n for n in BINDING if "PyErr_SetObject(" in TEXT[n]] == ["csrc/binding/call.c"]
 
 
+def test_every_operation_gives_up_the_gil_by_one_helper():
+    """call_begin_work() also asks the caller's allocator for the workspace."""
+    assert sum(TEXT[n].count("PyEval_SaveThread(") for n in BINDING) == 1
+    users = [n for n in BINDING if "call_begin_work(" in TEXT[n] and n.endswith(".c")]
+    assert {n.rpartition("/")[2] for n in users} == {"call.c", "backward.c", "merge.c"}
+
+
 def test_law_6_absent_is_never_a_magic_value():
     for name in CONTRACT:
         contract = code(TEXT[f"csrc/{name}"])

@@ -16,9 +16,8 @@ static const borrowed *like(const call *f, int i) {
     return a;
 }
 
-/* Outputs and workspace from the caller's allocator, then the backend without the GIL. */
+/* Outputs from the caller's allocator, then the backend. */
 static fa_status run(backward_call *c) {
-    static const DLDataType byte = {DL_UINT, 8, 1};
     call *f = &c->forward;
     fa_backward *b = &c->backward;
     fa_error *error = &f->error;
@@ -31,14 +30,11 @@ static fa_status run(backward_call *c) {
                        error));
         fa_bind_gradient(b, i, &c->made[i].memory.array, f->plan.layout);
     }
-    int64_t bytes = fa_backward_workspace(b, &c->chosen);
-    output workspace;
-    fa_clear(&workspace, sizeof workspace);
-    if (bytes) TRY(tensor_new(f->state, f->arrays, 1, &bytes, NULL, byte, &workspace, error));
-    PyThreadState *thread = call_is_tiny(&b->forward) ? NULL : PyEval_SaveThread();
-    fa_status status = fa_run_backward(b, &c->chosen, workspace.memory.array.data, error);
-    if (thread) PyEval_RestoreThread(thread);
-    if (bytes) tensor_drop(&workspace);
+    const int64_t bytes = fa_backward_workspace(b, &c->chosen);
+    call_work work;
+    TRY(call_begin_work(&work, f->state, f->arrays, bytes, &b->forward, error));
+    fa_status status = fa_run_backward(b, &c->chosen, work.memory, error);
+    call_end_work(&work);
     for (int i = 0; i < FA_GRADIENTS && status == FA_OK; i++)
         if (c->given[i]) status = torch_mark_written(f->state, c->given[i]);
     return status;

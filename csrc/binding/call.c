@@ -46,15 +46,33 @@ void call_release(call *c) {
     if (c->has_out) tensor_release(&c->out);
 }
 
-int call_is_tiny(const fa_params *p) {
+/* Some microseconds of work: letting another thread in would cost as much. */
+static int is_tiny(const fa_params *p) {
     const fa_what *w = &p->what;
     double products = (double)w->b * w->hq * w->sq * w->sk * (w->d + w->dv);
     return p->where.device_type == FA_CPU && products < 3e4;
 }
 
-/* Outputs and workspace from the caller's allocator, then the backend without the GIL. */
-static fa_status run(call *c, output *out, output *lse) {
+fa_status call_begin_work(call_work *w, module_state *state, const borrowed *like, int64_t bytes,
+                          const fa_params *p, fa_error *error) {
     static const DLDataType byte = {DL_UINT, 8, 1};
+    w->memory = NULL;
+    if (bytes) {
+        fa_clear(&w->workspace, sizeof w->workspace);
+        TRY(tensor_new(state, like, 1, &bytes, NULL, byte, &w->workspace, error));
+        w->memory = w->workspace.memory.array.data;
+    }
+    w->thread = p && is_tiny(p) ? NULL : PyEval_SaveThread();
+    return FA_OK;
+}
+
+void call_end_work(call_work *w) {
+    if (w->thread) PyEval_RestoreThread(w->thread);
+    if (w->memory) tensor_drop(&w->workspace);
+}
+
+/* Outputs from the caller's allocator, then the backend. */
+static fa_status run(call *c, output *out, output *lse) {
     fa_plan *plan = &c->plan;
     fa_error *error = &c->error;
     fa_expect_outputs(plan, c->has_out ? &c->out.array : NULL, c->return_lse);
@@ -76,14 +94,10 @@ static fa_status run(call *c, output *out, output *lse) {
                        plan->lse_dtype, lse, error));
         plan->params.what.lse.data = lse->memory.array.data;
     }
-    int64_t bytes = fa_workspace(plan);
-    output workspace;
-    fa_clear(&workspace, sizeof workspace);
-    if (bytes) TRY(tensor_new(c->state, &c->arrays[0], 1, &bytes, NULL, byte, &workspace, error));
-    PyThreadState *thread = call_is_tiny(&plan->params) ? NULL : PyEval_SaveThread();
-    fa_status status = fa_run(plan, workspace.memory.array.data, error);
-    if (thread) PyEval_RestoreThread(thread);
-    if (bytes) tensor_drop(&workspace); /* a caching allocator orders its reuse after the launch */
+    call_work work;
+    TRY(call_begin_work(&work, c->state, &c->arrays[0], fa_workspace(plan), &plan->params, error));
+    fa_status status = fa_run(plan, work.memory, error);
+    call_end_work(&work);
     if (status == FA_OK && c->has_out) status = torch_mark_written(c->state, &c->out);
     return status;
 }

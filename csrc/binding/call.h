@@ -27,8 +27,18 @@ typedef struct call {
 void call_start(call *c, module_state *state);
 void call_release(call *c);
 
-/* Some microseconds of work: letting another thread in would cost as much. */
-int call_is_tiny(const fa_params *p);
+/* Around a backend's run: a workspace from the caller's allocator, on the device of `like`, and the
+ * GIL, which is given up but for attention of some microseconds. p: the forward's request, or NULL.
+ */
+typedef struct call_work {
+    void *memory; /* of the workspace; NULL: none is needed */
+    output workspace;
+    PyThreadState *thread; /* NULL: the GIL is kept */
+} call_work;
+fa_status call_begin_work(call_work *w, module_state *state, const borrowed *like, int64_t bytes,
+                          const fa_params *p, fa_error *error);
+/* A caching allocator orders the reuse of the workspace after the launch. */
+void call_end_work(call_work *w);
 
 /* Whether fastattn.torch or fastattn.jax has the call, with every argument in the order of the
  * signature. */

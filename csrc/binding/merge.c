@@ -19,7 +19,6 @@ typedef struct merge_call {
 
 static fa_status merge_parts(merge_call *c, PyObject *outs, PyObject *lses, fa_layout layout,
                              output *out, output *lse) {
-    static const DLDataType byte = {DL_UINT, 8, 1};
     fa_merge merge;
     fa_plan plan;
     for (Py_ssize_t i = 0; i < 2 * c->n; i++) {
@@ -42,13 +41,11 @@ static fa_status merge_parts(merge_call *c, PyObject *outs, PyObject *lses, fa_l
     TRY(tensor_new(c->state, c->parts, plan.lse_ndim, plan.lse_shape, NULL, plan.lse_dtype, lse,
                    &c->error));
     merge.out.data = out->memory.array.data, merge.lse.data = lse->memory.array.data;
-    int64_t bytes = fa_merge_workspace(&merge, &chosen);
-    output workspace = {0};
-    if (bytes) TRY(tensor_new(c->state, c->parts, 1, &bytes, NULL, byte, &workspace, &c->error));
-    PyThreadState *thread = PyEval_SaveThread();
-    fa_status status = fa_run_merge(&merge, &chosen, workspace.memory.array.data, &c->error);
-    PyEval_RestoreThread(thread);
-    if (bytes) tensor_drop(&workspace);
+    const int64_t bytes = fa_merge_workspace(&merge, &chosen);
+    call_work work;
+    TRY(call_begin_work(&work, c->state, c->parts, bytes, NULL, &c->error));
+    fa_status status = fa_run_merge(&merge, &chosen, work.memory, &c->error);
+    call_end_work(&work);
     return status;
 }
 
