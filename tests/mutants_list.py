@@ -98,7 +98,7 @@ FAULTS = (
         "tests/test_positions.py tests/test_values.py -k 'reaches or feature or family'",
     ),
     (
-        "csrc/cpu/forward_kernel.h",
+        "csrc/cpu/forward_rows.h",
         "hv = h / (what->hq / what->hv);",
         "hv = h / (what->hq / what->hk);",
         "tests/test_shapes.py",

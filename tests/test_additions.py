@@ -22,7 +22,7 @@ def forgotten(contract, choice, cpu):
     assert {"softcap", "mask", "alibi_slopes", "sink"} <= set(changes)
     changes.remove("sink")  # it joins a row's sum at the end, in every kernel
     (general,) = re.findall(r"fa_needs_general\(const fa_params \*p\) \{(.*?)\n\}", choice, re.S)
-    (changed,) = re.findall(r"c\.changed = (.*?);", cpu, re.S)
+    (changed,) = re.findall(r"open_scores\(context \*c\) \{.*?c->changed = (.*?);", cpu, re.S)
     (one_key,) = re.findall(r"static int has_one_key\(.*?\n\}", cpu, re.S)
     (backward,) = re.findall(r"c->rounds = (.*?);", cpu, re.S)
     switches = {"cpu": changed, "cpu, one key": one_key, "cpu, backward": backward}
@@ -37,13 +37,15 @@ def forgotten(contract, choice, cpu):
 
 def test_a_change_of_the_scores_is_switched_on_in_every_backend():
     contract, choice = text("csrc/forward.h"), text("kernels/sm90/fwd_choice.h")
-    cpu = text("csrc/cpu/forward_kernel.h") + text("csrc/cpu/backward_kernel.h")
+    cpu = "".join(
+        text(f"csrc/cpu/{x}.h") for x in ("forward_rows", "forward_kernel", "backward_kernel")
+    )
     assert not forgotten(contract, choice, cpu)
     more = contract.replace("} fa_scores;", "float temperature; } fa_scores;")
     switches = ("cpu", "cpu, one key", "cpu, backward", "sm90")
     assert forgotten(more, choice, cpu) == [("temperature", name) for name in switches]
     assert forgotten(contract, choice.replace("s->softcap", "0"), cpu) == [("softcap", "sm90")]
-    assert forgotten(contract, choice, cpu.replace("c.mask", "0")) == [("mask", "cpu")]
+    assert forgotten(contract, choice, cpu.replace("c->mask &&", "0 &&")) == [("mask", "cpu")]
     hasty = cpu.replace("scores->softcap > 0) return 0;", "0) return 0;")
     assert forgotten(contract, choice, hasty) == [("softcap", "cpu, one key")]
 

@@ -383,6 +383,37 @@ def test_no_paths_or_hosts_of_a_machine():
         assert not found, f"{path.relative_to(ROOT)}: {found}"
 
 
+def functions(text):
+    """Of each that a file of C defines: how it begins, its lines, and the comment right above."""
+    for body in re.split(r"^\}\n", text, flags=re.M)[:-1]:
+        lines = body.splitlines()
+        head = max((i for i, x in enumerate(lines) if re.match(r"[A-Za-z_]", x)), default=0)
+        above = head - (head > 0 and lines[head - 1].startswith("template"))
+        comment = re.search(r"/\*(?:(?!\*/).)*\*/\s*\Z", "\n".join(lines[:above]), re.S)
+        yield lines[head], len(lines) - head + 1, comment[0] if comment else ""
+
+
+def test_long_functions_say_why():
+    """More than 60 lines: the comment right above says why they are."""
+    found = [(name, *function) for name, text in TEXT.items() for function in functions(text)]
+    assert len(found) > 500
+    wrong = [
+        (name, head, lines)
+        for name, head, lines, comment in found
+        if lines > 60 and not re.search(r"longer\s+(?:\*\s+)?than\s+a\s+function", comment, re.I)
+    ]
+    assert not wrong
+
+
+def test_a_long_function_is_seen():
+    text = (
+        "/* Why. */\ntemplate <int N>\nDEVICE void f(int a,\n    int b) {\n"
+        + "    g();\n" * 60
+        + "}\n"
+    )
+    assert list(functions(f"int x;\n\n{text}")) == [("DEVICE void f(int a,", 63, "/* Why. */")]
+
+
 def test_sources_stay_readable():
     budget = {f"csrc/{name}": 220 for name in CONTRACT}
     for name, text in TEXT.items():

@@ -37,7 +37,9 @@
 #define load_block FN(load_block)
 #define multiply FN(multiply)
 #define one_key FN(one_key)
+#define open_group FN(open_group)
 #define open_panel FN(open_panel)
+#define open_scores FN(open_scores)
 #define panel FN(panel)
 #define read_bias FN(read_bias)
 #define run_rows FN(run_rows)
@@ -227,46 +229,15 @@ static int has_one_key(const fa_params *p, fa_lengths lengths) {
 /* Rows first .. first + count - 1 (at most 128, all within the sequence's length) of one group. */
 static void run_rows(const fa_params *p, const fa_group *g, int64_t first, int count,
                      void *memory) {
-    const fa_what *what = &p->what;
-    const fa_sequence sequence = g->sequence;
-    const fa_scores *scores = &p->scores;
-    const int64_t size = fa_dtype_size(what->dtype), b = g->b, h = g->h;
-    const int64_t hk = h / (what->hq / what->hk), hv = h / (what->hq / what->hv);
-    const int native = FA_PAIRS || (what->dtype == (DOUBLE ? FA_F64 : FA_F32));
-    const int hides = scores->mask.data && scores->mask_dtype == FA_BOOL;
+    const int hides = p->scores.mask.data && p->scores.mask_dtype == FA_BOOL;
     context c;
-    c.bias = NULL;
-    c.p = p;
-    c.group = g;
-    c.q = (const char *)what->q.data + element(&what->q, b, h, sequence.q) * size;
-    c.k = (const char *)what->k.data + element(&what->k, b, hk, sequence.k) * size;
-    c.v = (const char *)what->v.data + element(&what->v, b, hv, sequence.k) * size;
-    c.out = (char *)what->out.data + element(&what->out, b, h, sequence.q) * size;
-    if (has_one_key(p, sequence.lengths)) {
+    open_group(&c, p, g);
+    if (has_one_key(p, g->sequence.lengths)) {
         one_key(&c, first, count, memory);
         return;
     }
-    c.seed = p->dropout.p > 0 ? fa_dropout_seed(&p->dropout) : 0;
-    c.mask = scores->mask.data;
-    if (c.mask)
-        c.mask += (b * scores->mask.stride[0] + h * scores->mask.stride[1]) *
-                  fa_dtype_size(scores->mask_dtype);
-    c.unit_k = native && (what->k.stride[3] == 1 || what->d == 1) && what->d % STEP == 0 &&
-               what->k.stride[2] % STEP == 0;
-    c.unit_v = native && (what->v.stride[3] == 1 || what->dv == 1) && !FA_PAIRS;
-    c.units = (what->d + STEP - 1) / STEP;
-    /* A scale that makes 0 of all scores is left to change(), too; one that leaves only the
-     * greatest brings none to infinity. */
-    const double size_of_scale = fmin(fabs(what->scale), DOUBLE ? 1e300 : 1e30);
-    c.changed = scores->softcap > 0 || scores->alibi_slopes || (c.mask && !hides) ||
-                !(size_of_scale > 1e-30);
-    c.scale = (real)copysign(size_of_scale, what->scale);
-    c.sign = !c.changed && what->scale < 0 ? -1 : 1;
-    c.nats = c.changed ? 1 : c.scale * c.sign;
-    c.score_base = base_of(c.changed ? FA_LOG2E : size_of_scale * FA_LOG2E);
-    c.e_squared = base_of(2 * FA_LOG2E);
-    c.softcap = (real)(DOUBLE ? scores->softcap : fmin(fmax(scores->softcap, FLT_MIN), FLT_MAX));
-    lay_out(&c, memory, what, c.mask != NULL, count);
+    open_scores(&c);
+    lay_out(&c, memory, &p->what, c.mask != NULL, count);
 
     int panels = 0;
     for (int i = 0; i < count; i += PANEL, panels++)

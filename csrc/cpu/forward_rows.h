@@ -1,6 +1,49 @@
-/* forward_rows.h - from the caller's rows to the panels and blocks of forward_kernel.h, which
+/* forward_rows.h - from the caller's arrays to the panels and blocks of forward_kernel.h, which
  * includes it once per instance, and back.
  */
+/* Where the arrays of a group lie. */
+static void open_group(context *c, const fa_params *p, const fa_group *g) {
+    const fa_what *what = &p->what;
+    const fa_sequence sequence = g->sequence;
+    const int64_t size = fa_dtype_size(what->dtype), b = g->b, h = g->h;
+    const int64_t hk = h / (what->hq / what->hk), hv = h / (what->hq / what->hv);
+    c->p = p;
+    c->group = g;
+    c->q = (const char *)what->q.data + element(&what->q, b, h, sequence.q) * size;
+    c->k = (const char *)what->k.data + element(&what->k, b, hk, sequence.k) * size;
+    c->v = (const char *)what->v.data + element(&what->v, b, hv, sequence.k) * size;
+    c->out = (char *)what->out.data + element(&what->out, b, h, sequence.q) * size;
+}
+
+/* How they are read, and its scores made. */
+static void open_scores(context *c) {
+    const fa_params *p = c->p;
+    const fa_what *what = &p->what;
+    const fa_scores *scores = &p->scores;
+    const int native = FA_PAIRS || (what->dtype == (DOUBLE ? FA_F64 : FA_F32));
+    c->seed = p->dropout.p > 0 ? fa_dropout_seed(&p->dropout) : 0;
+    c->bias = NULL;
+    c->mask = scores->mask.data;
+    if (c->mask)
+        c->mask += (c->group->b * scores->mask.stride[0] + c->group->h * scores->mask.stride[1]) *
+                   fa_dtype_size(scores->mask_dtype);
+    c->unit_k = native && (what->k.stride[3] == 1 || what->d == 1) && what->d % STEP == 0 &&
+                what->k.stride[2] % STEP == 0;
+    c->unit_v = native && (what->v.stride[3] == 1 || what->dv == 1) && !FA_PAIRS;
+    c->units = (what->d + STEP - 1) / STEP;
+    /* A scale that makes 0 of all scores is left to change(), too; one that leaves only the
+     * greatest brings none to infinity. */
+    const double size_of_scale = fmin(fabs(what->scale), DOUBLE ? 1e300 : 1e30);
+    c->changed = scores->softcap > 0 || scores->alibi_slopes ||
+                 (c->mask && scores->mask_dtype != FA_BOOL) || !(size_of_scale > 1e-30);
+    c->scale = (real)copysign(size_of_scale, what->scale);
+    c->sign = !c->changed && what->scale < 0 ? -1 : 1;
+    c->nats = c->changed ? 1 : c->scale * c->sign;
+    c->score_base = base_of(c->changed ? FA_LOG2E : size_of_scale * FA_LOG2E);
+    c->e_squared = base_of(2 * FA_LOG2E);
+    c->softcap = (real)(DOUBLE ? scores->softcap : fmin(fmax(scores->softcap, FLT_MIN), FLT_MAX));
+}
+
 /* Rows first .. first + count - 1 in lanes: Q transposed, O empty, the interval of each. */
 static void open_panel(const context *c, panel *p, int64_t first, int count) {
     const fa_what *what = &c->p->what;
@@ -53,9 +96,9 @@ static void close_panel(const context *c, panel *p) {
     const real gain = drops ? (real)c->p->dropout.gain : 1;
     for (int j = 0; j < p->nv; j++) {
         vec m = p->m[j] * c->nats, l = p->l[j], weight = splat(1);
-        vec sink = splat(-(real)INFINITY);
         const ivec empty = l == 0; /* the largest score gives 1, so 0 means that all are -inf */
         if (scores->sink) {
+            vec sink;
             for (int i = 0; i < LANES; i++)
                 sink[i] =
                     scores->sink[(c->group->h + p->row[j * LANES + i].head) * scores->sink_stride];
@@ -73,12 +116,12 @@ static void close_panel(const context *c, panel *p) {
         }
         for (int i = 0; i < what->dv; i += LANES)
             transpose(c->rows + i, width, (real *)(p->o + i * p->nv + j), p->nv * LANES);
-        const vec value = m + log2_(l) * (real)FA_LN2;
+        const vec lse = m + log2_(l) * (real)FA_LN2; /* where all are -inf: the sink, or -inf */
         for (int i = 0; i < LANES && j * LANES + i < p->count; i++) {
             const fa_row row = p->row[j * LANES + i];
             write_row(c->out + row_offset(&what->out, row) * fa_dtype_size(what->dtype),
                       what->dtype, what->out.stride[3], c->rows + i * width, what->dv);
-            write_lse(what, c->group, row, empty[i] ? sink[i] : value[i]);
+            write_lse(what, c->group, row, lse[i]);
         }
     }
 }

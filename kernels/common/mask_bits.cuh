@@ -32,6 +32,8 @@ DEVICE uint32_t bits_word(const uint32_t (&ballot)[4]) {
     return (even >> odd_lanes & 0x55555555) | (odd >> odd_lanes & 0x55555555) << 1;
 }
 
+/* Longer than a function should be: its loads, or a block's rows, as a function of their own make
+ * it 48 instructions more. */
 static __global__ void __launch_bounds__(PACK_THREADS)
     sm90_pack_mask(const __grid_constant__ pack_args a) {
     constexpr int BATCH = 16; /* rows whose loads are in flight at once */

@@ -12,6 +12,7 @@
 #ifndef FASTATTN_MERGE_CUH
 #define FASTATTN_MERGE_CUH
 
+#include "common/compiler.cuh"
 #include "common/merge_plan.h"
 #ifdef __CUDACC__
 #include "common/element.cuh"
@@ -248,7 +249,7 @@ static __global__ void __launch_bounds__(FA_MERGE_THREADS, FA_MERGE_BLOCKS)
 #pragma unroll
         for (int j = 0; j < FA_MERGE_PAIRS; ++j)
             load_fragment<IN>(x[j], of_pair(pair.out, j), 0, column, a.lanes, a.dv);
-        if (a.n < 0) return; /* never: or ptxas waits for lse before the last of these loads */
+        if (never(a.n)) return;
 
         const float lse = known_lse(pair.lse);
         float top = lse;
@@ -288,6 +289,31 @@ template <int SIZE>
 struct merge_state {
     float mean[SIZE], top, total;
 };
+
+/* Adds 8 parts, of each lane's lse, to a state. */
+template <fa_dtype IN, int BYTES, int SIZE>
+DEVICE void add_parts(merge_state<SIZE> &s, float lse,
+                      const fragment<IN, BYTES> (&x)[FA_MERGE_PAIRS]) {
+    float top = lse;
+#pragma unroll
+    for (int k = 1; k < FA_MERGE_PAIRS; k *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, k));
+    top = fmaxf(top, s.top);
+    const float shift = top == -INFINITY ? 0 : top;
+    const float weight = lse == -INFINITY ? 0 : power(lse, shift);
+    float total = weight;
+#pragma unroll
+    for (int k = 1; k < FA_MERGE_PAIRS; k *= 2) total += __shfl_xor_sync(~0u, total, k);
+    const float before = s.total == 0 ? 0 : s.total * power(s.top, shift);
+    total += before;
+    const float mine = portion(lse != -INFINITY, weight, total);
+    const float kept = portion(s.total != 0, before, total);
+#pragma unroll
+    for (int e = 0; e < SIZE; ++e) s.mean[e] *= kept;
+#pragma unroll
+    for (int j = 0; j < FA_MERGE_PAIRS; ++j) add_fragment(s.mean, of_pair(mine, j), x[j]);
+    s.top = top;
+    s.total = total;
+}
 
 /* The states of the groups that share a row, merged in the order of the groups; that of the first
  * is the result. Every thread of the block calls it. */
@@ -354,29 +380,9 @@ static __global__ void __launch_bounds__(FA_MERGE_THREADS, FA_MERGE_BLOCKS)
             for (int j = 0; j < FA_MERGE_PAIRS; ++j)
                 load_fragment<IN>(x[j], of_pair(pair.out, j), BYTES ? 0 : of_pair(pair.column, j),
                                   column, a.lanes, a.dv);
-            if (a.n < 0) return; /* as in merge_few */
+            if (never(a.n)) return;
 
-            const float lse = known_lse(pair.lse);
-            float top = lse;
-#pragma unroll
-            for (int k = 1; k < FA_MERGE_PAIRS; k *= 2)
-                top = fmaxf(top, __shfl_xor_sync(~0u, top, k));
-            top = fmaxf(top, s.top);
-            const float shift = top == -INFINITY ? 0 : top;
-            const float weight = lse == -INFINITY ? 0 : power(lse, shift);
-            float total = weight;
-#pragma unroll
-            for (int k = 1; k < FA_MERGE_PAIRS; k *= 2) total += __shfl_xor_sync(~0u, total, k);
-            const float before = s.total == 0 ? 0 : s.total * power(s.top, shift);
-            total += before;
-            const float mine = portion(lse != -INFINITY, weight, total);
-            const float kept = portion(s.total != 0, before, total);
-#pragma unroll
-            for (int e = 0; e < piece::SIZE; ++e) s.mean[e] *= kept;
-#pragma unroll
-            for (int j = 0; j < FA_MERGE_PAIRS; ++j) add_fragment(s.mean, of_pair(mine, j), x[j]);
-            s.top = top;
-            s.total = total;
+            add_parts(s, known_lse(pair.lse), x);
         }
 
         if (a.share > 1) join_groups(s, member, a.lanes, a.share);

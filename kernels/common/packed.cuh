@@ -30,10 +30,32 @@ DEVICE int32_t warp_sum(int32_t x, int32_t capacity) {
     return x;
 }
 
+/* [class][warp]: the number of its tiles, then the place of the next. */
+typedef int32_t packed_places[FA_PACKED_CLASSES][PACKED_WARPS];
+
+/* A place for each lane's tiles among its warp's of the same class, lane by lane; returns it. */
+DEVICE int32_t take_places(packed_places &places, int32_t tiles, int32_t its_class,
+                           int32_t capacity) {
+    const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int32_t first = 0;
+    for (uint32_t left = __ballot_sync(~0u, tiles > 0); left;) {
+        const int32_t one = __shfl_sync(~0u, its_class, __ffs(left) - 1);
+        const bool mine = tiles > 0 && its_class == one;
+        const int32_t place = places[one][warp];
+        const int32_t end = fa_packed_add(place, warp_sum(mine ? tiles : 0, capacity), capacity);
+        const int32_t before = __shfl_up_sync(~0u, end, 1);
+        if (mine) first = lane ? before : place;
+        __syncwarp();
+        if (lane == 31) places[one][warp] = end;
+        __syncwarp();
+        left &= ~__ballot_sync(~0u, mine);
+    }
+    return first;
+}
+
 static __global__ void __launch_bounds__(PACKED_THREADS)
     sm90_list_tiles(const __grid_constant__ packed_args a) {
-    /* [class][warp]: the number of its tiles, then the place of the next. */
-    __shared__ int32_t places[FA_PACKED_CLASSES][PACKED_WARPS];
+    __shared__ packed_places places;
     __shared__ int32_t totals[FA_PACKED_CLASSES];
     const fa_packed &p = a.packed;
     const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, capacity = p.capacity;
@@ -54,20 +76,7 @@ static __global__ void __launch_bounds__(PACKED_THREADS)
                 tiles = fa_packed_m_blocks(&p, s);
                 its_class = fa_packed_class(s.lengths.sk);
             }
-            int32_t first = 0;
-            for (uint32_t left = __ballot_sync(~0u, tiles > 0); left;) {
-                const int32_t one = __shfl_sync(~0u, its_class, __ffs(left) - 1);
-                const bool mine = tiles > 0 && its_class == one;
-                const int32_t place = places[one][warp];
-                const int32_t end =
-                    fa_packed_add(place, warp_sum(mine ? tiles : 0, capacity), capacity);
-                const int32_t before = __shfl_up_sync(~0u, end, 1);
-                if (mine) first = lane ? before : place;
-                __syncwarp();
-                if (lane == 31) places[one][warp] = end;
-                __syncwarp();
-                left &= ~__ballot_sync(~0u, mine);
-            }
+            const int32_t first = take_places(places, tiles, its_class, capacity);
             if (pass == 0) continue;
             /* Each lane writes a few entries, all of them many. */
             const int32_t few = tiles <= PACKED_FEW ? tiles : 0;

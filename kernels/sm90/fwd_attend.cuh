@@ -1,8 +1,4 @@
 /* fwd_attend.cuh - what a warpgroup does with a block of keys, and how it ends a tile.
- *
- * attend() is longer than a function should be: those of its parts that were tried as functions of
- * their own and are not (the masks and changes of scores, raising the offset) gave other machine
- * code.
  */
 #ifndef FASTATTN_SM90_FWD_ATTEND_CUH
 #define FASTATTN_SM90_FWD_ATTEND_CUH
@@ -31,7 +27,10 @@ enum place { ALONE, BEHIND, NEXT };
  * DELAYED, has not begun. NEXT ends the tile before in passing, so that the tensor cores have work
  * while its rows are divided and stored. MASKED: rows see the block in part; HOW: the offset.
  * `q_done`: the barrier to tell that Q was read for the last time, or 0. `fresh`: the P V issued
- * here is its tile's first. ONLY: the one change of scores of a general variant's loop. */
+ * here is its tile's first. ONLY: the one change of scores of a general variant's loop.
+ *
+ * Longer than a function should be: those of its parts that were tried as functions of their own
+ * and are not (the masks and changes of scores, raising the offset) gave other machine code. */
 template <place PLACE, bool MASKED, enum offset HOW, enum changes ONLY = ANY>
 DEVICE void attend(const kernel_args &a, smem_layout &smem, int32_t n, rows_state &st, cursor &kv,
                    uint64_t q, uint32_t q_done, int32_t key, bool cut, bool fresh, int warpgroup,

@@ -1,7 +1,4 @@
 /* fwd_consume.cuh - an MMA warpgroup: its 64 rows of one work tile after another.
- *
- * consume() is longer than a function should be: the loop of general variants as a function of its
- * own, or wait_tile() (fwd_pipeline.cuh) here, give those other machine code.
  */
 #ifndef FASTATTN_SM90_FWD_CONSUME_CUH
 #define FASTATTN_SM90_FWD_CONSUME_CUH
@@ -18,6 +15,8 @@
 #include "sm90/fwd_plain_loop.cuh"
 #endif
 
+/* Longer than a function should be: the loop of general variants as a function of its own, or
+ * wait_tile() (fwd_pipeline.cuh) here, give those other machine code. */
 DEVICE void consume(const kernel_args &a, smem_layout &smem, int warpgroup) {
     cursor kv = {0, 0};
     rows_state st = {};

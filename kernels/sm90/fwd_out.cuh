@@ -109,16 +109,16 @@ DEVICE bool is_finite(const output_rows &o, const epilogue &e) {
     return finite;
 }
 
-/* This thread's rows, or, after an exchange with its warp's other threads, as much of others. */
-DEVICE void store_rows(const kernel_args &a, smem_layout &smem, const work_tile &t,
-                       const output_rows &o, const epilogue &e, int warpgroup) {
-    const int32_t rows = e.rows, lane = threadIdx.x % 32;
 #if IS_STRIDED || HAS_SLICES
+/* This thread's two rows, element by element. */
+DEVICE void store_rows(const kernel_args &a, smem_layout &, const work_tile &t,
+                       const output_rows &o, const epilogue &e) {
+    const int32_t lane = threadIdx.x % 32;
     const int32_t skip = SLICES ? t.h_k * a.moves[2][0] % FA_SLICE : 0; /* other heads' columns */
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         uint16_t *to = out_row(a, t, e.row + 8 * r);
-        const int32_t columns = e.row + 8 * r < rows ? (int32_t)a.out.shape[3] : 0;
+        const int32_t columns = e.row + 8 * r < e.rows ? (int32_t)a.out.shape[3] : 0;
 #pragma unroll
         for (int j = 0; j < DV / 8; ++j) {
             const int32_t column = 8 * j + lane % 4 * 2 - skip;
@@ -128,7 +128,13 @@ DEVICE void store_rows(const kernel_args &a, smem_layout &smem, const work_tile 
                 to[(column + 1) * a.out.stride[3]] = (uint16_t)(pair >> 16);
         }
     }
+}
 #elif VARIANT_STAGED
+/* The warp's 16 rows by the copy engine, from its part of shared memory; row by row where they are
+ * not all the tile's. */
+DEVICE void store_rows(const kernel_args &a, smem_layout &smem, const work_tile &t,
+                       const output_rows &o, const epilogue &e) {
+    const int32_t rows = e.rows, lane = threadIdx.x % 32;
     /* As the copy engine has it: chunk c of row r of a panel lies at c ^ r % 8. */
     uint8_t (&staged)[panels<DV>][O_BYTES] = smem.o[uniform(threadIdx.x / 32)];
     uint32_t row = smem_address(staged) + lane % 16 * 128;
@@ -155,11 +161,16 @@ DEVICE void store_rows(const kernel_args &a, smem_layout &smem, const work_tile 
                                        t.h, t.b * a.moves[3][1]);
         cp_async_bulk_commit_group();
     }
+}
 #else
+/* As much as this thread's two rows, 16 bytes at a time, after an exchange with its quad. */
+DEVICE void store_rows(const kernel_args &a, smem_layout &, const work_tile &t,
+                       const output_rows &o, const epilogue &e) {
+    const int32_t lane = threadIdx.x % 32;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         uint16_t *to = out_row(a, t, e.row + 8 * r) + lane % 4 * 8;
-        int32_t columns = e.row + 8 * r < rows ? (int32_t)a.out.shape[3] - lane % 4 * 8 : 0;
+        int32_t columns = e.row + 8 * r < e.rows ? (int32_t)a.out.shape[3] - lane % 4 * 8 : 0;
 #pragma unroll
         for (int j = 0; j < DV / 8; j += 4) {
             uint32_t x[4];
@@ -169,8 +180,8 @@ DEVICE void store_rows(const kernel_args &a, smem_layout &smem, const work_tile 
             if (8 * j < columns) *(uint4 *)(to + 8 * j) = make_uint4(x[0], x[1], x[2], x[3]);
         }
     }
-#endif
 }
+#endif
 
 /* The rows of the n-th tile leave, and the warpgroup the tile; O and l are 0 again. All P V must
  * have ended. A warp that could not keep its tops says so: its warpgroup's rows come again. */
@@ -201,7 +212,7 @@ DEVICE void end_epilogue(const kernel_args &a, smem_layout &smem, int32_t n, row
         for (int j = 0; j < DV / 4; ++j)
             if (e.inverse[j % 2] == 0.f) o[j] = 0;
     __syncwarp();
-    store_rows(a, smem, t, o, e, warpgroup);
+    store_rows(a, smem, t, o, e);
     leave_tile(smem, n);
     close_rows(st, o);
 }

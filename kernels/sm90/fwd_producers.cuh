@@ -49,7 +49,10 @@ DEVICE void bring_q(const kernel_args &a, smem_layout &smem) {
     }
 }
 
-/* K or V: the same blocks in the same order, into a ring of their own. */
+/* K or V: the same blocks in the same order, into a ring of their own.
+ *
+ * Longer than a function should be: a block's load as a function of its own gives raw variants
+ * other machine code. */
 template <bool IS_K, int COLUMNS, int BYTES>
 DEVICE void bring(const kernel_args &a, smem_layout &smem, const array &from,
                   const int32_t (&moves)[2], uint8_t (&stages)[STAGES][BYTES],

@@ -25,7 +25,7 @@ RAW = {"load_raw", "load_strided"}
 
 def variant_for(header):
     """The first of the table that includes it."""
-    stem = header.rpartition("/")[2].partition(".")[0]
+    stem = header.rpartition("/fwd_")[2].partition(".")[0]
     return next(
         v
         for v in VARIANTS
