@@ -9,16 +9,34 @@
 #include <string.h>
 
 #include "fastattn.h"
-#include "dlpack.h"
 
 enum { FA_MAX_RANK = 8 };
+
+/* The dtype of an argument, which need not be one of the contract's: a kind, bits and lanes (1 but
+ * for vectors), in DLPack's numbers, as fa_dtypes has them. */
+typedef struct fa_any_dtype {
+    uint8_t code, bits;
+    uint16_t lanes;
+} fa_any_dtype;
+
+enum {
+    FA_CODE_INT = 0,
+    FA_CODE_UINT = 1,
+    FA_CODE_FLOAT = 2,
+    FA_CODE_BFLOAT = 4,
+    FA_CODE_COMPLEX = 5,
+    FA_CODE_BOOL = 6,
+    FA_CODE_FLOAT8_E4M3FN = 10,
+    FA_CODE_FLOAT8_E5M2 = 12
+};
 
 /* One array as its framework describes it; strides count elements. */
 typedef struct fa_array {
     const char *name; /* the argument, for sentences */
     void *data;       /* NULL only if a dimension is 0 */
-    DLDevice device;  /* device_type DL_CPU (device_id: JAX has more than one) or DL_CUDA */
-    DLDataType dtype;
+    fa_device_type device_type;
+    int32_t device_id; /* on the CPU too: JAX has more than one */
+    fa_any_dtype dtype;
     int32_t ndim;
     int64_t shape[FA_MAX_RANK], stride[FA_MAX_RANK]; /* no sum of them passes 2^60 bytes */
     void *stream; /* the producer's current CUDA stream; NULL is the legacy default stream */
@@ -78,7 +96,7 @@ typedef struct fa_plan {
     int32_t outer_ndim;
     int64_t outer_shape[FA_OUTER];
     int64_t outer_stride[FA_OUTER][FA_OPERANDS]; /* elements */
-    DLDataType out_dtype, lse_dtype;
+    fa_any_dtype out_dtype, lse_dtype;
     int32_t out_ndim, lse_ndim;
     int64_t out_shape[FA_MAX_RANK], out_stride[FA_MAX_RANK], lse_shape[3];
     fa_layout layout;
@@ -103,7 +121,7 @@ fa_status fa_fail(fa_error *error, fa_status status, const char *format, ...)
     } while (0)
 
 /* The name that the frameworks give it; buffer is used for what has none. */
-const char *fa_dtype_name(DLDataType dtype, char buffer[32]);
+const char *fa_dtype_name(fa_any_dtype dtype, char buffer[32]);
 
 /* Shapes, dtypes, devices and options. Reads no array but lengths and cu_seqlens on the CPU. */
 fa_status fa_check_attention(const fa_request *request, fa_plan *plan, fa_error *error);
@@ -132,7 +150,7 @@ typedef struct fa_backward_request {
 /* A gradient that is asked for, as its array is to be. */
 typedef struct fa_gradient {
     int wanted;
-    DLDataType dtype;
+    fa_any_dtype dtype;
     int32_t ndim;
     const int64_t *shape; /* of the array that it is the gradient of */
 } fa_gradient;

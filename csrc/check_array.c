@@ -12,22 +12,24 @@ fa_status fa_fail(fa_error *error, fa_status status, const char *format, ...) {
     return status;
 }
 
-fa_dtype fa_contract_dtype(DLDataType t) {
+fa_dtype fa_contract_dtype(fa_any_dtype t) {
     for (int i = 1; i < FA_DTYPE_COUNT; i++)
         if (t.code == fa_dtypes[i].code && t.bits == 8 * fa_dtypes[i].size && t.lanes == 1)
             return (fa_dtype)i;
     return 0;
 }
 
-const char *fa_dtype_name(DLDataType t, char buffer[32]) {
+const char *fa_dtype_name(fa_any_dtype t, char buffer[32]) {
     static const char *const kinds[] = {
-        [DL_INT] = "int",       [DL_UINT] = "uint",       [DL_FLOAT] = "float", [3] = "opaque",
-        [DL_BFLOAT] = "bfloat", [DL_COMPLEX] = "complex", [DL_BOOL] = "bool",
+        [FA_CODE_INT] = "int",   [FA_CODE_UINT] = "uint",     [FA_CODE_FLOAT] = "float",
+        [3] = "opaque",          [FA_CODE_BFLOAT] = "bfloat", [FA_CODE_COMPLEX] = "complex",
+        [FA_CODE_BOOL] = "bool",
     };
     const fa_dtype known = fa_contract_dtype(t);
     if (known) return fa_dtypes[known].name;
-    if (t.bits == 8 && t.lanes == 1 && (t.code == DL_FLOAT8_E4M3FN || t.code == DL_FLOAT8_E5M2))
-        return t.code == DL_FLOAT8_E5M2 ? "float8_e5m2" : "float8_e4m3fn";
+    if (t.bits == 8 && t.lanes == 1 &&
+        (t.code == FA_CODE_FLOAT8_E4M3FN || t.code == FA_CODE_FLOAT8_E5M2))
+        return t.code == FA_CODE_FLOAT8_E5M2 ? "float8_e5m2" : "float8_e4m3fn";
     if (t.code < sizeof kinds / sizeof *kinds && t.lanes == 1)
         snprintf(buffer, 32, "%s%d", kinds[t.code], t.bits);
     else
@@ -35,9 +37,9 @@ const char *fa_dtype_name(DLDataType t, char buffer[32]) {
     return buffer;
 }
 
-static const char *device_name(DLDevice device, char buffer[32]) {
-    if (device.device_type == DL_CPU && device.device_id == 0) return "cpu";
-    snprintf(buffer, 32, "%s:%d", device.device_type == DL_CPU ? "cpu" : "cuda", device.device_id);
+static const char *device_name(const fa_array *a, char buffer[32]) {
+    if (a->device_type == FA_CPU && a->device_id == 0) return "cpu";
+    snprintf(buffer, 32, "%s:%d", a->device_type == FA_CPU ? "cpu" : "cuda", a->device_id);
     return buffer;
 }
 
@@ -70,10 +72,11 @@ const char *fa_array_cast(const fa_array *a, const char *name, const char *torch
     return buffer;
 }
 
-const char *fa_size_mend(const fa_array *a, DLDataType want, char buffer[80]) {
-    const int ints = want.code == DL_INT && (a->dtype.code == DL_INT || a->dtype.code == DL_UINT);
-    const int floats =
-        want.code == DL_FLOAT && (a->dtype.code == DL_FLOAT || a->dtype.code == DL_BFLOAT);
+const char *fa_size_mend(const fa_array *a, fa_any_dtype want, char buffer[80]) {
+    const int ints =
+        want.code == FA_CODE_INT && (a->dtype.code == FA_CODE_INT || a->dtype.code == FA_CODE_UINT);
+    const int floats = want.code == FA_CODE_FLOAT &&
+                       (a->dtype.code == FA_CODE_FLOAT || a->dtype.code == FA_CODE_BFLOAT);
     char name[32], cast[64];
     if (!ints && !floats) return "";
     const char *method = floats            ? want.bits == 64   ? "double"
@@ -93,7 +96,7 @@ fa_status fa_check_float(const fa_array *a, fa_dtype *dtype, fa_error *error) {
                    a->name, fa_dtype_name(a->dtype, got));
 }
 
-fa_status fa_refuse_dtype(const fa_array *a, DLDataType want, const fa_array *like,
+fa_status fa_refuse_dtype(const fa_array *a, fa_any_dtype want, const fa_array *like,
                           fa_error *error) {
     char expected[32], got[32], mend[80];
     const char *name = fa_dtype_name(want, expected);
@@ -106,9 +109,9 @@ fa_status fa_refuse_dtype(const fa_array *a, DLDataType want, const fa_array *li
 
 fa_status fa_refuse_place(const fa_array *a, const fa_array *q, fa_error *error) {
     char want[32], got[32];
-    if (memcmp(&a->device, &q->device, sizeof q->device))
+    if (!fa_same_device(a, q))
         return fa_fail(error, FA_VALUE, "`%s` must be on %s like `%s`, got %s", a->name,
-                       device_name(q->device, want), q->name, device_name(a->device, got));
+                       device_name(q, want), q->name, device_name(a, got));
     return fa_fail(error, FA_VALUE,
                    "`%s` must be on the same CUDA stream as `%s`: their frameworks are on "
                    "different current streams",
@@ -127,8 +130,8 @@ fa_status fa_refuse_range(const fa_array *a, int64_t got, const char *letter, in
                    letter, (long long)lo, (long long)hi, (long long)got);
 }
 
-fa_status fa_check_some_vector(const fa_array *a, const fa_array *q, DLDataType dtype, int64_t size,
-                               const void **data, int64_t *stride, fa_error *error) {
+fa_status fa_check_some_vector(const fa_array *a, const fa_array *q, fa_any_dtype dtype,
+                               int64_t size, const void **data, int64_t *stride, fa_error *error) {
     TRY(fa_check_dtype(a, dtype, NULL, error));
     TRY(fa_check_shape(a, 1, &size, error));
     TRY(fa_check_place(a, q, error));
@@ -137,11 +140,10 @@ fa_status fa_check_some_vector(const fa_array *a, const fa_array *q, DLDataType 
     return FA_OK;
 }
 
-DLDataType fa_lse_dtype(fa_dtype dtype) {
-    return (DLDataType){DL_FLOAT, dtype == FA_F64 ? 64 : 32, 1};
+fa_any_dtype fa_lse_dtype(fa_dtype dtype) {
+    return (fa_any_dtype){FA_CODE_FLOAT, dtype == FA_F64 ? 64 : 32, 1};
 }
 
 fa_where fa_where_of(const fa_array *a) {
-    if (a->device.device_type == DL_CPU) return (fa_where){FA_CPU, 0, a->stream};
-    return (fa_where){FA_CUDA, a->device.device_id, a->stream};
+    return (fa_where){a->device_type, a->device_type == FA_CPU ? 0 : a->device_id, a->stream};
 }

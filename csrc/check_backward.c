@@ -26,7 +26,7 @@ static fa_status check_needs(const fa_request *r, const fa_backward_request *b, 
         if (b->given[i] && !b->need[i])
             return fa_fail(error, FA_VALUE, "`%s` must be None with need_%s=False, got an array",
                            names[i], names[i]);
-    if (b->need[FA_OF_MASK] && (!r->mask || r->mask->dtype.code == DL_BOOL))
+    if (b->need[FA_OF_MASK] && (!r->mask || r->mask->dtype.code == FA_CODE_BOOL))
         return fa_fail(error, FA_VALUE, "`need_dmask` must be False %s, got True",
                        r->mask ? "for a bool mask, which has no gradient" : "without a mask");
     if (b->need[FA_OF_SINK] && !r->sink)

@@ -8,7 +8,7 @@ static fa_status check_lengths(const fa_array *a, const fa_request *r, const fa_
                                const int32_t **data, int64_t *stride, fa_error *error) {
     const int64_t b = plan->params.what.b;
     TRY(fa_check_vector(a, r->q, fa_int32, b, (const void **)data, stride, error));
-    if (!a || a->device.device_type != DL_CPU) return FA_OK;
+    if (!a || a->device_type != FA_CPU) return FA_OK;
     for (int64_t i = 0; i < b; i++) {
         const int32_t length = (*data)[i * *stride];
         if (cu) most = cu[(i + 1) * cu_stride] - cu[i * cu_stride];
@@ -64,7 +64,7 @@ static fa_status check_offsets(const fa_array *cu, const fa_array *packed, int64
     const int64_t total = packed->shape[0];
     int64_t before = 0;
     *data = cu->data, *stride = cu->shape[0] == 1 ? 0 : cu->stride[0];
-    if (packed->device.device_type != DL_CPU) return FA_OK;
+    if (packed->device_type != FA_CPU) return FA_OK;
     for (int64_t i = 0; i < cu->shape[0]; i++) {
         const int64_t at = (*data)[i * *stride];
         if (i == 0 && at != 0)

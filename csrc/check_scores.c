@@ -19,7 +19,7 @@ static const char *mask_mend(const fa_array *a, const int64_t want[4], int fits_
         index = "[:, None]";
     if (fits_dtype)
         snprintf(cast, sizeof cast, ": pass %s", a->name);
-    else if (a->dtype.code == DL_INT || a->dtype.code == DL_UINT)
+    else if (a->dtype.code == FA_CODE_INT || a->dtype.code == FA_CODE_UINT)
         snprintf(cast, sizeof cast, ": pass %s", fa_array_cast(a, "bool", "bool", buffer));
     else
         fa_size_mend(a, fa_float32, cast);

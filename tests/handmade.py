@@ -1,7 +1,7 @@
 """A hand-made producer of DLPack capsules: any device, any version, any mistake.
 
 The structures are those of the standard (https://dmlc.github.io/dlpack/latest/), declared anew, so
-that csrc/dlpack.h is not judged by itself.
+that csrc/binding/dlpack.h is not judged by itself.
 """
 
 import ctypes

@@ -16,7 +16,7 @@ int main(void) {
     for (int code = 0; code < 256; code++)
         for (int bits = 0; bits < 256; bits++)
             for (int lanes = 0; lanes < 3; lanes++) {
-                DLDataType t = {code, bits, lanes};
+                fa_any_dtype t = {code, bits, lanes};
                 fa_dtype dtype = fa_contract_dtype(t);
                 if (dtype) printf("%d %d %d %s\\n", code, bits, lanes, fa_dtype_name(t, name));
             }

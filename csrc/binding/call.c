@@ -55,7 +55,7 @@ static int is_tiny(const fa_params *p) {
 
 fa_status call_begin_work(call_work *w, module_state *state, const borrowed *like, int64_t bytes,
                           const fa_params *p, fa_error *error) {
-    static const DLDataType byte = {DL_UINT, 8, 1};
+    static const fa_any_dtype byte = {FA_CODE_UINT, 8, 1};
     w->memory = NULL;
     if (bytes) {
         fa_clear(&w->workspace, sizeof w->workspace);

@@ -80,7 +80,7 @@ fa_status dlpack_borrow(module_state *state, PyObject *object, borrowed *b, fa_e
     }
     Py_DECREF(found);
     if (status == FA_OK) status = tensor_describe(t, &b->array, error);
-    if (b->array.device.device_type == DL_CPU) b->array.device.device_id = cpu;
+    if (status == FA_OK && b->array.device_type == FA_CPU) b->array.device_id = cpu;
     if (status != FA_OK) tensor_release(b);
     return status;
 }

@@ -24,7 +24,7 @@ static PyObject *shape_tuple(int32_t n, const int64_t *shape) {
 
 /* 0 with an exception. */
 static int add_result(PyObject *list, const char *name, int32_t n, const int64_t *shape,
-                      DLDataType dtype) {
+                      fa_any_dtype dtype) {
     char buffer[32];
     PyObject *sizes = shape_tuple(n, shape);
     PyObject *result =
@@ -126,8 +126,8 @@ static fa_status read_array(PyObject *object, const jax_call *c, int has_axis, j
         !PyArg_ParseTuple(object, "sO!ii", &a->name, &PyTuple_Type, &sizes, &code, &bits))
         return FA_RAISED;
     a->data = FA_TO_COME;
-    a->device = (DLDevice){DL_CUDA, 0};
-    a->dtype = (DLDataType){(uint8_t)code, (uint8_t)bits, 1};
+    a->device_type = FA_CUDA, a->device_id = 0;
+    a->dtype = (fa_any_dtype){(uint8_t)code, (uint8_t)bits, 1};
     a->ndim = (int32_t)PyTuple_Size(sizes);
     if (a->ndim > FA_MAX_RANK)
         return fa_fail(error, FA_VALUE, "`%s` has %d dimensions", a->name, a->ndim);

@@ -9,19 +9,20 @@
 
 /* ---- what XLA gives ---- */
 
-static DLDataType dtype_of(int32_t xla) {
+static fa_any_dtype dtype_of(int32_t xla) {
     static const struct {
         int32_t xla;
-        DLDataType dtype;
-    } dtypes[] = {
-        {XLA_PRED, {DL_BOOL, 8, 1}},   {XLA_S8, {DL_INT, 8, 1}},     {XLA_S16, {DL_INT, 16, 1}},
-        {XLA_S32, {DL_INT, 32, 1}},    {XLA_S64, {DL_INT, 64, 1}},   {XLA_U8, {DL_UINT, 8, 1}},
-        {XLA_U16, {DL_UINT, 16, 1}},   {XLA_U32, {DL_UINT, 32, 1}},  {XLA_U64, {DL_UINT, 64, 1}},
-        {XLA_F16, {DL_FLOAT, 16, 1}},  {XLA_F32, {DL_FLOAT, 32, 1}}, {XLA_F64, {DL_FLOAT, 64, 1}},
-        {XLA_BF16, {DL_BFLOAT, 16, 1}}};
+        fa_any_dtype dtype;
+    } dtypes[] = {{XLA_PRED, {FA_CODE_BOOL, 8, 1}},   {XLA_S8, {FA_CODE_INT, 8, 1}},
+                  {XLA_S16, {FA_CODE_INT, 16, 1}},    {XLA_S32, {FA_CODE_INT, 32, 1}},
+                  {XLA_S64, {FA_CODE_INT, 64, 1}},    {XLA_U8, {FA_CODE_UINT, 8, 1}},
+                  {XLA_U16, {FA_CODE_UINT, 16, 1}},   {XLA_U32, {FA_CODE_UINT, 32, 1}},
+                  {XLA_U64, {FA_CODE_UINT, 64, 1}},   {XLA_F16, {FA_CODE_FLOAT, 16, 1}},
+                  {XLA_F32, {FA_CODE_FLOAT, 32, 1}},  {XLA_F64, {FA_CODE_FLOAT, 64, 1}},
+                  {XLA_BF16, {FA_CODE_BFLOAT, 16, 1}}};
     for (size_t i = 0; i < sizeof dtypes / sizeof *dtypes; i++)
         if (dtypes[i].xla == xla) return dtypes[i].dtype;
-    return (DLDataType){3, 8, 1}; /* DLPack's opaque ones */
+    return (fa_any_dtype){3, 8, 1}; /* DLPack's opaque ones */
 }
 
 /* names: a text of which the next word is cut off, or NULL. */
@@ -33,7 +34,7 @@ static fa_status read_array(const xla_buffer *b, char **names, const jax_call *c
     if (*names) *(*names)++ = 0;
     a->name = name;
     a->data = b->data;
-    a->device = (DLDevice){where.device_type == FA_CPU ? DL_CPU : DL_CUDA, where.device_id};
+    a->device_type = where.device_type, a->device_id = where.device_id;
     a->stream = where.stream;
     a->dtype = dtype_of(b->dtype);
     a->ndim = (int32_t)b->rank;

@@ -111,7 +111,7 @@ static fa_array *find_result(jax_call *c, const char *name) {
 }
 
 static fa_status check_result(const fa_array *a, int32_t ndim, const int64_t *shape,
-                              DLDataType dtype, fa_error *error) {
+                              fa_any_dtype dtype, fa_error *error) {
     TRY(fa_check_dtype(a, dtype, NULL, error));
     return fa_check_shape(a, ndim, shape, error);
 }

@@ -19,28 +19,29 @@ int numpy_learn(module_state *state, PyObject *ndarray) {
 }
 
 /* {0, 0, 1} where DLPack has no such dtype. */
-static DLDataType numpy_dtype(PyArray_Descr *descr) {
+static fa_any_dtype numpy_dtype(PyArray_Descr *descr) {
     switch (descr->type_num) {
         case NPY_BOOL:
-            return (DLDataType){DL_BOOL, 8, 1};
+            return (fa_any_dtype){FA_CODE_BOOL, 8, 1};
         case NPY_HALF:
-            return (DLDataType){DL_FLOAT, 16, 1};
+            return (fa_any_dtype){FA_CODE_FLOAT, 16, 1};
         case NPY_FLOAT:
-            return (DLDataType){DL_FLOAT, 32, 1};
+            return (fa_any_dtype){FA_CODE_FLOAT, 32, 1};
         case NPY_DOUBLE:
-            return (DLDataType){DL_FLOAT, 64, 1};
+            return (fa_any_dtype){FA_CODE_FLOAT, 64, 1};
         default:
             break;
     }
     uint8_t bits = (uint8_t)(8 * PyDataType_ELSIZE(descr));
-    if (PyTypeNum_ISSIGNED(descr->type_num)) return (DLDataType){DL_INT, bits, 1};
-    if (PyTypeNum_ISUNSIGNED(descr->type_num)) return (DLDataType){DL_UINT, bits, 1};
-    if (PyTypeNum_ISCOMPLEX(descr->type_num)) return (DLDataType){DL_COMPLEX, bits, 1};
+    if (PyTypeNum_ISSIGNED(descr->type_num)) return (fa_any_dtype){FA_CODE_INT, bits, 1};
+    if (PyTypeNum_ISUNSIGNED(descr->type_num)) return (fa_any_dtype){FA_CODE_UINT, bits, 1};
+    if (PyTypeNum_ISCOMPLEX(descr->type_num)) return (fa_any_dtype){FA_CODE_COMPLEX, bits, 1};
     /* ml_dtypes registers its types as they come: only the name tells them. */
     char name[128] = "";
     PyObject *type = (PyObject *)descr->typeobj;
     if (bits == 16) state_text(PyObject_GetAttrString(type, "__name__"), sizeof name, name);
-    return strcmp(name, "bfloat16") ? (DLDataType){0, 0, 1} : (DLDataType){DL_BFLOAT, 16, 1};
+    return strcmp(name, "bfloat16") ? (fa_any_dtype){0, 0, 1}
+                                    : (fa_any_dtype){FA_CODE_BFLOAT, 16, 1};
 }
 
 fa_status numpy_borrow(PyObject *object, borrowed *b, fa_error *error) {

@@ -55,11 +55,11 @@ fa_status tensor_describe(const DLTensor *t, fa_array *a, fa_error *error) {
     switch (t->device.device_type) {
         case DL_CPU:
         case DL_CUDA_HOST:
-            a->device = (DLDevice){DL_CPU, 0};
+            a->device_type = FA_CPU, a->device_id = 0;
             break;
         case DL_CUDA:
         case DL_CUDA_MANAGED:
-            a->device = (DLDevice){DL_CUDA, t->device.device_id};
+            a->device_type = FA_CUDA, a->device_id = t->device.device_id;
             break;
         default:
             return fa_fail(error, FA_UNSUPPORTED,
@@ -132,7 +132,8 @@ static fa_status check_new(const borrowed *like, const DLTensor *want, const bor
     const fa_array *a = &got->array;
     int fits = got->writeable && a->ndim == want->ndim &&
                !memcmp(&a->dtype, &want->dtype, sizeof a->dtype) &&
-               !memcmp(&a->device, &want->device, sizeof a->device);
+               a->device_type == (fa_device_type)want->device.device_type &&
+               a->device_id == want->device.device_id;
     for (int32_t i = 0; i < want->ndim && fits; i++) {
         fits =
             a->shape[i] == want->shape[i] && (a->shape[i] <= 1 || a->stride[i] == want->strides[i]);
@@ -175,14 +176,15 @@ static fa_status new_by_python(module_state *state, const borrowed *like, DLTens
 }
 
 fa_status tensor_new(module_state *state, const borrowed *like, int32_t ndim, const int64_t *shape,
-                     const int64_t *stride, DLDataType dtype, output *out, fa_error *error) {
+                     const int64_t *stride, fa_any_dtype dtype, output *out, fa_error *error) {
     int64_t sizes[FA_MAX_RANK], steps[FA_MAX_RANK], contiguous = 1;
     for (int32_t i = ndim - 1; i >= 0; i--) {
         sizes[i] = shape[i];
         steps[i] = stride ? stride[i] : contiguous;
         if (shape[i]) contiguous *= shape[i];
     }
-    DLTensor t = {NULL, like->array.device, ndim, dtype, sizes, steps, 0};
+    const DLDevice device = {(int32_t)like->array.device_type, like->array.device_id};
+    DLTensor t = {NULL, device, ndim, dtype, sizes, steps, 0};
     out->memory.array.name = "the output";
     fa_status status = FA_OK;
     if (like->kind == KIND_TABLE && torch_abi_new(&state->abi, &t, &out->object))

@@ -40,7 +40,7 @@ typedef struct output {
 /* stride: of a torch tensor; all others, and all where it is NULL, are contiguous. out: cleared;
  * after a failure too. */
 fa_status tensor_new(module_state *state, const borrowed *like, int32_t ndim, const int64_t *shape,
-                     const int64_t *stride, DLDataType dtype, output *out, fa_error *error);
+                     const int64_t *stride, fa_any_dtype dtype, output *out, fa_error *error);
 /* The finished array as the caller's kind: a new reference, or NULL with an exception. */
 PyObject *tensor_hand_over(module_state *state, const borrowed *like, output *out);
 void tensor_drop(output *out);

@@ -113,10 +113,10 @@ static fa_status check_torch(module_state *state, torch_now *now, PyObject *obje
 
 /* torch's current stream is one per device, and a call has one device. */
 static fa_status find_stream(module_state *state, torch_now *now, fa_array *a) {
-    if (!now->has_stream || now->device_id != a->device.device_id) {
-        if (state->exchange->current_stream(DL_CUDA, a->device.device_id, &now->stream) < 0)
+    if (!now->has_stream || now->device_id != a->device_id) {
+        if (state->exchange->current_stream(DL_CUDA, a->device_id, &now->stream) < 0)
             return FA_RAISED;
-        now->device_id = a->device.device_id;
+        now->device_id = a->device_id;
         now->has_stream = 1;
     }
     a->stream = now->stream;
@@ -147,14 +147,14 @@ fa_status torch_borrow(module_state *state, torch_now *now, PyObject *object, bo
         status = check_torch(state, now, object, b->array.name, &b->requires_grad, error);
     if (status != FA_OK) return status;
     b->kind = now->dispatch_modes ? KIND_DLPACK : KIND_TABLE;
-    return b->array.device.device_type == DL_CUDA ? find_stream(state, now, &b->array) : FA_OK;
+    return b->array.device_type == FA_CUDA ? find_stream(state, now, &b->array) : FA_OK;
 }
 
 fa_status torch_autocast(module_state *state, torch_now *now, borrowed *b, fa_error *error) {
     const fa_array *a = &b->array;
-    if (!torch_owns(state, b->object) || a->dtype.code == DL_BOOL) return FA_OK;
+    if (!torch_owns(state, b->object) || a->dtype.code == FA_CODE_BOOL) return FA_OK;
     if (state->abi.offset) {
-        const int8_t device = a->device.device_type == DL_CUDA;
+        const int8_t device = a->device_type == FA_CUDA;
         if (now->autocast_device != device + 1) {
             const bool enabled = state->abi.autocast_is_enabled(device);
             now->autocast_device = device + 1;

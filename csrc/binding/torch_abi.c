@@ -59,13 +59,14 @@ torch_abi torch_abi_find(PyObject *sample, uintptr_t impl) {
 
 /* torch's numbers of dtypes, which its saved files keep. */
 static const struct {
-    DLDataType dtype;
+    fa_any_dtype dtype;
     int32_t number;
-} torch_dtypes[] = {{{DL_BFLOAT, 16, 1}, 15}, {{DL_FLOAT, 16, 1}, 5}, {{DL_FLOAT, 32, 1}, 6},
-                    {{DL_FLOAT, 64, 1}, 7},   {{DL_BOOL, 8, 1}, 11},  {{DL_INT, 32, 1}, 3},
-                    {{DL_UINT, 8, 1}, 0}};
+} torch_dtypes[] = {{{FA_CODE_BFLOAT, 16, 1}, 15}, {{FA_CODE_FLOAT, 16, 1}, 5},
+                    {{FA_CODE_FLOAT, 32, 1}, 6},   {{FA_CODE_FLOAT, 64, 1}, 7},
+                    {{FA_CODE_BOOL, 8, 1}, 11},    {{FA_CODE_INT, 32, 1}, 3},
+                    {{FA_CODE_UINT, 8, 1}, 0}};
 
-int32_t torch_abi_dtype(DLDataType dtype) {
+int32_t torch_abi_dtype(fa_any_dtype dtype) {
     for (size_t i = 0; i < sizeof torch_dtypes / sizeof *torch_dtypes; i++)
         if (!memcmp(&dtype, &torch_dtypes[i].dtype, sizeof dtype)) return torch_dtypes[i].number;
     return -1;

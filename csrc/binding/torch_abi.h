@@ -47,6 +47,6 @@ int torch_abi_view(const torch_abi *abi, PyObject *object, DLTensor *t);
 int torch_abi_new(const torch_abi *abi, DLTensor *t, PyObject **object);
 
 /* torch's number of a dtype, which its saved files keep; -1: none that we use. */
-int32_t torch_abi_dtype(DLDataType dtype);
+int32_t torch_abi_dtype(fa_any_dtype dtype);
 
 #endif

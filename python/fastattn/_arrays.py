@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 _CPU, _CUDA, _CUDA_HOST, _CUDA_MANAGED = 1, 2, 3, 13  # DLPack's device types
-_DLPACK = (1, 3)  # the version that csrc/dlpack.h declares
+_DLPACK = (1, 3)  # the version that csrc/binding/dlpack.h declares
 
 
 def _is(array: Any, module: str, name: str) -> bool:

@@ -1,28 +1,16 @@
 /* dlpack.h - our declaration of the DLPack 1.3 ABI (https://dmlc.github.io/dlpack/latest/).
  *
- * Plain C data shared by binding/, which fills it from Python objects, and check_array.c, which
- * reads it. Field order and widths are the standard's; a test holds them against a framework's
- * header.
+ * Plain C. Field order and widths are the standard's; a test holds them against a framework's
+ * header. Its dtypes are those of check.h, which describes arrays of any type.
  */
 #ifndef FASTATTN_DLPACK_H
 #define FASTATTN_DLPACK_H
 
-#include <stdint.h>
+#include "check.h"
 
 enum { DL_MAJOR = 1, DL_MINOR = 3 };
 
 enum { DL_CPU = 1, DL_CUDA = 2, DL_CUDA_HOST = 3, DL_CUDA_MANAGED = 13 }; /* device types */
-
-enum {
-    DL_INT = 0,
-    DL_UINT = 1,
-    DL_FLOAT = 2,
-    DL_BFLOAT = 4,
-    DL_COMPLEX = 5,
-    DL_BOOL = 6,
-    DL_FLOAT8_E4M3FN = 10,
-    DL_FLOAT8_E5M2 = 12
-};
 
 enum { DL_READ_ONLY = 1 }; /* bit of DLManagedTensorVersioned.flags */
 
@@ -34,10 +22,7 @@ typedef struct DLDevice {
     int32_t device_type, device_id;
 } DLDevice;
 
-typedef struct DLDataType {
-    uint8_t code, bits;
-    uint16_t lanes;
-} DLDataType;
+typedef fa_any_dtype DLDataType;
 
 typedef struct DLTensor {
     void *data;
