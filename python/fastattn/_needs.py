@@ -3,7 +3,6 @@
 import importlib
 import re
 
-
 NAMES = {"jax": "JAX", "torch": "PyTorch"}
 
 
