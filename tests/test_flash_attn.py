@@ -166,6 +166,22 @@ def test_dropout_is_attentions_own():
     torch.testing.assert_close(out, found[0][0].flatten(0, 1))
 
 
+def test_deterministic_is_attentions_own(monkeypatch):
+    heard = []
+
+    def listen(*arguments, **keywords):
+        heard.append(keywords["deterministic"])
+        return arguments[0]
+
+    for name in ("attention", "attention_varlen"):
+        monkeypatch.setattr(f"fastattn._flash.{name}", listen)
+    q = torch.randn(2, 5, 4, 8)
+    for wanted in (False, True):
+        flash_attn_func(q, q, q, deterministic=wanted)
+        flash_attn.flash_attn_varlen_func(q, q, q, *ENDS, 7, 5, deterministic=wanted)
+    assert heard == [False, False, True, True]
+
+
 REFUSED = {
     "pattern": (
         flash_attn_func,

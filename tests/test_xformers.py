@@ -148,6 +148,17 @@ LOW_LEVEL = {
 }
 
 
+def test_each_head_of_an_expanded_key_has_its_gradient_apart():
+    q, k, v = (x.detach() for x in shims.leaves((1, 5, 1, 3, 4), *[(1, 7, 1, 1, 4)] * 2))
+    wide = [x.expand(1, 7, 1, 3, 4) for x in (k, v)]
+    out, lse = xops.memory_efficient_attention_forward_requires_grad(q, *wide)
+    found = xops.memory_efficient_attention_backward(out, out, lse, q, *wide)
+    copies = [x.clone() for x in wide]
+    want = xops.memory_efficient_attention_backward(out, out, lse, q, *copies)
+    for x, y in zip(found, want, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 @pytest.mark.parametrize("name", LOW_LEVEL)
 def test_forward_and_backward_apart(name):
     shapes, bias = LOW_LEVEL[name]

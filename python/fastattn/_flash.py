@@ -36,8 +36,9 @@ def attend_varlen(
     return_lse: bool,
     keywords: dict[str, Any],
 ) -> Any:
-    lengths = (n if isinstance(n, int) else int(n) for n in max_seqlens)
-    return attention_varlen(*arrays, *cu_seqlens, *lengths, return_lse=bool(return_lse), **keywords)
+    return attention_varlen(
+        *arrays, *cu_seqlens, *max_seqlens, return_lse=bool(return_lse), **keywords
+    )
 
 
 def unpack(name: str, packed: Any, axis: int, count: int) -> Any:
