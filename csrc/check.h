@@ -49,8 +49,8 @@ typedef enum fa_layout { FA_BHSD, FA_BSHD } fa_layout;
 typedef struct fa_request {
     const fa_array *q, *k, *v; /* never NULL */
     const fa_array *mask, *q_lengths, *k_lengths, *k_start, *alibi_slopes, *sink;
-    const fa_array *cu_q,
-        *cu_k;              /* of attention_varlen: q, k, v are (total, h, d), layout FA_BSHD */
+    /* Of attention_varlen: q, k, v are (total, h, d), layout FA_BSHD. */
+    const fa_array *cu_q, *cu_k;
     int64_t max_sq, max_sk; /* of attention_varlen: the longest that a sequence may be */
     double dropout_p;
     const fa_array *seed; /* one int64, or NULL: seed_value */

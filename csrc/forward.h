@@ -74,9 +74,9 @@ typedef struct fa_varlen {
 typedef struct fa_dropout {
     double p;    /* 0 .. 1; 0 = off (by definition of the argument) */
     double gain; /* of what is kept: 1 / (1 - p); 0 where nothing is */
-    uint32_t
-        threshold;   /* kept are 16 bits >= it: p * 65,536, rounded; all of it: nothing is kept */
-    int32_t first_b; /* number of the request's first sequence, from which b counts */
+    /* Kept are 16 bits >= it: p * 65,536, rounded; all of it: nothing is kept. */
+    uint32_t threshold;
+    int32_t first_b;          /* number of the request's first sequence, from which b counts */
     const int64_t *seed_data; /* one number on the device, or NULL: `seed` */
     int64_t seed;
 } fa_dropout;

@@ -38,9 +38,9 @@ enum {
 #define FA_X(constant, ...) FA_##constant = 1 << FA_BIT_##constant,
     FA_FEATURES(FA_X)
 #undef FA_X
-        FA_ALL_FEATURES = (1 << FA_FEATURE_COUNT) -
-    1
 };
+
+enum { FA_ALL_FEATURES = (1 << FA_FEATURE_COUNT) - 1 };
 
 typedef struct fa_feature {
     const char *name, *words;

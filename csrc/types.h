@@ -61,7 +61,7 @@ typedef struct fa_choice {
  *     support    what it takes, a line of support.h's table: other requests do not come here
  *     reject     FA_OK, and choice->variant is set. FA_UNSUPPORTED: why->text says why not, in a
  *                clause; only for what this build lacks, never for what `support` declares
- *     kernel     the variant's name, as "sm90_fwd_bf16_d128_128x128"; static storage
+ *     kernel     the name of the variant, as its table has it; static storage
  *     workspace  bytes of device workspace that run needs, 256-byte aligned; 0: none
  *     run        on the request that was not rejected, with the choice that was made for it
  */

@@ -18,8 +18,8 @@
 
 /* One per module object. */
 typedef struct module_state {
-    PyTypeObject *tensor,
-        *parameter; /* torch.Tensor and torch.nn.Parameter; NULL until torch is there */
+    /* torch.Tensor and torch.nn.Parameter; NULL until torch is there. */
+    PyTypeObject *tensor, *parameter;
     const DLExchangeAPI *exchange; /* torch's table; NULL before torch 2.10 */
     PyObject *is_grad_enabled;     /* torch.is_grad_enabled */
     PyObject *forward_ad;          /* the dict of torch.autograd.forward_ad */

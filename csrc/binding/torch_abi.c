@@ -53,8 +53,8 @@ torch_abi torch_abi_find(PyObject *sample, uintptr_t impl) {
         size_t offset = sizeof(PyObject) + word * sizeof impl;
         if (!memcmp((char *)sample + offset, &impl, sizeof impl)) abi.offset = (Py_ssize_t)offset;
     }
-    return abi.offset ? abi
-                      : (torch_abi){0}; /* the library stays referenced, as the functions are */
+    /* The library stays referenced, as the functions are. */
+    return abi.offset ? abi : (torch_abi){0};
 }
 
 /* torch's numbers of dtypes, which its saved files keep. */

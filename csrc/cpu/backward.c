@@ -86,9 +86,9 @@ typedef struct call {
     const fa_backward_kernel *kernel;
     fa_tile_size size;
     int heads; /* query heads of a group: the fewest to which whole key and value heads belong */
-    int64_t per_sequence, groups,
-        blocks; /* groups of a sequence; in all; blocks of keys, at most */
-    int64_t live;
+    int64_t per_sequence, groups; /* groups of a sequence; in all */
+    int64_t blocks;               /* blocks of keys of a group, at most */
+    int64_t live;                 /* groups at a time */
     int threads;
     char *sums; /* of dq of the live groups; NULL: made in dq */
     int64_t sums_bytes, sums_rows;
@@ -139,7 +139,7 @@ static fa_sequence find(const fa_params *p, int64_t n, int *keys) {
 }
 
 /* dq of rows that see no key, whose sums no task makes. */
-static void clear_blind_rows(const fa_backward *b, const fa_keys *task) {
+static void clear_rows_without_keys(const fa_backward *b, const fa_keys *task) {
     const fa_lengths lengths = task->sequence.lengths;
     const fa_row_range rows = fa_rows_seeing_some(lengths, (fa_interval){0, lengths.sk});
     const int64_t n = b->forward.varlen.cu_q ? 0 : task->n, q = task->sequence.q;
@@ -175,7 +175,7 @@ static void run_block(call *c, int64_t at, void *memory) {
     }
     if (c->sums) task.sums = c->sums + slot * c->sums_bytes;
     task.sums_rows = c->sums_rows;
-    if (block == 0) clear_blind_rows(c->b, &task);
+    if (block == 0) clear_rows_without_keys(c->b, &task);
     if (task.begin < task.end) c->kernel->keys(c->b, &task, memory);
     if (c->done) atomic_fetch_add_explicit(&c->done[slot], 1, memory_order_release);
 }

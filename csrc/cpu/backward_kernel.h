@@ -81,8 +81,8 @@ typedef struct backward {
 typedef struct tile {
     int64_t h;
     int first, begin, end; /* rows: of the block; that see some key, from `first` on */
-    fa_row_range some[FA_PANELS],
-        all[FA_PANELS]; /* that see some, and all, of a panel's, from `first` on */
+    /* Rows that see some, and all, of a panel's keys, from `first` on. */
+    fa_row_range some[FA_PANELS], all[FA_PANELS];
 } tile;
 
 #include "backward_rows.h"

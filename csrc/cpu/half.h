@@ -29,8 +29,8 @@ static inline uint16_t fa_float_to_bf16(float x) {
 
 static inline float fa_f16_to_float(uint16_t x) {
     uint32_t magnitude = x & 0x7fff;
-    float y = fa_float_of_bits(magnitude << 13) *
-              0x1p112f; /* moves the exponent's bias, subnormals too */
+    /* The product moves the exponent's bias, subnormals too. */
+    float y = fa_float_of_bits(magnitude << 13) * 0x1p112f;
     uint32_t bits = fa_bits_of_float(y) | (magnitude >= 0x7c00 ? 0x7f800000 : 0);
     return fa_float_of_bits(bits | (uint32_t)(x & 0x8000) << 16);
 }
@@ -40,13 +40,11 @@ static inline uint16_t fa_float_to_f16(float x) {
     bits &= 0x7fffffff;
     if (bits > 0x7f800000) return (uint16_t)(sign | 0x7e00);
     if (bits >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* 65520 and more round to inf */
-    if (bits < 0x38800000) { /* below 2^-14: adding 1/2 leaves the subnormal's digits, rounded, at
-                                the end */
+    if (bits < 0x38800000) { /* 2^-14: + 1/2 leaves a subnormal's digits, rounded, at the end */
         float y = fa_float_of_bits(bits) + 0.5f;
         return (uint16_t)(sign | (fa_bits_of_float(y) - 0x3f000000));
     }
-    bits +=
-        0xfff + (bits >> 13 & 1); /* ties to even; a carry runs into the exponent, as it should */
+    bits += 0xfff + (bits >> 13 & 1); /* ties to even; a carry runs into the exponent, rightly */
     return (uint16_t)(sign | (bits - 0x38000000) >> 13);
 }
 

@@ -28,9 +28,9 @@ FA_FAST vec dot(vec a, vec b, vec c) {
 
 /* What differs where a unit is a pair of bfloat16: Q and K pair along d, V and P along keys.
  *
- * read_units      n strided elements of a row of Q or K -> contiguous units
- * read_step       one row of V, or with pairs two of them zipped -> units; a NULL row counts as
- * zeros multiply_units  n elements in units times 1 or -1
+ *   - read_units: n strided elements of a row of Q or K -> contiguous units
+ *   - read_step: a row of V, or with pairs two of them zipped -> units; a NULL row counts as zeros
+ *   - multiply_units: n elements in units times 1 or -1
  */
 #if FA_PAIRS
 static void read_units(real *to, const void *from, fa_dtype type, int64_t stride, int n) {

@@ -3,11 +3,8 @@
 #ifndef FASTATTN_ELEMENT_CUH
 #define FASTATTN_ELEMENT_CUH
 
-#include "fastattn.h"
-
-#ifndef DEVICE
-#define DEVICE static __device__ __forceinline__
-#endif
+#include "common/stream.cuh"
+#include "dtype.h"
 
 /* How an element is stored, what it means, and what the elements of 32 bits mean, the first in the
  * low half. */

@@ -25,7 +25,7 @@ static __device__ bool is_padding(const empty_args &a, int64_t b, int32_t i) {
 
 /* No key: every output row is 0 and every lse is the sink's value, -inf without one and for
  * padding. Both 16-bit formats write 0 as 0. */
-static __global__ void sm90_write_empty_rows(const __grid_constant__ empty_args a) {
+static __global__ void write_empty_rows(const __grid_constant__ empty_args a) {
     const fa_what &w = a.what;
     wait_for_stream();
     int64_t sq = w.out.shape[2], rows = w.out.shape[0] * w.hq * sq;
@@ -47,7 +47,7 @@ static inline fa_status launch_empty(const fa_params *p, const fa_device *device
     if (rows == 0) return FA_OK;
     int64_t blocks = rows < 8 * device->sms ? rows : 8 * device->sms;
     empty_args a = {*w, p->masks, p->varlen, p->scores.sink, p->scores.sink_stride};
-    return fa_launch_kernel((const void *)sm90_write_empty_rows, (int32_t)blocks, 128, 0,
+    return fa_launch_kernel((const void *)write_empty_rows, (int32_t)blocks, 128, 0,
                             p->where.stream, true, &a, error);
 }
 

@@ -35,7 +35,7 @@ DEVICE uint32_t bits_word(const uint32_t (&ballot)[4]) {
 /* Longer than a function should be: its loads, or a block's rows, as a function of their own make
  * it 48 instructions more. */
 static __global__ void __launch_bounds__(PACK_THREADS)
-    sm90_pack_mask(const __grid_constant__ pack_args a) {
+    pack_mask(const __grid_constant__ pack_args a) {
     constexpr int BATCH = 16; /* rows whose loads are in flight at once */
     __shared__ uint32_t states[4];
     const fa_mask_bits &n = a.layout;
@@ -119,8 +119,8 @@ static inline fa_status launch_pack_mask(const fa_params *p, const fa_device *de
     a.bits = (uint32_t *)((char *)workspace + a.layout.bits);
     const int64_t most = 4 * (int64_t)device->sms; /* as many as are resident */
     const int32_t blocks = (int32_t)(a.tasks < most ? a.tasks : most);
-    return fa_launch_kernel((const void *)sm90_pack_mask, blocks, PACK_THREADS, 0, p->where.stream,
-                            true, &a, error);
+    return fa_launch_kernel((const void *)pack_mask, blocks, PACK_THREADS, 0, p->where.stream, true,
+                            &a, error);
 }
 
 #endif

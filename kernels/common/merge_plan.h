@@ -12,7 +12,7 @@
 #ifndef FASTATTN_MERGE_PLAN_H
 #define FASTATTN_MERGE_PLAN_H
 
-#include "fastattn.h"
+#include "merge.h"
 
 enum {
     FA_MERGE_THREADS = 256,

@@ -54,7 +54,7 @@ DEVICE int32_t take_places(packed_places &places, int32_t tiles, int32_t its_cla
 }
 
 static __global__ void __launch_bounds__(PACKED_THREADS)
-    sm90_list_tiles(const __grid_constant__ packed_args a) {
+    list_tiles(const __grid_constant__ packed_args a) {
     __shared__ packed_places places;
     __shared__ int32_t totals[FA_PACKED_CLASSES];
     const fa_packed &p = a.packed;

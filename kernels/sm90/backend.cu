@@ -101,8 +101,8 @@ static fa_status launch_list(const fa_params *p, int32_t block_m, void *workspac
         return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 tiles of %d rows", block_m);
     packed_args a = {fa_packed_make(w, &p->masks, &p->varlen, block_m, workspace), p->varlen,
                      p->masks, w->sq, w->sk};
-    return fa_launch_kernel((const void *)sm90_list_tiles, 1, PACKED_THREADS, 0, p->where.stream,
-                            true, &a, error);
+    return fa_launch_kernel((const void *)list_tiles, 1, PACKED_THREADS, 0, p->where.stream, true,
+                            &a, error);
 }
 
 static fa_status launch(const fa_params *p, const fa_device *device, const fa_variant *variant,

@@ -46,10 +46,9 @@ DEVICE void copy_units(uint32_t smem, const char *from, int32_t stride, int32_t 
 template <int ROWS>
 DEVICE void load_elements(uint32_t smem, const char *from, int32_t stride, int32_t rows,
                           int32_t first, int32_t width) {
-    constexpr int BATCH = PRODUCER_REGISTERS < 56   ? 4
-                          : PRODUCER_REGISTERS < 80 ? 8
-                                                    : 16; /* in flight */
-    int32_t lanes = 32;                                   /* to a row */
+    /* Rows in flight at once. */
+    constexpr int BATCH = PRODUCER_REGISTERS < 56 ? 4 : PRODUCER_REGISTERS < 80 ? 8 : 16;
+    int32_t lanes = 32; /* to a row */
     while (lanes > 1 && lanes >= width) lanes /= 2;
     const int32_t pair = threadIdx.x % 32 % lanes, step = 32 / lanes, place = first / 2 + pair;
     if (2 * pair >= width) return;

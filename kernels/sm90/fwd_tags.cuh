@@ -14,7 +14,8 @@
 #include "sm90/fwd_visibility.cuh"
 
 /* A block's tag: its number from bit 8 on, LAST of its tile, HOLES (keys that no row of the tile
- * sees), and two bits for each warpgroup: how much of it its rows see, as enum seen counts. */
+ * sees), and two bits for each warpgroup: how much of it its rows see, as enum visibility counts.
+ */
 enum { TAG_LAST = 128, TAG_HOLES = 64, TAG_BLOCK = 8 };
 
 /* A walk over the blocks of a tile that a bool mask does not hide, from right to left. */

@@ -1,7 +1,7 @@
 /* softmax.cuh - the online softmax of a warpgroup's 64 rows, on wgmma's register fragments.
  *
- * A thread holds two rows of S and O: registers 4j, 4j+1 are two
- * neighbouring columns of the first, 4j+2, 4j+3 of the second; a row lies in a quad of lanes.
+ * A thread holds two rows of S and O: registers 4j, 4j+1 are two neighbouring columns of the first,
+ * 4j+2, 4j+3 of the second; a row lies in a quad of lanes.
  *
  * P = 2^((s - top) * scale - MARGIN), as one FFMA and one ex2 an element. `top` need not be the
  * row's maximum, only near it: it is raised, and O and l rescaled, when a score passes its limit. A

@@ -17,7 +17,7 @@ extern "C" int64_t list(int b, int hq, int hk, int total_q, int total_k, int sq,
     if (fa_packed_bytes(&v, b, block_m) > bytes) return -1;
     fa_packed p = fa_packed_make(&w, &m, &v, block_m, workspace);
     arguments = packed_args{p, v, m, sq, sk};
-    run_block([] { sm90_list_tiles(arguments); });
+    run_block([] { list_tiles(arguments); });
     if (p.counts->claimed != 0) return -2;
     int32_t tiles = p.counts->entries * hq;
     for (int32_t n = 0; n < tiles; ++n) {
