@@ -14,6 +14,7 @@ class Place(NamedTuple):
 
 MASK = " ".join(f"tests/test_mask_{name}.py" for name in ("sequences", "h", "rows", "positions"))
 HOST = "tests/gpu_host"
+FORWARD = f"{HOST}/test_forward_kernel.py"
 PLACES = (
     Place("csrc/mask.h", 6, MASK, False),
     Place("csrc/check_array.c", 1, "tests/test_dtypes.py tests/test_messages.py"),
@@ -233,6 +234,37 @@ FAULTS = (
         f"{HOST}/test_stacks.py",
         False,
     ),
+    # ---- the forward kernel, threads as fibers
+    (
+        "kernels/sm90/fwd_products.cuh",
+        "k + i / 4 * (PANEL_N / 16) + i % 4 * 2",
+        "k + i / 4 * (PANEL_Q / 16) + i % 4 * 2",
+        FORWARD,
+        False,
+    ),
+    (
+        "kernels/sm90/fwd_attend.cuh",
+        "    wgmma_wait_group<PENDING>();\n    pass_turn(warpgroup);\n    wgmma_accumulators(s);\n"
+        "    release(smem_address(&smem.k_empty[kv.stage]));\n",
+        "    release(smem_address(&smem.k_empty[kv.stage]));\n"
+        "    wgmma_wait_group<PENDING>();\n    pass_turn(warpgroup);\n    wgmma_accumulators(s);\n",
+        FORWARD,
+        False,
+    ),
+    (
+        "kernels/sm90/fwd_visibility.cuh",
+        "if (row < begin || row >= end) ((uint4 *)v)[i]",
+        "if (row >= end) ((uint4 *)v)[i]",
+        FORWARD,
+        False,
+    ),
+    (
+        "kernels/sm90/fwd_visibility.cuh",
+        "bool part = key < whole.begin || key + BLOCK_N > whole.end;",
+        "bool part = key + BLOCK_N > whole.end;",
+        FORWARD,
+        False,
+    ),
 )
 
 # What only a GPU shows, in the variants that those tests then choose.
@@ -256,17 +288,5 @@ GPU_FAULTS = (
         "row < t.lengths.sq ? lse : -INFINITY;",
         "lse;",
         "tests/gpu/test_scores.py -k 'test_everything_together and 128 and sink and bool'",
-    ),
-    (
-        "kernels/sm90/fwd_visibility.cuh",
-        "if (row < begin || row >= end) ((uint4 *)v)[i]",
-        "if (row >= end) ((uint4 *)v)[i]",
-        "tests/gpu/test_shapes.py -k test_lengths_hide",
-    ),
-    (
-        "kernels/sm90/fwd_visibility.cuh",
-        "bool part = key < whole.begin || key + BLOCK_N > whole.end;",
-        "bool part = key + BLOCK_N > whole.end;",
-        "tests/gpu/test_positions.py -k test_windows_without_an_offset",
     ),
 )
