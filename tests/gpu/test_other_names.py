@@ -1,4 +1,4 @@
-"""flash-attn's and xFormers' names on a GPU: the bits of attention itself, lengths on the device."""
+"""flash-attn's and xFormers' names on a GPU: attention's own bits, lengths on the device."""
 
 import fastattn
 import fastattn.xformers as xops
