@@ -181,6 +181,29 @@ def test_sentences():
         jax.jit(lambda q: fastattn.attention(q, k, v, dropout_p=0.5))(q)
 
 
+SHAPES = [  # of query, key and value
+    [(5, 8), (7, 8), (7, 6)],
+    [(3, 5, 8), (3, 7, 8), (3, 7, 6)],
+    [(2, 1, 4, 5, 8), (3, 1, 7, 8), (2, 3, 4, 7, 6)],
+]
+
+
+@pytest.mark.parametrize("shapes", SHAPES, ids=["2d", "3d", "broadcast"])
+def test_the_drop_in(shapes):
+    q, k, v = rng_arrays(2, **dict(zip("qkv", shapes, strict=True))).values()
+    mask = rng_arrays(3, mask=(5, 7))["mask"]
+    sdpa = fastattn.scaled_dot_product_attention
+    for more in ({"is_causal": True, "scale": 0.7}, {"attn_mask": mask > 0}, {"attn_mask": mask}):
+        assert_same(jax.jit(lambda q, more=more: sdpa(q, k, v, **more))(q), sdpa(q, k, v, **more))
+    q = np.zeros((2, 6, 5, 8), np.float32)
+    k, v = (np.ones((2, heads, 7, 8), np.float32) for heads in (2, 3))
+    assert_same(
+        jax.jit(lambda q: sdpa(q, k, v, enable_gqa=True))(q), sdpa(q, k, v, enable_gqa=True)
+    )
+    with pytest.raises(ValueError, match=r"^`key` must have d = 8 like `query`, got 3"):
+        jax.jit(lambda q: sdpa(q, k[..., :3], v))(q)
+
+
 def test_explain():
     arrays = qkv()
     found = []
