@@ -1,0 +1,206 @@
+"""`python -m fastattn.bench.jax`: JAX's programs with fastattn's attention and with jax.nn's.
+
+On the CPU a jitted forward and backward pass, beside jax.nn.dot_product_attention's. On a GPU a
+jitted forward pass, beside its implementation="cudnn" and fastattn's own call of torch tensors. All
+are timed in turn, round by round; the first results of each are compared with float64.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+import numpy as np
+
+import fastattn
+
+from .arrays import arrays_for
+from .machine import environment
+from .report import aligned, geometric_mean
+
+ROUNDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    device: str
+    b: int
+    h: int
+    s: int
+    d: int
+    dtype: str
+    causal: bool
+
+    @property
+    def label(self):
+        mask = "causal" if self.causal else "full"
+        return f"{self.dtype} b{self.b} h{self.h} s{self.s} d{self.d} {mask}"
+
+
+CASES = [
+    *(Case("cpu", 1, 8, s, 64, "float32", c) for s in (512, 1024, 2048, 4096) for c in (0, 1)),
+    *(Case("cuda", 4, 16, 4096, 128, "bfloat16", c) for c in (0, 1)),
+]
+
+
+def make_arrays(case):
+    """q, k, v and the gradient of the output, (b, s, h, d) of float32."""
+    rng = np.random.default_rng(0)
+    shape = (case.b, case.s, case.h, case.d)
+    return [rng.standard_normal(shape, np.float32) for _ in range(4)]
+
+
+def programs(jax, case, arrays):
+    """{name: a call without arguments that returns finished arrays, (out,) or (out, dq, dk, dv)}"""
+    from fastattn.jax import dot_product_attention
+
+    def forward(function, **more):
+        def call(q, k, v, dout):
+            del dout
+            return (function(q, k, v, is_causal=bool(case.causal), **more),)
+
+        return call
+
+    def both(function):
+        def call(q, k, v, dout):
+            def out(q, k, v):
+                return function(q, k, v, is_causal=bool(case.causal))
+
+            found, pull = jax.vjp(out, q, k, v)
+            return (found, *pull(dout))
+
+        return call
+
+    def ready(call):
+        call = jax.jit(call)
+        return lambda: jax.block_until_ready(call(*arrays))
+
+    peer = jax.nn.dot_product_attention
+    if case.device == "cpu":
+        return {"fastattn": ready(both(dot_product_attention)), "jax.nn": ready(both(peer))}
+    return {
+        "fastattn": ready(forward(dot_product_attention)),
+        "cudnn": ready(forward(peer, implementation="cudnn")),
+        "torch": torch_call(case, arrays),
+    }
+
+
+def torch_call(case, arrays):
+    """fastattn's call of the same numbers as torch tensors."""
+    import torch
+
+    q, k, v = (torch.from_dlpack(x) for x in arrays[:3])
+
+    def call():
+        out = fastattn.attention(q, k, v, causal=bool(case.causal), layout="bshd")
+        torch.cuda.synchronize()
+        return (out,)
+
+    return call
+
+
+def head(x, n):
+    """(s, d) of one head of the first sequence, float64."""
+    x = x[0, :, n]
+    return np.asarray(x.float().cpu() if hasattr(x, "cpu") else x, np.float64)
+
+
+def error(case, inputs, results):
+    """The largest distance from float64, of the largest number there, over the first and last head
+    and all results."""
+    worst = 0.0
+    for n in {0, case.h - 1}:
+        q, k, v, dout = (head(x, n) for x in inputs)
+        visible = np.tri(case.s, dtype=bool) if case.causal else np.ones((case.s, case.s), bool)
+        scale = case.d**-0.5
+        scores = np.where(visible, q @ k.T * scale, -np.inf)
+        p = np.exp(scores - scores.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        exact = [p @ v]
+        if len(results) > 1:
+            ds = p * (dout @ v.T - (dout * exact[0]).sum(1, keepdims=True)) * scale
+            exact += [ds @ k, ds.T @ q, p.T @ dout]
+        for got, want in zip(results, exact, strict=True):
+            worst = max(worst, float(np.abs(head(got, n) - want).max() / np.abs(want).max()))
+    return worst
+
+
+def seconds(calls, budget):
+    """{name: the median time}, in turn: a burst of each, until the budget is spent."""
+    bursts, times = {}, {name: [] for name in calls}
+    for name, call in calls.items():
+        start = time.perf_counter()
+        call()
+        bursts[name] = max(1, round(0.02 / (time.perf_counter() - start)))
+    end = time.perf_counter() + budget
+    while len(next(iter(times.values()))) < ROUNDS or time.perf_counter() < end:
+        for name, call in calls.items():
+            time.sleep(0.01)  # idle threads of the one are not to slow the other down
+            start = time.perf_counter()
+            for _ in range(bursts[name]):
+                call()
+            times[name].append((time.perf_counter() - start) / bursts[name])
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def measure(jax, case, budget):
+    """A row of the result."""
+    inputs = make_arrays(case)
+    arrays = [jax.numpy.asarray(x, case.dtype) for x in inputs]
+    calls = programs(jax, case, arrays)
+    exact = [np.asarray(x.astype(jax.numpy.float32)) for x in arrays]
+    errors = {name: error(case, exact, call()) for name, call in calls.items()}
+    return {
+        **dataclasses.asdict(case),
+        "suite": f"jax-{case.device}",
+        "label": case.label,
+        "seconds": seconds(calls, budget),
+        "errors": errors,
+        "right": errors["fastattn"] <= {"float32": 1e-5, "bfloat16": 2e-2}[case.dtype],
+    }
+
+
+def lines(rows):
+    """A table of text: each peer's time over ours."""
+    peers = [name for name in rows[0]["seconds"] if name != "fastattn"]
+    yield ["", "ms", *(f"x {name}" for name in peers), "error", *(f"{x}'s" for x in peers)]
+    for row in rows:
+        times = row["seconds"]
+        ratios = [f"{times[name] / times['fastattn']:.2f}" for name in peers]
+        errors = [f"{row['errors'][name]:.1e}" for name in ("fastattn", *peers)]
+        yield [row["label"], f"{times['fastattn'] * 1e3:.3f}", *ratios, *errors]
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="python -m fastattn.bench.jax", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--filter", default="", help="words that a case's name must have")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds for a case")
+    parser.add_argument("--json", metavar="FILE", help="write header and rows")
+    parser.add_argument("--commit", help="to be recorded")
+    args = parser.parse_args(argv)
+    import jax
+
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    words = set(args.filter.split())
+    chosen = [x for x in CASES if x.device == device and words <= set(x.label.split())]
+    if not chosen:
+        parser.error(f"no case of this device has the words of --filter {args.filter!r}")
+    rows = [measure(jax, case, args.budget) for case in chosen]
+    print("\n".join(aligned(list(lines(rows)))))
+    for name in list(rows[0]["seconds"])[1:]:
+        ratios = [row["seconds"][name] / row["seconds"]["fastattn"] for row in rows]
+        print(f"{name}'s time over fastattn's: geometric mean {geometric_mean(ratios):.2f}")
+    if args.json:
+        header = environment(arrays_for(device), "python -m fastattn.bench.jax", args.commit)
+        pathlib.Path(args.json).write_text(json.dumps({"header": header, "rows": rows}, indent=1))
+    bad = [row["label"] for row in rows if not row["right"]]
+    if bad:
+        sys.exit(f"wrong: {', '.join(bad)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
