@@ -41,7 +41,6 @@ static fa_status query_device(int32_t id, fa_device *device, fa_error *error) {
 
     *device = fa_device{};
     device->id = id;
-    device->early = state.driver >= 12030;
     const struct {
         int32_t *value;
         cudaDeviceAttr attribute;
@@ -57,6 +56,7 @@ static fa_status query_device(int32_t id, fa_device *device, fa_error *error) {
                                    "cudaDeviceGetAttribute", error);
         if (status != FA_OK) return status;
     }
+    device->early = state.driver >= 12030 && device->major >= 9;
     cudaDriverEntryPointQueryResult found;
     void *encode = NULL;
     fa_status status = fa_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode,

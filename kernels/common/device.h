@@ -26,7 +26,7 @@ typedef struct fa_device {
     int32_t sms;            /* multiprocessors */
     int32_t l2_bytes;       /* size of the L2 */
     int32_t smem_bytes;     /* dynamic shared memory one block may ask for */
-    int32_t early;          /* kernels may start early: the driver captures that into graphs */
+    int32_t early;          /* kernels may start early, and the driver captures that into graphs */
     fa_encode_tiled encode; /* NULL where the driver has no tensor maps */
 } fa_device;
 

@@ -48,7 +48,7 @@ static inline fa_status launch_empty(const fa_params *p, const fa_device *device
     int64_t blocks = rows < 8 * device->sms ? rows : 8 * device->sms;
     empty_args a = {*w, p->masks, p->varlen, p->scores.sink, p->scores.sink_stride};
     return fa_launch_kernel((const void *)write_empty_rows, (int32_t)blocks, 128, 0,
-                            p->where.stream, true, &a, error);
+                            p->where.stream, device->early, &a, error);
 }
 
 #endif

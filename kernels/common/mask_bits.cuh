@@ -119,8 +119,8 @@ static inline fa_status launch_pack_mask(const fa_params *p, const fa_device *de
     a.bits = (uint32_t *)((char *)workspace + a.layout.bits);
     const int64_t most = 4 * (int64_t)device->sms; /* as many as are resident */
     const int32_t blocks = (int32_t)(a.tasks < most ? a.tasks : most);
-    return fa_launch_kernel((const void *)pack_mask, blocks, PACK_THREADS, 0, p->where.stream, true,
-                            &a, error);
+    return fa_launch_kernel((const void *)pack_mask, blocks, PACK_THREADS, 0, p->where.stream,
+                            device->early, &a, error);
 }
 
 #endif

@@ -94,15 +94,15 @@ static int64_t workspace(const fa_params *p, const fa_choice *choice) {
 }
 
 /* Before the forward kernel, in the same stream: the list of its tiles. */
-static fa_status launch_list(const fa_params *p, int32_t block_m, void *workspace,
-                             fa_error *error) {
+static fa_status launch_list(const fa_params *p, const fa_device *device, int32_t block_m,
+                             void *workspace, fa_error *error) {
     const fa_what *w = &p->what;
     if (fa_packed_capacity(&p->varlen, w->b, block_m) > INT32_MAX)
         return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 tiles of %d rows", block_m);
     packed_args a = {fa_packed_make(w, &p->masks, &p->varlen, block_m, workspace), p->varlen,
                      p->masks, w->sq, w->sk};
-    return fa_launch_kernel((const void *)list_tiles, 1, PACKED_THREADS, 0, p->where.stream, true,
-                            &a, error);
+    return fa_launch_kernel((const void *)list_tiles, 1, PACKED_THREADS, 0, p->where.stream,
+                            device->early, &a, error);
 }
 
 static fa_status launch(const fa_params *p, const fa_device *device, const fa_variant *variant,
@@ -111,7 +111,7 @@ static fa_status launch(const fa_params *p, const fa_device *device, const fa_va
     const int32_t block_m = fa_block_m(variant);
     const fa_forward_workspace at = fa_lay_out_forward(p, block_m);
     fa_status status = FA_OK;
-    if (p->varlen.cu_q) status = launch_list(p, block_m, workspace, error);
+    if (p->varlen.cu_q) status = launch_list(p, device, block_m, workspace, error);
     if (at.packs && status == FA_OK)
         status = launch_pack_mask(p, device, (char *)workspace + at.mask, error);
     if (status != FA_OK) return status;
