@@ -3,9 +3,10 @@
     FASTATTN_CUDA=0 FASTATTN_SANITIZE=1 python setup.py build_ext --build-lib /some/where
     LD_PRELOAD=libasan.so:libubsan.so UBSAN_OPTIONS=halt_on_error=1 python tests/sanitize.py
 
-Random cases of every kind, without a verdict on their values (test_property.py has that), each
-sentence of test_errors*.py, merge_states, explain and info, on every vector level and from several
-threads at once. NumPy alone: other frameworks have findings of their own.
+Random cases of every kind, every second with its gradients, without a verdict on their values
+(test_property.py and test_backward.py have that), each sentence of test_errors*.py, merge_states,
+explain and info, on every vector level and from several threads at once. NumPy alone: other
+frameworks have findings of their own.
 
 A second, shorter run asks LeakSanitizer about what C has allocated (test_frameworks.py counts
 Python's objects). The interpreter leaves some hundred blocks at its end, so a leak counts where a
@@ -20,6 +21,7 @@ import threading
 
 import cases
 import fastattn
+import gradient_cases
 import numpy as np
 import random_cases
 from conftest import LEVELS
@@ -36,6 +38,9 @@ def small(seed):
 def calls(first, count):
     for seed in range(first, first + count):
         case = small(seed)
+        if seed % 2:
+            gradient_cases.call(case)
+            continue
         inputs = cases.make_inputs(case)
         keywords = cases.arguments(case, inputs, cases.NumPy())
         if inputs.out:

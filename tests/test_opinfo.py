@@ -1,8 +1,11 @@
 """PyTorch's own samples of scaled_dot_product_attention: forward, first and second gradients."""
 
+import cases
 import fastattn
+import numpy as np
 import pytest
 import reference
+import reference_backward
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("expecttest")  # torch's tests import it
@@ -11,6 +14,7 @@ from torch.testing._internal.common_methods_invocations import op_db  # noqa: E4
 
 (OPINFO,) = (x for x in op_db if x.name == "nn.functional.scaled_dot_product_attention")
 DTYPES = sorted(OPINFO.dtypes, key=str)
+NUMPY = cases.Torch("cpu").numpy
 attend = fastattn.scaled_dot_product_attention
 
 
@@ -30,32 +34,40 @@ def drawn_seed(seed):
     return drawn
 
 
-def formula(
-    q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, seed=0
-):
-    if enable_gqa:
-        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-    s = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        s = s.masked_fill(torch.ones(s.shape[-2:]).triu(1).bool(), float("-inf"))
-    if attn_mask is not None:
-        s = s + attn_mask
-    p = torch.softmax(s, -1)
-    if dropout_p:
-        b, h = torch.broadcast_shapes((1, 1), s.shape[:-2])
-        keep = reference.kept(b, h, *s.shape[-2:], dropout_p, seed)
-        p = p * torch.from_numpy(keep).reshape(s.shape) / (1 - dropout_p)
-    return p @ v
+def in_numpy(arrays, keywords, seed):
+    """q, k, v as (b, h, s, d), and the keywords of reference.attention; and their leading shape."""
+    lead = torch.broadcast_shapes(*(x.shape[:-2] for x in arrays if not keywords.get("enable_gqa")))
+    wide = [x.detach().expand(*(lead or x.shape[:-2]), *x.shape[-2:]) for x in arrays]
+    wide = [x[(None,) * (4 - x.dim())] for x in wide]
+    rest = {"causal": keywords["is_causal"] and "top-left", "scale": keywords.get("scale")}
+    if keywords["dropout_p"]:
+        rest |= {"dropout_p": keywords["dropout_p"], "seed": seed}
+    if "attn_mask" in keywords:
+        rest["mask"] = NUMPY(keywords["attn_mask"].detach())
+    return map(NUMPY, wide), rest
 
 
-def near(got, exact, low, size):
-    """Twice the error of the formula in the inputs' dtype, and the rounding of what cancels out.
+def complaints(got, dout, q, k, v, **keywords):
+    """Of {name: gradient}, each in the shape that came, by the rule of reference_backward."""
+    exact = reference_backward.attention_backward(dout, q, k, v, **keywords)
+    pairs = list(reference_backward.careful(exact, got, dout, q, k, v, **keywords))
+    if q.dtype == np.float64:
+        pairs = None
+    said = []
+    for name, x in got.items():
+        ref = getattr(exact, name)
+        copies = ref.size // x.size  # that its array was broadcast to
 
-    Scores reach 200 here: one unit in their last place changes a probability by as many.
-    """
-    error, allowed = ((x.double() - exact).abs().max() for x in (got, low))
-    rounding = size * (1e-11 if got.dtype == torch.float64 else 256 * torch.finfo(got.dtype).eps)
-    return got.shape == exact.shape and bool(error <= 2 * allowed + rounding)
+        def summed(y, shape=x.shape):
+            return reference_backward.sum_to(y, shape)
+
+        lows = pairs and [
+            (summed(getattr(low, name).astype(float)).astype(x.dtype), summed(getattr(its, name)))
+            for low, its in pairs
+        ]
+        size = [copies * n for n in exact.sizes[name]]
+        said += reference_backward.judge(x, summed(ref), lows, None, size, exact.off)
+    return said
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -64,20 +76,20 @@ def test_forward_and_gradient(dtype):
         seed = drawn_seed(number)
         out = attend(*arrays, **keywords)
         dout = torch.randn(out.shape, dtype=dtype)
-        got = (out, *torch.autograd.grad(out, arrays, dout))
+        leaves = dict(zip(("dq", "dk", "dv"), arrays, strict=True))
+        if "attn_mask" in keywords and keywords["attn_mask"].requires_grad:
+            leaves["dmask"] = keywords["attn_mask"]
+        found = torch.autograd.grad(out, leaves.values(), dout)
+        for x, leaf in zip(found, leaves.values(), strict=True):
+            assert x.dtype == dtype and x.shape == leaf.shape
 
-        def by_formula(real, arrays=arrays, keywords=keywords, seed=seed, dout=dout):
-            leaves = [x.detach().to(real).requires_grad_() for x in arrays]
-            given = {n: x.to(real) if n == "attn_mask" else x for n, x in keywords.items()}
-            out = formula(*leaves, **given, seed=seed)
-            return out, *torch.autograd.grad(out, leaves, dout.to(real))
-
-        q, k, v, do = (float(x.detach().abs().max()) for x in (*arrays, dout))
-        ds = do * v  # what one key gives to the gradient of its score, before P makes it small
-        sizes = (v, ds * k, ds * q, do)
-        found = (got, by_formula(torch.float64), by_formula(dtype), sizes)
-        for ours, exact, low, size in zip(*found, strict=True):
-            assert ours.dtype == dtype and near(ours, exact, low, size), (number, keywords)
+        (q, k, v), rest = in_numpy(arrays, keywords, seed)
+        shape = (*q.shape[:3], v.shape[3])
+        ours, dout = (NUMPY(x.detach()).reshape(shape) for x in (out, dout))
+        got = dict(zip(leaves, map(NUMPY, found), strict=True))
+        said = reference.check(ours, None, q, k, v, **rest)
+        said += complaints(got, dout, q, k, v, **rest)
+        assert not said, (number, keywords, said)
 
 
 def test_mean_over_dropouts_is_the_output_without():

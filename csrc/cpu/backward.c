@@ -277,7 +277,7 @@ fa_status fa_cpu_backward(const fa_backward *b, fa_level level, fa_error *error)
               .kernel = kernels[level][what->dtype == FA_F64],
               .threads = products < 2e6 ? 1 : fa_pool_threads()};
     c.size = c.kernel->size(what);
-    if (what->hq == 0 || what->b == 0) {
+    if (what->hq == 0 || what->b == 0 || what->sq == 0) {
         clear(&b->dq, what->dtype), clear(&b->dk, what->dtype), clear(&b->dv, what->dtype);
         if (b->dmask.data) clear(&b->dmask, b->forward.scores.mask_dtype);
         for (int64_t h = 0; b->dsink && h < what->hq; h++) b->dsink[h * b->dsink_stride] = 0;
