@@ -53,7 +53,7 @@ typedef struct fa_request {
     const fa_array *cu_q, *cu_k;
     int64_t max_sq, max_sk; /* of attention_varlen: the longest that a sequence may be */
     double dropout_p;
-    const fa_array *seed; /* one int64, or NULL: seed_value */
+    const fa_array *seed; /* one integer, or NULL: seed_value */
     int64_t seed_value;
     int sdpa;       /* scaled_dot_product_attention's shapes: any rank >= 2, leading broadcasting */
     int enable_gqa; /* of sdpa */
@@ -123,7 +123,8 @@ fa_status fa_fail(fa_error *error, fa_status status, const char *format, ...)
 /* The name that the frameworks give it; buffer is used for what has none. */
 const char *fa_dtype_name(fa_any_dtype dtype, char buffer[32]);
 
-/* Shapes, dtypes, devices and options. Reads no array but lengths and cu_seqlens on the CPU. */
+/* Shapes, dtypes, devices and options. Reads no array but lengths, cu_seqlens
+ * and a seed of 32 bits on the CPU. */
 fa_status fa_check_attention(const fa_request *request, fa_plan *plan, fa_error *error);
 
 /* The caller's out=: shape, dtype, device, and that it shares no element with an input and has

@@ -1,8 +1,8 @@
 /* check_attention.c - from a request's arrays and options to one fa_params, or one sentence naming
  * the argument.
  *
- * Stop 3 of 6. Knows no Python and reads no array but lengths and cu_seqlens on the CPU: only
- * shapes, strides, dtypes and devices. Next: fa_run() in csrc/dispatch.c.
+ * Stop 3 of 6. Knows no Python and reads no array but lengths, cu_seqlens and a seed of 32 bits on
+ * the CPU: only shapes, strides, dtypes and devices. Next: fa_run() in csrc/dispatch.c.
  */
 #include "check_attention.h"
 

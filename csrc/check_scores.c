@@ -83,6 +83,32 @@ fa_status fa_check_scores(const fa_request *r, fa_plan *plan, fa_error *error) {
     return FA_OK;
 }
 
+/* A seed of 32 bits is read here: kernels on a GPU read 64. */
+static fa_status check_seed(const fa_request *r, fa_dropout *d, fa_error *error) {
+    const fa_array *a = r->seed;
+    const int is_int = a->dtype.code == FA_CODE_INT || a->dtype.code == FA_CODE_UINT,
+              bits = a->dtype.bits;
+    char got[192], name[32], mend[80];
+    if (!is_int || a->dtype.lanes != 1 ||
+        !(bits == 32 || (bits == 64 && a->dtype.code == FA_CODE_INT)))
+        return fa_fail(error, FA_TYPE, "`%s` must be int64, int32 or uint32, got %s%s", a->name,
+                       fa_dtype_name(a->dtype, name), fa_size_mend(a, fa_int64, mend));
+    TRY(fa_check_place(a, r->q, error));
+    if (a->ndim > 1 || (a->ndim == 1 && a->shape[0] != 1))
+        return fa_fail(error, FA_VALUE, "`%s` must have shape () or (1,), got %s", a->name,
+                       fa_shape_text(a->ndim, a->shape, got));
+    if (bits == 64)
+        d->seed_data = a->data;
+    else if (a->device_type != FA_CPU)
+        return fa_fail(error, FA_UNSUPPORTED, "`%s` must be int64 on a GPU, got %s%s", a->name,
+                       fa_dtype_name(a->dtype, name), fa_size_mend(a, fa_int64, mend));
+    else if (a->dtype.code == FA_CODE_INT)
+        d->seed = *(const int32_t *)a->data;
+    else
+        d->seed = *(const uint32_t *)a->data;
+    return FA_OK;
+}
+
 fa_status fa_check_dropout(const fa_request *r, fa_plan *plan, fa_error *error) {
     fa_dropout *d = &plan->params.dropout;
     if (!(r->dropout_p >= 0 && r->dropout_p <= 1))
@@ -91,13 +117,5 @@ fa_status fa_check_dropout(const fa_request *r, fa_plan *plan, fa_error *error) 
     d->threshold = (uint32_t)lrint(d->p * 65536);
     d->gain = d->threshold == 65536 ? 0 : 1 / (1 - d->p);
     d->seed = r->seed_value;
-    if (!r->seed) return FA_OK;
-    char got[192];
-    TRY(fa_check_dtype(r->seed, fa_int64, NULL, error));
-    TRY(fa_check_place(r->seed, r->q, error));
-    if (r->seed->ndim > 1 || (r->seed->ndim == 1 && r->seed->shape[0] != 1))
-        return fa_fail(error, FA_VALUE, "`%s` must have shape () or (1,), got %s", r->seed->name,
-                       fa_shape_text(r->seed->ndim, r->seed->shape, got));
-    d->seed_data = r->seed->data;
-    return FA_OK;
+    return r->seed ? check_seed(r, d, error) : FA_OK;
 }

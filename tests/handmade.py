@@ -66,7 +66,13 @@ is_valid = ctypes.pythonapi.PyCapsule_IsValid
 is_valid.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 CODES = {"float64": (2, 64), "float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16)}
-CODES |= {"bool": (6, 8), "int32": (0, 32), "int64": (0, 64), "complex64": (5, 64)}
+CODES |= {
+    "bool": (6, 8),
+    "int32": (0, 32),
+    "int64": (0, 64),
+    "uint32": (1, 32),
+    "complex64": (5, 64),
+}
 
 
 class Tensor:

@@ -135,7 +135,7 @@ REFUSED = {
     "dropout without its seed": (
         {"forward": {"dropout_p": 0.5, "seed": 1}, "without": ("seed",)},
         ValueError,
-        "`seed` must be an int or an int64 array where dropout_p > 0",
+        "`seed` must be an int or a one-element array where dropout_p > 0",
     ),
     "q of another call": (
         {"change": {"q": lambda x: x[:, :, :, :4]}},

@@ -158,7 +158,7 @@ VARLEN_WRONG = {
             "cu_seqlens_q": shared.view(I32)[0, 0, :3],
         },
     ),
-    "dropout": (ValueError, "`seed` must be an int or an int64 array", {"dropout_p": 0.1}),
+    "dropout": (ValueError, "`seed` must be an int or a one-element array", {"dropout_p": 0.1}),
     "softcap": (ValueError, "`softcap` must be finite", {"softcap": -1.0}),
 }
 

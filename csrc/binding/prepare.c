@@ -63,11 +63,12 @@ static fa_status get_seed(call *c, PyObject *object) {
     if (c->draws) return FA_OK;
     if (object == Py_None)
         return fa_fail(&c->error, FA_VALUE,
-                       "`seed` must be an int or an int64 array where dropout_p > 0 and `q` is no "
-                       "torch tensor, got None");
+                       "`seed` must be an int or a one-element array where dropout_p > 0 and `q` "
+                       "is no torch tensor, got None");
     const int array = is_array(object);
     if (array) return array < 0 ? FA_RAISED : borrow(c, object, "seed", &c->request.seed);
-    TRY(option_int(object, "seed", "be an int or an int64 array", value, &overflow, &c->error));
+    TRY(option_int(object, "seed", "be an int or a one-element array", value, &overflow,
+                   &c->error));
     if (!overflow) return FA_OK;
     return fa_fail(&c->error, FA_VALUE, "`seed` must be from -2^63 to 2^63 - 1, got %s",
                    state_repr(object, got));

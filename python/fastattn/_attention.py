@@ -205,8 +205,9 @@ def attention(
             65,536 * dropout_p, rounded. The bits are Philox4x32-7's, a function of the seed and of
             b, h, i and j: the same on every backend, whatever the strides and the other arguments.
         seed: of dropout; without meaning where dropout_p is 0. An int from -2^63 to 2^63 - 1, or an
-            int64 array () or (1,) on q's device. None: with torch tensors one is drawn from the
-            generator of their device, anew by each replay of a CUDA graph; with others ValueError.
+            array () or (1,) on q's device: int64, on the CPU int32 or uint32 too. None: with torch
+            tensors one is drawn from the generator of their device, anew by each replay of a CUDA
+            graph; with others ValueError.
         layout: "bhsd" or "bshd", of q, k, v and the output.
         return_lse: also return lse, (b, hq, sq) whatever the layout, natural logarithm; float32,
             or float64 where q is.
