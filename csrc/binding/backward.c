@@ -5,6 +5,7 @@
 #include "call.h"
 #include "options.h"
 
+#include <stdio.h>
 #include <string.h>
 
 static const char *const names[FA_GRADIENTS] = {"dq", "dk", "dv", "dmask", "dsink"};
@@ -98,10 +99,15 @@ void backward_start(backward_call *c, module_state *state) {
     fa_clear(c->made, sizeof c->made);
 }
 
-fa_status backward_expect(const fa_plan *plan, const char *backend, fa_error *error) {
+fa_status backward_expect(const fa_plan *plan, const char *backend, fa_error *reasons,
+                          fa_error *error) {
     const fa_backward later = {.forward = plan->params};
     fa_chosen chosen;
-    return fa_choose_backward(&later, backend, &chosen, NULL, error) ? FA_OK : FA_UNSUPPORTED;
+    if (fa_choose_backward(&later, backend, &chosen, reasons, error)) return FA_OK;
+    const size_t used = strlen(error->text);
+    snprintf(error->text + used, sizeof error->text - used,
+             "; where no gradient is wanted call it under torch.no_grad()");
+    return FA_UNSUPPORTED;
 }
 
 PyObject *backward_compute(module_state *state, const arguments *a, int which) {

@@ -77,7 +77,7 @@ static fa_status run(call *c, output *out, output *lse) {
     fa_error *error = &c->error;
     fa_expect_outputs(plan, c->has_out ? &c->out.array : NULL, c->return_lse);
     if (!fa_choose(plan, c->backend, NULL, error)) return FA_UNSUPPORTED;
-    if (c->is_differentiated) TRY(backward_expect(plan, c->backend, error));
+    if (c->is_differentiated) TRY(backward_expect(plan, c->backend, NULL, error));
     if (plan->params.where.device_type == FA_CPU) TRY(threads_warn(c->state));
     if (c->draws) {
         c->drawn = 1;
@@ -169,16 +169,23 @@ static PyObject *call_public(PyObject *module, int which, PyObject *const *given
     return which >= BACKWARD ? backward_compute(state, &a, which) : compute(state, &a, which, 0);
 }
 
-PyObject *call_forward(PyObject *module, PyObject *const *given, Py_ssize_t count) {
-    module_state *state = PyModule_GetState(module);
+/* (name, arguments) of a public function, every argument in the order of its signature; its number,
+ * or FUNCTIONS with an exception. */
+static int unpack(module_state *state, PyObject *const *given, Py_ssize_t count, arguments *a) {
     char name[64] = "";
     if (count == 2) state_text(Py_NewRef(given[0]), sizeof name, name);
     const int which = arguments_function(name);
+    if (which < BACKWARD && arguments_unpack(&state->signatures[which], given[1], a) == 0)
+        return which;
+    if (!PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "_C has no forward %s", name);
+    return FUNCTIONS;
+}
+
+PyObject *call_forward(PyObject *module, PyObject *const *given, Py_ssize_t count) {
+    module_state *state = PyModule_GetState(module);
     arguments a;
-    if (which >= BACKWARD || arguments_unpack(&state->signatures[which], given[1], &a) < 0)
-        return PyErr_Occurred() ? NULL
-                                : PyErr_Format(PyExc_TypeError, "_C has no forward %s", name);
-    return compute(state, &a, which, 1);
+    const int which = unpack(state, given, count, &a);
+    return which == FUNCTIONS ? NULL : compute(state, &a, which, 1);
 }
 
 /* A builtin is called without its number. */
@@ -221,20 +228,62 @@ PyObject *call_function(PyObject *module, PyObject *args) {
     return result;
 }
 
+/* What a call would do: the backend and the kernel, NULL if all refuse, and each one's reason. */
+typedef struct explanation {
+    const fa_backend *backend;
+    const char *kernel;
+    fa_error reasons[FA_MAX_BACKENDS], error;
+} explanation;
+
+/* The reasons of the backward pass where the forward pass would run. */
+static void expect_gradient(const call *c, explanation *e) {
+    fa_error later[FA_MAX_BACKENDS];
+    if (backward_expect(&c->plan, c->backend, later, &e->error) == FA_OK) return;
+    e->backend = NULL;
+    for (int32_t i = 0; i < fa_backend_count(); i++)
+        if (!e->reasons[i].text[0]) e->reasons[i] = later[i];
+}
+
 static fa_status explain_forward(module_state *state, const arguments *a, int which,
-                                 const fa_backend **chosen, const char **kernel, fa_error *reasons,
-                                 fa_error *error) {
+                                 int differentiated, explanation *e) {
     call c;
     call_start(&c, state);
     fa_status status = prepare_forward(&c, a, which);
     if (status == FA_OK) {
-        fa_expect_outputs(&c.plan, c.has_out ? &c.out.array : NULL, c.return_lse);
-        *chosen = fa_choose(&c.plan, c.backend, reasons, &c.error);
-        if (*chosen) *kernel = fa_kernel(&c.plan);
+        fa_expect_outputs(&c.plan, c.has_out ? &c.out.array : NULL, c.return_lse || differentiated);
+        e->backend = fa_choose(&c.plan, c.backend, e->reasons, &c.error);
+        if (e->backend && differentiated) expect_gradient(&c, e);
+        if (e->backend) e->kernel = fa_kernel(&c.plan);
     }
-    *error = c.error;
+    e->error = c.error;
     call_release(&c);
     return status;
+}
+
+static PyObject *explain(module_state *state, const arguments *a, int which, int differentiated) {
+    explanation e = {0};
+    const fa_status status =
+        which >= BACKWARD
+            ? backward_explain(state, a, which, &e.backend, &e.kernel, e.reasons, &e.error)
+            : explain_forward(state, a, which, differentiated, &e);
+    if (call_is_elsewhere(status)) {
+        const signature *s = &state->signatures[which];
+        PyObject *all = arguments_pack(s, a);
+        return state_hand_on(state, status, "explain",
+                             all ? Py_BuildValue("(sN)", s->method.ml_name, all) : NULL);
+    }
+    if (status != FA_OK || PyErr_Occurred())
+        return call_raise(state, status, which == SDPA, &e.error);
+    PyObject *refused = PyDict_New();
+    for (int32_t i = 0; i < fa_backend_count() && refused; i++) {
+        PyObject *reason = e.reasons[i].text[0] ? PyUnicode_FromString(e.reasons[i].text) : NULL;
+        if (!e.reasons[i].text[0]) continue;
+        if (!reason || PyDict_SetItemString(refused, fa_backend_at(i)->name, reason) < 0)
+            Py_CLEAR(refused);
+        Py_XDECREF(reason);
+    }
+    if (!refused) return NULL;
+    return Py_BuildValue("(zzN)", e.backend ? e.backend->name : NULL, e.kernel, refused);
 }
 
 PyObject *call_explain(PyObject *module, PyObject *const *given, Py_ssize_t count,
@@ -248,26 +297,12 @@ PyObject *call_explain(PyObject *module, PyObject *const *given, Py_ssize_t coun
     arguments a;
     if (arguments_parse(&state->signatures[which], given + 1, count - 1, keywords, &a) < 0)
         return NULL;
-    fa_error reasons[FA_MAX_BACKENDS], error;
-    const fa_backend *chosen = NULL;
-    const char *kernel = NULL;
-    const fa_status status = (which >= BACKWARD ? backward_explain : explain_forward)(
-        state, &a, which, &chosen, &kernel, reasons, &error);
-    if (call_is_elsewhere(status)) {
-        PyObject *all = arguments_pack(&state->signatures[which], &a);
-        return state_hand_on(state, status, "explain",
-                             all ? Py_BuildValue("(ON)", given[0], all) : NULL);
-    }
-    if (status != FA_OK || PyErr_Occurred())
-        return call_raise(state, status, which == SDPA, &error);
-    PyObject *refused = PyDict_New();
-    for (int32_t i = 0; i < fa_backend_count() && refused; i++) {
-        PyObject *reason = reasons[i].text[0] ? PyUnicode_FromString(reasons[i].text) : NULL;
-        if (!reasons[i].text[0]) continue;
-        if (!reason || PyDict_SetItemString(refused, fa_backend_at(i)->name, reason) < 0)
-            Py_CLEAR(refused);
-        Py_XDECREF(reason);
-    }
-    if (!refused) return NULL;
-    return Py_BuildValue("(zzN)", chosen ? chosen->name : NULL, kernel, refused);
+    return explain(state, &a, which, 0);
+}
+
+PyObject *call_explain_forward(PyObject *module, PyObject *const *given, Py_ssize_t count) {
+    module_state *state = PyModule_GetState(module);
+    arguments a;
+    const int which = unpack(state, given, count, &a);
+    return which == FUNCTIONS ? NULL : explain(state, &a, which, 1);
 }

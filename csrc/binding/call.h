@@ -72,8 +72,10 @@ typedef struct backward_call {
 void backward_start(backward_call *c, module_state *state);
 fa_status backward_prepare(backward_call *c, const arguments *a, int which);
 
-/* Whether a backward pass will serve what the forward pass computes now. */
-fa_status backward_expect(const fa_plan *plan, const char *backend, fa_error *error);
+/* Whether a backward pass will serve what the forward pass computes now. reasons: as in
+ * fa_choose_backward(). */
+fa_status backward_expect(const fa_plan *plan, const char *backend, fa_error *reasons,
+                          fa_error *error);
 PyObject *backward_compute(module_state *state, const arguments *a, int which);
 fa_status backward_explain(module_state *state, const arguments *a, int which,
                            const fa_backend **chosen, const char **kernel, fa_error *reasons,
@@ -104,6 +106,9 @@ PyObject *call_forward(PyObject *module, PyObject *const *given, Py_ssize_t coun
  * nothing. */
 PyObject *call_explain(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
                        PyObject *keywords);
+
+/* explain_forward(name, arguments): the same of what forward() would run. */
+PyObject *call_explain_forward(PyObject *module, PyObject *const *given, Py_ssize_t count);
 
 /* merge.c: merge_states(outs, lses, layout), two tuples of the same length. */
 PyObject *merge_states(PyObject *module, PyObject *const *arguments, Py_ssize_t count);

@@ -11,6 +11,7 @@ static PyMethodDef methods[] = {
     {"function", call_function, METH_VARARGS, NULL},
     {"forward", (PyCFunction)(void (*)(void))call_forward, METH_FASTCALL, NULL},
     {"explain", (PyCFunction)(void (*)(void))call_explain, METH_FASTCALL | METH_KEYWORDS, NULL},
+    {"explain_forward", (PyCFunction)(void (*)(void))call_explain_forward, METH_FASTCALL, NULL},
     {"merge_states", (PyCFunction)(void (*)(void))merge_states, METH_FASTCALL, NULL},
     {"jax_plan", (PyCFunction)(void (*)(void))jax_plan, METH_FASTCALL, NULL},
     {"jax_workspace", jax_workspace, METH_VARARGS, NULL},

@@ -39,6 +39,6 @@ __all__ = [
 _compile.watch(
     (
         *(attention, attention_varlen, scaled_dot_product_attention),
-        *(attention_backward, attention_varlen_backward),
+        *(attention_backward, attention_varlen_backward, merge_states),
     )
 )

@@ -373,25 +373,3 @@ def _whole(problem: Problem, n: int, parts: Sequence[Any], like: Any) -> Any:
     if n == 6:
         return _join_lse(problem, parts, like, 0.0)
     return _join(problem, parts, like)
-
-
-# ------------------------------------------------------------------------------------------- merge
-
-
-def merge(outs: Sequence[Any], lses: Sequence[Any], layout: str) -> tuple[Any, Any]:
-    """merge_states, which torch can differentiate."""
-    real = torch.float64 if outs[0].dtype == torch.float64 else torch.float32
-    lse = torch.stack([torch.where(x == torch.inf, -torch.inf, x) for x in lses])
-    peak = lse.amax(0).detach()
-    shift = torch.where(peak == -torch.inf, 0.0, peak)
-    weights = torch.exp(lse - shift)
-    total = weights.sum(0)
-    none = total == 0
-    total = torch.where(none, 1.0, total)
-    weights = weights / total
-    out = torch.zeros((), dtype=real, device=outs[0].device)
-    for x, weight, part in zip(outs, weights, lse, strict=True):
-        weight = weight if layout == "bhsd" else weight.transpose(1, 2)
-        empty = part == -torch.inf if layout == "bhsd" else (part == -torch.inf).transpose(1, 2)
-        out = out + weight[..., None] * torch.where(empty[..., None], 0.0, x.to(real))
-    return out.to(outs[0].dtype), torch.where(none, -torch.inf, torch.log(total) + shift)

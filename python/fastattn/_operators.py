@@ -103,7 +103,7 @@ def _lse_dtype(q: Any) -> Any:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-class _Untraced:
+class Untraced:
     """torch.jit.trace goes on recording while an operator runs."""
 
     def __enter__(self) -> None:
@@ -119,7 +119,7 @@ class _Untraced:
 def _forward(*values: Any) -> tuple[Any, Any]:
     given = _keywords(values)
     q, k, v = (given.pop(x) for x in "qkv")
-    with torch.no_grad(), _Untraced():
+    with torch.no_grad(), Untraced():
         if "cu_seqlens_q" not in given:
             return attention(q, k, v, return_lse=True, **given)
         ends = [given.pop(x) for x in _PLACES]
@@ -140,7 +140,7 @@ def _backward(dout: Any, dlse: Any, out: Any, lse: Any, needs: Sequence[bool], *
     given = _keywords(values)
     q, k, v = (given.pop(x) for x in "qkv")
     more = dict(zip(_NEEDS, needs, strict=True), dlse=dlse, **given)
-    with torch.no_grad(), _Untraced():
+    with torch.no_grad(), Untraced():
         if "cu_seqlens_q" not in given:
             found = attention_backward(dout, q, k, v, out, lse, **more)
         else:
@@ -195,28 +195,27 @@ def _differentiate_backward(ctx: Any, *given: Any) -> Any:
 _library: Any = torch.library.Library("fastattn", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _define() -> None:
-    tags = (torch.Tag.pt2_compliant_tag,)
-    forward = f"attention({_schema()}) -> (Tensor out, Tensor lse)"
-    backward = (
-        "attention_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, bool[] needs, "
-        f"{_schema()}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsink)"
+def define(schema: str, function: Any, fake: Any, set_up: Any, differentiate: Any) -> None:
+    """An operator fastattn::name of this schema, for the CPU and CUDA."""
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, function, key)
+    torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
+    torch.library.register_autograd(
+        f"fastattn::{name}", differentiate, setup_context=set_up, lib=_library
     )
-    for schema, function, fake, set_up, differentiate in (
-        (forward, _forward, _forward_fake, _set_up, _differentiate),
-        (backward, _backward, _backward_fake, _set_up_backward, _differentiate_backward),
-    ):
-        name = schema.partition("(")[0]
-        _library.define(schema, tags=tags)
-        for key in ("CPU", "CUDA"):
-            _library.impl(name, function, key)
-        torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
-        torch.library.register_autograd(
-            f"fastattn::{name}", differentiate, setup_context=set_up, lib=_library
-        )
 
 
-_define()
+define(
+    f"attention({_schema()}) -> (Tensor out, Tensor lse)",
+    *(_forward, _forward_fake, _set_up, _differentiate),
+)
+define(
+    "attention_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, bool[] needs, "
+    f"{_schema()}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsink)",
+    *(_backward, _backward_fake, _set_up_backward, _differentiate_backward),
+)
 
 
 # ------------------------------------------------------------------------------ what is traced

@@ -5,7 +5,6 @@ csrc/binding/ hands such calls to call(): the functions of this module's name ar
 
 import contextlib
 import inspect
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -25,8 +24,19 @@ from ._attention import (
     merge_states,
     scaled_dot_product_attention,
 )
-from ._derivatives import Problem, gradients_of_gradients, in_blocks, merge
+from ._derivatives import Problem, gradients_of_gradients, in_blocks
+from ._merging import merge_parts  # noqa: F401 - csrc/binding/merge.c calls it
 from ._routing import use_fastattn
+from ._transforms import (
+    apply,
+    each,
+    has_proxy,
+    has_tangent,
+    is_pushed_forward,
+    is_recorded,
+    leave_in_graph,
+    primal,
+)
 
 __all__ = [
     "attention",
@@ -128,22 +138,6 @@ _PLACES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 _NEEDS = ("need_dq", "need_dk", "need_dv", "need_dmask", "need_dsink")
 
 
-def _each(function: Any, info: Any, in_dims: Any, arguments: Sequence[Any]) -> tuple[Any, Any]:
-    """torch.vmap's rule for an autograd function: one call for each, the results stacked."""
-    found = [
-        _apply(
-            function,
-            *(
-                x.select(d, n) if isinstance(x, torch.Tensor) and d is not None else x
-                for x, d in zip(arguments, in_dims, strict=True)
-            ),
-        )
-        for n in range(info.batch_size)
-    ]
-    stacked = tuple(None if x[0] is None else torch.stack(x) for x in zip(*found, strict=True))
-    return stacked, tuple(None if x is None else 0 for x in stacked)
-
-
 def _together(
     function: Any, info: Any, in_dims: Any, arguments: Sequence[Any], first: int
 ) -> tuple[Any, Any]:
@@ -157,7 +151,7 @@ def _together(
         return moved.flatten(0, 1)
 
     together = map(joined, arguments[first:], in_dims[first:])
-    found = _apply(function, *arguments[:first], *together)
+    found = apply(function, *arguments[:first], *together)
     apart = tuple(None if x is None else x.unflatten(0, (size, x.shape[0] // size)) for x in found)
     return apart, tuple(None if x is None else 0 for x in apart)
 
@@ -185,7 +179,7 @@ class _Attention(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         if info.batch_size and _has_batch(arguments[0], arguments[1:]):
             return _together(_Attention, info, in_dims, arguments, 1)
-        return _each(_Attention, info, in_dims, arguments)
+        return each(_Attention, info, in_dims, arguments)
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any, _: Any) -> Any:
@@ -199,7 +193,7 @@ class _Attention(torch.autograd.Function):
         needs = (*needs, *(False,) * (5 - len(needs)))
         whole = (*arrays, *(None,) * (5 - len(arrays)))
         if torch.is_grad_enabled():  # somebody may differentiate this, too
-            found = _apply(_Gradients, call, needs, dout, dlse, out.detach(), lse.detach(), *whole)
+            found = apply(_Gradients, call, needs, dout, dlse, out.detach(), lse.detach(), *whole)
         else:
             found = _gradients(call, needs, dout, dlse, whole, (out, lse))
         return (None, *found, *(None,) * (len(arrays) - 5))[: 1 + len(arrays)]
@@ -224,7 +218,7 @@ class _Gradients(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         if info.batch_size and _has_batch(arguments[0], arguments[6:]):
             return _together(_Gradients, info, in_dims, arguments, 2)
-        return _each(_Gradients, info, in_dims, arguments)
+        return each(_Gradients, info, in_dims, arguments)
 
     @staticmethod
     def backward(ctx: Any, *given: Any) -> Any:
@@ -234,14 +228,6 @@ class _Gradients(torch.autograd.Function):
         problem = ctx.call.problem(arrays[5:])
         *found, ddout, ddlse = gradients_of_gradients(problem, arrays[:5], dout, dlse, given)
         return (None, None, ddout, ddlse, None, None, *found, *(None,) * (len(arrays) - 5))
-
-
-def _apply(function: Any, *arguments: Any) -> Any:
-    """function.apply(), which outside of torch.func needs no Python: a signature is bound there at
-    every call."""
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(*arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)
 
 
 # ------------------------------------------------------------------------------------- the calls
@@ -255,33 +241,21 @@ def call(name: str, values: tuple[Any, ...]) -> Any:
 def _refuse(out: Any, slopes: Any) -> None:
     if out is not None:
         raise ValueError("`out` must be None where a gradient is asked for, got an array")
-    if getattr(slopes, "requires_grad", False) or _has_tangent(slopes):
+    if getattr(slopes, "requires_grad", False) or has_tangent(slopes):
         raise NotImplementedError(
             "`alibi_slopes` requires grad, and its gradient is not served: pass its detach()"
         )
 
 
-def _has_tangent(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and _arrays.has_tangent(x)
-
-
 def _run(described: _Call, arrays: Sequence[Any]) -> tuple[Any, Any]:
     """out and lse, with a gradient of any order; with a tangent by the formula."""
     if torch.autograd.forward_ad._current_level >= 0 and (
-        any(map(_has_tangent, arrays)) or _is_pushed_forward()
+        any(map(has_tangent, arrays)) or is_pushed_forward()
     ):
         whole = (*arrays, *(None,) * (5 - len(arrays)))
         return in_blocks(described.problem(whole[5:]), *whole[:5])
-    out, lse, _ = _apply(_Attention, described, *arrays)
+    out, lse, _ = apply(_Attention, described, *arrays)
     return out, lse
-
-
-def _is_pushed_forward() -> bool:
-    """Whether torch.func.jvp is around, whose tangents other transforms may hide."""
-    functorch = torch._C._functorch
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    return any(x.key() == functorch.TransformType.Jvp for x in functorch.get_interpreter_stack())
 
 
 def _draw(values: dict[str, Any]) -> None:
@@ -329,7 +303,7 @@ def _call_sdpa(name: str, values: tuple[Any, ...]) -> Any:
     query, key, value, mask = _cast(query, key, value, mask)
     bias = _arrays.causal_bias(mask)
     shape = None
-    is_seen = torch._C._are_functorch_transforms_active() or _is_recorded((query, key, value, mask))
+    is_seen = torch._C._are_functorch_transforms_active() or is_recorded((query, key, value, mask))
     if not _is_plain(query, key, value, enable_gqa):
         with contextlib.nullcontext() if is_seen else torch.no_grad():
             is_seen or _C.explain(
@@ -431,42 +405,16 @@ def _call_backward(name: str, values: tuple[Any, ...]) -> Any:
     needs = tuple(given[n] for n in _NEEDS)
     of = (given[x] for x in ("dout", "dlse"))
     results = (given[x].detach() for x in ("out", "lse"))
-    return _apply(_Gradients, described, needs, *of, *results, *arrays)
-
-
-def _is_recorded(values: Sequence[Any]) -> bool:
-    """Whether operators go into a graph; what vmap and grad have wrapped, they unwrap first."""
-    functorch = torch._C._functorch
-    tensors = [x for x in values if isinstance(x, torch.Tensor)]
-    if any(functorch.is_batchedtensor(x) or functorch.is_gradtrackingtensor(x) for x in tensors):
-        return False
-    return _arrays._is_recorded(torch) or any(
-        functorch.is_functionaltensor(x) or _arrays.is_fake(x) for x in tensors
-    )
+    return apply(_Gradients, described, needs, *of, *results, *arrays)
 
 
 def record(name: str, values: tuple[Any, ...]) -> Any:
     """A public function that was given what torch transforms, or records into a graph."""
-    proxies = sys.modules.get("torch.fx")
-    if proxies and any(isinstance(x, proxies.Proxy) for x in values):
-        return _leave_in_graph(name, values)
-    if name != "scaled_dot_product_attention" and _is_recorded(values):
+    if has_proxy(values):
+        return leave_in_graph(_PUBLIC[name], values)
+    if name != "scaled_dot_product_attention" and is_recorded(values):
         return _operators.record(name, values)
     return call(name, values)
-
-
-def _leave_in_graph(name: str, values: tuple[Any, ...]) -> Any:
-    """A node of torch.fx that calls the public function."""
-    function = _PUBLIC[name]
-    by_place, by_name = [], {}
-    for x, p in zip(values, inspect.signature(function).parameters.values(), strict=True):
-        if p.kind is p.KEYWORD_ONLY:
-            if x is not p.default:
-                by_name[p.name] = x
-        else:
-            by_place.append(x)
-    proxy = next(x for x in values if isinstance(x, torch.fx.Proxy))
-    return proxy.tracer.create_proxy("call_function", function, tuple(by_place), by_name)
 
 
 _CALLS = {
@@ -488,17 +436,16 @@ _PUBLIC = {
 
 
 def explain(name: str, values: tuple[Any, ...]) -> Any:
-    """_C.explain() of tensors that have a gradient."""
-    keywords = dict(zip(inspect.signature(_PUBLIC[name]).parameters, values, strict=True))
+    """_C.explain() of tensors that have a gradient, so that a backward pass is to serve it, too."""
     tensors = [x for x in values if isinstance(x, torch.Tensor)]
     if any(_arrays.refusal(x) is True for x in tensors):
         raise NotImplementedError("explain needs tensors with values, outside of what is traced")
+    if function := _FUNCTIONS.get(name):
+        _refuse(values[function.out], values[function.arrays[5]])
+    is_followed = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    primals = tuple(map(primal, values))
     with torch.no_grad():
-        return _C.explain(name, **keywords)
-
-
-def merge_parts(outs: tuple[Any, ...], lses: tuple[Any, ...], layout: str) -> tuple[Any, Any]:
-    """merge_states of tensors that have a gradient."""
-    with torch.no_grad():
-        _C.merge_states(outs, lses, layout)  # or a sentence says what is wrong
-    return merge(outs, lses, layout)
+        if is_followed and not name.endswith("_backward"):
+            return _C.explain_forward(name, primals)
+        names = inspect.signature(_PUBLIC[name]).parameters
+        return _C.explain(name, **dict(zip(names, primals, strict=True)))
