@@ -3,16 +3,13 @@
  *
  *     cc -std=c11 -O2 -Icsrc -o driver tests/cpu_driver.c csrc/cpu/?*.c -lm -lpthread && ./driver
  *
- * Fills fa_params by hand, as check_attention.c would, for random shapes and features in every
- * dtype; the naive loop reads the contract (fastattn.h) alone and shares no code with the backend.
+ * Fills fa_params and fa_backward by hand, as check_attention.c would, for random shapes and
+ * features in every dtype, and compares with the naive loops of cpu_naive.h.
  * Dropout, whose bits are defined by code, and packed sequences are the Python tests' business.
  */
-#include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
-#include "fastattn.h"
+#include "cpu_naive.h"
 
 static uint64_t state;
 
@@ -28,53 +25,6 @@ static int32_t chance(int32_t percent) { return below(100) < percent; }
 /* Between -2 and 2, on a grid that every dtype holds: inputs are the same in each. */
 static double value(void) { return below(65) / 16.0 - 2; }
 
-/* ---- elements ---- */
-
-static double half_value(uint16_t h) {
-    int32_t exponent = h >> 10 & 31, fraction = h & 1023;
-    double size = exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24);
-    return h & 0x8000 ? -size : size;
-}
-
-static double get(const void *data, fa_dtype type, int64_t at) {
-    uint32_t word;
-    float f;
-    switch (type) {
-        case FA_F64:
-            return ((const double *)data)[at];
-        case FA_F32:
-            return ((const float *)data)[at];
-        case FA_F16:
-            return half_value(((const uint16_t *)data)[at]);
-        case FA_BF16:
-            word = (uint32_t)((const uint16_t *)data)[at] << 16;
-            memcpy(&f, &word, 4);
-            return f;
-        default:
-            return ((const uint8_t *)data)[at];
-    }
-}
-
-/* Of value() or -inf, which no dtype has to round. */
-static void put(void *data, fa_dtype type, int64_t at, double x) {
-    float f = (float)x;
-    uint32_t word;
-    memcpy(&word, &f, 4);
-    int32_t exponent = (int32_t)(word >> 23 & 255) - 112; /* as half counts it; value()'s fit */
-    uint32_t half = x == 0     ? 0
-                    : isinf(x) ? 31 << 10
-                               : (uint32_t)exponent << 10 | (word >> 13 & 1023);
-    if (type == FA_F64) ((double *)data)[at] = x;
-    if (type == FA_F32) ((float *)data)[at] = f;
-    if (type == FA_BF16) ((uint16_t *)data)[at] = (uint16_t)(word >> 16);
-    if (type == FA_F16) ((uint16_t *)data)[at] = (uint16_t)(half | (word >> 16 & 0x8000));
-    if (type == FA_BOOL) ((uint8_t *)data)[at] = x != 0;
-}
-
-static int64_t offset(const fa_tensor *t, int64_t b, int64_t h, int64_t s, int64_t c) {
-    return b * t->stride[0] + h * t->stride[1] + s * t->stride[2] + c * t->stride[3];
-}
-
 /* Dense (b, h, s, d), or as (b, s, h, d) lies, between other bytes; freed by the caller. */
 static fa_tensor make(fa_dtype type, int64_t b, int64_t h, int64_t s, int64_t d) {
     int64_t row = d + below(4), heads = chance(50) ? h : 0;
@@ -86,58 +36,6 @@ static fa_tensor make(fa_dtype type, int64_t b, int64_t h, int64_t s, int64_t d)
     for (int32_t i = 0; i < 4; ++i)
         if (t.shape[i] == 1) t.stride[i] = 0;
     return t;
-}
-
-/* ---- the naive loop ---- */
-
-static int32_t length_of(const int32_t *lengths, int64_t b, int32_t otherwise) {
-    return lengths ? lengths[b] : otherwise;
-}
-
-/* The final score, -inf where row i may not see key j. */
-static double score(const fa_params *p, int64_t b, int64_t h, int64_t i, int64_t j) {
-    const fa_what *w = &p->what;
-    const fa_masks *m = &p->masks;
-    const fa_scores *s = &p->scores;
-    int64_t sq = length_of(m->q_lengths, b, w->sq), sk = length_of(m->k_lengths, b, w->sk);
-    int64_t at = i + (m->flags & FA_HAS_OFFSET ? m->offset : sk - sq);
-    if (m->q_offset) at = i + m->q_offset[b];
-    if (j >= sk || j < length_of(m->k_start, b, 0)) return -INFINITY;
-    if (m->flags & FA_HAS_LEFT && j < at - m->left) return -INFINITY;
-    if (m->flags & FA_HAS_RIGHT && j > at + m->right) return -INFINITY;
-
-    double x = 0;
-    for (int32_t c = 0; c < w->d; ++c)
-        x += get(w->q.data, w->dtype, offset(&w->q, b, h, i, c)) *
-             get(w->k.data, w->dtype, offset(&w->k, b, h / (w->hq / w->hk), j, c));
-    x *= w->scale;
-    if (s->softcap > 0) x = s->softcap * tanh(x / s->softcap);
-    if (s->mask.data) {
-        double mask = get(s->mask.data, s->mask_dtype, offset(&s->mask, b, h, i, j));
-        x = s->mask_dtype != FA_BOOL ? x + mask : mask != 0 ? x : -INFINITY;
-    }
-    if (s->alibi_slopes) x -= s->alibi_slopes[h] * fabs((double)(at - j));
-    return x;
-}
-
-/* One row: what it is in out, and returns its lse. */
-static double naive_row(const fa_params *p, int64_t b, int64_t h, int64_t i, double *out) {
-    const fa_what *w = &p->what;
-    memset(out, 0, sizeof *out * (size_t)w->dv);
-    if (i >= length_of(p->masks.q_lengths, b, w->sq)) return -INFINITY;
-    double sink = p->scores.sink ? p->scores.sink[h] : -INFINITY, top = sink;
-    for (int64_t j = 0; j < w->sk; ++j) top = fmax(top, score(p, b, h, i, j));
-    if (isinf(top)) return -INFINITY;
-    double sum = exp(sink - top);
-    for (int64_t j = 0; j < w->sk; ++j) {
-        double weight = exp(score(p, b, h, i, j) - top);
-        sum += weight;
-        for (int32_t c = 0; c < w->dv; ++c)
-            out[c] +=
-                weight * get(w->v.data, w->dtype, offset(&w->v, b, h / (w->hq / w->hv), j, c));
-    }
-    for (int32_t c = 0; c < w->dv; ++c) out[c] /= sum;
-    return top + log(sum);
 }
 
 /* ---- one case ---- */
@@ -183,18 +81,134 @@ static void choose_scores(fa_params *p) {
 }
 
 /* Largest error allowed in out and lse: the dtype's unit (P and out are rounded to it) times what
- * values of at most 2, and sums of at most a thousand float32 products, make of it. */
+ * values of at most 2, and sums of at most a thousand float32 products, make of it. Of a gradient,
+ * for each unit of the absolute sum of its terms. */
 static double allowed(fa_dtype type) {
     return type == FA_F64 ? 1e-12 : type == FA_F32 ? 2e-5 : type == FA_F16 ? 4e-3 : 3e-2;
 }
 
-/* Returns the number of wrong elements. */
-static int32_t run(fa_dtype type, int32_t number) {
+static fa_dtype lse_type(fa_dtype type) { return type == FA_F64 ? FA_F64 : FA_F32; }
+
+typedef struct tally {
+    int32_t wrong;
+    double worst;
+} tally;
+
+static void compare(tally *t, double got, double want, double most) {
+    const double difference = got == want ? 0 : fabs(got - want);
+    if (!(difference <= t->worst)) t->worst = difference;
+    t->wrong += !(difference <= most);
+}
+
+static tally run_forward(const fa_params *p, fa_error *error) {
+    const fa_what *w = &p->what;
+    const fa_dtype type = w->dtype;
+    tally t = {0, 0};
+    fa_choice choice;
+    if (fa_cpu.forward->reject(p, &choice, error) != FA_OK ||
+        fa_cpu.forward->run(p, &choice, NULL, error) != FA_OK)
+        return (tally){1, 0};
+    naive n = naive_open(p);
+    for (int64_t row = 0; row < (int64_t)w->b * w->hq * w->sq; ++row) {
+        int64_t i = row % w->sq, h = row / w->sq % w->hq, b = row / w->sq / w->hq;
+        double out[257], lse = naive_row(&n, b, h, i, out);
+        compare(&t, get(w->lse.data, lse_type(type), offset(&w->lse, b, h, i, 0)), lse,
+                allowed(type) * fmax(1, fabs(lse)));
+        for (int32_t c = 0; c < w->dv; ++c)
+            compare(&t, get(w->out.data, type, offset(&w->out, b, h, i, c)), out[c], allowed(type));
+    }
+    naive_close(&n);
+    return t;
+}
+
+/* An array to be written: NaN in every float dtype before. */
+static fa_tensor make_poisoned(fa_dtype type, const int64_t shape[4]) {
+    fa_tensor t = make(type, shape[0], shape[1], shape[2], shape[3]);
+    for (int64_t i = 0; i < count(&t); ++i) {
+        int64_t c = i % shape[3], row = i / shape[3], h = row / shape[2] % shape[1];
+        int64_t at = offset(&t, row / shape[2] / shape[1], h, row % shape[2], c);
+        memset((char *)t.data + at * fa_dtype_size(type), 0xff, (size_t)fa_dtype_size(type));
+    }
+    return t;
+}
+
+/* Which gradients, of what; the caller frees the arrays. */
+static void choose_backward(fa_backward *g) {
+    const fa_what *w = &g->forward.what;
+    const fa_scores *s = &g->forward.scores;
+    if (chance(80)) g->dout = make(w->dtype, w->b, w->hq, w->sq, w->dv);
+    if (!g->dout.data || chance(40)) g->dlse = make(lse_type(w->dtype), w->b, w->hq, w->sq, 1);
+    if (chance(80)) g->dq = make_poisoned(w->dtype, w->q.shape);
+    if (chance(80)) g->dk = make_poisoned(w->dtype, w->k.shape);
+    if (chance(80)) g->dv = make_poisoned(w->dtype, w->v.shape);
+    if (s->mask.data && s->mask_dtype != FA_BOOL && chance(80)) {
+        int64_t shape[4];
+        for (int i = 0; i < 4; ++i) /* a mask of one element, or one that was expanded */
+            shape[i] = i < 3 && !s->mask.stride[i] && chance(70) ? 1 : s->mask.shape[i];
+        g->dmask = make_poisoned(s->mask_dtype, shape);
+    }
+    if (s->sink && chance(80)) {
+        g->dsink = malloc(sizeof *g->dsink * 2 * (size_t)w->hq);
+        g->dsink_stride = 1 + below(2);
+    }
+    g->deterministic = chance(50);
+}
+
+/* The naive loops' gradients of all rows. */
+static sums naive_backward(const naive *n, const fa_backward *g) {
+    const fa_what *w = &g->forward.what;
+    const int64_t mask = g->dmask.data ? count(&g->dmask) : 0;
+    const int64_t sizes[] = {count(&w->q), count(&w->k), count(&w->v), mask, w->hq};
+    sums s;
+    for (int which = 0; which < GRADIENTS; ++which) {
+        s.value[which] = calloc((size_t)sizes[which] + 1, sizeof(double));
+        s.size[which] = calloc((size_t)sizes[which] + 1, sizeof(double));
+    }
+    for (int64_t row = 0; row < (int64_t)w->b * w->hq * w->sq; ++row) {
+        int64_t i = row % w->sq, h = row / w->sq % w->hq, b = row / w->sq / w->hq;
+        double dout[257] = {0}, dlse = 0;
+        for (int32_t c = 0; c < w->dv && g->dout.data; ++c)
+            dout[c] = get(g->dout.data, w->dtype, offset(&g->dout, b, h, i, c));
+        if (g->dlse.data)
+            dlse = get(g->dlse.data, lse_type(w->dtype), offset(&g->dlse, b, h, i, 0));
+        naive_backward_row(n, b, h, i, dout, dlse, &g->dmask, &s);
+    }
+    return s;
+}
+
+static tally run_backward(const fa_params *p, fa_error *error) {
+    fa_backward g = {.forward = *p};
+    const fa_dtype type = p->what.dtype;
+    tally t = {0, 0};
+    fa_choice choice;
+    choose_backward(&g);
+    if (fa_cpu.backward->reject(&g, &choice, error) != FA_OK ||
+        fa_cpu.backward->run(&g, &choice, NULL, error) != FA_OK)
+        t.wrong = 1;
+    naive n = naive_open(p);
+    sums s = naive_backward(&n, &g);
+    const fa_tensor *const made[] = {&g.dq, &g.dk, &g.dv, &g.dmask};
+    for (int which = 0; which < DSINK && !t.wrong; ++which) {
+        const fa_dtype its = which == DMASK ? p->scores.mask_dtype : type;
+        double *got = dense(made[which], its), unit = fmax(allowed(type), allowed(its));
+        for (int64_t i = 0; i < count(made[which]) && made[which]->data; ++i)
+            compare(&t, got[i], s.value[which][i], unit * s.size[which][i]);
+        free(got);
+    }
+    for (int32_t h = 0; h < p->what.hq && g.dsink && !t.wrong; ++h)
+        compare(&t, g.dsink[h * g.dsink_stride], s.value[DSINK][h],
+                fmax(allowed(type), allowed(FA_F32)) * s.size[DSINK][h]);
+    for (int which = 0; which < GRADIENTS; ++which) free(s.value[which]), free(s.size[which]);
+    naive_close(&n);
+    void *memory[] = {g.dout.data, g.dlse.data,  g.dq.data, g.dk.data,
+                      g.dv.data,   g.dmask.data, g.dsink};
+    for (size_t i = 0; i < sizeof memory / sizeof *memory; ++i) free(memory[i]);
+    return t;
+}
+
+static void choose_what(fa_what *w, fa_dtype type) {
     static const int32_t heads[][3] = {{1, 1, 1}, {4, 2, 2}, {6, 3, 2}, {5, 1, 1}, {3, 3, 3}};
     static const int32_t sizes[] = {1, 3, 8, 16, 31, 64, 80, 128, 160, 257};
-    state = (uint64_t)number;
-    fa_params p = {.where.device_type = FA_CPU};
-    fa_what *w = &p.what;
     const int32_t *h = heads[below(5)];
     w->dtype = type;
     w->b = 1 + below(3), w->hq = h[0], w->hk = h[1], w->hv = h[2];
@@ -205,36 +219,26 @@ static int32_t run(fa_dtype type, int32_t number) {
     w->k = make(type, w->b, w->hk, w->sk, w->d);
     w->v = make(type, w->b, w->hv, w->sk, w->dv);
     w->out = make(type, w->b, w->hq, w->sq, w->dv);
-    w->lse = make(type == FA_F64 ? FA_F64 : FA_F32, w->b, w->hq, w->sq, 1);
+    w->lse = make(lse_type(type), w->b, w->hq, w->sq, 1);
+}
+
+/* Whether one case is right, forward and backward. */
+static int32_t run(fa_dtype type, int32_t number) {
+    state = (uint64_t)number;
+    fa_params p = {.where.device_type = FA_CPU};
+    fa_what *w = &p.what;
+    fa_error error = {""};
+    choose_what(w, type);
     choose_masks(&p);
     choose_scores(&p);
-
-    int32_t wrong = 0;
-    fa_error error = {""};
-    double out[257], worst = 0;
-    fa_choice choice;
-    if (fa_cpu.forward->reject(&p, &choice, &error) != FA_OK ||
-        fa_cpu.forward->run(&p, &choice, NULL, &error) != FA_OK)
-        wrong = 1;
-    for (int64_t row = 0; row < (int64_t)w->b * w->hq * w->sq && !wrong; ++row) {
-        int64_t i = row % w->sq, head = row / w->sq % w->hq, b = row / w->sq / w->hq;
-        double lse = naive_row(&p, b, head, i, out), difference;
-        for (int32_t c = 0; c <= w->dv; ++c) {
-            double want = c < w->dv ? out[c] : lse;
-            double got = c < w->dv ? get(w->out.data, type, offset(&w->out, b, head, i, c))
-                                   : get(w->lse.data, type == FA_F64 ? FA_F64 : FA_F32,
-                                         offset(&w->lse, b, head, i, 0));
-            difference = got == want ? 0 : fabs(got - want);
-            if (!(difference <= worst)) worst = difference;
-            wrong += !(difference <= allowed(type) * fmax(1, c < w->dv ? 1 : fabs(want)));
-        }
-    }
-    if (wrong)
+    tally out = run_forward(&p, &error), gradients = {0, 0};
+    if (!out.wrong) gradients = run_backward(&p, &error);
+    if (out.wrong || gradients.wrong)
         printf(
-            "case %d, dtype %d: b %d heads %d %d %d sq %d sk %d d %d dv %d flags %u: %d wrong, "
-            "worst %g %s\n",
+            "case %d, dtype %d: b %d heads %d %d %d sq %d sk %d d %d dv %d flags %u: %d wrong in "
+            "out, worst %g; %d in gradients, worst %g %s\n",
             number, type, w->b, w->hq, w->hk, w->hv, w->sq, w->sk, w->d, w->dv, p.masks.flags,
-            wrong, worst, error.text);
+            out.wrong, out.worst, gradients.wrong, gradients.worst, error.text);
     void *memory[] = {w->q.data,
                       w->k.data,
                       w->v.data,
@@ -248,7 +252,7 @@ static int32_t run(fa_dtype type, int32_t number) {
                       (void *)p.scores.alibi_slopes,
                       (void *)p.scores.sink};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; ++i) free(memory[i]);
-    return wrong;
+    return !out.wrong && !gradients.wrong;
 }
 
 /* ./driver [cases per dtype, 40] */
@@ -256,7 +260,7 @@ int main(int count, char **words) {
     static const fa_dtype types[] = {FA_F64, FA_F32, FA_F16, FA_BF16};
     int32_t cases = count > 1 ? atoi(words[1]) : 40, failed = 0;
     for (int32_t t = 0; t < 4; ++t)
-        for (int32_t n = 0; n < cases; ++n) failed += run(types[t], n) != 0;
+        for (int32_t n = 0; n < cases; ++n) failed += !run(types[t], n);
     printf("level %s: %d passed, %d failed\n", fa_cpu_level(), 4 * cases - failed, failed);
     return failed != 0 || cases < 1;
 }
