@@ -1,4 +1,4 @@
-/* call.c - one call of a public function: prepared, run, handed over; or explained.
+/* call.c - one call of a public function: prepared, run, handed over.
  *
  * Stop 2 of 6. Next: fa_check_attention() in csrc/check_attention.c, which prepare.c calls; then
  * run() asks dispatch.c for a backend, and runs it without the GIL.
@@ -169,9 +169,7 @@ static PyObject *call_public(PyObject *module, int which, PyObject *const *given
     return which >= BACKWARD ? backward_compute(state, &a, which) : compute(state, &a, which, 0);
 }
 
-/* (name, arguments) of a public function, every argument in the order of its signature; its number,
- * or FUNCTIONS with an exception. */
-static int unpack(module_state *state, PyObject *const *given, Py_ssize_t count, arguments *a) {
+int call_unpack(module_state *state, PyObject *const *given, Py_ssize_t count, arguments *a) {
     char name[64] = "";
     if (count == 2) state_text(Py_NewRef(given[0]), sizeof name, name);
     const int which = arguments_function(name);
@@ -184,7 +182,7 @@ static int unpack(module_state *state, PyObject *const *given, Py_ssize_t count,
 PyObject *call_forward(PyObject *module, PyObject *const *given, Py_ssize_t count) {
     module_state *state = PyModule_GetState(module);
     arguments a;
-    const int which = unpack(state, given, count, &a);
+    const int which = call_unpack(state, given, count, &a);
     return which == FUNCTIONS ? NULL : compute(state, &a, which, 1);
 }
 
@@ -226,83 +224,4 @@ PyObject *call_function(PyObject *module, PyObject *args) {
     PyObject *result = package ? PyCFunction_NewEx(&s->method, module, package) : NULL;
     Py_XDECREF(package);
     return result;
-}
-
-/* What a call would do: the backend and the kernel, NULL if all refuse, and each one's reason. */
-typedef struct explanation {
-    const fa_backend *backend;
-    const char *kernel;
-    fa_error reasons[FA_MAX_BACKENDS], error;
-} explanation;
-
-/* The reasons of the backward pass where the forward pass would run. */
-static void expect_gradient(const call *c, explanation *e) {
-    fa_error later[FA_MAX_BACKENDS];
-    if (backward_expect(&c->plan, c->backend, later, &e->error) == FA_OK) return;
-    e->backend = NULL;
-    for (int32_t i = 0; i < fa_backend_count(); i++)
-        if (!e->reasons[i].text[0]) e->reasons[i] = later[i];
-}
-
-static fa_status explain_forward(module_state *state, const arguments *a, int which,
-                                 int differentiated, explanation *e) {
-    call c;
-    call_start(&c, state);
-    fa_status status = prepare_forward(&c, a, which);
-    if (status == FA_OK) {
-        fa_expect_outputs(&c.plan, c.has_out ? &c.out.array : NULL, c.return_lse || differentiated);
-        e->backend = fa_choose(&c.plan, c.backend, e->reasons, &c.error);
-        if (e->backend && differentiated) expect_gradient(&c, e);
-        if (e->backend) e->kernel = fa_kernel(&c.plan);
-    }
-    e->error = c.error;
-    call_release(&c);
-    return status;
-}
-
-static PyObject *explain(module_state *state, const arguments *a, int which, int differentiated) {
-    explanation e = {0};
-    const fa_status status =
-        which >= BACKWARD
-            ? backward_explain(state, a, which, &e.backend, &e.kernel, e.reasons, &e.error)
-            : explain_forward(state, a, which, differentiated, &e);
-    if (call_is_elsewhere(status)) {
-        const signature *s = &state->signatures[which];
-        PyObject *all = arguments_pack(s, a);
-        return state_hand_on(state, status, "explain",
-                             all ? Py_BuildValue("(sN)", s->method.ml_name, all) : NULL);
-    }
-    if (status != FA_OK || PyErr_Occurred())
-        return call_raise(state, status, which == SDPA, &e.error);
-    PyObject *refused = PyDict_New();
-    for (int32_t i = 0; i < fa_backend_count() && refused; i++) {
-        PyObject *reason = e.reasons[i].text[0] ? PyUnicode_FromString(e.reasons[i].text) : NULL;
-        if (!e.reasons[i].text[0]) continue;
-        if (!reason || PyDict_SetItemString(refused, fa_backend_at(i)->name, reason) < 0)
-            Py_CLEAR(refused);
-        Py_XDECREF(reason);
-    }
-    if (!refused) return NULL;
-    return Py_BuildValue("(zzN)", e.backend ? e.backend->name : NULL, e.kernel, refused);
-}
-
-PyObject *call_explain(PyObject *module, PyObject *const *given, Py_ssize_t count,
-                       PyObject *keywords) {
-    char name[64] = "";
-    if (count) state_text(Py_NewRef(given[0]), sizeof name, name);
-    const int which = arguments_function(name);
-    module_state *state = PyModule_GetState(module);
-    if (which == FUNCTIONS || !state->signatures[which].text)
-        return PyErr_Format(PyExc_TypeError, "_C has no function %s", name);
-    arguments a;
-    if (arguments_parse(&state->signatures[which], given + 1, count - 1, keywords, &a) < 0)
-        return NULL;
-    return explain(state, &a, which, 0);
-}
-
-PyObject *call_explain_forward(PyObject *module, PyObject *const *given, Py_ssize_t count) {
-    module_state *state = PyModule_GetState(module);
-    arguments a;
-    const int which = unpack(state, given, count, &a);
-    return which == FUNCTIONS ? NULL : explain(state, &a, which, 1);
 }

@@ -97,13 +97,17 @@ PyObject *call_hand_over(module_state *state, const borrowed *like, output *out,
  * doc starts with the text signature; defaults are those of the last parameters. */
 PyObject *call_function(PyObject *module, PyObject *args);
 
+/* (name, arguments) of a public function of the forward pass, every argument in the order of its
+ * signature. Its number, or FUNCTIONS with an exception. */
+int call_unpack(module_state *state, PyObject *const *given, Py_ssize_t count, arguments *a);
+
 /* forward(name, arguments) -> ((out, lse), seed): a public function given every argument in the
  * order of its signature, for a gradient: where no backward pass serves it nothing is computed.
  * seed: the one that was drawn, or None. */
 PyObject *call_forward(PyObject *module, PyObject *const *given, Py_ssize_t count);
 
-/* explain(name, *args, **keywords) -> (backend or None, kernel or None, {backend: reason}). Runs
- * nothing. */
+/* explain.c: explain(name, *args, **keywords) -> (backend or None, kernel or None, {backend:
+ * reason}). Runs nothing. */
 PyObject *call_explain(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
                        PyObject *keywords);
 
