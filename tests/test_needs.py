@@ -13,6 +13,7 @@ MODULES = {  # module: what it needs
     "flash_attn_interface": "torch",
     "jax": "jax",
     "torch": "torch",
+    "transformers": "transformers",
     "xformers": "torch",
 }
 

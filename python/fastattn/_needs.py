@@ -3,7 +3,7 @@
 import importlib
 import re
 
-NAMES = {"jax": "JAX", "torch": "PyTorch"}
+NAMES = {"jax": "JAX", "torch": "PyTorch", "transformers": "transformers"}
 
 
 def need(module: str, framework: str, least: str) -> None:
