@@ -205,9 +205,10 @@ static void naive_backward_row(const naive *n, int64_t b, int64_t h, int64_t i, 
         }
         for (int32_t c = 0; c < w->dv; ++c)
             add(s, DV, of_v + c, p[j] * dout[c], fabs(p[j] * dout[c]));
+        if (!dmask->data) continue;
         const int64_t *m = dmask->shape;
-        int64_t at = (b % m[0] * m[1] + h % m[1]) * m[2] + i % m[2];
-        if (dmask->data) add(s, DMASK, at * m[3] + j % m[3], ds, size);
+        const int64_t at = (b % m[0] * m[1] + h % m[1]) * m[2] + i % m[2];
+        add(s, DMASK, at * m[3] + j % m[3], ds, size);
     }
     if (n->p->scores.sink && !isinf(lse)) {
         double weight = exp(n->p->scores.sink[h] - lse);
