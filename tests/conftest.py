@@ -108,8 +108,17 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
-    if cases.luck.strained:
+    if hasattr(session.config, "workeroutput"):  # one of several processes, by pytest-xdist
+        session.config.workeroutput["luck"] = cases.luck.judged, cases.luck.redrawn
+    elif cases.luck.strained:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    judged, redrawn = getattr(node, "workeroutput", {}).get("luck", (0, 0))
+    cases.luck.judged += judged
+    cases.luck.redrawn += redrawn
 
 
 def pytest_report_header():

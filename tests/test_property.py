@@ -4,8 +4,11 @@ hypothesis draws and shrinks them here (2,000 in CI, the same ones each time); `
 tests/campaign.py --cases 100000` runs as many as wanted.
 """
 
+from types import SimpleNamespace
+
 import campaign
 import cases
+import conftest
 import declared
 import pytest
 import random_cases
@@ -101,6 +104,15 @@ def test_redraws_of_float32_are_counted():
             case = cases.Case(sq=20, sk=30, d=64, dv=64, seed=seed)
             assert not cases.run(case, attention=broken)
         assert cases.luck.judged == 20 and cases.luck.redrawn > 3 and cases.luck.strained
+        worker = SimpleNamespace(config=SimpleNamespace(workeroutput={}), exitstatus=0)
+        conftest.pytest_sessionfinish(worker)
+        cases.luck = cases.Luck()
+        session = SimpleNamespace(config=SimpleNamespace(), exitstatus=0)
+        conftest.pytest_sessionfinish(session)
+        assert not worker.exitstatus and not session.exitstatus
+        conftest.pytest_testnodedown(worker.config)
+        conftest.pytest_sessionfinish(session)
+        assert session.exitstatus
     finally:
         cases.luck = before
     assert not cases.Luck(10_000, 25).strained and cases.Luck(10_000, 35).strained
