@@ -1,5 +1,6 @@
 """What all tests share: the backends present, the frameworks, and skips that say why."""
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -28,6 +29,7 @@ def python(*arguments, timeout=300, **environment):
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "PYTEST_ADDOPTS": "",  # a pytest in there is one process
         **environment,
     }
     done = subprocess.run(
@@ -68,6 +70,17 @@ def place(request):
     if request.param[1] == "sm90" and not gpu_present():
         pytest.skip("no GPU that the sm90 backend serves")
     return request.param
+
+
+KERNELS = [PLACES[0], PLACES[2]]  # for what is the kernel's alone: the CPU's has no framework
+
+
+@pytest.fixture
+def frozen():
+    """What was there before is not looked at by gc.collect(), which then takes no time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -173,7 +173,8 @@ class Tree:
             "PYTHONDONTWRITEBYTECODE": "1",
             **(GPU if gpu else {"FASTATTN_CUDA": "0"}),
         }
-        self.environment.pop("FASTATTN_STRICT", None)
+        for name in ("FASTATTN_STRICT", "PYTEST_ADDOPTS"):
+            self.environment.pop(name, None)
         code, said = self.build()
         if code != 0:
             sys.exit(f"the tree does not build:\n{said[-4000:]}")

@@ -429,7 +429,7 @@ def test_sentence(what):
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_refusals_leave_no_object_behind(what):
+def test_refusals_leave_no_object_behind(what, frozen):
     exception, _, arguments = WRONG[what]
     shapes = {"q": (2, 4, 5, 8), "k": (2, 2, 7, 8), "v": (2, 2, 7, 8)}
     arguments = {**shapes, **arguments}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 from cases import DTYPES, FAMILIES, Case
-from conftest import needs
+from conftest import KERNELS, needs
 from declared import served
 from storage import STORAGES
 
@@ -136,6 +136,7 @@ def test_input_family(family, dtype, place):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("place", KERNELS, indirect=True)
 def test_promise_7_every_length(dtype, place):
     lengths = [*range(1, 258), 511, 512, 513, 999, 1000, 1001, 1023, 1024, 1025]
     for n, s in enumerate(lengths):
@@ -146,6 +147,7 @@ def test_promise_7_every_length(dtype, place):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("place", KERNELS, indirect=True)
 def test_promise_11_every_head_size(dtype, place):
     for d in range(1, 257):
         dv = d if d % 2 else 257 - d
@@ -294,6 +296,7 @@ def test_promise_9_many_heads_and_sequences(place):
 
 
 @pytest.mark.parametrize(("dtype", "causal"), [("float16", False), ("bfloat16", True)])
+@pytest.mark.parametrize("place", KERNELS, indirect=True)
 def test_a_million_keys(dtype, causal, place):
     """Of 128 rows 8 are judged, for the reference holds all their scores; the last of a causal call
     see what they would see alone."""
