@@ -67,15 +67,7 @@ static void fa_end_turn(const fa_keys *task, int64_t h, int block, fa_tile_size 
 #define FA_KERNEL "backward_kernel.h"
 #include "levels.h"
 
-/* By level, in float32 and in float64. */
-static const fa_backward_kernel *const kernels[][2] = {
-    {&kernel_f32_portable, &kernel_f64_portable},
-#if defined(__x86_64__)
-    {&kernel_f32_avx2, &kernel_f64_avx2},
-    {&kernel_f32_avx512, &kernel_f64_avx512},
-    {&kernel_f32_avx512, &kernel_f64_avx512},
-#endif
-};
+static const fa_backward_kernel *const kernels[][FA_DTYPE_COUNT] = FA_KERNELS;
 
 /* ---- one call ---- */
 
@@ -274,7 +266,7 @@ fa_status fa_cpu_backward(const fa_backward *b, fa_level level, fa_error *error)
     const fa_what *what = &b->forward.what;
     const double products = 2.5 * what->b * what->hq * what->sq * what->sk * (what->d + what->dv);
     call c = {.b = b,
-              .kernel = kernels[level][what->dtype == FA_F64],
+              .kernel = kernels[level][what->dtype],
               .threads = products < 2e6 ? 1 : fa_pool_threads()};
     c.size = c.kernel->size(what);
     if (what->hq == 0 || what->b == 0 || what->sq == 0) {

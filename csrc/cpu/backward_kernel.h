@@ -17,6 +17,7 @@
  */
 #include "simd.h"
 #include "rows.h"
+#include "units.h"
 #include "matrix.h"
 
 #ifndef FASTATTN_CPU_BACKWARD_KERNEL_H
@@ -32,14 +33,18 @@
 #define fill_tile FN(fill_tile)
 #define is_alive FN(is_alive)
 #define lay_out FN(lay_out)
-#define load_key_rows FN(load_key_rows)
 #define load_keys FN(load_keys)
+#define load_key_rows FN(load_key_rows)
 #define load_row FN(load_row)
+#define load_rows FN(load_rows)
 #define load_values FN(load_values)
 #define open_backward FN(open_backward)
 #define open_tile FN(open_tile)
+#define out_dout FN(out_dout)
+#define pack_panel FN(pack_panel)
 #define read_lse FN(read_lse)
 #define read_panels FN(read_panels)
+#define row_of FN(row_of)
 #define run_keys FN(run_keys)
 #define run_mask FN(run_mask)
 #define run_sink FN(run_sink)
@@ -53,6 +58,7 @@
 #define weigh FN(weigh)
 #define weight FN(weight)
 #define write_panels FN(write_panels)
+#define zip_panels FN(zip_panels)
 
 enum { FA_KEYS = 128, FA_ROWS = 128, FA_PANELS = FA_KEYS / 8 }; /* most of a tile */
 
@@ -72,7 +78,9 @@ typedef struct backward {
     base nats, e, e_squared; /* nats: the scale, in two parts */
     int64_t seed;
     matrix k, kt, vt, dk, dv, q, g, s, t; /* g: rows of dout. s, t: S and dP, then P and dS */
-    matrix sum;                           /* of a tile of dmask */
+    matrix q_steps, g_steps, ds; /* q, g and dS for products over rows, and over keys: the same
+                                  * matrices, but for pairs */
+    matrix sum;                  /* of a tile of dmask */
     real *lse, *delta; /* of a block's rows; delta times the scale where nothing is changed */
     uint8_t *seen;     /* keys that some row of the sequence sees */
 } backward;
@@ -112,7 +120,7 @@ static size_t lay_out(backward *c, char *memory) {
     /* A packed sequence may have more keys than it says, and a mask more than the sequence. */
     const int packed = c->b->forward.varlen.total_k, most = packed > what->sk ? packed : what->sk;
     const int keys = whole(most < c->size.keys ? most : c->size.keys);
-    const int rows = what->sq < c->size.rows ? what->sq : c->size.rows;
+    const int rows = STEP * units_of(what->sq < c->size.rows ? what->sq : c->size.rows);
     size_t used = 0;
 #define CARVE(m, height, width)                                                        \
     do {                                                                               \
@@ -121,15 +129,21 @@ static size_t lay_out(backward *c, char *memory) {
         used += ((size_t)(m).rows * whole((m).columns) * sizeof(real) + 63) / 64 * 64; \
     } while (0)
     matrix numbers, seen;
-    CARVE(c->k, keys, d);
-    CARVE(c->kt, whole(d), keys);
-    CARVE(c->vt, whole(dv), keys);
+    CARVE(c->k, keys / STEP, d);
+    CARVE(c->kt, whole(units_of(d)), keys);
+    CARVE(c->vt, whole(units_of(dv)), keys);
     CARVE(c->dk, keys, d);
     CARVE(c->dv, keys, dv);
-    CARVE(c->q, rows, d);
-    CARVE(c->g, rows, dv);
+    CARVE(c->q, rows, units_of(d));
+    CARVE(c->g, rows, units_of(dv));
     CARVE(c->s, rows, keys);
     CARVE(c->t, rows, keys);
+    c->q_steps = c->q, c->g_steps = c->g, c->ds = c->t;
+    if (STEP == 2) {
+        CARVE(c->q_steps, rows / 2, d);
+        CARVE(c->g_steps, rows / 2, dv);
+        CARVE(c->ds, rows, keys / 2);
+    }
     CARVE(c->sum, rows, c->b->dmask.data ? keys : 0);
     CARVE(numbers, 2, rows);
     CARVE(seen, 1, keys);
@@ -171,6 +185,7 @@ static void set_keys(backward *c, const fa_sequence *sequence, int64_t n, int be
     c->n = n;
     c->begin = begin, c->end = end;
     c->s.columns = c->t.columns = c->kt.columns = c->vt.columns = end - begin;
+    c->ds.columns = units_of(end - begin);
 }
 
 /* The rows of head h in the block from `first` on that see some of the keys. */
@@ -198,8 +213,8 @@ static void run_keys(const fa_backward *b, const fa_keys *task, void *memory) {
              first += c.size.rows) {
             tile r = open_tile(&c, h, first);
             fill_tile(&c, &r, 0);
-            if (c.wants_dv) add_to_keys(&r, c.dv, c.g, c.s);
-            if (b->dk.data) add_to_keys(&r, c.dk, c.q, c.t);
+            if (c.wants_dv) add_to_keys(&r, c.dv, c.g_steps, c.s);
+            if (b->dk.data) add_to_keys(&r, c.dk, c.q_steps, c.t);
             if (!b->dq.data) continue;
             fa_wait_turn(task, h, first / c.size.rows, c.size);
             add_to_rows(&c, task, &r);

@@ -70,7 +70,7 @@ static void run_sink(const fa_backward *b, int64_t h, void *memory) {
         for (int row = 0; row < c.sequence.lengths.sq; row++) {
             const double lse = read_lse(&c, &p->what.lse, h, row);
             const double dlse = read_lse(&c, &b->dlse, h, row);
-            load_row(&c, h, row, 0);
+            load_row(&c, &(tile){.h = h, .first = row}, 0);
             const double delta = c.lse[0] == (real)INFINITY ? -dlse : (double)c.delta[0];
             if (lse != -INFINITY) sum -= exp(sink - lse) * delta;
         }

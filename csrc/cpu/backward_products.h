@@ -1,9 +1,40 @@
 /* backward_products.h - what a block of rows adds to the gradients; included by backward_kernel.h
  * once per instance.
  */
+/* P and dS of a panel -> pairs along the rows, in their place; and of dS pairs along the keys. Its
+ * rows become an even number: those added see nothing of the panel. */
+static void pack_panel(const backward *c, tile *r, int p) {
+    const int width = width_of(c->s, p), nv = width / LANES;
+    fa_row_range *rows = &r->some[p];
+    real *s = panel(c->s, p), *t = panel(c->t, p);
+    const int added[2] = {rows->begin % 2 ? --rows->begin : -1, rows->end % 2 ? rows->end++ : -1};
+    for (int n = 0; n < 2; n++) {
+        if (added[n] < 0) continue;
+        memset(s + added[n] * width, 0, (size_t)width * sizeof(real));
+        memset(t + added[n] * width, 0, (size_t)width * sizeof(real));
+    }
+    for (int i = rows->begin; i < rows->end; i += 2) {
+        const vec *x = (const vec *)(s + i * width), *y = (const vec *)(t + i * width);
+        vec *to = (vec *)(s + i / 2 * width);
+        for (int j = 0; j < nv && c->wants_dv; j++) to[j] = pair(x[j], x[j + nv]);
+        to = (vec *)(t + i / 2 * width);
+        vec *first = (vec *)place(c->ds, i, p * WIDTH / 2);
+        vec *second = (vec *)place(c->ds, i + 1, p * WIDTH / 2);
+        for (int j = 0; j < nv && c->wants_ds; j += 2) {
+            const int last = j + 1 == nv;
+            const vec a = y[j], b = last ? (vec){0} : y[j + 1];
+            const vec d = y[j + nv], e = last ? (vec){0} : y[j + 1 + nv];
+            to[j] = pair(a, d);
+            if (!last) to[j + 1] = pair(b, e);
+            first[j / 2] = narrow(a, b);
+            second[j / 2] = narrow(d, e);
+        }
+    }
+}
+
 /* P and dS of a block of rows. */
 static void fill_tile(const backward *c, tile *r, int raw) {
-    for (int i = r->begin; i < r->end; i++) load_row(c, r->h, r->first + i, i);
+    load_rows(c, r);
     for (int p = 0; p < panels(c->s); p++) {
         const int width = width_of(c->s, p), key = c->begin + p * WIDTH;
         const fa_interval block = {key, key + width};
@@ -17,10 +48,10 @@ static void fill_tile(const backward *c, tile *r, int raw) {
         const int begin = r->some[p].begin, end = r->some[p].end;
         real *s = panel(c->s, p), *t = panel(c->t, p);
         if (begin == end) continue;
-        product(s + begin * width, width, 0, width, panel(c->kt, p), c->q, 0, panels(c->q), begin,
+        product(s + begin * width, width, 0, width, panel(c->kt, p), c->q, 0, c->q.columns, begin,
                 end);
         if (c->wants_ds)
-            product(t + begin * width, width, 0, width, panel(c->vt, p), c->g, 0, panels(c->g),
+            product(t + begin * width, width, 0, width, panel(c->vt, p), c->g, 0, c->g.columns,
                     begin, end);
         ivec at = {0};
         for (int j = 0; j < LANES; j++) at[j] = key + j;
@@ -35,13 +66,14 @@ static void fill_tile(const backward *c, tile *r, int raw) {
                 weigh(c, x, y, width / LANES, i, fa_row_interval(c->sequence.lengths, r->first + i),
                       at, 1);
         }
+        if (STEP == 2 && !raw) pack_panel(c, r, p);
     }
 }
 
 /* m += B' A for the keys of each panel of B: P' dO, or dS' Q. */
 static void add_to_keys(const tile *r, matrix m, matrix a, matrix b) {
     for (int p = 0; p < panels(b); p++) {
-        const int begin = r->some[p].begin, steps = r->some[p].end - begin;
+        const int begin = r->some[p].begin / STEP, steps = r->some[p].end / STEP - begin;
         const int left = b.columns - p * WIDTH, across = width_of(b, p);
         for (int j = 0; j < panels(m) && steps; j++) {
             const int width = width_of(m, j);
@@ -71,7 +103,7 @@ static void add_to_rows(const backward *c, const fa_keys *task, const tile *r) {
     const fa_lengths lengths = c->sequence.lengths;
     while (fresh < r->end && fa_row_interval(lengths, r->first + fresh).begin < c->begin) fresh++;
     for (int i = r->begin, stop; i < r->end; i = stop) {
-        int begin = panels(c->t), end = 0; /* panels that these rows see */
+        int begin = panels(c->t), end = 0; /* panels, then columns of dS, that these rows see */
         stop = i < fresh ? fresh : r->end;
         for (int p = 0; p < panels(c->t); p++) {
             const fa_row_range some = r->some[p];
@@ -79,9 +111,11 @@ static void add_to_rows(const backward *c, const fa_keys *task, const tile *r) {
             if (some.begin > i && some.begin < stop) stop = some.begin;
             if (some.end > i && some.end < stop) stop = some.end;
         }
+        begin *= WIDTH / STEP, end *= WIDTH / STEP;
+        if (end > c->ds.columns) end = c->ds.columns;
         for (int j = 0; j < panels(c->k) && begin < end; j++)
             product(sums + i * row + j * WIDTH, row, i < fresh, width_of(c->k, j), panel(c->k, j),
-                    c->t, begin, end, i, stop);
+                    c->ds, begin, end, i, stop);
     }
     for (int i = r->begin; i < r->end && task->sums; i++)
         if (fa_row_interval(lengths, r->first + i).end <= c->end)

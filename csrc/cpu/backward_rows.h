@@ -1,18 +1,31 @@
 /* backward_rows.h - from the caller's keys and rows to the matrices of backward_kernel.h, which
  * includes it once per instance, and back.
  */
-/* n elements of a row -> row `row` of a matrix, and zeros behind them. NULL: zeros. */
-static void read_panels(matrix m, int row, const char *from, fa_dtype type, int64_t stride) {
+/* n elements of a row -> row `row` of a matrix of units, and zeros behind them. NULL: zeros. */
+static void read_panels(matrix m, int row, const char *from, fa_dtype type, int64_t stride, int n) {
     const int64_t size = fa_dtype_size(type);
     for (int p = 0; p < panels(m); p++) {
-        const int width = width_of(m, p), left = m.columns - p * WIDTH;
+        const int width = width_of(m, p), left = n - p * WIDTH * STEP;
         real *to = panel(m, p) + (int64_t)row * width;
-        if (!from || left < width) memset(to + width - LANES, 0, LANES * sizeof(real));
+        if (!from || left < width * STEP) memset(to + width - LANES, 0, LANES * sizeof(real));
         if (from)
-            read_row(to, from + p * WIDTH * stride * size, type, stride,
-                     left < width ? left : width);
+            read_units(to, from + p * WIDTH * STEP * stride * size, type, stride,
+                       left < width * STEP ? left : width * STEP);
         else
             memset(to, 0, (size_t)width * sizeof(real));
+    }
+}
+
+/* Two rows -> row `step` of a matrix of pairs, and zeros behind them. NULL: zeros. */
+static void zip_panels(matrix m, int step, const char *const rows[2], fa_dtype type,
+                       int64_t stride) {
+    for (int p = 0; p < panels(m); p++) {
+        const int width = width_of(m, p), left = m.columns - p * WIDTH;
+        const int64_t at = p * WIDTH * stride * fa_dtype_size(type);
+        real *to = panel(m, p) + (int64_t)step * width;
+        if (left < width) memset(to + width - LANES, 0, LANES * sizeof(real));
+        read_step(to, rows[0] ? rows[0] + at : NULL, rows[1] ? rows[1] + at : NULL, type, stride,
+                  left < width ? left : width);
     }
 }
 
@@ -55,35 +68,44 @@ static void seen_keys(const backward *c, int64_t h, int heads) {
     for (int i = 0; i < c->end - c->begin; i++) c->seen[i] = c->seen[i] == 1;
 }
 
-/* The block's rows of K or V -> m. Those that no row sees count as zeros, for 0 * NaN is not. */
-static void load_key_rows(const backward *c, matrix m, const fa_tensor *t, int64_t head) {
+/* The block's rows of K or V, transposed -> to, by way of `by`; and with pairs -> zipped, where
+ * that is not NULL. Those that no row sees count as zeros, for 0 * NaN is not. */
+static void load_key_rows(const backward *c, matrix to, real *by, const matrix *zipped,
+                          const fa_tensor *t, int64_t head) {
     const fa_dtype type = c->p->what.dtype;
     const int64_t at = c->sequence.k + (int64_t)c->begin;
     const char *from = (const char *)t->data +
                        element(t, c->p->varlen.cu_q ? 0 : c->n, head, at) * fa_dtype_size(type);
-    for (int i = 0; i < whole(c->end - c->begin); i++) {
-        const int sees = i < c->end - c->begin && c->seen[i];
-        read_panels(m, i, sees ? from + i * t->stride[2] * fa_dtype_size(type) : NULL, type,
-                    t->stride[3]);
+    const int d = (int)t->shape[3], count = whole(c->end - c->begin);
+    const matrix rows = {by, c->dk.rows, units_of(d)};
+    for (int i = 0; i < count; i += STEP) {
+        const char *row[2];
+        for (int j = 0; j < STEP; j++) {
+            const int sees = i + j < c->end - c->begin && c->seen[i + j];
+            row[j] = sees ? from + (i + j) * t->stride[2] * fa_dtype_size(type) : NULL;
+            read_panels(rows, i + j, row[j], type, t->stride[3], d);
+        }
+        if (STEP == 2 && zipped) zip_panels(*zipped, i / 2, row, type, t->stride[3]);
     }
+    transpose_matrix(to, rows, count);
 }
 
+/* Pairs of K, and V, lie where their gradients will until they are transposed. */
 static void load_keys(const backward *c, int64_t h, int heads, int sees) {
     const fa_what *what = &c->p->what;
+    if (sees) {
+        seen_keys(c, h, heads);
+        load_key_rows(c, c->kt, STEP == 2 ? c->dk.data : c->k.data, &c->k, &what->k,
+                      h / (what->hq / what->hk));
+    }
     memset(c->dk.data, 0, (size_t)whole(c->dk.columns) * c->dk.rows * sizeof(real));
-    if (!sees) return;
-    seen_keys(c, h, heads);
-    load_key_rows(c, c->k, &what->k, h / (what->hq / what->hk));
-    transpose_matrix(c->kt, c->k, whole(c->end - c->begin));
 }
 
-/* V lies in dV's place until it is transposed. */
 static void load_values(const backward *c, int64_t h, int heads, int sees) {
     const fa_what *what = &c->p->what;
     if (sees && c->wants_ds) {
         seen_keys(c, h, heads);
-        load_key_rows(c, c->dv, &what->v, h / (what->hq / what->hv));
-        transpose_matrix(c->vt, c->dv, whole(c->end - c->begin));
+        load_key_rows(c, c->vt, c->dv.data, NULL, &what->v, h / (what->hq / what->hv));
     }
     memset(c->dv.data, 0, (size_t)whole(c->dv.columns) * c->dv.rows * sizeof(real));
 }
@@ -125,31 +147,65 @@ static real read_lse(const backward *c, const fa_tensor *t, int64_t h, int row) 
     return x;
 }
 
-/* Row `row` of head h -> row i of q and g, and its lse and delta. In a row that sees nothing P and
- * dS are 0. */
-static void load_row(const backward *c, int64_t h, int row, int i) {
+/* Row `row` of head h of a tensor like q or out; NULL: there is no tensor. */
+static const char *row_of(const backward *c, const fa_tensor *t, int64_t h, int row) {
+    const int64_t n = c->p->varlen.cu_q ? 0 : c->n, s = c->sequence.q + (int64_t)row;
+    if (!t->data) return NULL;
+    return (const char *)t->data + element(t, n, h, s) * fa_dtype_size(c->p->what.dtype);
+}
+
+/* out . dout of a row. */
+static real out_dout(const backward *c, int64_t h, int row, int i) {
     const fa_what *what = &c->p->what;
-    const fa_backward *b = c->b;
-    const fa_dtype type = what->dtype;
-    const int64_t size = fa_dtype_size(type), n = c->p->varlen.cu_q ? 0 : c->n;
-    const int64_t s = c->sequence.q + (int64_t)row;
-#define ROW(t) ((const char *)(t).data + element(&(t), n, h, s) * fa_dtype_size(type))
-    const real lse = read_lse(c, &what->lse, h, row);
-    const int alive = is_alive(c, h, row, lse);
-    read_panels(c->q, i, alive ? ROW(what->q) : NULL, type, what->q.stride[3]);
-    read_panels(c->g, i, alive && b->dout.data ? ROW(b->dout) : NULL, type, b->dout.stride[3]);
+    const fa_tensor *dout = &c->b->dout, *out = &what->out;
+    const int64_t size = fa_dtype_size(what->dtype);
+    const char *x = row_of(c, out, h, row), *y = row_of(c, dout, h, row);
     vec sum = {0};
-    for (int p = 0; alive && p < panels(c->g); p++) {
-        const int width = width_of(c->g, p), left = what->dv - p * WIDTH;
-        const vec *g = (const vec *)(panel(c->g, p) + i * width);
-        vec out[NV] = {{0}};
-        read_row((real *)out, ROW(what->out) + p * WIDTH * what->out.stride[3] * size, type,
-                 what->out.stride[3], left < width ? left : width);
-        for (int j = 0; j < width / LANES; j++) sum = fma_(out[j], g[j], sum);
+    for (int at = 0; y && at < what->dv; at += WIDTH) {
+        const int left = what->dv - at, n = left < WIDTH ? left : WIDTH;
+        vec a[NV] = {{0}}, b[NV] = {{0}};
+        const vec *g = STEP == 1 ? (const vec *)place(c->g, i, at) : b; /* there already */
+        read_row((real *)a, x + at * out->stride[3] * size, what->dtype, out->stride[3], n);
+        if (STEP == 2)
+            read_row((real *)b, y + at * dout->stride[3] * size, what->dtype, dout->stride[3], n);
+        for (int j = 0; j < whole(n) / LANES; j++) sum = fma_(a[j], g[j], sum);
     }
-    real delta = alive ? -read_lse(c, &b->dlse, h, row) : 0;
-    for (int j = 0; j < LANES; j++) delta += sum[j];
+    real all = 0;
+    for (int j = 0; j < LANES; j++) all += sum[j];
+    return all;
+}
+
+/* The row first + i of a tile -> row i of q and g, and its lse and delta. In a row that sees
+ * nothing P and dS are 0. */
+static int load_row(const backward *c, const tile *r, int i) {
+    const fa_what *what = &c->p->what;
+    const fa_tensor *dout = &c->b->dout;
+    const int row = r->first + i;
+    const real lse = read_lse(c, &what->lse, r->h, row);
+    const int alive = is_alive(c, r->h, row, lse);
+    const char *q = alive ? row_of(c, &what->q, r->h, row) : NULL;
+    const char *g = alive ? row_of(c, dout, r->h, row) : NULL;
+    read_panels(c->q, i, q, what->dtype, what->q.stride[3], what->d);
+    read_panels(c->g, i, g, what->dtype, dout->stride[3], what->dv);
+    const real delta = alive ? out_dout(c, r->h, row, i) - read_lse(c, &c->b->dlse, r->h, row) : 0;
     c->delta[i] = c->changed ? delta : delta * c->scale;
     c->lse[i] = alive ? lse : (real)INFINITY;
-#undef ROW
+    return alive;
+}
+
+/* All rows of a tile, and with pairs two and two of them zipped. */
+static void load_rows(const backward *c, const tile *r) {
+    const fa_what *what = &c->p->what;
+    const fa_tensor *dout = &c->b->dout;
+    for (int i = r->begin / STEP * STEP; i < r->end; i += STEP) {
+        const char *q[2] = {NULL}, *g[2] = {NULL};
+        for (int j = 0; j < STEP; j++) {
+            if (i + j < r->begin || i + j >= r->end || !load_row(c, r, i + j)) continue;
+            q[j] = row_of(c, &what->q, r->h, r->first + i + j);
+            g[j] = row_of(c, dout, r->h, r->first + i + j);
+        }
+        if (STEP == 1) continue;
+        zip_panels(c->q_steps, i / 2, q, what->dtype, what->q.stride[3]);
+        zip_panels(c->g_steps, i / 2, g, what->dtype, dout->stride[3]);
+    }
 }

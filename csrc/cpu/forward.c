@@ -45,25 +45,10 @@ typedef struct fa_cpu_kernel {
     void (*run)(const fa_params *p, const fa_group *g, int64_t first, int count, void *memory);
 } fa_cpu_kernel;
 
-#define FA_HAS_PAIRS
 #define FA_KERNEL "forward_kernel.h"
 #include "levels.h"
 
-/* By level and dtype: float16, and mostly bfloat16, run the float32 kernel. */
-static const fa_cpu_kernel *const kernels[][FA_DTYPE_COUNT] = {
-#define KERNELS(f64, f32, bf16) \
-    {[FA_F64] = &kernel_##f64,  \
-     [FA_F32] = &kernel_##f32,  \
-     [FA_F16] = &kernel_##f32,  \
-     [FA_BF16] = &kernel_##bf16}
-    KERNELS(f64_portable, f32_portable, f32_portable),
-#if defined(__x86_64__)
-    KERNELS(f64_avx2, f32_avx2, f32_avx2),
-    KERNELS(f64_avx512, f32_avx512, f32_avx512),
-    KERNELS(f64_avx512, f32_avx512, bf16_avx512_bf16),
-#endif
-#undef KERNELS
-};
+static const fa_cpu_kernel *const kernels[][FA_DTYPE_COUNT] = FA_KERNELS;
 
 /* A call is cut into strips of one group, mostly a panel of rows each. Threads draw them, several
  * at once that share what is read of K and V, fewer towards the end, so that no thread waits long

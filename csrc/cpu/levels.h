@@ -1,6 +1,6 @@
 /* levels.h - includes FA_KERNEL once per instance: each vector level in float32 (float16 and
- * bfloat16 are widened to it) and in float64; and with FA_HAS_PAIRS, where bfloat16 has products of
- * its own, in pairs of these.
+ * bfloat16 are widened to it) and in float64; and where bfloat16 has products of its own, in pairs
+ * of these. FA_KERNELS is then the table of the instances.
  *
  * FA_BYTES of a vector; FA_X86: which intrinsics an instance may use (0, 256 or 512); FA_VECTORS
  * and FA_ACCUMULATORS: of the forward's register tile.
@@ -69,7 +69,6 @@
 #undef FA_PAIRS
 #pragma GCC pop_options
 
-#ifdef FA_HAS_PAIRS
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #define FA_BYTES 64
@@ -88,4 +87,18 @@
 #undef FA_PAIRS
 #pragma GCC pop_options
 #endif
+
+/* By level and dtype: float16, and mostly bfloat16, run the float32 kernel. */
+#define FA_BY_DTYPE(f64, f32, bf16) \
+    {[FA_F64] = &kernel_##f64,      \
+     [FA_F32] = &kernel_##f32,      \
+     [FA_F16] = &kernel_##f32,      \
+     [FA_BF16] = &kernel_##bf16}
+#if defined(__x86_64__)
+#define FA_KERNELS                                                                               \
+    {FA_BY_DTYPE(f64_portable, f32_portable, f32_portable),                                      \
+     FA_BY_DTYPE(f64_avx2, f32_avx2, f32_avx2), FA_BY_DTYPE(f64_avx512, f32_avx512, f32_avx512), \
+     FA_BY_DTYPE(f64_avx512, f32_avx512, bf16_avx512_bf16)}
+#else
+#define FA_KERNELS {FA_BY_DTYPE(f64_portable, f32_portable, f32_portable)}
 #endif

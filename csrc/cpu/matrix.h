@@ -3,7 +3,8 @@
  *
  * A matrix lies in panels of WIDTH columns, [panel][row][column]; the last panel is as wide as the
  * columns that are left, in whole vectors. One loop computes every product: of HIGH rows and one
- * panel of the result, in registers, a step adds one number of B times one vector of A for each.
+ * panel of the result, in registers, a step adds one unit of B (see units.h) times one vector of A
+ * for each.
  */
 #ifndef FASTATTN_CPU_MATRIX_H
 #define FASTATTN_CPU_MATRIX_H
@@ -12,6 +13,7 @@
 #define matrix FN(matrix)
 #define panel FN(panel)
 #define panels FN(panels)
+#define place FN(place)
 #define product FN(product)
 #define product_tile FN(product_tile)
 #define rows_of_product FN(rows_of_product)
@@ -24,7 +26,7 @@
 
 #define NV 4 /* vectors in a panel */
 #define WIDTH (NV * LANES)
-/* As many accumulators as leave registers for HIGH numbers of B, or, where a multiplication takes
+/* As many accumulators as leave registers for HIGH units of B, or, where a multiplication takes
  * them from memory, for NV vectors of A. */
 #define HIGH (FA_BYTES == 64 ? 6 : 3)
 /* Terms of a sum that are added in a row, as in the forward (PRODUCTS): one long chain would lose
@@ -50,18 +52,25 @@ static inline int width_of(matrix m, int p) {
 
 static inline real *panel(matrix m, int p) { return m.data + (int64_t)p * WIDTH * m.rows; }
 
+/* Where row `row` of a matrix has its column `column`. */
+static inline real *place(matrix m, int row, int column) {
+    const int p = column / WIDTH;
+    return panel(m, p) + (int64_t)row * width_of(m, p) + column % WIDTH;
+}
+
 /* acc[i][j] += sum over steps a[step][j] * b[i * row + step * next] */
-FA_FAST void add_steps(vec *acc, int high, int nv, const vec *a, const real *b, int64_t row,
+FA_FAST void add_steps(vec *acc, int high, int nv, const vec *a, const real *numbers, int64_t row,
                        int64_t next, int steps) {
+    const unit *b = (const unit *)numbers;
     for (int step = 0; step < steps; step++, a += nv, b += next) {
         vec y[HIGH];
 #pragma GCC unroll 8
-        for (int i = 0; i < high; i++) y[i] = splat(b[i * row]);
+        for (int i = 0; i < high; i++) y[i] = (vec)(b[i * row] - (ivec){0});
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++) {
             const vec x = a[j];
 #pragma GCC unroll 8
-            for (int i = 0; i < high; i++) acc[i * nv + j] = fma_(x, y[i], acc[i * nv + j]);
+            for (int i = 0; i < high; i++) acc[i * nv + j] = dot(x, y[i], acc[i * nv + j]);
         }
     }
 }
@@ -85,21 +94,22 @@ FA_FAST void rows_of_product(real *out, int64_t out_row, int adds, int high, int
 FA_FAST void product_tile(real *out, int64_t out_row, int adds, int high, int nv, const vec *a,
                           matrix b, int begin, int end, int row) {
     vec acc[HIGH * NV];
-    for (int p = begin; p < end;) {
+    for (int at = begin; at < end;) {
 #pragma GCC unroll 32
         for (int i = 0; i < high * nv; i++) acc[i] = (vec){0};
         do {
-            const int width = width_of(b, p), left = b.columns - p * WIDTH;
-            add_steps(acc, high, nv, a + (int64_t)p * WIDTH * nv, panel(b, p) + row * width, width,
-                      1, left < WIDTH ? left : WIDTH);
-        } while (++p < end && p * WIDTH % CHAIN);
+            const int past = (at / WIDTH + 1) * WIDTH, stop = past < end ? past : end;
+            add_steps(acc, high, nv, a + (int64_t)at * nv, place(b, row, at),
+                      width_of(b, at / WIDTH), 1, stop - at);
+            at = stop;
+        } while (at < end && at % CHAIN);
         rows_of_product(out, out_row, adds, high, nv, acc);
         adds = 1;
     }
 }
 
 /* One panel, of `width`, of the rows first .. last - 1 of B A: out[row - first] = or += sum over
- * the columns in the panels begin .. end - 1 of B. a: that panel of A. */
+ * the columns begin .. end - 1 of B. a: that panel of A. */
 static __attribute__((noinline)) void product(real *out, int64_t out_row, int adds, int width,
                                               const real *a, matrix b, int begin, int end,
                                               int first, int last) {

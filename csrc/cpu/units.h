@@ -1,15 +1,17 @@
-/* units.h - the steps of the forward's products: numbers, or with FA_PAIRS pairs of bfloat16
- * (vdpbf16ps). Once per instance (see simd.h). Included without a guard.
+/* units.h - the steps of products: numbers, or with FA_PAIRS pairs of bfloat16 (vdpbf16ps). Once
+ * per instance (see simd.h). Included without a guard.
  */
 #ifndef FASTATTN_CPU_UNITS_H
 #define FASTATTN_CPU_UNITS_H
 
 #define dot FN(dot)
 #define multiply_units FN(multiply_units)
+#define narrow FN(narrow)
 #define pair FN(pair)
 #define read_step FN(read_step)
 #define read_units FN(read_units)
 #define unit FN(unit)
+#define units_of FN(units_of)
 
 #define STEP (FA_PAIRS ? 2 : 1) /* elements in a unit */
 
@@ -17,6 +19,8 @@
 
 /* One step of a dot product as it lies in memory: the bits of a number, or of two bfloat16. */
 typedef FA_INT unit __attribute__((may_alias, aligned(2)));
+
+static inline int units_of(int elements) { return (elements + STEP - 1) / STEP; }
 
 FA_FAST vec dot(vec a, vec b, vec c) {
 #if FA_PAIRS
@@ -26,11 +30,14 @@ FA_FAST vec dot(vec a, vec b, vec c) {
 #endif
 }
 
-/* What differs where a unit is a pair of bfloat16: Q and K pair along d, V and P along keys.
+/* What differs where a unit is a pair of bfloat16: a product that sums over the elements of a row
+ * pairs these, one that sums over rows pairs two rows.
  *
- *   - read_units: n strided elements of a row of Q or K -> contiguous units
- *   - read_step: a row of V, or with pairs two of them zipped -> units; a NULL row counts as zeros
+ *   - read_units: n strided elements of a row -> contiguous units
+ *   - read_step: one row, or with pairs two of them zipped -> units; a NULL row counts as zeros
  *   - multiply_units: n elements in units times 1 or -1
+ *   - pair: x and y rounded to bfloat16, zipped: x0 y0 x1 y1 ...
+ *   - narrow: the same one after the other: x0 x1 ... y0 y1 ...
  */
 #if FA_PAIRS
 static void read_units(real *to, const void *from, fa_dtype type, int64_t stride, int n) {
@@ -62,17 +69,18 @@ static void read_step(real *to, const void *first, const void *second, fa_dtype 
     }
 }
 
-static void multiply_units(real *units, real factor, int n) {
+FA_LOCAL void multiply_units(real *units, real factor, int n) {
     uint16_t *x = (uint16_t *)units;
     for (int i = 0; i < n; i++) x[i] = fa_float_to_bf16(fa_bf16_to_float(x[i]) * factor);
 }
 
-/* x and y rounded to bfloat16: x0 y0 x1 y1 ... */
+FA_FAST vec narrow(vec x, vec y) { return (vec)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x); }
+
 FA_FAST vec pair(vec x, vec y) {
     const __m512i order =
         (__m512i)(__v32hi){0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return (vec)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
+    return (vec)_mm512_permutexvar_epi16(order, (__m512i)narrow(x, y));
 }
 #else
 static void read_units(real *to, const void *from, fa_dtype type, int64_t stride, int n) {
@@ -88,12 +96,14 @@ static void read_step(real *to, const void *first, const void *second, fa_dtype 
         memset(to, 0, (size_t)n * sizeof *to);
 }
 
-static void multiply_units(real *units, real factor, int n) {
+FA_LOCAL void multiply_units(real *units, real factor, int n) {
     for (int i = 0; i < n; i++) units[i] *= factor;
 }
 
-FA_FAST vec pair(vec x, vec y) {
+FA_FAST vec narrow(vec x, vec y) {
     (void)y;
     return x;
 }
+
+FA_FAST vec pair(vec x, vec y) { return narrow(x, y); }
 #endif
