@@ -81,15 +81,19 @@ def attention_backward(dout, q, k, v, *, dlse=None, low=False, order=0, real=Non
     sizes = {}
     if not low:
         term = by_group(np.matmul, abs(dout), abs(v).swapaxes(2, 3)) * w.gain
-        term = term + (abs(dout * forward.out).sum(axis=3) + abs(dlse))[..., None]
+        of_delta = abs(dout * forward.out).sum(axis=3) + abs(dlse)
+        term = term + of_delta[..., None]
         term = np.where(reached, w.p * term, 0)
         steep = np.where(reached, term * abs(w.slope * w.scale), 0)
+        if sink is not None:
+            weight = np.exp(sink.astype(real)[:, None] - w.lse[..., 0])
+            of_sink = np.where(w.padding, 0, weight * of_delta)
         sizes = {
             "dq": by_group(np.matmul, steep, abs(k)),
             "dk": over_group(np.matmul, steep, abs(q), k.shape[1]),
             "dv": over_group(np.matmul, pz, abs(dout), v.shape[1]),
             "dmask": 0 if dmask is None else sum_to(term, mask.shape),
-            "dsink": 0 if dsink is None else term.sum(axis=(0, 2, 3)),
+            "dsink": 0 if dsink is None else of_sink.sum(axis=(0, 2)),
         }
         sizes = {name: largest_and_mean(np.asarray(x)) for name, x in sizes.items()}
     if low:
