@@ -61,7 +61,8 @@ def build(tmp_path):
     """A tree with three variants of two kernels, a backend and what all share, and one C file; a
     function that builds it and returns the names of what was compiled."""
     tree, lib = tmp_path / "tree", tmp_path / "lib"
-    for folder in ("csrc", "kernels/sm90", "kernels/common", "python/fastattn/bench"):
+    packages = [p.parent.relative_to(ROOT) for p in ROOT.glob("python/fastattn/*/__init__.py")]
+    for folder in ("csrc", "kernels/sm90", "kernels/common", *packages):
         (tree / folder).mkdir(parents=True)
     shutil.copy(ROOT / "setup.py", tree)
     shutil.copy(ROOT / "pyproject.toml", tree)

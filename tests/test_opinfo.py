@@ -36,8 +36,9 @@ def drawn_seed(seed):
 
 def in_numpy(arrays, keywords, seed):
     """q, k, v as (b, h, s, d), and the keywords of reference.attention; and their leading shape."""
-    lead = torch.broadcast_shapes(*(x.shape[:-2] for x in arrays if not keywords.get("enable_gqa")))
-    wide = [x.detach().expand(*(lead or x.shape[:-2]), *x.shape[-2:]) for x in arrays]
+    own = 3 if keywords.get("enable_gqa") else 2  # axes, with their heads or not
+    lead = torch.broadcast_shapes(*(x.shape[:-own] for x in arrays))
+    wide = [x.detach().expand(*lead, *x.shape[-own:]) for x in arrays]
     wide = [x[(None,) * (4 - x.dim())] for x in wide]
     rest = {"causal": keywords["is_causal"] and "top-left", "scale": keywords.get("scale")}
     if keywords["dropout_p"]:

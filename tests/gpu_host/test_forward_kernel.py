@@ -65,7 +65,7 @@ def run(library, variant, late, sq, sk, b=2, hq=1, d=0, dv=0, factor=1.0, **keyw
     exact_of = {**keywords, "scale": keywords.get("scale", d**-0.5)}
     wide = reference.widen(v, b * hq * sq)
     exact = reference.attention(q, k, wide, **exact_of)
-    low = reference.careful(q, k, wide, **exact_of)
+    low = list(reference.careful(q, k, wide, **exact_of))
     limits = {key: x for key, x in exact_of.items() if key != "scale"}
     seen = reference.visible(b, 1, sq, sk, **limits)[:, 0]
     unseen(q, seen.any(2))
