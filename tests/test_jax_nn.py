@@ -84,6 +84,8 @@ def test_the_grid(name, groups):
     rows = seen(mask, options)
     dout = rng_arrays(12, dout=(B, T, N, H))["dout"] * rows
     got = both(dot_product_attention, arrays, mask, options, dout)
+    if mask is None and "local_window_size" in options:
+        mask = np.ones((1, 1, 1, 1), bool)  # JAX 0.6 forgets a window that comes alone
     want = both(jax.nn.dot_product_attention, arrays, mask, options, dout)
     assert not np.asarray(got["out"])[~np.broadcast_to(rows, got["out"].shape)].any()
     want["out"] = want["out"] * rows
