@@ -60,6 +60,7 @@ SECONDS = {  # part -> its time limit
     "campaign": 120,
     "correctness": 60,
     "merge": 90,
+    "jax": 120,
     "mutants": 560,
     **dict.fromkeys([*SUITES, "bench"], 400),
 }
@@ -171,8 +172,8 @@ def commands(part, options, out, name):
         yield part, [*python, ROOT / "benchmarks" / "correctness.py", *result_of(part)]
     elif part == "mutants":
         yield part, [*python, ROOT / "tests" / "mutants.py", "--gpu", "--jobs", "3"]
-    elif part == "merge":
-        yield part, [*python, "-m", "fastattn.bench.merge", *result_of(part)]
+    elif part in ("merge", "jax"):
+        yield part, [*python, "-m", f"fastattn.bench.{part}", *result_of(part)]
     else:
         chosen = shlex.split(f"--timings 20 --warmup 0.1 {SUITES.get(part, options.bench)}")
         yield part, [*python, ROOT / "benchmarks", *chosen, *result_of(part)]
@@ -219,7 +220,7 @@ def run(options):
         }
         for part in options.parts.split(","):
             left = min(getattr(options, f"{part}_seconds"), deadline - time.perf_counter())
-            alone = part in (*SUITES, "bench", "correctness", "merge")
+            alone = part in (*SUITES, "bench", "correctness", "merge", "jax")
             threads = None if alone else "2" if part == "tests" else "1"  # of one among many
             many = {"OMP_NUM_THREADS": threads} if threads else {}
             if left < 5:

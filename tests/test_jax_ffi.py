@@ -1,14 +1,18 @@
-"""Our declaration of XLA's FFI against the header that jaxlib ships."""
+"""XLA's FFI: our declaration against the header that jaxlib ships, and programs for a GPU."""
 
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import fastattn
 import pytest
 from conftest import ROOT
 
-jaxlib = pytest.importorskip("jaxlib")
+jax = pytest.importorskip("jax")
+
+import jaxlib  # noqa: E402
+from jax_calls import qkv  # noqa: E402
 
 HEADER = Path(next(iter(jaxlib.__path__))) / "include"
 # Ours: its name in XLA, and of each field of ours XLA's name of it.
@@ -130,3 +134,51 @@ def test_xlas_header_says_the_same(tmp_path):
     command = ["cc", "-std=c11", "-fsyntax-only", f"-I{HEADER}", f"-I{ROOT}/csrc", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+# --------------------------------------------------------------- what JAX compiles for a GPU, unrun
+
+
+def lowered(function, *arrays):
+    return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_program_for_a_gpu_has_room_for_the_workspace(monkeypatch):
+    asked = []
+
+    def workspace(*call):
+        asked.append(call)
+        return 4096
+
+    monkeypatch.setattr(fastattn._C, "jax_workspace", workspace)
+    q, k, v = qkv().values()
+    program = lowered(lambda q: fastattn.attention(q, k, v, causal=True, scale=0.5), q)
+    assert 'results = "out workspace"' in program and "tensor<4096xui8>" in program
+    shapes = tuple((name, x.shape, 2, 32) for name, x in zip("qkv", (q, k, v), strict=True))
+    options = {"causal": 1, "has_scale": 1, "scale": 0.5}
+    assert asked == [("forward", shapes, options, (("out", (*q.shape[:3], 6), 2, 32),))]
+
+
+@pytest.mark.skipif("sm90" in fastattn.info()["backends"], reason="kernels are built in")
+def test_a_program_for_a_gpu_is_refused_without_kernels():
+    """While JAX compiles, with the sentence of every other call."""
+    q, k, v = qkv().values()
+    with pytest.raises(NotImplementedError, match=r"^no backend takes this call: cpu: the arrays"):
+        lowered(lambda q: fastattn.attention(q, k, v, dropout_p=0.5, seed=3), q)
+    with pytest.raises(NotImplementedError, match=r"^no backend takes this call: cpu: the arrays"):
+        lowered(jax.vmap(lambda q: fastattn.attention(q, k, v)), q[None])
+
+
+def test_what_is_asked_of_the_workspace_is_checked():
+    ask = fastattn._C.jax_workspace
+    q = ("q", (2, 3, 4, 5), 2, 16)
+    with pytest.raises(TypeError, match=r"^_C has no target sideways$"):
+        ask("sideways", (q,), {}, ())
+    with pytest.raises(TypeError, match=r"^there is no operand `w`$"):
+        ask("forward", (("w", *q[1:]),), {}, ())
+    with pytest.raises(TypeError, match=r"^`q`, `k` and `v` are operands$"):
+        ask("forward", (q,), {}, ())
+    with pytest.raises(ValueError, match=r"^`k` must have d = 5 like `q`, got 6$"):
+        ask("forward", (q, ("k", (2, 3, 4, 6), 2, 16), ("v", *q[1:])), {}, ())
+    with pytest.raises(ValueError, match=r"^`q` must have 7 runs$"):
+        ask("forward", (q,), {"runs": 7, "stepped": 1}, ())

@@ -109,8 +109,7 @@ def scaled_dot_product_attention(
         ValueError: a shape or value, or attn_mask together with is_causal. A RuntimeError too, as
             torch's.
         TypeError: no array, a dtype, or a torch subclass. A RuntimeError too, but for no array.
-        NotImplementedError: no backend serves the call, or its gradient where one is asked for; or
-            jax.jit traces it.
+        NotImplementedError: no backend serves the call, or its gradient where one is asked for.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1.
     """
@@ -205,9 +204,9 @@ def attention(
             65,536 * dropout_p, rounded. The bits are Philox4x32-7's, a function of the seed and of
             b, h, i and j: the same on every backend, whatever the strides and the other arguments.
         seed: of dropout; without meaning where dropout_p is 0. An int from -2^63 to 2^63 - 1, or an
-            array () or (1,) on q's device: int64, on the CPU int32 or uint32 too. None: with torch
-            tensors one is drawn from the generator of their device, anew by each replay of a CUDA
-            graph; with others ValueError.
+            array () or (1,) on q's device: int64, on the CPU and in JAX's programs int32 or uint32.
+            None: with torch tensors one is drawn from the generator of their device, anew by each
+            replay of a CUDA graph; with others ValueError.
         layout: "bhsd" or "bshd", of q, k, v and the output.
         return_lse: also return lse, (b, hq, sq) whatever the layout, natural logarithm; float32,
             or float64 where q is.
@@ -227,9 +226,10 @@ def attention(
         ValueError: a shape or value; the message names the argument, the rule and what came.
         TypeError: no array, or a dtype.
         NotImplementedError: no backend serves the call, or its gradient where one is asked for
-            (each one's reason is in the message); that of alibi_slopes is not served; or jax.jit
-            traces the call.
-        RuntimeError: CUDA's name and text for a failure.
+            (each one's reason is in the message); that of alibi_slopes is not served; in JAX nor is
+            forward mode, nor are second derivatives.
+        RuntimeError: CUDA's name and text for a failure; in a program of JAX also what only numbers
+            tell, as lengths out of range.
 
     Source: Vaswani et al., 2017, equation 1; online softmax: Milakov and Gimelshein, 2018; tiling:
     Dao et al., "FlashAttention", 2022, algorithm 1; ALiBi: Press et al., 2021; softcap: Gemma 2,

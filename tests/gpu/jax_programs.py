@@ -1,0 +1,160 @@
+"""Programs of JAX on a GPU, each in a process of its own: python jax_programs.py NAME.
+
+A process, for JAX takes most of a GPU's memory where it is not told otherwise, and reads its flags
+once. The calls of torch tensors, which the other tests judge, are the same kernels: the same bits.
+"""
+
+import sys
+
+import fastattn
+import jax
+import numpy as np
+import torch
+
+jnp = jax.numpy
+
+
+def inputs(seed=0, b=2, hq=8, hk=2, sq=200, sk=300, d=64, dv=64):
+    shapes = (b, hq, sq, d), (b, hk, sk, d), (b, hk, sk, dv)
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
+
+
+def to_torch(x):
+    return torch.from_dlpack(jax.block_until_ready(x)) if isinstance(x, jax.Array) else x
+
+
+def same(got, want):
+    got, want = (x if isinstance(x, tuple) else (x,) for x in (got, want))
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(to_torch(a), b), (a, b)
+
+
+def by_torch(function, arrays, options):
+    """The call of the same numbers as torch tensors."""
+    given = {name: to_torch(x) for name, x in arrays.items()}
+    out = function(**given, **options)
+    torch.cuda.synchronize()
+    return out
+
+
+def features():
+    """Each feature under jit, and outside of it."""
+    q, k, v = inputs()
+    base = {"q": q, "k": k, "v": v}
+    lengths = {"q_lengths": [200, 3], "k_lengths": [250, 0], "k_start": [5, 0]}
+    cases = [
+        ({}, {"causal": True, "window": (50, None)}),
+        ({name: jnp.array(x, jnp.int32) for name, x in lengths.items()}, {"causal": True}),
+        ({"mask": jax.random.bernoulli(jax.random.key(1), 0.6, (2, 1, 200, 300))}, {}),
+        ({"mask": jax.random.normal(jax.random.key(2), (8, 1, 300))}, {"softcap": 20.0}),
+        ({"sink": jnp.arange(8.0) - 3, "alibi_slopes": jnp.arange(8.0) / 50}, {"scale": 0.2}),
+        ({}, {"dropout_p": 0.2, "seed": -(2**40)}),
+    ]
+    for more, options in cases:
+        arrays, options = base | more, {**options, "return_lse": True}
+        want = by_torch(fastattn.attention, arrays, options)
+        call = lambda arrays, options=options: fastattn.attention(**arrays, **options)  # noqa: E731
+        same(jax.jit(call)(arrays), want)
+        same(call(arrays), want)
+    want = by_torch(fastattn.attention, base, {"dropout_p": 0.2, "seed": 7})
+    call = jax.jit(lambda seed: fastattn.attention(q, k, v, dropout_p=0.2, seed=seed))
+    same(call(np.uint32(7)), want)
+
+
+def packed_and_merged():
+    q, k, v = (x[0].swapaxes(0, 1) for x in inputs())
+    ends = {"cu_seqlens_q": [0, 90, 200], "cu_seqlens_k": [0, 120, 300]}
+    arrays = {"q": q, "k": k, "v": v} | {n: jnp.array(x, jnp.int32) for n, x in ends.items()}
+    options = {"max_seqlen_q": 110, "max_seqlen_k": 180, "causal": True, "return_lse": True}
+    call = jax.jit(lambda arrays: fastattn.attention_varlen(**arrays, **options))
+    same(call(arrays), by_torch(fastattn.attention_varlen, arrays, options))
+
+    q, k, v = inputs()
+    halves = [fastattn.attention(q, x, y, return_lse=True) for x, y in ((k, v), (v, k))]
+    outs, lses = (list(x) for x in zip(*halves, strict=True))
+    want = fastattn.merge_states([*map(to_torch, outs)], [*map(to_torch, lses)])
+    same(jax.jit(fastattn.merge_states)(outs, lses), want)
+
+
+def vmapped():
+    """Folded into the batch; and as runs, by two keys for the same queries."""
+    q, k, v = inputs()
+    one = jax.vmap(lambda q, k, v: fastattn.attention(q[None], k[None], v[None])[0])
+    same(jax.jit(one)(q, k, v), by_torch(fastattn.attention, {"q": q, "k": k, "v": v}, {}))
+    keys = jnp.stack([k, -k, k * 2])
+    runs = jax.jit(jax.vmap(lambda k: fastattn.attention(q, k, v)))(keys)
+    for n in range(3):
+        same(runs[n], by_torch(fastattn.attention, {"q": q, "k": keys[n], "v": v}, {}))
+
+
+def other_streams():
+    """Work before and after the call, on XLA's stream: no value is read before it is there."""
+
+    @jax.jit
+    def step(x, k, v):
+        for _ in range(6):
+            x = fastattn.attention(x @ jnp.eye(64, dtype=x.dtype), k, v)
+        return x
+
+    q, k, v = inputs(b=4, sq=2000, sk=2000)
+    results = [step(q * n, k, v) for n in range(1, 9)]
+    for n, x in enumerate(results, 1):
+        want = to_torch(q * n)
+        for _ in range(6):
+            want = fastattn.attention(want, to_torch(k), to_torch(v))
+        same(x, want)
+
+
+def command_buffer():
+    """XLA's CUDA graph has the call in it, and its replay reads new inputs."""
+
+    @jax.jit
+    def step(q, k, v):
+        for _ in range(4):
+            q = fastattn.attention(q * 2, k, v, causal=True) + q
+        return q
+
+    q, k, v = inputs()
+    program = step.lower(q, k, v).compile().as_text()
+    captured = [x for x in program.split("\n\n") if "command_buffer" in x.partition("{")[0]]
+    assert any("fastattn_forward" in x for x in captured), program[:3000]
+    first = [jax.block_until_ready(step(q * n, k, v)) for n in range(1, 6)]
+    again = [step(q * n, k, v) for n in range(1, 6)]
+    for n, (one, two) in enumerate(zip(first, again, strict=True), 1):
+        want = to_torch(q * n)
+        for _ in range(4):
+            want = fastattn.attention(want * 2, to_torch(k), to_torch(v), causal=True) + want
+        torch.testing.assert_close(to_torch(one), want, rtol=0.03, atol=0.03)
+        same(two, to_torch(one))
+
+
+def refusals():
+    """A call that no kernel serves is refused while JAX compiles, by each backend's reason."""
+    q, k, v = inputs()
+    for call, arrays in (
+        (jax.grad(lambda q: fastattn.attention(q, k, v).sum()), (q,)),
+        (fastattn.attention, [x.astype(jnp.float32) for x in (q, k, v)]),
+    ):
+        for wrap in (lambda f: f, jax.jit):
+            try:
+                wrap(call)(*arrays)
+            except NotImplementedError as error:
+                assert "no backend takes this call: sm90: it " in str(error)
+            else:
+                raise AssertionError("nothing was raised")
+    explained = fastattn.explain(fastattn.attention, q, k, v)
+    assert explained == fastattn.explain(fastattn.attention, *map(to_torch, (q, k, v)))
+
+
+def second_device():
+    first, second = jax.devices()[:2]
+    arrays = [jax.device_put(x, second) for x in inputs()]
+    out = jax.jit(fastattn.attention)(*arrays)
+    assert out.devices() == {second} and torch.cuda.current_device() == 0
+    again = jax.jit(fastattn.attention)(*(jax.device_put(x, first) for x in arrays))
+    assert np.array_equal(np.asarray(out), np.asarray(again))
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
