@@ -390,7 +390,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_sentence(what):
+def test_sentence(what, frozen):
     exception, sentence, arguments = WRONG[what]
     names = ("q", "k", "v")
     shapes = {"q": (2, 4, 5, 8), "k": (2, 2, 7, 8), "v": (2, 2, 7, 8)}

@@ -39,7 +39,10 @@ def built(tmp_path_factory):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tree / name)
     run = "import setuptools.build_meta as b, sys; getattr(b, sys.argv[1])(sys.argv[2])"
-    environment = {**os.environ, "FASTATTN_CUDA": "0"}
+    quick = folder / "cc"  # how fast the module is, is not looked at
+    quick.write_text(f'#!/bin/sh\nexec {shutil.which("cc")} "$@" -O0\n')
+    quick.chmod(0o755)
+    environment = {**os.environ, "FASTATTN_CUDA": "0", "CC": str(quick)}
 
     def build(what, where):
         command = [sys.executable, "-c", run, what, folder]
