@@ -1,5 +1,6 @@
 """use_fastattn(): who is reached, who is not, and that nothing stays behind."""
 
+import sys
 import threading
 import warnings
 
@@ -132,6 +133,16 @@ def test_nothing_stays_behind(calls, alone):
     assert len(calls) == 3 and tables() == before
     with pytest.raises(ValueError, match='`fallback` must be "torch" or "raise", got \'jax\''):
         use_fastattn("jax")
+
+
+def test_many_times_over():
+    """Torch 2.10 miscounts references to what a thread is told: to None as well."""
+    before = sys.getrefcount(_routing._route("raise", None))
+    for _ in range(2000):
+        with use_fastattn("raise"), use_fastattn():
+            assert _routing._innermost() == ("torch", ("raise", None))
+        assert _routing._innermost() is None
+    assert sys.getrefcount(_routing._route("raise", None)) >= before
 
 
 def in_another_thread(function):

@@ -5,6 +5,8 @@ paths all call these operators. Whether a thread is routed is asked in each call
 """
 
 import contextlib
+import ctypes
+import functools
 import re
 import threading
 import warnings
@@ -29,6 +31,11 @@ class _Route(NamedTuple):
     outer: "_Route | None"
 
 
+@functools.cache  # routes live for ever
+def _route(fallback: Fallback, outer: _Route | None) -> _Route:
+    return _Route(fallback, outer)
+
+
 # Torch hands thread-local objects of its own on to the threads that run a backward pass, where
 # activation checkpointing calls the forward again; threading.local does not go there.
 _KEY = "fastattn"
@@ -42,6 +49,13 @@ def _innermost() -> _Route | None:
 
 
 _everywhere: list["Routing"] = []  # those installed for all threads; the last one counts
+
+
+def _set_innermost(route: _Route | None) -> None:
+    # Torch 2.10 takes no reference and drops one later: this is it. Where torch counts right, what
+    # lives for ever has one too many.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(route))
+    torch._C._stash_obj_in_tls(_KEY, route)
 
 
 def _fallback() -> Fallback | None:
@@ -228,13 +242,13 @@ class Routing(contextlib.ContextDecorator):
 
     def __enter__(self) -> "Routing":
         _operators.acquire()
-        torch._C._stash_obj_in_tls(_KEY, _Route(self.fallback, _innermost()))
+        _set_innermost(_route(self.fallback, _innermost()))
         return self
 
     def __exit__(self, *_: Any) -> None:
         route = _innermost()
         assert route is not None
-        torch._C._stash_obj_in_tls(_KEY, route.outer)
+        _set_innermost(route.outer)
         _operators.release()
 
     def install(self) -> "Routing":
