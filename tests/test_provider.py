@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(
     not hasattr(registry, "register_flash_attention_impl"),
     reason="a torch from before the registry",
 )
-NAMES = [operator.__name__ for operator in _provider.OPERATORS]
+OPERATORS = [x for x in _provider.OPERATORS if hasattr(torch.ops.aten, x.__name__)]
+NAMES = [operator.__name__ for operator in OPERATORS]
 
 
 def rows(*shape):
@@ -34,6 +35,9 @@ def registered():
     registry.restore_flash_attention_impl(_raise_warn=False)
 
 
+@pytest.mark.skipif(
+    not hasattr(registry, "restore_flash_attention_impl"), reason="torch 2.10 restores nothing"
+)
 def test_activate_and_restore(registered):
     before = [torch._C._dispatch_dump_table(f"aten::{name}") for name in NAMES]
     assert "fastattn" in registry.list_flash_attention_impls()
@@ -47,8 +51,9 @@ def test_activate_and_restore(registered):
     assert [torch._C._dispatch_dump_table(f"aten::{name}") for name in NAMES] == before
 
 
-@pytest.mark.parametrize("operator", _provider.OPERATORS, ids=NAMES)
+@pytest.mark.parametrize("operator", OPERATORS, ids=NAMES)
 def test_takes_what_torchs_schema_has(operator):
+    assert len(NAMES) >= 4
     schema = getattr(torch.ops.aten, operator.__name__).default._schema
     given = [x.name for x in schema.arguments if not x.kwarg_only]
     by_name = {x.name: None for x in schema.arguments if x.kwarg_only}

@@ -224,7 +224,8 @@ class _Handle:
 def _activate() -> _Handle:
     library: Any = torch.library.Library("aten", "IMPL", "CUDA")  # type: ignore[no-untyped-call]
     for operator in OPERATORS:
-        library.impl(operator.__name__, operator, "CUDA")
+        if hasattr(torch.ops.aten, operator.__name__):  # torch 2.10 has one fewer
+            library.impl(operator.__name__, operator, "CUDA")
     return _Handle(library)
 
 
