@@ -24,7 +24,7 @@
 #define FASTATTN_LAUNCH_CUH
 #define FASTATTN_DEVICE_H
 
-#include "fastattn.h"
+#include "element.h"
 
 struct float2 {
     float x, y;
@@ -251,42 +251,6 @@ static void stmatrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint3
 
 /* ---- elements ---------------------------------------------------------------------------------*/
 
-template <fa_dtype T>
-struct element;
-
-template <>
-struct element<FA_F16> {
-    typedef uint16_t stored;
-    static float widen(uint16_t x) {
-        _Float16 y;
-        memcpy(&y, &x, 2);
-        return (float)y;
-    }
-    static uint16_t narrow(float x) {
-        const _Float16 y = (_Float16)x;
-        uint16_t bits;
-        memcpy(&bits, &y, 2);
-        return bits;
-    }
-};
-
-template <>
-struct element<FA_BF16> {
-    typedef uint16_t stored;
-    static float widen(uint16_t x) {
-        uint32_t bits = (uint32_t)x << 16;
-        float y;
-        memcpy(&y, &bits, 4);
-        return y;
-    }
-    static uint16_t narrow(float x) {
-        uint32_t bits;
-        memcpy(&bits, &x, 4);
-        if (x != x) return 0x7FFF;
-        return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-    }
-};
-
 static float widen(uint16_t x) { return element<VARIANT_DTYPE>::widen(x); }
 static uint32_t cvt_pack(float low, float high) {
     return element<VARIANT_DTYPE>::narrow(low) | (uint32_t)element<VARIANT_DTYPE>::narrow(high)
@@ -326,7 +290,7 @@ struct product {
     const uint32_t *a_registers; /* or NULL: */
     uint64_t a, b;
     int n;
-    bool a_across, b_across, accumulate;
+    bool b_across, accumulate; /* b's k lie across its rows, a's along them */
 };
 /* A thread's products that have been issued and not computed, and groups that it has ended. */
 struct thread_products {
@@ -358,8 +322,7 @@ static void unpack_row(float (&a)[2][16], int i, int c, uint32_t x) {
 static void load_a(float (&a)[2][16], const product &p, int thread) {
     for (int r = 0; r < 2; ++r)
         for (int k = 0; k < 16; ++k)
-            a[r][k] =
-                operand_at(p.a, thread / 32 % 4 * 16 + thread % 32 / 4 + 8 * r, k, p.a_across);
+            a[r][k] = operand_at(p.a, thread / 32 % 4 * 16 + thread % 32 / 4 + 8 * r, k, false);
 }
 
 static void issue(const product &p) {
@@ -407,11 +370,11 @@ static void wgmma_wait_group() {
 }
 template <int N>
 static void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
-    issue({d, NULL, a, b, N, false, false, accumulate != 0});
+    issue({d, NULL, a, b, N, false, accumulate != 0});
 }
 template <int N>
 static void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-    issue({d, a, 0, b, N, false, true, accumulate != 0});
+    issue({d, a, 0, b, N, true, accumulate != 0});
 }
 template <int N>
 static void wgmma_accumulators(float (&)[N]) {}
