@@ -83,6 +83,26 @@ def frozen():
     gc.unfreeze()
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """The functions that use_fastattn() called."""
+    import fastattn
+    from fastattn import _routing
+
+    seen = []
+
+    def counted(function):
+        def call(*args, **keywords):
+            seen.append(function.__name__)
+            return function(*args, **keywords)
+
+        return call
+
+    for function in (fastattn.scaled_dot_product_attention, fastattn.attention_varlen):
+        monkeypatch.setattr(_routing, function.__name__, counted(function))
+    return seen
+
+
 @pytest.fixture(scope="session")
 def cpu_levels():
     """The levels of instructions that this CPU can run, the plainest first."""

@@ -4,7 +4,6 @@ import sys
 import threading
 import warnings
 
-import fastattn
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -13,23 +12,6 @@ from fastattn.torch import use_fastattn  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention as by_name  # noqa: E402
 
 OPERATORS = ("scaled_dot_product_attention", "_native_multi_head_attention", "linear", "bmm")
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The functions of ours that were called."""
-    seen = []
-
-    def counted(function):
-        def call(*args, **keywords):
-            seen.append(function.__name__)
-            return function(*args, **keywords)
-
-        return call
-
-    for function in (fastattn.scaled_dot_product_attention, fastattn.attention_varlen):
-        monkeypatch.setattr(_routing, function.__name__, counted(function))
-    return seen
 
 
 @pytest.fixture(autouse=True)

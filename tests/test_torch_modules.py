@@ -3,34 +3,15 @@
 import itertools
 import warnings
 
-import fastattn
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("expecttest")  # torch's tests import it
-from fastattn import _routing  # noqa: E402
 from fastattn.torch import use_fastattn  # noqa: E402
 from torch.testing._internal.common_modules import module_db  # noqa: E402
 
 ATTENDING = ("Transformer", "MultiheadAttention")
 MODULES = {info.name: info for info in module_db if any(x in info.name for x in ATTENDING)}
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The functions of ours that were called."""
-    seen = []
-
-    def counted(function):
-        def call(*args, **keywords):
-            seen.append(function.__name__)
-            return function(*args, **keywords)
-
-        return call
-
-    for function in (fastattn.scaled_dot_product_attention, fastattn.attention_varlen):
-        monkeypatch.setattr(_routing, function.__name__, counted(function))
-    return seen
 
 
 def result(module, given, graded):
