@@ -38,8 +38,10 @@ def register(name: str = "fastattn") -> None:
 
     Served are all models that ask transformers' AttentionInterface, in training and generate():
     masks, windows, padding, packed sequences, soft caps, sinks, position biases, values of another
-    size than keys. Key heads are not repeated. Models that do not ask (Falcon, Bloom, MPT) take
-    attn_implementation="sdpa" inside of fastattn.torch.use_fastattn(), as far as they have it.
+    size than keys. Key heads are not repeated. A graph of torch.compile that trains without an
+    attention_mask makes a dense mask, for its tokens might be packed: pass a mask of ones. Models
+    that do not ask (Falcon, Bloom, MPT) take attn_implementation="sdpa" inside of
+    fastattn.torch.use_fastattn(), as far as they have it.
 
     Args:
         name: what attn_implementation is called.
