@@ -311,17 +311,6 @@ def test_cupy_graph():
         assert bool((out == eager).all())
 
 
-@needs("jax")
-def test_jax_on_cuda_is_refused_with_its_sentence():
-    import jax
-
-    if jax.default_backend() != "gpu":
-        pytest.skip("this jax has no GPU")
-    q = jax.numpy.ones((1, 2, 64, 64), jax.numpy.bfloat16)
-    with pytest.raises(NotImplementedError, match=r"(?i)jax.*CUDA"):
-        fastattn.attention(q, q, q)
-
-
 def test_autograd_never_loses_a_gradient():
     q, k, v = (x.requires_grad_() for x in arrays())
     with pytest.raises(NotImplementedError, match="sm90: it computes no gradients"):
