@@ -4,6 +4,8 @@ Rows that see no key are left out of the comparison and are 0 here: jax.nn gives
 values.
 """
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -134,6 +136,14 @@ def test_residual_single_sequences_and_vmap():
         return dot_product_attention(**x, return_residual=True)[1].sum()
 
     assert not any(np.asarray(x).any() for x in jax.jit(jax.grad(of_residual))(arrays).values())
+
+
+def test_what_nobody_asked_for_is_not_computed():
+    """A kernel that must give lse too may be another, slower one."""
+    arrays, _, _ = case("plain", 2)
+    for wanted, results in ((False, "out"), (True, "out lse")):
+        call = functools.partial(dot_product_attention, return_residual=wanted)
+        assert f'results = "{results}"' in jax.jit(call).lower(*arrays.values()).as_text()
 
 
 def test_its_arguments_are_jax_nns():

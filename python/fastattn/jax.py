@@ -570,7 +570,7 @@ def dot_product_attention(
     q_lengths, k_lengths = (
         None if x is None else jnp.asarray(x) for x in (query_seq_lengths, key_value_seq_lengths)
     )
-    out, lse = attention(
+    results = attention(
         *(q, k, v),
         causal=is_causal,
         window=local_window_size,
@@ -580,8 +580,10 @@ def dot_product_attention(
         mask=where,
         scale=scale,
         layout="bshd",
-        return_lse=True,
+        return_lse=return_residual,
     )
+    if not return_residual:
+        return results[0] if single else results
+    out, lse = results
     residual = jax.lax.stop_gradient(lse.swapaxes(1, 2).astype(k.dtype))
-    out, residual = (x[0] if single else x for x in (out, residual))
-    return (out, residual) if return_residual else out
+    return (out[0], residual[0]) if single else (out, residual)
