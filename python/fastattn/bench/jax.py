@@ -3,6 +3,9 @@
 On the CPU a jitted forward and backward pass, beside jax.nn.dot_product_attention's. On a GPU a
 jitted forward pass, beside its implementation="cudnn" and fastattn's own call of torch tensors. All
 are timed in turn, round by round; the first results of each are compared with float64.
+
+On a GPU a time is that of a burst with one wait at its end, as a program runs that has more to do;
+a call alone, dispatched, run and waited for, is a time of its own.
 """
 
 import argparse
@@ -12,6 +15,8 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -53,8 +58,19 @@ def make_arrays(case):
     return [rng.standard_normal(shape, np.float32) for _ in range(4)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    start: Callable[[], tuple[Any, ...]]  # (out,) or (out, dq, dk, dv), which may be unfinished
+    wait: Callable[[Any], Any]  # for what was started
+
+    def __call__(self):
+        results = self.start()
+        self.wait(results)
+        return results
+
+
 def programs(jax, case, arrays):
-    """{name: a call without arguments that returns finished arrays, (out,) or (out, dq, dk, dv)}"""
+    """{name: a Program}"""
     from fastattn.jax import dot_product_attention
 
     def forward(function, **more):
@@ -74,32 +90,30 @@ def programs(jax, case, arrays):
 
         return call
 
-    def ready(call):
+    def jitted(call):
         call = jax.jit(call)
-        return lambda: jax.block_until_ready(call(*arrays))
+        return Program(lambda: call(*arrays), jax.block_until_ready)
 
     peer = jax.nn.dot_product_attention
     if case.device == "cpu":
-        return {"fastattn": ready(both(dot_product_attention)), "jax.nn": ready(both(peer))}
+        return {"fastattn": jitted(both(dot_product_attention)), "jax.nn": jitted(both(peer))}
     return {
-        "fastattn": ready(forward(dot_product_attention)),
-        "cudnn": ready(forward(peer, implementation="cudnn")),
-        "torch": torch_call(case, arrays),
+        "fastattn": jitted(forward(dot_product_attention)),
+        "cudnn": jitted(forward(peer, implementation="cudnn")),
+        "torch": torch_program(case, arrays),
     }
 
 
-def torch_call(case, arrays):
+def torch_program(case, arrays):
     """fastattn's call of the same numbers as torch tensors."""
     import torch
 
     q, k, v = (torch.from_dlpack(x) for x in arrays[:3])
 
-    def call():
-        out = fastattn.attention(q, k, v, causal=bool(case.causal), layout="bshd")
-        torch.cuda.synchronize()
-        return (out,)
+    def start():
+        return (fastattn.attention(q, k, v, causal=bool(case.causal), layout="bshd"),)
 
-    return call
+    return Program(start, lambda _: torch.cuda.synchronize())
 
 
 def head(x, n):
@@ -128,21 +142,24 @@ def error(case, inputs, results):
     return worst
 
 
-def seconds(calls, budget):
-    """{name: the median time}, in turn: a burst of each, until the budget is spent."""
-    bursts, times = {}, {name: [] for name in calls}
+def seconds(calls, budget, burst, waits):
+    """{name: the median time of a call}, in turn: a burst of each, of `burst` seconds or one call,
+    until the budget is spent. `waits`: for every call; else for the last one."""
+    sizes, times = {}, {name: [] for name in calls}
     for name, call in calls.items():
         start = time.perf_counter()
         call()
-        bursts[name] = max(1, round(0.02 / (time.perf_counter() - start)))
+        sizes[name] = max(1, round(burst / (time.perf_counter() - start)))
     end = time.perf_counter() + budget
     while len(next(iter(times.values()))) < ROUNDS or time.perf_counter() < end:
         for name, call in calls.items():
             time.sleep(0.01)  # idle threads of the one are not to slow the other down
             start = time.perf_counter()
-            for _ in range(bursts[name]):
-                call()
-            times[name].append((time.perf_counter() - start) / bursts[name])
+            for left in reversed(range(sizes[name])):
+                results = call.start()
+                if waits or not left:
+                    call.wait(results)
+            times[name].append((time.perf_counter() - start) / sizes[name])
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -153,25 +170,30 @@ def measure(jax, case, budget):
     calls = programs(jax, case, arrays)
     exact = [np.asarray(x.astype(jax.numpy.float32)) for x in arrays]
     errors = {name: error(case, exact, call()) for name, call in calls.items()}
+    on_cpu = case.device == "cpu"
     return {
         **dataclasses.asdict(case),
         "suite": f"jax-{case.device}",
         "label": case.label,
-        "seconds": seconds(calls, budget),
+        # A burst is long beside the one wait of a GPU, which takes longer for JAX than for torch.
+        "seconds": seconds(calls, budget, 0.02 if on_cpu else 0.1, waits=on_cpu),
+        "alone": seconds(calls, budget / 4, 0, waits=True),
         "errors": errors,
         "right": errors["fastattn"] <= {"float32": 1e-5, "bfloat16": 2e-2}[case.dtype],
     }
 
 
 def lines(rows):
-    """A table of text: each peer's time over ours."""
+    """A table of text: each peer's time over ours, and all times of one call alone."""
     peers = [name for name in rows[0]["seconds"] if name != "fastattn"]
-    yield ["", "ms", *(f"x {name}" for name in peers), "error", *(f"{x}'s" for x in peers)]
+    heads = [*(f"x {name}" for name in peers), "ms alone", *(f"{x}'s" for x in peers)]
+    yield ["", "ms", *heads, "error", *(f"{x}'s" for x in peers)]
     for row in rows:
         times = row["seconds"]
-        ratios = [f"{times[name] / times['fastattn']:.2f}" for name in peers]
+        ratios = [f"{times[name] / times['fastattn']:.3f}" for name in peers]
+        alone = [f"{row['alone'][name] * 1e3:.3f}" for name in ("fastattn", *peers)]
         errors = [f"{row['errors'][name]:.1e}" for name in ("fastattn", *peers)]
-        yield [row["label"], f"{times['fastattn'] * 1e3:.3f}", *ratios, *errors]
+        yield [row["label"], f"{times['fastattn'] * 1e3:.3f}", *ratios, *alone, *errors]
 
 
 def main(argv):
@@ -193,7 +215,7 @@ def main(argv):
     print("\n".join(aligned(list(lines(rows)))))
     for name in list(rows[0]["seconds"])[1:]:
         ratios = [row["seconds"][name] / row["seconds"]["fastattn"] for row in rows]
-        print(f"{name}'s time over fastattn's: geometric mean {geometric_mean(ratios):.2f}")
+        print(f"{name}'s time over fastattn's: geometric mean {geometric_mean(ratios):.3f}")
     if args.json:
         header = environment(arrays_for(device), "python -m fastattn.bench.jax", args.commit)
         pathlib.Path(args.json).write_text(json.dumps({"header": header, "rows": rows}, indent=1))
