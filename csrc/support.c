@@ -30,6 +30,14 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
                          {FA_DROPOUT | FA_KV_HEADS},
                          1,
                          256},
+    [FA_SM90_BACKWARD] = {"sm90",
+                          "backward",
+                          DTYPE(F16) | DTYPE(BF16),
+                          FA_CAUSAL | FA_WINDOW | FA_Q_OFFSET | FA_LENGTHS | FA_GQA | FA_DV |
+                              FA_LSE | FA_BATCH_INVARIANT,
+                          {0},
+                          1,
+                          128},
     [FA_SM90_MERGE] =
         {"sm90", "merge", DTYPE(F32) | DTYPE(F16) | DTYPE(BF16), 0, {0}, 0, INT32_MAX},
 };

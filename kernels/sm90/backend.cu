@@ -10,6 +10,7 @@
 #include "common/packed.cuh"
 #include "fastattn.h"
 #include "support.h"
+#include "sm90/bwd_choice.h"
 #include "sm90/fwd_choice.h"
 #include "sm90/fwd_workspace.h"
 
@@ -28,9 +29,23 @@ static fa_launcher *const launchers[] = {
 #undef FA_VARIANT
 };
 
+typedef fa_status fa_bwd_launcher(const fa_backward *r, const fa_device *device, void *workspace,
+                                  fa_error *error);
+
+#define FA_VARIANT(name, ...) extern "C" fa_bwd_launcher fa_launch_##name;
+#include "sm90/bwd.def"
+#undef FA_VARIANT
+
+static fa_bwd_launcher *const bwd_launchers[] = {
+#define FA_VARIANT(name, ...) fa_launch_##name,
+#include "sm90/bwd.def"
+#undef FA_VARIANT
+};
+
 static const char *const names[] = {
 #define FA_VARIANT(name, ...) #name,
 #include "sm90/fwd.def"
+#include "sm90/bwd.def"
 #undef FA_VARIANT
     NULL,
 };
@@ -134,6 +149,46 @@ static fa_status run(const fa_params *p, const fa_choice *choice, void *workspac
 
 static const fa_forward_op forward = {FA_SM90_FORWARD, reject, kernel, workspace, run};
 
+/* ---- the backward pass ---- */
+
+static fa_status reject_backward(const fa_backward *r, fa_choice *choice, fa_error *why) {
+    const fa_what *w = &r->forward.what;
+    const int32_t variant = fa_choose_bwd_variant(w);
+    if (variant < 0)
+        return fa_fail(why, FA_UNSUPPORTED,
+                       "it has no backward kernel for %s with d = %d and dv = %d" FA_OF_SOME,
+                       fa_dtypes[w->dtype].name, w->d, w->dv);
+    const fa_tensor *loaded[] = {&w->q, &w->k, &w->v, &r->dout};
+    for (int i = 0; i < 4; ++i)
+        if (!loaded[i]->data || !fa_tma_takes(loaded[i], 2))
+            return fa_fail(why, FA_UNSUPPORTED, "its backward needs strides of 16 bytes");
+    choice->variant = &fa_bwd_variants[variant];
+    return FA_OK;
+}
+
+static const char *backward_kernel(const fa_backward *, const fa_choice *choice) {
+    return ((const fa_bwd_variant *)choice->variant)->name;
+}
+
+static int64_t backward_workspace(const fa_backward *r, const fa_choice *choice) {
+    return fa_bwd_bytes(&r->forward.what, (const fa_bwd_variant *)choice->variant);
+}
+
+static fa_status run_backward(const fa_backward *r, const fa_choice *choice, void *workspace,
+                              fa_error *error) {
+    const fa_device *device = (const fa_device *)choice->device;
+    const fa_bwd_variant *variant = (const fa_bwd_variant *)choice->variant;
+    int before;
+    fa_status status = fa_enter_device(device, &before, error);
+    if (status != FA_OK) return status;
+    if (!fa_is_empty(&r->forward.what))
+        status = bwd_launchers[variant - fa_bwd_variants](r, device, workspace, error);
+    return fa_leave_device(device, before, status, error);
+}
+
+static const fa_backward_op backward = {FA_SM90_BACKWARD, reject_backward, backward_kernel,
+                                        backward_workspace, run_backward};
+
 /* ---- merging: common/merge.cu ---- */
 
 static fa_status reject_merge(const fa_merge *m, fa_choice *choice, fa_error *) {
@@ -163,4 +218,4 @@ static fa_status run_merge(const fa_merge *m, const fa_choice *choice, void *wor
 static const fa_merge_op merge = {FA_SM90_MERGE, reject_merge, merge_kernel, merge_workspace,
                                   run_merge};
 
-const fa_backend fa_sm90 = {"sm90", FA_CUDA, takes_device, &forward, NULL, &merge, names};
+const fa_backend fa_sm90 = {"sm90", FA_CUDA, takes_device, &forward, &backward, &merge, names};

@@ -132,6 +132,13 @@ DEVICE uint32_t load_u16(const void *from) {
     return x;
 }
 
+/* Sums of many blocks, in any order. */
+DEVICE void red_add_v4(float *to, float a, float b, float c, float d) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c),
+                 "f"(d)
+                 : "memory");
+}
+
 DEVICE void st_shared(uint32_t smem, uint32_t x) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem), "r"(x) : "memory");
 }

@@ -46,6 +46,9 @@ template <int N>
 DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
 template <int N>
 DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate);
+/* wgmma_tt<N>: as wgmma_ss, both with k across their rows. */
+template <int N>
+DEVICE void wgmma_tt(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
 
 /* Ten operands: their numbers in the string, the registers themselves. */
 #define NUMBERS(t) \
@@ -74,6 +77,16 @@ DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int 
                      ", 0;\n"                                                                \
                      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX_TYPE "." PTX_TYPE \
                      " {" NAMES "}, %" #n0 ", %" #n1 ", p, 1, 1, 0, 0;\n}"                   \
+                     : LIST REGISTERS                                                        \
+                     : "l"(a), "l"(b), "r"(accumulate));                                     \
+    }                                                                                        \
+    template <>                                                                              \
+    __device__ __forceinline__ void wgmma_tt<N>(float (&d)[N / 2], uint64_t a, uint64_t b,   \
+                                                int accumulate) {                            \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #n2                                \
+                     ", 0;\n"                                                                \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX_TYPE "." PTX_TYPE \
+                     " {" NAMES "}, %" #n0 ", %" #n1 ", p, 1, 1, 1, 1;\n}"                   \
                      : LIST REGISTERS                                                        \
                      : "l"(a), "l"(b), "r"(accumulate));                                     \
     }                                                                                        \

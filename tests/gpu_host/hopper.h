@@ -18,6 +18,7 @@
 #include "fibers.h"
 #undef __shared__
 #define __shared__
+#define FASTATTN_ELEMENT_CUH
 #define FASTATTN_SM90_PTX_CUH
 #define FASTATTN_SM90_WGMMA_CUH
 #define FASTATTN_COMPILER_CUH
@@ -30,6 +31,10 @@ struct float2 {
     float x, y;
 };
 static float2 make_float2(float x, float y) { return {x, y}; }
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
@@ -182,6 +187,10 @@ static void fence_proxy_async() {}
 
 /* ---- ordinary instructions --------------------------------------------------------------------*/
 
+static void red_add_v4(float *to, float a, float b, float c, float d) {
+    if ((uintptr_t)to % 16) abort();
+    to[0] += a, to[1] += b, to[2] += c, to[3] += d;
+}
 static void st_shared_v4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     const uint32_t x[4] = {a, b, c, d};
     memcpy(shared_at(smem), x, 16);
@@ -290,7 +299,7 @@ struct product {
     const uint32_t *a_registers; /* or NULL: */
     uint64_t a, b;
     int n;
-    bool b_across, accumulate; /* b's k lie across its rows, a's along them */
+    bool a_across, b_across, accumulate; /* its k lie across its rows, not along them */
 };
 /* A thread's products that have been issued and not computed, and groups that it has ended. */
 struct thread_products {
@@ -322,7 +331,8 @@ static void unpack_row(float (&a)[2][16], int i, int c, uint32_t x) {
 static void load_a(float (&a)[2][16], const product &p, int thread) {
     for (int r = 0; r < 2; ++r)
         for (int k = 0; k < 16; ++k)
-            a[r][k] = operand_at(p.a, thread / 32 % 4 * 16 + thread % 32 / 4 + 8 * r, k, false);
+            a[r][k] =
+                operand_at(p.a, thread / 32 % 4 * 16 + thread % 32 / 4 + 8 * r, k, p.a_across);
 }
 
 static void issue(const product &p) {
@@ -370,11 +380,15 @@ static void wgmma_wait_group() {
 }
 template <int N>
 static void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
-    issue({d, NULL, a, b, N, false, accumulate != 0});
+    issue({d, NULL, a, b, N, false, false, accumulate != 0});
+}
+template <int N>
+static void wgmma_tt(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
+    issue({d, NULL, a, b, N, true, true, accumulate != 0});
 }
 template <int N>
 static void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-    issue({d, a, 0, b, N, true, accumulate != 0});
+    issue({d, a, 0, b, N, false, true, accumulate != 0});
 }
 template <int N>
 static void wgmma_accumulators(float (&)[N]) {}

@@ -1,0 +1,455 @@
+/* bwd.cu - the Hopper backward kernel: dK and dV of a block of keys, and its share of dQ.
+ *
+ * A block of threads has BLOCK_N keys of one key head, 64 to each MMA warpgroup, whose dK and dV
+ * stay in registers while it walks over the blocks of query rows that see one of those keys:
+ *
+ *     S^T = K Q^T    dP^T = V dO^T         K, V, Q, dO as they lie in shared memory
+ *     P^T = 2^(S^T scale - lse)            columns are rows of Q: lse and delta by column
+ *     dS^T = P^T (dP^T - delta)
+ *     dV += P^T dO   dK += dS^T Q          P^T and dS^T from registers, as they are
+ *     dQ += dS K                           dS through shared memory: all keys of the block
+ *
+ * Transposed scores have their keys along wgmma's rows, so that P^T and dS^T are the A operands of
+ * dV and dK without a move. dQ's sums leave by red.global.add, four floats of a thread side by
+ * side, in an order of their own that bwd_dq() undoes.
+ */
+#include <stddef.h>
+#include <stdint.h>
+
+#include "common/compiler.cuh"
+#include "common/element.cuh"
+#include "common/launch.cuh"
+#include "common/stream.cuh"
+#include "sm90/bwd_args.cuh"
+#include "sm90/bwd_launch.cuh"
+#include "sm90/bwd_smem.h"
+#include "sm90/ptx.cuh"
+#include "sm90/wgmma.cuh"
+
+enum { DS_BARRIER = 1, ROWS_BARRIER = 2 }; /* of all MMA threads */
+
+/* Four floats of a thread: the i-th quad of a warpgroup's share of block m of a head. */
+DEVICE int64_t dq_place(int64_t head, int32_t m_blocks, int32_t m, int32_t warpgroup, int32_t i,
+                        int32_t thread) {
+    return (head * m_blocks + m) * (BLOCK_M * D) +
+           ((warpgroup * (DQ_COLUMNS / 8) + i) * 128 + thread) * 4;
+}
+
+/* ---- the work tile ----------------------------------------------------------------------------*/
+
+struct work_tile {
+    int32_t b, h_k, key; /* its first key */
+    fa_lengths lengths;
+    fa_row_range some, all;  /* rows that see one of its keys, every one */
+    fa_row_range rows;       /* that see any key of the sequence */
+    fa_interval keys;        /* that some row sees */
+    int32_t begin, end;      /* blocks of rows */
+};
+
+DEVICE work_tile describe(const bwd_args &a, int32_t number) {
+    work_tile t;
+    const int32_t head = number / a.n_blocks;
+    t.b = head / a.hk;
+    t.h_k = head % a.hk;
+    t.key = number % a.n_blocks * BLOCK_N;
+    t.lengths = fa_sequence_lengths(&a.masks, t.b, a.sq, a.sk);
+    const fa_interval keys = {t.key, t.key + BLOCK_N};
+    t.some = fa_rows_seeing_some(t.lengths, keys);
+    t.all = fa_rows_seeing_all(t.lengths, keys);
+    t.rows = fa_rows_seeing_some(t.lengths, fa_interval{0, t.lengths.sk});
+    t.keys.begin = t.keys.end = 0;
+    if (t.rows.begin < t.rows.end) {
+        t.keys.begin = fa_row_interval(t.lengths, t.rows.begin).begin;
+        t.keys.end = fa_row_interval(t.lengths, t.rows.end - 1).end;
+    }
+    t.begin = t.some.begin / BLOCK_M;
+    t.end = t.some.begin < t.some.end ? (t.some.end + BLOCK_M - 1) / BLOCK_M : t.begin;
+    return t;
+}
+
+/* A place in the ring of Q and dO. */
+struct cursor {
+    int32_t stage;
+    uint32_t parity;
+};
+DEVICE void advance(cursor &c) {
+    const bool wrap = ++c.stage == STAGES;
+    c.stage = wrap ? 0 : c.stage;
+    c.parity ^= wrap;
+}
+
+/* ---- the producer: one thread -----------------------------------------------------------------*/
+
+template <int PANELS, int BYTES>
+DEVICE void load(const CUtensorMap &from, const int32_t (&moves)[2], uint8_t (&to)[PANELS][BYTES],
+                 int32_t row, int32_t h, int32_t b, uint64_t &full, uint64_t policy) {
+#pragma unroll
+    for (int i = 0; i < PANELS; ++i)
+        cp_async_bulk_tensor_load(smem_address(to[i]), &from, 64 * i, row, h * moves[0],
+                                  b * moves[1], smem_address(&full), policy);
+}
+
+DEVICE void produce(const bwd_args &a, smem_layout &smem, const work_tile &t) {
+    mbarrier_arrive_expect_tx(smem_address(&smem.kv_full), sizeof smem.k + sizeof smem.v);
+    load(a.k, a.moves[1], smem.k, t.key, t.h_k, t.b, smem.kv_full, EVICT_FIRST);
+    load(a.v, a.moves[2], smem.v, t.key, t.h_k, t.b, smem.kv_full, EVICT_FIRST);
+    cursor c = {0, 0};
+    for (int32_t g = 0; g < a.group; ++g) {
+        const int32_t h = t.h_k * a.group + g;
+        const int64_t rows = ((int64_t)t.b * a.hq + h) * a.m_blocks * BLOCK_M;
+        for (int32_t m = t.begin; m < t.end; ++m, advance(c)) {
+            const uint32_t row = m * BLOCK_M;
+            mbarrier_wait(smem_address(&smem.q_empty[c.stage]), c.parity ^ 1);
+            const uint32_t q_full = smem_address(&smem.q_full[c.stage]);
+            mbarrier_arrive_expect_tx(q_full, sizeof smem.q[0] + sizeof smem.lse[0]);
+            load(a.q, a.moves[0], smem.q[c.stage], row, h, t.b, smem.q_full[c.stage], EVICT_LAST);
+            cp_async_bulk_load(smem_address(smem.lse[c.stage]), a.lse + rows + row,
+                               sizeof smem.lse[0], q_full);
+            mbarrier_wait(smem_address(&smem.dout_empty[c.stage]), c.parity ^ 1);
+            const uint32_t dout_full = smem_address(&smem.dout_full[c.stage]);
+            mbarrier_arrive_expect_tx(dout_full, sizeof smem.dout[0] + sizeof smem.delta[0]);
+            load(a.dout, a.moves[3], smem.dout[c.stage], row, h, t.b, smem.dout_full[c.stage],
+                 EVICT_LAST);
+            cp_async_bulk_load(smem_address(smem.delta[c.stage]), a.delta + rows + row,
+                               sizeof smem.delta[0], dout_full);
+        }
+    }
+}
+
+/* ---- the MMA warpgroups -----------------------------------------------------------------------*/
+
+/* Zeros in the rows of a block outside begin .. end: 0 * NaN is NaN. By all MMA threads. */
+template <int PANELS, int BYTES>
+DEVICE void clear_rows(uint8_t (&block)[PANELS][BYTES], int32_t begin, int32_t end) {
+    for (int32_t i = threadIdx.x; i < PANELS * BYTES / 16; i += MMA_THREADS) {
+        const int32_t row = i * 16 % BYTES / 128;
+        if (row < begin || row >= end) st_shared_v4(smem_address(block) + 16 * i, 0, 0, 0, 0);
+    }
+}
+
+/* Columns (rows of Q) from `low` on and before `high`, of this thread's two keys. */
+struct seen_rows {
+    int32_t low[2], high[2];
+};
+
+DEVICE seen_rows seen_rows_of(const work_tile &t, int32_t key, int32_t row) {
+    seen_rows s;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int32_t k = key + 8 * r;
+        const fa_row_range rows = fa_rows_seeing_some(t.lengths, fa_interval{k, k + 1});
+        s.low[r] = rows.begin - row;
+        s.high[r] = rows.end - row;
+    }
+    return s;
+}
+
+template <int N>
+DEVICE void mask_columns(const seen_rows &seen, float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const int32_t column = i / 4 * 8 + i % 2, r = i / 2 % 2;
+        if (column < seen.low[r] || column >= seen.high[r]) x[i] = 0.f;
+    }
+}
+
+/* P^T of S^T, in place. */
+DEVICE void exponentials(float (&s)[BLOCK_M / 2], const float (&lse)[BLOCK_M], float scale) {
+    const uint32_t from = smem_address(lse) + threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < BLOCK_M / 8; ++j) {
+        const float2 l = ld_shared_v2(from + 32 * j);
+        s[4 * j] = ex2_approx(fmaf(s[4 * j], scale, -l.x));
+        s[4 * j + 1] = ex2_approx(fmaf(s[4 * j + 1], scale, -l.y));
+        s[4 * j + 2] = ex2_approx(fmaf(s[4 * j + 2], scale, -l.x));
+        s[4 * j + 3] = ex2_approx(fmaf(s[4 * j + 3], scale, -l.y));
+    }
+}
+
+/* dS^T of P^T, in place of dP^T. */
+DEVICE void slopes(const float (&p)[BLOCK_M / 2], float (&dp)[BLOCK_M / 2],
+                   const float (&delta)[BLOCK_M]) {
+    const uint32_t from = smem_address(delta) + threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < BLOCK_M / 8; ++j) {
+        const float2 d = ld_shared_v2(from + 32 * j);
+        dp[4 * j] = p[4 * j] * (dp[4 * j] - d.x);
+        dp[4 * j + 1] = p[4 * j + 1] * (dp[4 * j + 1] - d.y);
+        dp[4 * j + 2] = p[4 * j + 2] * (dp[4 * j + 2] - d.x);
+        dp[4 * j + 3] = p[4 * j + 3] * (dp[4 * j + 3] - d.y);
+    }
+}
+
+/* Rounded pairs: four registers of 16 columns are wgmma's A fragment as they come. */
+DEVICE void pack(const float (&x)[BLOCK_M / 2], uint32_t (&y)[BLOCK_M / 16][4]) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_M / 4; ++i) y[i / 4][i % 4] = cvt_pack(x[2 * i], x[2 * i + 1]);
+}
+
+/* This warp's 16 keys of dS^T, for dQ. */
+DEVICE void store_ds(const uint32_t (&ds)[BLOCK_M / 16][4], uint8_t (&to)[BLOCK_M / 64][PANEL_N],
+                     int32_t thread) {
+    const int32_t lane = thread % 32, key = thread / 32 * 16 + lane % 16; /* matrices 0, 2 and 1, 3 */
+#pragma unroll
+    for (int i = 0; i < BLOCK_M / 16; ++i) {
+        const int32_t chunk = i % 4 * 2 + lane / 16;
+        stmatrix_x4(smem_address(to[i / 4]) + key * 128 + ((chunk ^ key % 8) << 4), ds[i][0],
+                    ds[i][1], ds[i][2], ds[i][3]);
+    }
+}
+
+/* S^T or dP^T: 64 keys of this warpgroup by BLOCK_M rows. */
+template <int PANELS, int COLUMNS>
+DEVICE void issue_transposed(float (&s)[BLOCK_M / 2], uint8_t (&keys)[PANELS][PANEL_N],
+                             uint8_t (&rows)[PANELS][PANEL_M], int32_t warpgroup) {
+    const uint64_t a = wgmma_descriptor(smem_address(keys) + warpgroup * 64 * 128, 1);
+    const uint64_t b = wgmma_descriptor(smem_address(rows), 1);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 16; ++i)
+        wgmma_ss<BLOCK_M>(s, a + i / 4 * (PANEL_N / 16) + i % 4 * 2,
+                          b + i / 4 * (PANEL_M / 16) + i % 4 * 2, i > 0);
+    wgmma_commit_group();
+}
+
+/* dV or dK: this warpgroup's P^T or dS^T times dO or Q. */
+template <int PANELS, int COLUMNS>
+DEVICE void issue_sum(float (&sum)[COLUMNS / 2], const uint32_t (&p)[BLOCK_M / 16][4],
+                      uint8_t (&rows)[PANELS][PANEL_M], bool fresh) {
+    const uint64_t b = wgmma_descriptor(smem_address(rows), PANEL_M / 16);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < BLOCK_M / 16; ++i)
+        wgmma_rs<COLUMNS>(sum, p[i], b + i * 128, i > 0 || !fresh);
+    wgmma_commit_group();
+}
+
+/* This warpgroup's share of dQ. */
+DEVICE void issue_dq(float (&dq)[DQ_COLUMNS / 2], smem_layout &smem,
+                     uint8_t (&ds)[BLOCK_M / 64][PANEL_N], int32_t warpgroup) {
+    const uint64_t a = wgmma_descriptor(smem_address(ds[DQ_BY_ROWS ? warpgroup : 0]), 1);
+    const uint64_t b = wgmma_descriptor(
+        smem_address(smem.k[DQ_BY_ROWS ? 0 : warpgroup * (DQ_COLUMNS / 64)]), PANEL_N / 16);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 16; ++i)
+        wgmma_tt<DQ_COLUMNS>(dq, a + i * 128, b + i * 128, i > 0);
+    wgmma_commit_group();
+}
+
+/* 64 keys of dK or dV, `factor` times, to their rows. */
+template <int COLUMNS>
+DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, const work_tile &t,
+                       int32_t warpgroup, float factor) {
+    const int32_t thread = threadIdx.x % 128, lane = thread % 32;
+    const int32_t first = t.key + 64 * warpgroup + thread / 32 * 16 + lane / 4;
+    if (!to.data) return;
+    uint16_t *head = (uint16_t *)to.data + t.b * to.stride[0] + t.h_k * to.stride[1];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int32_t key = first + 8 * r;
+        uint16_t *row = head + key * to.stride[2] + lane % 4 * 2;
+        if (key >= to.shape[2]) continue;
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 8; ++j)
+            if (lane % 4 * 2 + 8 * j < to.shape[3]) *(uint32_t *)(row + 8 * j) =
+                cvt_pack(x[4 * j + 2 * r] * factor, x[4 * j + 2 * r + 1] * factor);
+    }
+}
+
+DEVICE void consume(const bwd_args &a, smem_layout &smem, const work_tile &t, int32_t warpgroup) {
+    const int32_t thread = threadIdx.x % 128;
+    const int32_t key = t.key + 64 * warpgroup + thread / 32 * 16 + thread % 32 / 4;
+    float dk[D / 2], dv[DV / 2];
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) dk[i] = 0.f;
+#pragma unroll
+    for (int i = 0; i < DV / 2; ++i) dv[i] = 0.f;
+    cursor c = {0, 0};
+    int32_t n = 0; /* blocks of rows so far */
+    mbarrier_wait(smem_address(&smem.kv_full), 0);
+    if (t.key < t.keys.begin || t.key + BLOCK_N > t.keys.end) {
+        clear_rows(smem.k, t.keys.begin - t.key, t.keys.end - t.key);
+        clear_rows(smem.v, t.keys.begin - t.key, t.keys.end - t.key);
+        fence_proxy_async();
+        bar_sync(ROWS_BARRIER, MMA_THREADS);
+    }
+    for (int32_t g = 0; g < a.group; ++g) {
+        const int64_t head = (int64_t)t.b * a.hq + t.h_k * a.group + g;
+        for (int32_t m = t.begin; m < t.end; ++m, ++n, advance(c)) {
+            const int32_t row = m * BLOCK_M;
+            const bool cut = row < t.all.begin || row + BLOCK_M > t.all.end;
+            float s[BLOCK_M / 2], dp[BLOCK_M / 2], dq[DQ_COLUMNS / 2];
+            uint32_t p[BLOCK_M / 16][4], ds[BLOCK_M / 16][4];
+            mbarrier_wait(smem_address(&smem.q_full[c.stage]), c.parity);
+            mbarrier_wait(smem_address(&smem.dout_full[c.stage]), c.parity);
+            if (row < t.rows.begin || row + BLOCK_M > t.rows.end) {
+                clear_rows(smem.q[c.stage], t.rows.begin - row, t.rows.end - row);
+                clear_rows(smem.dout[c.stage], t.rows.begin - row, t.rows.end - row);
+                fence_proxy_async();
+                bar_sync(ROWS_BARRIER, MMA_THREADS);
+            }
+            issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[c.stage], warpgroup);
+            issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[c.stage], warpgroup);
+            seen_rows seen = {};
+            if (cut) seen = seen_rows_of(t, key, row + thread % 4 * 2);
+            wgmma_wait_group<1>();
+            wgmma_accumulators(s);
+            exponentials(s, smem.lse[c.stage], a.scale_log2);
+            if (cut) mask_columns(seen, s);
+            pack(s, p);
+            wgmma_wait_group<0>();
+            wgmma_accumulators(dp);
+            slopes(s, dp, smem.delta[c.stage]);
+            if (cut) mask_columns(seen, dp);
+            pack(dp, ds);
+            uint8_t(&shared)[BLOCK_M / 64][PANEL_N] = smem.ds[n % 2];
+            store_ds(ds, shared, threadIdx.x);
+            fence_proxy_async();
+            issue_sum<V_PANELS, DV>(dv, p, smem.dout[c.stage], false);
+            bar_sync(DS_BARRIER, MMA_THREADS);
+            issue_dq(dq, smem, shared, warpgroup);
+            issue_sum<QK_PANELS, D>(dk, ds, smem.q[c.stage], false);
+            wgmma_wait_group<1>();
+            wgmma_accumulators(dq);
+            if (thread == 0) mbarrier_arrive(smem_address(&smem.dout_empty[c.stage]));
+#pragma unroll
+            for (int i = 0; i < DQ_COLUMNS / 8; ++i)
+                red_add_v4(a.dq + dq_place(head, a.m_blocks, m, warpgroup, i, thread), dq[4 * i],
+                           dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+            wgmma_wait_group<0>();
+            wgmma_accumulators(dk);
+            wgmma_accumulators(dv);
+            if (thread == 0) mbarrier_arrive(smem_address(&smem.q_empty[c.stage]));
+        }
+    }
+    store_keys<D>(dk, a.dk, t, warpgroup, a.scale);
+    store_keys<DV>(dv, a.dv, t, warpgroup, 1.f);
+}
+
+/* As consume(), but dQ of a block of rows is computed behind dV and dK of the next: the other
+ * warpgroup's dS is there by then, so that the two need not keep in step, and one has products for
+ * the tensor cores while the other is at its exponentials. */
+DEVICE void consume_late(const bwd_args &a, smem_layout &smem, const work_tile &t,
+                         int32_t warpgroup) {
+    const int32_t thread = threadIdx.x % 128;
+    const int32_t key = t.key + 64 * warpgroup + thread / 32 * 16 + thread % 32 / 4;
+    float dk[D / 2], dv[DV / 2];
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) dk[i] = 0.f;
+#pragma unroll
+    for (int i = 0; i < DV / 2; ++i) dv[i] = 0.f;
+    cursor c = {0, 0};
+    int32_t n = 0;         /* blocks of rows so far */
+    float *before = NULL;  /* dQ of the one before */
+    float dq[DQ_COLUMNS / 2];
+    mbarrier_wait(smem_address(&smem.kv_full), 0);
+    if (t.key < t.keys.begin || t.key + BLOCK_N > t.keys.end) {
+        clear_rows(smem.k, t.keys.begin - t.key, t.keys.end - t.key);
+        clear_rows(smem.v, t.keys.begin - t.key, t.keys.end - t.key);
+        fence_proxy_async();
+        bar_sync(ROWS_BARRIER, MMA_THREADS);
+    }
+    for (int32_t g = 0; g < a.group; ++g) {
+        const int64_t head = (int64_t)t.b * a.hq + t.h_k * a.group + g;
+        for (int32_t m = t.begin; m < t.end; ++m, ++n) {
+            const int32_t row = m * BLOCK_M;
+            const bool cut = row < t.all.begin || row + BLOCK_M > t.all.end;
+            float s[BLOCK_M / 2], dp[BLOCK_M / 2];
+            uint32_t p[BLOCK_M / 16][4], ds[BLOCK_M / 16][4];
+            mbarrier_wait(smem_address(&smem.q_full[c.stage]), c.parity);
+            mbarrier_wait(smem_address(&smem.dout_full[c.stage]), c.parity);
+            if (row < t.rows.begin || row + BLOCK_M > t.rows.end) {
+                clear_rows(smem.q[c.stage], t.rows.begin - row, t.rows.end - row);
+                clear_rows(smem.dout[c.stage], t.rows.begin - row, t.rows.end - row);
+                fence_proxy_async();
+                bar_sync(ROWS_BARRIER, MMA_THREADS);
+            }
+            issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[c.stage], warpgroup);
+            issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[c.stage], warpgroup);
+            seen_rows seen = {};
+            if (cut) seen = seen_rows_of(t, key, row + thread % 4 * 2);
+            wgmma_wait_group<1>();
+            wgmma_accumulators(s);
+            exponentials(s, smem.lse[c.stage], a.scale_log2);
+            if (cut) mask_columns(seen, s);
+            pack(s, p);
+            wgmma_wait_group<0>();
+            wgmma_accumulators(dp);
+            slopes(s, dp, smem.delta[c.stage]);
+            if (cut) mask_columns(seen, dp);
+            pack(dp, ds);
+            mbarrier_wait(smem_address(&smem.ds_empty[n % 2]), n / 2 % 2 ^ 1);
+            store_ds(ds, smem.ds[n % 2], threadIdx.x);
+            fence_proxy_async();
+            mbarrier_arrive(smem_address(&smem.ds_full[n % 2]));
+            issue_sum<V_PANELS, DV>(dv, p, smem.dout[c.stage], false);
+            issue_sum<QK_PANELS, D>(dk, ds, smem.q[c.stage], false);
+            /* Of nothing, the first time: its parity is that of a phase that is over. */
+            mbarrier_wait(smem_address(&smem.ds_full[(n + 1) % 2]), (n - 1) / 2 % 2 ^ (n == 0));
+            issue_dq(dq, smem, smem.ds[(n + 1) % 2], warpgroup);
+            wgmma_wait_group<1>();
+            wgmma_accumulators(dk);
+            wgmma_accumulators(dv);
+            if (thread == 0) {
+                mbarrier_arrive(smem_address(&smem.dout_empty[c.stage]));
+                mbarrier_arrive(smem_address(&smem.q_empty[c.stage]));
+            }
+            wgmma_wait_group<0>();
+            wgmma_accumulators(dq);
+            if (before) {
+                if (thread == 0) mbarrier_arrive(smem_address(&smem.ds_empty[(n + 1) % 2]));
+#pragma unroll
+                for (int i = 0; i < DQ_COLUMNS / 8; ++i)
+                    red_add_v4(before + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2],
+                               dq[4 * i + 3]);
+            }
+            before = a.dq + dq_place(head, a.m_blocks, m, warpgroup, 0, thread);
+            advance(c);
+        }
+    }
+    if (before) {
+        mbarrier_wait(smem_address(&smem.ds_full[(n + 1) % 2]), (n - 1) / 2 % 2);
+        issue_dq(dq, smem, smem.ds[(n + 1) % 2], warpgroup);
+        wgmma_wait_group<0>();
+        wgmma_accumulators(dq);
+#pragma unroll
+        for (int i = 0; i < DQ_COLUMNS / 8; ++i)
+            red_add_v4(before + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+    }
+    store_keys<D>(dk, a.dk, t, warpgroup, a.scale);
+    store_keys<DV>(dv, a.dv, t, warpgroup, 1.f);
+}
+
+__global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant__ bwd_args a) {
+    extern __shared__ uint8_t raw[];
+    smem_layout &smem = *(smem_layout *)(raw + (-smem_address(raw) & 1023));
+    if (threadIdx.x == 0) {
+        mbarrier_init(smem_address(&smem.kv_full), 1);
+        for (int i = 0; i < STAGES; ++i) {
+            mbarrier_init(smem_address(&smem.q_full[i]), 1);
+            mbarrier_init(smem_address(&smem.dout_full[i]), 1);
+            mbarrier_init(smem_address(&smem.q_empty[i]), WARPGROUPS);
+            mbarrier_init(smem_address(&smem.dout_empty[i]), WARPGROUPS);
+        }
+        for (int i = 0; i < 2; ++i) {
+            mbarrier_init(smem_address(&smem.ds_full[i]), MMA_THREADS);
+            mbarrier_init(smem_address(&smem.ds_empty[i]), WARPGROUPS);
+        }
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+    wait_for_stream();
+    const work_tile t = describe(a, blockIdx.x);
+    const int32_t warpgroup = uniform(threadIdx.x / 128);
+    if (warpgroup == WARPGROUPS) {
+        setmaxnreg_dec<PRODUCER_REGISTERS>();
+        if (threadIdx.x == MMA_THREADS) produce(a, smem, t);
+    } else {
+        setmaxnreg_inc<MMA_REGISTERS>();
+        if (VARIANT_LATE)
+            consume_late(a, smem, t, warpgroup);
+        else
+            consume(a, smem, t, warpgroup);
+    }
+}

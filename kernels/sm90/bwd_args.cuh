@@ -1,0 +1,42 @@
+/* bwd_args.cuh - the arguments of the backward's three kernels. */
+#ifndef FASTATTN_SM90_BWD_ARGS_CUH
+#define FASTATTN_SM90_BWD_ARGS_CUH
+
+#include <cuda.h> /* types only */
+#include <stdint.h>
+
+#include "forward.h"
+
+/* Rows of lse, delta and dq are counted in whole blocks: m_blocks * BLOCK_M of a query head. */
+struct bwd_args {
+    CUtensorMap q, k, v, dout;
+    int32_t moves[4][2]; /* of q, k, v, dout, heads and batches: 0 where the stride is, else 1 */
+    fa_tensor dk, dv;
+    fa_masks masks;
+    int32_t sq, sk, hq, hk, group;
+    int32_t m_blocks, n_blocks;
+    float scale, scale_log2; /* of the scores; times log2(e) */
+    const float *lse;        /* times log2(e); +inf: the row has no weights */
+    const float *delta;      /* dout . out - dlse */
+    float *dq;               /* sums, a block of rows after another, as dq_place() says */
+};
+
+/* Before it: lse, delta, and zeros in dq. */
+struct bwd_rows_args {
+    fa_tensor out, dout, lse, dlse; /* dlse.data, dout.data NULL: zeros */
+    int32_t b, hq, sq, dv, rows; /* rows: m_blocks * BLOCK_M */
+    float *scaled_lse, *delta;
+    float4 *dq;
+    int64_t dq_quads; /* of a head */
+    int32_t wide;     /* rows of out and dout lie side by side, on 16 bytes */
+};
+
+/* Behind it: dq of the sums. */
+struct bwd_dq_args {
+    fa_tensor dq;
+    const float *sums;
+    int32_t hq, sq, m_blocks;
+    float scale;
+};
+
+#endif

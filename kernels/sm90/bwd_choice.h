@@ -1,0 +1,48 @@
+/* bwd_choice.h - which variant of bwd.def runs a backward request, and its workspace. Plain C. */
+#ifndef FASTATTN_SM90_BWD_CHOICE_H
+#define FASTATTN_SM90_BWD_CHOICE_H
+
+#include "backward.h"
+#include "sm90/loads.h"
+#include "sm90/fwd_workspace.h"
+
+typedef struct fa_bwd_variant {
+    const char *name;
+    fa_dtype dtype;
+    int32_t d, dv;         /* the largest head sizes it takes; smaller ones are zero-padded */
+    int32_t block_m;       /* query rows per step of the loop */
+    int32_t warpgroups;    /* of 64 keys each, one tile */
+    int32_t stages;        /* of Q and dO in shared memory */
+    int32_t mma_registers; /* of a thread of an MMA warpgroup */
+    int32_t late;          /* 1: dQ of a block of rows is computed beside the next one's */
+    int32_t general;       /* 1: it changes scores */
+} fa_bwd_variant;
+
+static const fa_bwd_variant fa_bwd_variants[] = {
+#define FA_VARIANT(name_, ...) {.name = #name_, __VA_ARGS__},
+#include "sm90/bwd.def"
+#undef FA_VARIANT
+    {.name = 0},
+};
+
+enum { FA_BWD_VARIANTS = sizeof fa_bwd_variants / sizeof fa_bwd_variants[0] - 1 };
+
+/* The first of the least padding, or -1. */
+static inline int32_t fa_choose_bwd_variant(const fa_what *w) {
+    int32_t best = -1;
+    for (int32_t i = 0; i < FA_BWD_VARIANTS; ++i) {
+        const fa_bwd_variant *v = &fa_bwd_variants[i];
+        if (v->dtype != w->dtype || v->d < w->d || v->dv < w->dv) continue;
+        if (best < 0 || v->d + v->dv < fa_bwd_variants[best].d + fa_bwd_variants[best].dv) best = i;
+    }
+    return best;
+}
+
+/* lse, delta and dQ's sums, of whole blocks of rows. */
+static inline int64_t fa_bwd_bytes(const fa_what *w, const fa_bwd_variant *v) {
+    const int64_t blocks = (w->sq + v->block_m - 1) / v->block_m;
+    if (fa_is_empty(w)) return 0;
+    return (int64_t)w->b * w->hq * blocks * v->block_m * (2 + v->d) * 4;
+}
+
+#endif

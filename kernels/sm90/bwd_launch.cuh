@@ -1,0 +1,86 @@
+/* bwd_launch.cuh - the launcher of a backward variant: three kernels in a row. */
+#ifndef FASTATTN_SM90_BWD_LAUNCH_CUH
+#define FASTATTN_SM90_BWD_LAUNCH_CUH
+
+#include "backward.h"
+#include "common/launch.cuh"
+#include "sm90/bwd_args.cuh"
+#include "sm90/bwd_ends.cuh"
+#include "sm90/bwd_smem.h"
+
+__global__ void VARIANT_NAME(const __grid_constant__ bwd_args a);
+
+static bool encode_rows(CUtensorMap *map, const fa_device *device, const fa_tensor *t, int rows,
+                        int32_t moves[2]) {
+    cuuint64_t shape[4] = {(cuuint64_t)t->shape[3], (cuuint64_t)t->shape[2],
+                           (cuuint64_t)t->shape[1], (cuuint64_t)t->shape[0]};
+    cuuint64_t strides[3] = {16, 16, 16};
+    for (int i = 0; i < 3; ++i) {
+        const int axis = 2 - i;
+        if (t->shape[axis] > 1 && t->stride[axis] != 0) {
+            strides[i] = (cuuint64_t)(t->stride[axis] * 2);
+        } else {
+            if (i == 0 && t->shape[axis] > 1) return false; /* one row, repeated */
+            shape[1 + i] = 1;
+        }
+        if (i) moves[i - 1] = shape[1 + i] > 1;
+    }
+    const cuuint32_t box[4] = {64, (cuuint32_t)rows, 1, 1}, steps[4] = {1, 1, 1, 1};
+    return device->encode(
+               map, IS_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+               t->data, shape, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+static bool is_wide(const fa_tensor *t) {
+    return t->stride[3] == 1 && t->shape[3] % 8 == 0 && (uintptr_t)t->data % 16 == 0 &&
+           (t->stride[0] | t->stride[1] | t->stride[2]) % 8 == 0;
+}
+
+/* In the workspace: lse, delta, then dQ's sums. */
+extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const fa_device *device,
+                                                     void *workspace, fa_error *error) {
+    const fa_what *w = &r->forward.what;
+    const int32_t m_blocks = (w->sq + BLOCK_M - 1) / BLOCK_M,
+                  n_blocks = (w->sk + BLOCK_N - 1) / BLOCK_N;
+    const int64_t rows = (int64_t)w->b * w->hq * m_blocks * BLOCK_M;
+    float *lse = (float *)workspace, *delta = lse + rows, *sums = delta + rows;
+    void *stream = r->forward.where.stream;
+
+    bwd_rows_args before = {};
+    before.out = w->out, before.dout = r->dout, before.lse = w->lse, before.dlse = r->dlse;
+    before.b = w->b, before.hq = w->hq, before.sq = w->sq, before.dv = w->dv;
+    before.rows = m_blocks * BLOCK_M;
+    before.scaled_lse = lse, before.delta = delta, before.dq = (float4 *)sums;
+    before.wide = is_wide(&w->out) && is_wide(&r->dout);
+    fa_status status = fa_launch_kernel((const void *)bwd_rows, (int32_t)(rows / ROWS_OF_BLOCK),
+                                        ROWS_THREADS, 0, stream, device->early, &before, error);
+    if (status != FA_OK) return status;
+
+    bwd_args a = {};
+    if (!encode_rows(&a.q, device, &w->q, BLOCK_M, a.moves[0]) ||
+        !encode_rows(&a.k, device, &w->k, BLOCK_N, a.moves[1]) ||
+        !encode_rows(&a.v, device, &w->v, BLOCK_N, a.moves[2]) ||
+        !encode_rows(&a.dout, device, &r->dout, BLOCK_M, a.moves[3]))
+        return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected q, k, v or dout");
+    a.dk = r->dk, a.dv = r->dv;
+    a.masks = r->forward.masks;
+    a.sq = w->sq, a.sk = w->sk, a.hq = w->hq, a.hk = w->hk, a.group = w->hq / w->hk;
+    a.m_blocks = m_blocks, a.n_blocks = n_blocks;
+    a.scale = (float)w->scale;
+    a.scale_log2 = (float)(w->scale * 1.4426950408889634);
+    a.lse = lse, a.delta = delta, a.dq = sums;
+    static uint64_t allowed;
+    status = fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES, error);
+    if (status != FA_OK) return status;
+    status = fa_launch_kernel((const void *)VARIANT_NAME, w->b * w->hk * n_blocks, THREADS,
+                              SMEM_BYTES, stream, device->early, &a, error);
+    if (status != FA_OK || !r->dq.data) return status;
+
+    const bwd_dq_args behind = {r->dq, sums, w->hq, w->sq, m_blocks, a.scale};
+    return fa_launch_kernel((const void *)bwd_dq, w->b * w->hq * m_blocks, 128 * WARPGROUPS, 0,
+                            stream, device->early, (void *)&behind, error);
+}
+
+#endif

@@ -1,0 +1,46 @@
+/* bwd_smem.h - the backward's variant, and the shared memory of a block.
+ *
+ * A block has one work tile: BLOCK_N keys of one key head, 64 for each MMA warpgroup. It walks over
+ * the blocks of BLOCK_M query rows that see one of them, of all query heads that share the key head.
+ */
+#ifndef FASTATTN_SM90_BWD_SMEM_H
+#define FASTATTN_SM90_BWD_SMEM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "mask.h"
+#include "sm90/variant.h"
+
+static constexpr int D = VARIANT_D, DV = VARIANT_DV, BLOCK_M = VARIANT_BLOCK_M,
+                     WARPGROUPS = VARIANT_WARPGROUPS, STAGES = VARIANT_STAGES;
+static constexpr int BLOCK_N = 64 * WARPGROUPS;
+static constexpr int MMA_REGISTERS = VARIANT_MMA_REGISTERS;
+static constexpr int THREADS = 128 * (WARPGROUPS + 1), MMA_THREADS = 128 * WARPGROUPS;
+static constexpr int POOL = 65536 / THREADS / 8 * 8 * (WARPGROUPS + 1);
+static constexpr int PRODUCER_REGISTERS = POOL - WARPGROUPS * MMA_REGISTERS;
+static_assert(PRODUCER_REGISTERS >= 24, "the pool is too small");
+
+/* dQ of a block of rows is shared out by rows where each warpgroup gets 64, else by columns. */
+static constexpr bool DQ_BY_ROWS = BLOCK_M == BLOCK_N;
+static constexpr int DQ_COLUMNS = DQ_BY_ROWS ? D : D / WARPGROUPS;
+static_assert(DQ_BY_ROWS || BLOCK_M == 64, "dQ is 64 rows, or 64 for each warpgroup");
+static_assert(DQ_COLUMNS % 64 == 0 || DQ_COLUMNS == 32, "whole panels, or half of one");
+
+/* Panels of 64 columns, 128 bytes a row, swizzled, each on 1024 bytes. */
+static constexpr int PANEL_M = BLOCK_M * 128, PANEL_N = BLOCK_N * 128;
+static constexpr int QK_PANELS = (D + 63) / 64, V_PANELS = (DV + 63) / 64;
+
+struct smem_layout {
+    uint8_t k[QK_PANELS][PANEL_N], v[V_PANELS][PANEL_N];
+    uint8_t q[STAGES][QK_PANELS][PANEL_M], dout[STAGES][V_PANELS][PANEL_M];
+    uint8_t ds[2][BLOCK_M / 64][PANEL_N]; /* dS^T: a row a key */
+    float lse[STAGES][BLOCK_M], delta[STAGES][BLOCK_M];
+    uint64_t kv_full, q_full[STAGES], q_empty[STAGES], dout_full[STAGES], dout_empty[STAGES];
+    uint64_t ds_full[2], ds_empty[2];
+};
+static constexpr int SMEM_BYTES = sizeof(smem_layout) + 1024;
+static_assert(SMEM_BYTES <= 227 * 1024, "a block has no more");
+static_assert(offsetof(smem_layout, ds) % 1024 == 0, "wgmma's pattern");
+
+#endif
