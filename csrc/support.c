@@ -66,7 +66,11 @@ fa_demand fa_forward_demand(const fa_params *p) {
     return (fa_demand){w->dtype, asked, w->d, w->dv};
 }
 
-fa_demand fa_backward_demand(const fa_backward *b) { return fa_forward_demand(&b->forward); }
+fa_demand fa_backward_demand(const fa_backward *b) {
+    fa_demand demand = fa_forward_demand(&b->forward);
+    if (b->deterministic) demand.features |= FA_DETERMINISTIC;
+    return demand;
+}
 
 fa_demand fa_merge_demand(const fa_merge *m) {
     const int32_t dv = m->out.shape[3] > INT32_MAX ? INT32_MAX : (int32_t)m->out.shape[3];

@@ -25,7 +25,8 @@
     X(KV_HEADS, kv_heads, "different numbers of heads of k and v") /* hk != hv */             \
     X(DV, dv, "dv other than d")                                                              \
     X(LSE, lse, "lse")                                                                        \
-    X(BATCH_INVARIANT, batch_invariant, "batch_invariant")
+    X(BATCH_INVARIANT, batch_invariant, "batch_invariant")                                    \
+    X(DETERMINISTIC, deterministic, "deterministic gradients")
 
 enum {
 #define FA_X(constant, ...) FA_BIT_##constant,

@@ -41,7 +41,13 @@ def test_programs_run(name, tmp_path):
 def test_readme_opens_with_what_it_is():
     """The limits of this version, both pictures and both commands, before any program."""
     first, commands = README.partition("## Two commands")[::2]
-    for words in ("gradients on the CPU only", "Hopper", "CPU", "JAX", "benchmarks/gpu-bf16.svg"):
+    for words in (
+        "gradients of everything on the CPU only",
+        "Hopper",
+        "CPU",
+        "JAX",
+        "benchmarks/gpu-bf16.svg",
+    ):
         assert words in first
     assert "benchmarks/cpu.svg" in first
     for command in ("pip install . && python -m fastattn", "pip install '.[test]' && pytest"):
@@ -169,10 +175,11 @@ def merges(dtype):
         np.testing.assert_allclose(mine.astype(float), theirs.astype(float), rtol=1e-2, atol=1e-3)
 
 
-def grades():
+def grades(hk=2, **keywords):
     torch = pytest.importorskip("torch")
-    q, k, v = (torch.randn(1, 2, 5, 16, requires_grad=True) for _ in range(3))
-    fastattn.attention(q, k, v, backend="cpu")
+    q, k, v = (torch.randn(1, h, 5, 16, requires_grad=True) for h in (2, hk, hk))
+    fastattn.attention(q, k, v, **keywords, backend="cpu").sum().backward()
+    assert all(x.grad.shape == x.shape for x in (q, k, v))
 
 
 MASKS = [np.tri(10, 13, dtype=bool), np.random.default_rng(1).standard_normal((4, 1, 13))]
@@ -224,7 +231,16 @@ CALLS = {  # line of the matrix -> calls
     "merging parts, of float32 too": [
         functools.partial(merges, dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16)
     ],
-    "gradients": [grades],
+    "gradients: d and dv up to 128, causal, window, lengths, q_offset, grouped heads, any strides": [
+        grades,
+        functools.partial(grades, causal=True, q_offset=3),
+        functools.partial(grades, window=(2, 1)),
+        functools.partial(grades, hk=1),
+    ],
+    "gradients of all the rest; deterministic ones": [
+        functools.partial(grades, softcap=5.0),
+        functools.partial(grades, deterministic=True),
+    ],
     "page_table": [functools.partial(packs, page_table=np.zeros((3, 1), np.int32))],
 }
 
@@ -248,7 +264,20 @@ ASKS = {  # line of the matrix -> what it asks a backend to declare; else nothin
     "merging parts, of float32 too": tuple(
         {"operation": "merge", "dtype": dtype} for dtype in ("float32", "float16", "bfloat16")
     ),
-    "gradients": ({"operation": "backward"},),
+    "gradients: d and dv up to 128, causal, window, lengths, q_offset, grouped heads, any strides": (
+        {"operation": "backward", "features": (*POSITIONS, "q_offset", "gqa", "lse")},
+        {"operation": "backward", "d": 128, "dv": 1},
+    ),
+    "gradients of all the rest; deterministic ones": (
+        {"operation": "backward", "d": 129},
+        *(
+            {"operation": "backward", "features": (name,)}
+            for name in (
+                *("varlen", "softcap", "alibi", "sink", "dropout", "deterministic"),
+                *MASKED,
+            )
+        ),
+    ),
     "page_table": ({"features": ("pages",)},),
 }
 

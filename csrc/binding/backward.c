@@ -99,11 +99,10 @@ void backward_start(backward_call *c, module_state *state) {
     fa_clear(c->made, sizeof c->made);
 }
 
-fa_status backward_expect(const fa_plan *plan, const char *backend, fa_error *reasons,
-                          fa_error *error) {
-    const fa_backward later = {.forward = plan->params};
+fa_status backward_expect(const call *c, fa_error *reasons, fa_error *error) {
+    const fa_backward later = {.forward = c->plan.params, .deterministic = c->deterministic};
     fa_chosen chosen;
-    if (fa_choose_backward(&later, backend, &chosen, reasons, error)) return FA_OK;
+    if (fa_choose_backward(&later, c->backend, &chosen, reasons, error)) return FA_OK;
     const size_t used = strlen(error->text);
     snprintf(error->text + used, sizeof error->text - used,
              "; where no gradient is wanted call it under torch.no_grad()");

@@ -77,7 +77,7 @@ static fa_status run(call *c, output *out, output *lse) {
     fa_error *error = &c->error;
     fa_expect_outputs(plan, c->has_out ? &c->out.array : NULL, c->return_lse);
     if (!fa_choose(plan, c->backend, NULL, error)) return FA_UNSUPPORTED;
-    if (c->is_differentiated) TRY(backward_expect(plan, c->backend, NULL, error));
+    if (c->is_differentiated) TRY(backward_expect(c, NULL, error));
     if (plan->params.where.device_type == FA_CPU) TRY(threads_warn(c->state));
     if (c->draws) {
         c->drawn = 1;

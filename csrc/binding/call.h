@@ -74,8 +74,7 @@ fa_status backward_prepare(backward_call *c, const arguments *a, int which);
 
 /* Whether a backward pass will serve what the forward pass computes now. reasons: as in
  * fa_choose_backward(). */
-fa_status backward_expect(const fa_plan *plan, const char *backend, fa_error *reasons,
-                          fa_error *error);
+fa_status backward_expect(const call *c, fa_error *reasons, fa_error *error);
 PyObject *backward_compute(module_state *state, const arguments *a, int which);
 fa_status backward_explain(module_state *state, const arguments *a, int which,
                            const fa_backend **chosen, const char **kernel, fa_error *reasons,

@@ -11,7 +11,7 @@ typedef struct explanation {
 /* The reasons of the backward pass where the forward pass would run. */
 static void expect_gradient(const call *c, explanation *e) {
     fa_error later[FA_MAX_BACKENDS];
-    if (backward_expect(&c->plan, c->backend, later, &e->error) == FA_OK) return;
+    if (backward_expect(c, later, &e->error) == FA_OK) return;
     e->backend = NULL;
     for (int32_t i = 0; i < fa_backend_count(); i++)
         if (!e->reasons[i].text[0]) e->reasons[i] = later[i];

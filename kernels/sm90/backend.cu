@@ -153,15 +153,11 @@ static const fa_forward_op forward = {FA_SM90_FORWARD, reject, kernel, workspace
 
 static fa_status reject_backward(const fa_backward *r, fa_choice *choice, fa_error *why) {
     const fa_what *w = &r->forward.what;
-    const int32_t variant = fa_choose_bwd_variant(w);
+    const int32_t variant = fa_choose_bwd_variant(r);
     if (variant < 0)
         return fa_fail(why, FA_UNSUPPORTED,
                        "it has no backward kernel for %s with d = %d and dv = %d" FA_OF_SOME,
                        fa_dtypes[w->dtype].name, w->d, w->dv);
-    const fa_tensor *loaded[] = {&w->q, &w->k, &w->v, &r->dout};
-    for (int i = 0; i < 4; ++i)
-        if (!loaded[i]->data || !fa_tma_takes(loaded[i], 2))
-            return fa_fail(why, FA_UNSUPPORTED, "its backward needs strides of 16 bytes");
     choice->variant = &fa_bwd_variants[variant];
     return FA_OK;
 }
@@ -174,6 +170,15 @@ static int64_t backward_workspace(const fa_backward *r, const fa_choice *choice)
     return fa_bwd_bytes(&r->forward.what, (const fa_bwd_variant *)choice->variant);
 }
 
+/* Where there is no score to compute, gradients are 0. */
+static fa_status launch_zeros(const fa_backward *r, const fa_device *device, fa_error *error) {
+    const fa_tensor *gradients[] = {&r->dq, &r->dk, &r->dv};
+    fa_status status = FA_OK;
+    for (int i = 0; i < 3 && status == FA_OK; ++i)
+        status = launch_clear(gradients[i], device, r->forward.where.stream, error);
+    return status;
+}
+
 static fa_status run_backward(const fa_backward *r, const fa_choice *choice, void *workspace,
                               fa_error *error) {
     const fa_device *device = (const fa_device *)choice->device;
@@ -181,7 +186,9 @@ static fa_status run_backward(const fa_backward *r, const fa_choice *choice, voi
     int before;
     fa_status status = fa_enter_device(device, &before, error);
     if (status != FA_OK) return status;
-    if (!fa_is_empty(&r->forward.what))
+    if (fa_is_empty(&r->forward.what))
+        status = launch_zeros(r, device, error);
+    else
         status = bwd_launchers[variant - fa_bwd_variants](r, device, workspace, error);
     return fa_leave_device(device, before, status, error);
 }

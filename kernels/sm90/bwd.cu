@@ -23,8 +23,12 @@
 #include "sm90/bwd_args.cuh"
 #include "sm90/bwd_launch.cuh"
 #include "sm90/bwd_smem.h"
+#include "sm90/bwd_store.cuh"
 #include "sm90/ptx.cuh"
 #include "sm90/wgmma.cuh"
+#if VARIANT_STRIDED
+#include "sm90/bwd_load_strided.cuh"
+#endif
 
 enum { DS_BARRIER = 1, ROWS_BARRIER = 2 }; /* of all MMA threads */
 
@@ -40,10 +44,10 @@ DEVICE int64_t dq_place(int64_t head, int32_t m_blocks, int32_t m, int32_t warpg
 struct work_tile {
     int32_t b, h_k, key; /* its first key */
     fa_lengths lengths;
-    fa_row_range some, all;  /* rows that see one of its keys, every one */
-    fa_row_range rows;       /* that see any key of the sequence */
-    fa_interval keys;        /* that some row sees */
-    int32_t begin, end;      /* blocks of rows */
+    fa_row_range some, all; /* rows that see one of its keys, every one */
+    fa_row_range rows;      /* that see any key of the sequence */
+    fa_interval keys;       /* that some row sees */
+    int32_t begin, end;     /* blocks of rows */
 };
 
 DEVICE work_tile describe(const bwd_args &a, int32_t number) {
@@ -78,40 +82,46 @@ DEVICE void advance(cursor &c) {
     c.parity ^= wrap;
 }
 
-/* ---- the producer: one thread -----------------------------------------------------------------*/
+/* ---- the producer: a thread, or a warpgroup ---------------------------------------------------*/
 
+/* BYTES / 128 rows from `row` on and, if any, a number of each. */
 template <int PANELS, int BYTES>
-DEVICE void load(const CUtensorMap &from, const int32_t (&moves)[2], uint8_t (&to)[PANELS][BYTES],
-                 int32_t row, int32_t h, int32_t b, uint64_t &full, uint64_t policy) {
+DEVICE void bring(const array &from, const int32_t (&moves)[2], uint8_t (&to)[PANELS][BYTES],
+                  int32_t row, int32_t h, int32_t b, const float *numbers, float *beside,
+                  uint64_t &full, uint64_t policy) {
+    const uint32_t barrier = smem_address(&full), bytes = numbers ? BYTES / 128 * 4 : 0;
+#if VARIANT_STRIDED
+    load(from, to, row, h, b);
+    if (threadIdx.x != MMA_THREADS) {
+        mbarrier_arrive(barrier);
+        return;
+    }
+    mbarrier_arrive_expect_tx(barrier, bytes);
+#else
+    mbarrier_arrive_expect_tx(barrier, sizeof to + bytes);
 #pragma unroll
     for (int i = 0; i < PANELS; ++i)
         cp_async_bulk_tensor_load(smem_address(to[i]), &from, 64 * i, row, h * moves[0],
-                                  b * moves[1], smem_address(&full), policy);
+                                  b * moves[1], barrier, policy);
+#endif
+    if (numbers) cp_async_bulk_load(smem_address(beside), numbers, bytes, barrier);
 }
 
 DEVICE void produce(const bwd_args &a, smem_layout &smem, const work_tile &t) {
-    mbarrier_arrive_expect_tx(smem_address(&smem.kv_full), sizeof smem.k + sizeof smem.v);
-    load(a.k, a.moves[1], smem.k, t.key, t.h_k, t.b, smem.kv_full, EVICT_FIRST);
-    load(a.v, a.moves[2], smem.v, t.key, t.h_k, t.b, smem.kv_full, EVICT_FIRST);
+    bring(a.k, a.moves[1], smem.k, t.key, t.h_k, t.b, NULL, NULL, smem.kv_full, EVICT_FIRST);
+    bring(a.v, a.moves[2], smem.v, t.key, t.h_k, t.b, NULL, NULL, smem.kv_full, EVICT_FIRST);
     cursor c = {0, 0};
     for (int32_t g = 0; g < a.group; ++g) {
         const int32_t h = t.h_k * a.group + g;
         const int64_t rows = ((int64_t)t.b * a.hq + h) * a.m_blocks * BLOCK_M;
         for (int32_t m = t.begin; m < t.end; ++m, advance(c)) {
-            const uint32_t row = m * BLOCK_M;
+            const int32_t row = m * BLOCK_M;
             mbarrier_wait(smem_address(&smem.q_empty[c.stage]), c.parity ^ 1);
-            const uint32_t q_full = smem_address(&smem.q_full[c.stage]);
-            mbarrier_arrive_expect_tx(q_full, sizeof smem.q[0] + sizeof smem.lse[0]);
-            load(a.q, a.moves[0], smem.q[c.stage], row, h, t.b, smem.q_full[c.stage], EVICT_LAST);
-            cp_async_bulk_load(smem_address(smem.lse[c.stage]), a.lse + rows + row,
-                               sizeof smem.lse[0], q_full);
+            bring(a.q, a.moves[0], smem.q[c.stage], row, h, t.b, a.lse + rows + row,
+                  smem.lse[c.stage], smem.q_full[c.stage], EVICT_LAST);
             mbarrier_wait(smem_address(&smem.dout_empty[c.stage]), c.parity ^ 1);
-            const uint32_t dout_full = smem_address(&smem.dout_full[c.stage]);
-            mbarrier_arrive_expect_tx(dout_full, sizeof smem.dout[0] + sizeof smem.delta[0]);
-            load(a.dout, a.moves[3], smem.dout[c.stage], row, h, t.b, smem.dout_full[c.stage],
-                 EVICT_LAST);
-            cp_async_bulk_load(smem_address(smem.delta[c.stage]), a.delta + rows + row,
-                               sizeof smem.delta[0], dout_full);
+            bring(a.dout, a.moves[3], smem.dout[c.stage], row, h, t.b, a.delta + rows + row,
+                  smem.delta[c.stage], smem.dout_full[c.stage], EVICT_LAST);
         }
     }
 }
@@ -189,7 +199,8 @@ DEVICE void pack(const float (&x)[BLOCK_M / 2], uint32_t (&y)[BLOCK_M / 16][4]) 
 /* This warp's 16 keys of dS^T, for dQ. */
 DEVICE void store_ds(const uint32_t (&ds)[BLOCK_M / 16][4], uint8_t (&to)[BLOCK_M / 64][PANEL_N],
                      int32_t thread) {
-    const int32_t lane = thread % 32, key = thread / 32 * 16 + lane % 16; /* matrices 0, 2 and 1, 3 */
+    const int32_t lane = thread % 32,
+                  key = thread / 32 * 16 + lane % 16; /* matrices 0, 2 and 1, 3 */
 #pragma unroll
     for (int i = 0; i < BLOCK_M / 16; ++i) {
         const int32_t chunk = i % 4 * 2 + lane / 16;
@@ -245,15 +256,16 @@ DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, const
     const int32_t first = t.key + 64 * warpgroup + thread / 32 * 16 + lane / 4;
     if (!to.data) return;
     uint16_t *head = (uint16_t *)to.data + t.b * to.stride[0] + t.h_k * to.stride[1];
+    const bool words = has_words(to);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int32_t key = first + 8 * r;
-        uint16_t *row = head + key * to.stride[2] + lane % 4 * 2;
         if (key >= to.shape[2]) continue;
+        uint16_t *row = head + key * to.stride[2];
 #pragma unroll
         for (int j = 0; j < COLUMNS / 8; ++j)
-            if (lane % 4 * 2 + 8 * j < to.shape[3]) *(uint32_t *)(row + 8 * j) =
-                cvt_pack(x[4 * j + 2 * r] * factor, x[4 * j + 2 * r + 1] * factor);
+            store_pair(to, row, lane % 4 * 2 + 8 * j, x[4 * j + 2 * r] * factor,
+                       x[4 * j + 2 * r + 1] * factor, words);
     }
 }
 
@@ -303,7 +315,7 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, const work_tile &t, in
             slopes(s, dp, smem.delta[c.stage]);
             if (cut) mask_columns(seen, dp);
             pack(dp, ds);
-            uint8_t(&shared)[BLOCK_M / 64][PANEL_N] = smem.ds[n % 2];
+            uint8_t (&shared)[BLOCK_M / 64][PANEL_N] = smem.ds[n % 2];
             store_ds(ds, shared, threadIdx.x);
             fence_proxy_async();
             issue_sum<V_PANELS, DV>(dv, p, smem.dout[c.stage], false);
@@ -340,8 +352,8 @@ DEVICE void consume_late(const bwd_args &a, smem_layout &smem, const work_tile &
 #pragma unroll
     for (int i = 0; i < DV / 2; ++i) dv[i] = 0.f;
     cursor c = {0, 0};
-    int32_t n = 0;         /* blocks of rows so far */
-    float *before = NULL;  /* dQ of the one before */
+    int32_t n = 0;        /* blocks of rows so far */
+    float *before = NULL; /* dQ of the one before */
     float dq[DQ_COLUMNS / 2];
     mbarrier_wait(smem_address(&smem.kv_full), 0);
     if (t.key < t.keys.begin || t.key + BLOCK_N > t.keys.end) {
@@ -425,10 +437,10 @@ __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant
     extern __shared__ uint8_t raw[];
     smem_layout &smem = *(smem_layout *)(raw + (-smem_address(raw) & 1023));
     if (threadIdx.x == 0) {
-        mbarrier_init(smem_address(&smem.kv_full), 1);
+        mbarrier_init(smem_address(&smem.kv_full), 2 * PRODUCERS);
         for (int i = 0; i < STAGES; ++i) {
-            mbarrier_init(smem_address(&smem.q_full[i]), 1);
-            mbarrier_init(smem_address(&smem.dout_full[i]), 1);
+            mbarrier_init(smem_address(&smem.q_full[i]), PRODUCERS);
+            mbarrier_init(smem_address(&smem.dout_full[i]), PRODUCERS);
             mbarrier_init(smem_address(&smem.q_empty[i]), WARPGROUPS);
             mbarrier_init(smem_address(&smem.dout_empty[i]), WARPGROUPS);
         }
@@ -444,7 +456,7 @@ __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant
     const int32_t warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == WARPGROUPS) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();
-        if (threadIdx.x == MMA_THREADS) produce(a, smem, t);
+        if (threadIdx.x < MMA_THREADS + PRODUCERS) produce(a, smem, t);
     } else {
         setmaxnreg_inc<MMA_REGISTERS>();
         if (VARIANT_LATE)

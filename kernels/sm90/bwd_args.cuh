@@ -6,10 +6,17 @@
 #include <stdint.h>
 
 #include "forward.h"
+#include "sm90/variant.h"
+
+#if VARIANT_STRIDED
+typedef fa_tensor array; /* q, k, v and dout as they lie */
+#else
+typedef CUtensorMap array; /* {columns, rows, heads, batches} */
+#endif
 
 /* Rows of lse, delta and dq are counted in whole blocks: m_blocks * BLOCK_M of a query head. */
 struct bwd_args {
-    CUtensorMap q, k, v, dout;
+    array q, k, v, dout;
     int32_t moves[4][2]; /* of q, k, v, dout, heads and batches: 0 where the stride is, else 1 */
     fa_tensor dk, dv;
     fa_masks masks;
@@ -24,7 +31,7 @@ struct bwd_args {
 /* Before it: lse, delta, and zeros in dq. */
 struct bwd_rows_args {
     fa_tensor out, dout, lse, dlse; /* dlse.data, dout.data NULL: zeros */
-    int32_t b, hq, sq, dv, rows; /* rows: m_blocks * BLOCK_M */
+    int32_t b, hq, sq, dv, rows;    /* rows: m_blocks * BLOCK_M */
     float *scaled_lse, *delta;
     float4 *dq;
     int64_t dq_quads; /* of a head */

@@ -3,8 +3,8 @@
 #define FASTATTN_SM90_BWD_CHOICE_H
 
 #include "backward.h"
+#include "common/empty.h"
 #include "sm90/loads.h"
-#include "sm90/fwd_workspace.h"
 
 typedef struct fa_bwd_variant {
     const char *name;
@@ -16,6 +16,7 @@ typedef struct fa_bwd_variant {
     int32_t mma_registers; /* of a thread of an MMA warpgroup */
     int32_t late;          /* 1: dQ of a block of rows is computed beside the next one's */
     int32_t general;       /* 1: it changes scores */
+    int32_t strided;       /* 1: arrays that the copy engine does not take, by threads */
 } fa_bwd_variant;
 
 static const fa_bwd_variant fa_bwd_variants[] = {
@@ -27,12 +28,21 @@ static const fa_bwd_variant fa_bwd_variants[] = {
 
 enum { FA_BWD_VARIANTS = sizeof fa_bwd_variants / sizeof fa_bwd_variants[0] - 1 };
 
+/* Whether the copy engine takes all that is loaded. (There may be no dout: zeros.) */
+static inline int32_t fa_bwd_has_boxes(const fa_backward *r) {
+    const fa_what *w = &r->forward.what;
+    return fa_tma_takes(&w->q, 2) && fa_tma_takes(&w->k, 2) && fa_tma_takes(&w->v, 2) &&
+           r->dout.data && fa_tma_takes(&r->dout, 2);
+}
+
 /* The first of the least padding, or -1. */
-static inline int32_t fa_choose_bwd_variant(const fa_what *w) {
+static inline int32_t fa_choose_bwd_variant(const fa_backward *r) {
+    const fa_what *w = &r->forward.what;
+    const int32_t strided = !fa_bwd_has_boxes(r);
     int32_t best = -1;
     for (int32_t i = 0; i < FA_BWD_VARIANTS; ++i) {
         const fa_bwd_variant *v = &fa_bwd_variants[i];
-        if (v->dtype != w->dtype || v->d < w->d || v->dv < w->dv) continue;
+        if (v->dtype != w->dtype || v->d < w->d || v->dv < w->dv || v->strided != strided) continue;
         if (best < 0 || v->d + v->dv < fa_bwd_variants[best].d + fa_bwd_variants[best].dv) best = i;
     }
     return best;
@@ -40,9 +50,9 @@ static inline int32_t fa_choose_bwd_variant(const fa_what *w) {
 
 /* lse, delta and dQ's sums, of whole blocks of rows. */
 static inline int64_t fa_bwd_bytes(const fa_what *w, const fa_bwd_variant *v) {
-    const int64_t blocks = (w->sq + v->block_m - 1) / v->block_m;
+    const int64_t blocks = ((int64_t)w->sq + v->block_m - 1) / v->block_m;
     if (fa_is_empty(w)) return 0;
-    return (int64_t)w->b * w->hq * blocks * v->block_m * (2 + v->d) * 4;
+    return w->b * blocks * w->hq * v->block_m * (2 + v->d) * 4;
 }
 
 #endif

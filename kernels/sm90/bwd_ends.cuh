@@ -10,6 +10,7 @@
 #include "common/stream.cuh"
 #include "sm90/bwd_args.cuh"
 #include "sm90/bwd_smem.h"
+#include "sm90/bwd_store.cuh"
 #include "sm90/wgmma.cuh"
 
 enum { ROWS_THREADS = 256, ROWS_OF_BLOCK = ROWS_THREADS / 32 };
@@ -50,19 +51,17 @@ static __global__ void __launch_bounds__(ROWS_THREADS)
     const fa_tensor &o = a.out, &g = a.dout, &l = a.lse, &dl = a.dlse;
     float lse = INFINITY, delta = 0.f;
     if (row < a.sq) {
-        const float x = ((const float *)l.data)[b * l.stride[0] + h * l.stride[1] +
-                                                row * l.stride[2]];
+        const float x =
+            ((const float *)l.data)[b * l.stride[0] + h * l.stride[1] + row * l.stride[2]];
         if (x != -INFINITY) lse = x * 1.4426950408889634f;
         if (g.data)
-            delta = dot_row(a,
-                            (const uint16_t *)o.data + b * o.stride[0] + h * o.stride[1] +
-                                row * o.stride[2],
-                            (const uint16_t *)g.data + b * g.stride[0] + h * g.stride[1] +
-                                row * g.stride[2],
-                            o.stride[3], g.stride[3]);
+            delta = dot_row(
+                a, (const uint16_t *)o.data + b * o.stride[0] + h * o.stride[1] + row * o.stride[2],
+                (const uint16_t *)g.data + b * g.stride[0] + h * g.stride[1] + row * g.stride[2],
+                o.stride[3], g.stride[3]);
         if (dl.data)
-            delta -= ((const float *)dl.data)[b * dl.stride[0] + h * dl.stride[1] +
-                                              row * dl.stride[2]];
+            delta -=
+                ((const float *)dl.data)[b * dl.stride[0] + h * dl.stride[1] + row * dl.stride[2]];
         if (x == -INFINITY) delta = 0.f;
     }
     if (threadIdx.x % 32 == 0) {
@@ -84,19 +83,19 @@ static __global__ void __launch_bounds__(128 * WARPGROUPS)
     const float4 *from = (const float4 *)a.sums + (int64_t)blockIdx.x * (BLOCK_M * D / 4) +
                          warpgroup * (DQ_COLUMNS / 8) * 128 + thread;
     const fa_tensor &to = a.dq;
-    const int32_t row = m * BLOCK_M + (DQ_BY_ROWS ? 64 * warpgroup : 0) + thread / 32 * 16 +
-                        thread % 32 / 4;
+    const int32_t row =
+        m * BLOCK_M + (DQ_BY_ROWS ? 64 * warpgroup : 0) + thread / 32 * 16 + thread % 32 / 4;
     const int32_t column = (DQ_BY_ROWS ? 0 : DQ_COLUMNS * warpgroup) + thread % 4 * 2;
     uint16_t *at = (uint16_t *)to.data + head / a.hq * to.stride[0] + head % a.hq * to.stride[1] +
-                   row * to.stride[2] + column;
+                   row * to.stride[2];
+    const bool words = has_words(to);
 #pragma unroll
     for (int i = 0; i < DQ_COLUMNS / 8; ++i) {
         const float4 x = from[i * 128];
-        if (column + 8 * i >= to.shape[3]) break;
-        if (row < a.sq) *(uint32_t *)(at + 8 * i) = cvt_pack(x.x * a.scale, x.y * a.scale);
+        if (row < a.sq) store_pair(to, at, column + 8 * i, x.x * a.scale, x.y * a.scale, words);
         if (row + 8 < a.sq)
-            *(uint32_t *)(at + 8 * to.stride[2] + 8 * i) =
-                cvt_pack(x.z * a.scale, x.w * a.scale);
+            store_pair(to, at + 8 * to.stride[2], column + 8 * i, x.z * a.scale, x.w * a.scale,
+                       words);
     }
 }
 

@@ -7,9 +7,17 @@
 #include "sm90/bwd_args.cuh"
 #include "sm90/bwd_ends.cuh"
 #include "sm90/bwd_smem.h"
+#include "sm90/scale.h"
 
 __global__ void VARIANT_NAME(const __grid_constant__ bwd_args a);
 
+#if VARIANT_STRIDED
+static bool encode_rows(array *rows, const fa_device *, const fa_tensor *t, int, int32_t[2]) {
+    *rows = *t;
+    return true;
+}
+#else
+/* Panels of 64 columns by `rows` rows; an axis of stride 0 is one long, and not moved along. */
 static bool encode_rows(CUtensorMap *map, const fa_device *device, const fa_tensor *t, int rows,
                         int32_t moves[2]) {
     cuuint64_t shape[4] = {(cuuint64_t)t->shape[3], (cuuint64_t)t->shape[2],
@@ -32,7 +40,9 @@ static bool encode_rows(CUtensorMap *map, const fa_device *device, const fa_tens
                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
+#endif
 
+/* Whether rows lie side by side, on 16 bytes. */
 static bool is_wide(const fa_tensor *t) {
     return t->stride[3] == 1 && t->shape[3] % 8 == 0 && (uintptr_t)t->data % 16 == 0 &&
            (t->stride[0] | t->stride[1] | t->stride[2]) % 8 == 0;
@@ -45,6 +55,8 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     const int32_t m_blocks = (w->sq + BLOCK_M - 1) / BLOCK_M,
                   n_blocks = (w->sk + BLOCK_N - 1) / BLOCK_N;
     const int64_t rows = (int64_t)w->b * w->hq * m_blocks * BLOCK_M;
+    if (rows > INT32_MAX || (int64_t)w->b * w->hk * n_blocks > INT32_MAX)
+        return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 rows in all");
     float *lse = (float *)workspace, *delta = lse + rows, *sums = delta + rows;
     void *stream = r->forward.where.stream;
 
@@ -68,8 +80,8 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     a.masks = r->forward.masks;
     a.sq = w->sq, a.sk = w->sk, a.hq = w->hq, a.hk = w->hk, a.group = w->hq / w->hk;
     a.m_blocks = m_blocks, a.n_blocks = n_blocks;
-    a.scale = (float)w->scale;
-    a.scale_log2 = (float)(w->scale * 1.4426950408889634);
+    a.scale = w->scale == 0 ? 0.f : (float)usable_scale(w->scale);
+    a.scale_log2 = (float)(usable_scale(w->scale) * 1.4426950408889634);
     a.lse = lse, a.delta = delta, a.dq = sums;
     static uint64_t allowed;
     status = fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES, error);

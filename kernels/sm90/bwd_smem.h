@@ -1,7 +1,8 @@
 /* bwd_smem.h - the backward's variant, and the shared memory of a block.
  *
  * A block has one work tile: BLOCK_N keys of one key head, 64 for each MMA warpgroup. It walks over
- * the blocks of BLOCK_M query rows that see one of them, of all query heads that share the key head.
+ * the blocks of BLOCK_M query rows that see one of them, of all query heads that share the key
+ * head.
  */
 #ifndef FASTATTN_SM90_BWD_SMEM_H
 #define FASTATTN_SM90_BWD_SMEM_H
@@ -18,6 +19,8 @@ static constexpr int BLOCK_N = 64 * WARPGROUPS;
 static constexpr int MMA_REGISTERS = VARIANT_MMA_REGISTERS;
 static constexpr int THREADS = 128 * (WARPGROUPS + 1), MMA_THREADS = 128 * WARPGROUPS;
 static constexpr int POOL = 65536 / THREADS / 8 * 8 * (WARPGROUPS + 1);
+/* Threads that bring Q, K, V and dO: one, where the copy engine does. */
+static constexpr int PRODUCERS = VARIANT_STRIDED ? 128 : 1;
 static constexpr int PRODUCER_REGISTERS = POOL - WARPGROUPS * MMA_REGISTERS;
 static_assert(PRODUCER_REGISTERS >= 24, "the pool is too small");
 

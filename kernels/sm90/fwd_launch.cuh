@@ -13,6 +13,7 @@
 #include "sm90/fwd_variant.h"
 #include "sm90/fwd_workspace.h"
 #include "sm90/loads.h"
+#include "sm90/scale.h"
 #include "sm90/softmax.cuh"
 #if VARIANT_GENERAL
 #include "sm90/fwd_scores_launch.cuh"

@@ -10,6 +10,7 @@
 #include "common/mask_bits.h"
 #include "sm90/fwd_args.cuh"
 #include "sm90/loads.h"
+#include "sm90/scale.h"
 #include "sm90/softmax.cuh"
 
 /* How c tanh(s / c) is computed; `alone` as in make_scores(). */

@@ -2,14 +2,9 @@
 #ifndef FASTATTN_SM90_FWD_WORKSPACE_H
 #define FASTATTN_SM90_FWD_WORKSPACE_H
 
+#include "common/empty.h"
 #include "common/mask_bits.h"
 #include "common/packed.h"
-
-/* A request without a score to compute: no query row, or no key for any of them. */
-static inline int32_t fa_is_empty(const fa_what *w) {
-    return w->b == 0 || w->hq == 0 || w->sq == 0 || w->sk == 0 || w->q.shape[2] == 0 ||
-           w->k.shape[2] == 0;
-}
 
 typedef struct fa_forward_workspace {
     int64_t tiles; /* of packed sequences, their list (packed.h); bytes from the start, as `mask` */

@@ -38,13 +38,6 @@ static float softmax_slack(float scale) {
     return (SOFTMAX_MARGIN + SOFTMAX_SLACK) / (scale < 0.f ? -scale : scale);
 }
 
-/* A scale that a float holds, of its sign, and that brings no score to infinity; 1e30 leaves only a
- * row's greatest score. 0 must not meet the -inf of a hidden score: 1e-37 of any is 0 too. */
-static double usable_scale(double scale) {
-    const double size = fmin(fmax(fabs(scale), 1e-37), 1e30);
-    return scale < 0 ? -size : size;
-}
-
 DEVICE void softmax_start(softmax_rows &rows) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -18,7 +18,6 @@
 #include "fibers.h"
 #undef __shared__
 #define __shared__
-#define FASTATTN_ELEMENT_CUH
 #define FASTATTN_SM90_PTX_CUH
 #define FASTATTN_SM90_WGMMA_CUH
 #define FASTATTN_COMPILER_CUH

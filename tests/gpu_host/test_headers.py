@@ -1,6 +1,6 @@
 """Each header of kernels/ includes what it uses: it compiles alone, whatever came before it.
 
-Those of the forward kernel are compiled for a variant: what only some variants include, for one of
+Those of a kernel are compiled for a variant of it: what only some variants include, for one of
 those.
 """
 
@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from gpu_host import INCLUDES, KERNELS, VARIANTS, marks
+from gpu_host import EVERY_VARIANT, INCLUDES, KERNELS, VARIANTS, marks
 
 pytestmark = marks
 
@@ -24,7 +24,11 @@ RAW = {"load_raw", "load_strided"}
 
 
 def variant_for(header):
-    """The first of the table that includes it."""
+    """The first of its table that includes it."""
+    if "/bwd_" in header:
+        strided = header.endswith("load_strided.cuh")
+        backward = (v for v in EVERY_VARIANT if v.name.startswith("sm90_bwd_"))
+        return next(v for v in backward if v["strided"] == strided)
     stem = header.rpartition("/fwd_")[2].partition(".")[0]
     return next(
         v

@@ -1,0 +1,69 @@
+/* A variant of the Hopper backward with threads as fibers: its three kernels, one block after the
+ * other. */
+#define FIBERS (128 * (VARIANT_WARPGROUPS + 1))
+#include "hopper.h"
+
+static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t threads, int32_t smem,
+                                  void *stream, bool early, void *arguments, fa_error *error);
+
+#include "sm90/bwd.cu"
+#include "sm90/bwd_choice.h"
+
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+
+static const void *kernel_now;
+static void *arguments_now;
+static int32_t threads_now;
+
+static void body() {
+    if (current >= threads_now) return;
+    if (kernel_now == (const void *)bwd_rows)
+        bwd_rows(*(bwd_rows_args *)arguments_now);
+    else if (kernel_now == (const void *)bwd_dq)
+        bwd_dq(*(bwd_dq_args *)arguments_now);
+    else
+        VARIANT_NAME(*(bwd_args *)arguments_now);
+}
+
+static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t threads, int32_t,
+                                  void *, bool, void *arguments, fa_error *) {
+    kernel_now = kernel, arguments_now = arguments, threads_now = threads;
+    gridDim.x = blocks;
+    for (blockIdx.x = blocks - 1; blockIdx.x >= 0; --blockIdx.x) {
+        start_block();
+        run_block(body);
+    }
+    return FA_OK;
+}
+
+/* arrays: q, k, v, out, lse, dout, dlse, dq, dk, dv, as they are described, or NULL: none. masks:
+ * flags, left, right, offset; lengths: of queries, of keys, starts, or NULL. Returns a status. */
+extern "C" int backward(const fa_tensor *const *arrays, double scale, const int32_t *masks,
+                        const int32_t *const *lengths, int is_late) {
+    fa_backward r = {};
+    fa_params &p = r.forward;
+    fa_tensor *to[] = {&p.what.q, &p.what.k, &p.what.v, &p.what.out, &p.what.lse,
+                       &r.dout,   &r.dlse,   &r.dq,     &r.dk,       &r.dv};
+    for (int i = 0; i < 10; ++i)
+        if (arrays[i]) *to[i] = *arrays[i];
+    p.what.dtype = VARIANT_DTYPE;
+    p.what.b = (int32_t)p.what.q.shape[0];
+    p.what.hq = (int32_t)p.what.q.shape[1], p.what.hk = p.what.hv = (int32_t)p.what.k.shape[1];
+    p.what.sq = (int32_t)p.what.q.shape[2], p.what.sk = (int32_t)p.what.k.shape[2];
+    p.what.d = (int32_t)p.what.q.shape[3], p.what.dv = (int32_t)p.what.v.shape[3];
+    p.what.scale = scale;
+    p.masks.flags = (uint32_t)masks[0], p.masks.left = masks[1], p.masks.right = masks[2];
+    p.masks.offset = masks[3];
+    p.masks.q_lengths = lengths[0], p.masks.q_lengths_stride = 1;
+    p.masks.k_lengths = lengths[1], p.masks.k_lengths_stride = 1;
+    p.masks.k_start = lengths[2], p.masks.k_start_stride = 1;
+    const fa_bwd_variant *variant = fa_bwd_variants;
+    while (strcmp(variant->name, TEXT(VARIANT_NAME))) ++variant;
+    const int64_t bytes = fa_bwd_bytes(&p.what, variant);
+    std::vector<float4> workspace(bytes / 16 + 16, make_float4(NAN, NAN, NAN, NAN));
+    const fa_device device = {132, 0, encode_host};
+    fa_error error = {};
+    late = is_late;
+    return PASTE(fa_launch_, VARIANT_NAME)(&r, &device, workspace.data(), &error);
+}
