@@ -12,7 +12,7 @@ the others nothing:
     tests     pytest -m gpu
     sanitize  compute-sanitizer's four tools over one small case per variant and feature, dealt
               to several processes, as many at once as there are CPUs
-    campaign  random cases against the reference: tests/campaign.py
+    campaign  random cases against the reference, forward and backward: tests/campaign.py
     correctness, merge, grid, shapes, features
               benchmarks/correctness.py, merging beside a copy, and the suites of the benchmark, in
               parts of a few minutes; each writes NAME-PART.json: moved into benchmarks/results/ as
@@ -57,7 +57,7 @@ SECONDS = {  # part -> its time limit
     "smoke": 60,
     "tests": 240,
     "sanitize": 300,
-    "campaign": 120,
+    "campaign": 300,
     "correctness": 60,
     "merge": 90,
     "jax": 120,
@@ -166,8 +166,13 @@ def commands(part, options, out, name):
                 yield f"{tool}-{i}", [sanitizer(), *flags, tool, *python, cases, *part]
     elif part == "campaign":
         flags = shlex.split("--framework torch:cuda --backend sm90")
-        numbers = ["--cases", options.cases, "--seed", options.seed]
-        yield "campaign", [*python, ROOT / "tests" / "campaign.py", *flags, *numbers]
+        script = ROOT / "tests" / "campaign.py"
+        yield (
+            "campaign",
+            [*python, script, *flags, "--seed", options.seed, "--cases", options.cases],
+        )
+        flags += ["--gradients", "--cases", options.gradients]
+        yield "gradients", [*python, script, *flags, "--seed", options.seed]
     elif part == "correctness":
         yield part, [*python, ROOT / "benchmarks" / "correctness.py", *result_of(part)]
     elif part == "mutants":
@@ -264,6 +269,7 @@ def main():
         "--shards", type=int, default=14, help="processes a tool, each with some of the variants"
     )
     verb.add_argument("--cases", type=int, default=36_000, help="of the campaign")
+    verb.add_argument("--gradients", type=int, default=20_000, help="cases of their campaign")
     verb.add_argument("--seed", type=int, default=0, help="of the campaign's first case")
     verb.add_argument("--pytest", default="", help="more arguments for pytest")
     verb.add_argument("--bench", default="", help="arguments of the part bench")

@@ -1,5 +1,7 @@
 """Random cases by the thousand: `python tests/campaign.py --cases 100000 --seed 0`.
 
+With --gradients those of the backward pass, each without what the backend does not declare.
+
 Case number n of a campaign is the same on every machine: it depends on `seed + n` alone. A wrong
 one is printed as the line that runs it again, and once more with as many fields at their defaults
 as it takes to still fail.
@@ -13,14 +15,18 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 
 import cases
+import declared
+import gradient_cases
 from random_cases import random_case, shrink
 
 CHUNK = 250
 
 
-def check(case, framework, backend):
+def check(case, framework, backend, gradients=False):
     """'' if right, else what is wrong; None if neither declared nor taken."""
     try:
+        if gradients:
+            return "; ".join(gradient_cases.run(case, None, framework, backend))
         return "; ".join(cases.run(case, framework, backend))
     except cases.Refused:
         return None
@@ -32,26 +38,35 @@ def framework_of(name):
     return cases.NumPy() if name == "numpy" else cases.Torch(name.partition(":")[2] or "cpu")
 
 
-def check_range(start, stop, framework, backend):
+def case_of(seed, backend, gradients):
+    case = random_case(seed)
+    return declared.narrowed(case, backend, "backward") if gradients else case
+
+
+def check_range(start, stop, framework, backend, gradients=False):
     framework = framework_of(framework)
-    results = ((seed, check(random_case(seed), framework, backend)) for seed in range(start, stop))
+    results = (
+        (seed, check(case_of(seed, backend, gradients), framework, backend, gradients))
+        for seed in range(start, stop)
+    )
     found = [(seed, result) for seed, result in results if result != ""]
-    spent, cases.luck = cases.luck, cases.Luck()
+    module = gradient_cases if gradients else cases
+    spent, module.luck = module.luck, cases.Luck()
     return found, spent
 
 
-def report(case, result, framework, backend):
+def report(case, result, framework, backend, gradients=False):
     def crashed(said):
         return "Error: " in said
 
     def fails(simpler):
-        said = check(simpler, framework, backend)
+        said = check(simpler, framework, backend, gradients)
         return said and crashed(said) == crashed(result)
 
     small = shrink(case, fails)
     print(f"WRONG {case!r}\n  {result}", flush=True)
     if small != case:
-        print(f"  smaller: {small!r}\n  {check(small, framework, backend)}", flush=True)
+        print(f"  smaller: {small!r}\n  {check(small, framework, backend, gradients)}", flush=True)
 
 
 def main():
@@ -60,14 +75,18 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--framework", default="numpy", help="numpy, torch or torch:cuda")
     parser.add_argument("--backend", help="cpu or sm90; default: the best that takes the arrays")
+    parser.add_argument("--gradients", action="store_true", help="of --backend, by default cpu")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--case", help="run this one: Case(...)")
     parser.add_argument("--max-wrong", type=int, default=20, help="stop after this many")
     options = parser.parse_args()
+    if options.gradients:
+        options.backend = options.backend or "cpu"
+    how = options.framework, options.backend, options.gradients
 
     if options.case:
         case = eval(options.case, {"Case": cases.Case})
-        result = check(case, framework_of(options.framework), options.backend)
+        result = check(case, framework_of(how[0]), *how[1:])
         print({"": "right", None: "refused"}.get(result, result))
         return int(bool(result))
 
@@ -75,7 +94,8 @@ def main():
         for name in ("FASTATTN_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ.setdefault(name, "1")
     print(
-        f"campaign: {options.cases} cases, seed {options.seed}, {options.framework}, "
+        f"campaign: {options.cases} {'gradients' if options.gradients else 'cases'}, seed "
+        f"{options.seed}, {options.framework}, "
         f"{options.jobs} jobs",
         flush=True,
     )
@@ -84,9 +104,7 @@ def main():
     fresh = multiprocessing.get_context("spawn")  # libraries count their threads when they load
     with ProcessPoolExecutor(options.jobs, fresh) as pool:
         chunks = [(s, min(s + CHUNK, stop)) for s in range(options.seed, stop, CHUNK)]
-        jobs = [
-            pool.submit(check_range, *chunk, options.framework, options.backend) for chunk in chunks
-        ]
+        jobs = [pool.submit(check_range, *chunk, *how) for chunk in chunks]
         for chunk, job in zip(chunks, jobs, strict=True):
             found, spent = job.result()
             luck.judged, luck.redrawn = luck.judged + spent.judged, luck.redrawn + spent.redrawn
@@ -95,12 +113,8 @@ def main():
                     refused += 1
                     continue
                 wrong += 1
-                report(
-                    random_case(seed),
-                    result,
-                    framework_of(options.framework),
-                    options.backend,
-                )
+                case = case_of(seed, *how[1:])
+                report(case, result, framework_of(how[0]), *how[1:])
             before, done = done, done + chunk[1] - chunk[0]
             if done == options.cases or before // 10000 != done // 10000:
                 print(

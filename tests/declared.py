@@ -4,6 +4,7 @@ A refusal of what is declared is a fault, whoever refuses; `test_support.py` hol
 """
 
 import contextlib
+from dataclasses import replace
 
 import fastattn
 import pytest
@@ -71,3 +72,27 @@ def of_case(case):
     }
     features = [name for name, is_asked in has.items() if is_asked]
     return {"dtype": case.dtype, "d": case.d, "dv": case.dv, "features": features}
+
+
+def narrowed(case, backend, operation):
+    """The case without what the backend does not declare, and in a dtype and sizes that it does."""
+    line = fastattn.info()["support"][backend][operation]
+    without = {
+        "varlen": {"packed": None, "tail": (0, 0)},
+        "softcap": {"softcap": 0.0},
+        "alibi": {"alibi": 0},
+        "sink": {"sink": False},
+        "dropout": {"dropout": 0.0},
+    }
+    for name in without.keys() - set(line["features"]):
+        case = replace(case, **without[name])
+    kind = "bool_mask" if case.mask == "bool" else "float_mask"
+    if case.mask and kind not in line["features"]:
+        case = replace(case, mask=None)
+    if case.dtype not in line["dtypes"]:
+        case = replace(case, dtype=line["dtypes"][case.seed % len(line["dtypes"])])
+    least, most = line["d"]
+    d, dv = (least + (size - least) % (most - least + 1) for size in (case.d, case.dv))
+    if not (least <= case.d <= most and least <= case.dv <= most):
+        case = replace(case, d=d, dv=d if case.d == case.dv else dv)
+    return case

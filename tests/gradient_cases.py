@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, replace
 
 import cases
+import declared
 import numpy as np
 import reference
 import reference_backward
@@ -56,27 +57,31 @@ def unpack(case, x, of_k):
 luck = cases.Luck()  # of this process: how many were right in other draws only
 
 
-def run(case, asked=None):
+def run(case, asked=None, framework=None, backend="cpu"):
     """The complaints about one case. As in cases.run(), bad luck is drawn anew, and counted: the
     rule compares the largest of errors of which few may matter. What is wrong with a case stays
     wrong with other numbers; both draws have to be right."""
-    complaints = run_once(case, asked)
+    where = framework or NumPy(), backend
+    complaints = run_once(case, asked, *where)
     if case.dtype == "float64":
         return complaints
     luck.judged += 1
     if complaints and all(getattr(said, "ratio", np.inf) < 3 for said in complaints):
         luck.redrawn += 1
         again = (replace(case, seed=case.seed + n * 2**32) for n in (1, 2))
-        if not any(run_once(other) for other in again):
+        if not any(run_once(other, None, *where) for other in again):
             return []
     return complaints
 
 
-def how_to_run(case):
+def how_to_run(case, backend):
     """Keywords that change no gradient beyond its last bits, each in every fifth case."""
     rng = np.random.default_rng([case.seed, 3])
-    keywords = {"deterministic": True, "batch_invariant": True, "backend": "cpu"}
-    return {name: x for name, x in keywords.items() if rng.random() < 0.2}
+    keywords = {"deterministic": True, "batch_invariant": True, "backend": backend}
+    keywords = {name: x for name, x in keywords.items() if rng.random() < 0.2}
+    if not declared.serves(backend, "backward", features=("deterministic",)):
+        keywords.pop("deterministic", None)
+    return keywords
 
 
 @dataclass
@@ -92,20 +97,25 @@ class Called:
     results: dict
 
 
-def call(case, asked=None):
+def call(case, asked=None, framework=None, backend="cpu"):
     """The forward and the backward pass of a case.
 
     asked: a Counter of the arguments given to each function, beside what each call needs.
     """
     import fastattn
 
+    framework = framework or NumPy()
     rng = np.random.default_rng([case.seed, 2])
-    inputs = make_inputs(case)
-    keywords = arguments(case, inputs, NumPy()) | how_to_run(case)
+    inputs = make_inputs(case, strides_at_least_0=not framework.flips)
+    keywords = arguments(case, inputs, framework) | how_to_run(case, backend)
+    storages = STORAGES[:-1] if framework.flips else STORAGES[:4]
+    reason = declared.reason(backend, "backward", **declared.of_case(case))
     try:
         out, lse = function(case)(**keywords)
     except NotImplementedError as error:
-        raise Refused(str(error)) from None
+        if reason:
+            raise Refused(reason) from None
+        raise AssertionError(f"refused, though declared: {error}") from None
     del keywords["return_lse"]
 
     mask, sink = inputs.logical.get("mask"), inputs.logical.get("sink")
@@ -113,12 +123,13 @@ def call(case, asked=None):
     given = {"out": out, "lse": lse, "dout": None, "dlse": None}
     if dout is not None:
         poisoned = np.where(blind_rows(case, mask)[..., None], dout.dtype.type(np.nan), dout)
-        given["dout"] = store(in_layout(case, poisoned), rng.choice(STORAGES[:-1]), rng).view
+        stored_dout = store(in_layout(case, poisoned), rng.choice(storages), rng)
+        given["dout"] = framework.array(stored_dout)
     if dlse is not None:
         packed = (
             pack(dlse[..., None], case.packed[0], case.tail[0])[..., 0].T if case.packed else dlse
         )
-        given["dlse"] = np.ascontiguousarray(packed)
+        given["dlse"] = framework.array(store(packed, "plain", rng))
     wanted = {name: bool(rng.random() < 0.85) for name in ("dq", "dk", "dv")}
     wanted["dmask"] = mask is not None and mask.dtype != bool and bool(rng.random() < 0.85)
     wanted["dsink"] = sink is not None and bool(rng.random() < 0.85)
@@ -126,23 +137,33 @@ def call(case, asked=None):
     for name in ("dq", "dk", "dv"):
         if wanted[name] and rng.random() < 0.5:
             like = inputs.stored[name[1]].view
-            stored[name] = store(np.full(like.shape, np.nan).astype(like.dtype), case.storage, rng)
+            how = case.storage if case.storage in storages else "padded"
+            stored[name] = store(np.full(like.shape, np.nan).astype(like.dtype), how, rng)
             if 0 in stored[name].strides and like.size > 1:
                 del stored[name]  # written arrays have distinct elements
-    given |= {name: x.view for name, x in stored.items()}
+    given |= {name: framework.array(x) for name, x in stored.items()}
     given |= {f"need_{name}": need for name, need in wanted.items()}
 
     back = fastattn.attention_varlen_backward if case.packed else fastattn.attention_backward
     if asked is not None:
         count(asked, back, given | keywords)
-    results = dict(zip(wanted, back(**given, **keywords), strict=True))
+    try:
+        results = dict(zip(wanted, back(**given, **keywords), strict=True))
+    except NotImplementedError as error:
+        if reason:
+            raise Refused(reason) from None
+        raise AssertionError(f"refused, though declared: {error}") from None
+    for name, x in (inputs.stored | stored).items():
+        framework.fetch(x, (keywords | given)[name])
+    results = {n: x if x is None else framework.numpy(x) for n, x in results.items()}
+    out, lse = framework.numpy(out), framework.numpy(lse)
     if case.packed:
         lse = cases.unpack(case, out, lse)[1]
     return Called(inputs, lse, dout, dlse, stored, wanted, results)
 
 
-def run_once(case, asked=None):
-    called = call(case, asked)
+def run_once(case, asked=None, framework=None, backend="cpu"):
+    called = call(case, asked, framework, backend)
     complaints = [
         f"wrote outside of {n}" for n, x in called.stored.items() if not x.untouched(around=True)
     ]
