@@ -1,4 +1,4 @@
-"""JAX's calls that are not plainly traced: with jit disabled, of no runs, of unknown shapes."""
+"""JAX's calls at the edges: with jit disabled, of no runs, of many parts, of unknown shapes."""
 
 import functools
 
@@ -48,6 +48,13 @@ def test_vmap_over_nothing(mapped, twice):
     for run in (call, jax.jit(call)):
         got = run(*given)
         assert [x.shape for x in got] == [(*lead, *x.shape) for x in arrays.values()]
+
+
+def test_merging_hundreds_of_parts():
+    parts = [np.full((1, 2, 3, 4), n, np.float32) for n in range(700)]
+    out, lse = jax.jit(fastattn.merge_states)(parts, [np.zeros((1, 2, 3), np.float32)] * 700)
+    np.testing.assert_allclose(out, 349.5, rtol=1e-5)
+    np.testing.assert_allclose(lse, np.log(700), rtol=1e-5)
 
 
 def test_shapes_that_are_not_known():
