@@ -87,6 +87,7 @@ fa_status backward_prepare(backward_call *c, const arguments *a, int which) {
     TRY(prepare_array(f, a->out, "out", 1, &r->out));
     TRY(prepare_array(f, a->lse, "lse", 1, &r->lse));
     if (a->dlse != Py_None) TRY(prepare_array(f, a->dlse, "dlse", 1, &r->dlse));
+    if (f->is_followed) return FA_TO_TORCH;
     TRY(get_gradients(c, a));
     r->deterministic = f->deterministic;
     return fa_check_backward(&f->request, r, &f->plan, &c->backward, c->gradients, &f->error);

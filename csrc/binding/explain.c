@@ -75,7 +75,12 @@ PyObject *call_explain(PyObject *module, PyObject *const *given, Py_ssize_t coun
 
 PyObject *call_explain_forward(PyObject *module, PyObject *const *given, Py_ssize_t count) {
     module_state *state = PyModule_GetState(module);
+    char name[64] = "";
+    if (count == 2) state_text(Py_NewRef(given[0]), sizeof name, name);
+    const int which = arguments_function(name);
     arguments a;
-    const int which = call_unpack(state, given, count, &a);
-    return which == FUNCTIONS ? NULL : explain(state, &a, which, 1);
+    if (which < BACKWARD && arguments_unpack(&state->signatures[which], given[1], &a) == 0)
+        return explain(state, &a, which, 1);
+    if (PyErr_Occurred()) return NULL;
+    return PyErr_Format(PyExc_TypeError, "_C has no forward %s", name);
 }
