@@ -191,8 +191,8 @@ def test_nothing_grows(name):
         gc.collect()
         return sys.getallocatedblocks(), [sys.getrefcount(x) for x in tensors]
 
-    counts(100)
+    counts(300)
     rest = [counts(100) for _ in range(4)]
     assert all(x == rest[0][1] for _, x in rest)
     # Pools fill in some rounds; what leaks grows by 100 in each.
-    assert min(y - x for (x, _), (y, _) in itertools.pairwise(rest)) < 50
+    assert min(y - x for (x, _), (y, _) in itertools.pairwise(rest)) < 100

@@ -3,7 +3,7 @@
  *
  * On the way it is a record and tensors, for autograd sees tensors alone. The record is (name of
  * the function, values, places): `values` in the order of its signature, None where a tensor
- * stands; the bytes of `places` say where.
+ * stands; the characters of `places` say where (a graph of torch's has no bytes for constants).
  */
 #include "call.h"
 
@@ -18,7 +18,8 @@ static PyObject **field_of(arguments *a, size_t offset) {
     return (PyObject **)((char *)a + offset);
 }
 
-/* Which gradient an argument of the forward pass has; -1: none. */
+/* Which gradient an argument of the forward pass has, attention's five and the drop-in's of them;
+ * -1: none. */
 static int gradient_of(size_t field) {
     static const size_t followed[] = {
         offsetof(arguments, q),    offsetof(arguments, k),     offsetof(arguments, v),
@@ -41,7 +42,7 @@ static PyObject *pack(module_state *state, const signature *s, arguments *a) {
         tensors[n] = *value, places[n++] = (char)i;
         *value = Py_None;
     }
-    PyObject *values = arguments_pack(s, a), *where = PyBytes_FromStringAndSize(places, n);
+    PyObject *values = arguments_pack(s, a), *where = PyUnicode_FromStringAndSize(places, n);
     if (values && where) record = PyTuple_Pack(3, s->function, values, where);
     if (record) all = PyTuple_New(1 + n);
     for (Py_ssize_t i = 0; i < n && all; i++) PyTuple_SetItem(all, 1 + i, Py_NewRef(tensors[i]));
@@ -52,24 +53,34 @@ static PyObject *pack(module_state *state, const signature *s, arguments *a) {
     return all;
 }
 
+/* Learnt already, and of this name. */
+static int is_function(const signature *s, PyObject *name) {
+    return s->function && !PyUnicode_Compare(name, s->function);
+}
+
 /* The arguments again, and their places; the function, or -1 with an exception. */
 static int unpack(module_state *state, PyObject *record, PyObject *const *tensors, Py_ssize_t count,
                   arguments *a, const char **places) {
     Py_ssize_t n;
-    char *bytes;
     int which = 0;
     PyObject *name, *values, *where;
-    if (!PyArg_ParseTuple(record, "UOS", &name, &values, &where)) return -1;
-    if (PyBytes_AsStringAndSize(where, &bytes, &n) < 0) return -1;
-    while (which < BACKWARD && PyUnicode_Compare(name, state->signatures[which].function)) which++;
-    if (which == BACKWARD || n != count)
-        return PyErr_Format(PyExc_TypeError, "_C has no forward %R of %zd tensors", name, count),
-               -1;
+    if (!PyArg_ParseTuple(record, "O!OO!", &PyUnicode_Type, &name, &values, &PyUnicode_Type,
+                          &where))
+        return -1;
+    const char *const at = PyUnicode_AsUTF8AndSize(where, &n);
+    if (!at) return -1;
+    while (which < BACKWARD && !is_function(&state->signatures[which], name)) which++;
     const signature *s = &state->signatures[which];
+    int known = which < BACKWARD && n == count;
+    for (Py_ssize_t i = 0; i < n && known; i++) known = (unsigned char)at[i] < s->count;
+    if (!known)
+        return PyErr_Format(PyExc_TypeError, "_C has no forward %R of %zd tensors at %R", name,
+                            count, where),
+               -1;
     if (arguments_unpack(s, values, a) < 0) return -1;
     for (Py_ssize_t i = 0; i < n; i++) /* None: an int may stand there, such as a seed */
-        if (tensors[i] != Py_None) *field_of(a, s->field[(int)bytes[i]]) = tensors[i];
-    *places = bytes;
+        if (tensors[i] != Py_None) *field_of(a, s->field[(int)at[i]]) = tensors[i];
+    *places = at;
     return which;
 }
 
@@ -127,8 +138,9 @@ static int remember(const module_state *state, PyObject *context, PyObject *reco
 static PyObject *hand_over(call *c, output *out, output *lse, int wants_lse, PyObject *const *given,
                            Py_ssize_t count) {
     PyObject *result = NULL;
-    PyObject *results[RESULTS] = {tensor_hand_over(c->state, c->arrays, out), NULL,
-                                  c->drawn ? c->seed.object : Py_None};
+    PyObject *results[RESULTS] = {
+        c->has_out ? Py_NewRef(c->out.object) : tensor_hand_over(c->state, c->arrays, out), NULL,
+        c->drawn ? c->seed.object : Py_None};
     if (results[0]) results[1] = tensor_hand_over(c->state, c->arrays, lse);
     if (results[1] && given[0] == Py_None)
         result = PyTuple_Pack(RESULTS, results[0], results[1], results[2]);
@@ -181,6 +193,7 @@ static fa_status as_attention(module_state *state, arguments *a) {
     TRY(torch_causal_bias(state, a->attn_mask, &is_bias, &top_left, &sq, &sk));
     if (is_bias) b.mask = Py_None;
     const int from_start = is_bias ? top_left : PyObject_IsTrue(a->is_causal);
+    if (from_start < 0) return FA_RAISED;
     b.causal = from_start ? state->top_left : is_bias ? Py_True : Py_False;
     *a = b;
     return FA_OK;
@@ -219,7 +232,7 @@ PyObject *autograd_gradients(PyObject *module, PyObject *const *given, Py_ssize_
     }
     for (Py_ssize_t i = -1; i < n && result; i++) {
         PyObject *one = found && i >= 0 && of[i] >= 0 ? PyTuple_GetItem(found, of[i]) : Py_None;
-        PyTuple_SetItem(result, 1 + i, Py_NewRef(one));
+        if (!one || PyTuple_SetItem(result, 1 + i, Py_NewRef(one)) < 0) Py_CLEAR(result);
     }
     Py_XDECREF(found);
     return result;

@@ -149,10 +149,10 @@ static PyObject *compute(module_state *state, const arguments *a, int which) {
         tensor_drop(&out);
         tensor_drop(&lse);
     }
-    if (status == FA_TO_TORCH) result = autograd_apply(&c, a, which);
+    if (status == FA_TO_TORCH && (result = autograd_apply(&c, a, which))) status = FA_OK;
     call_release(&c);
-    if (status == FA_TO_TORCH && (result || PyErr_Occurred())) return result;
-    if (call_is_elsewhere(status)) return call_hand_on(state, a, which, status);
+    if (call_is_elsewhere(status) && !PyErr_Occurred())
+        return call_hand_on(state, a, which, status);
     return call_finish(state, result, status, c.request.sdpa, &c.error);
 }
 

@@ -53,6 +53,9 @@ PyObject *call_hand_on(module_state *state, const arguments *a, int which, fa_st
  * gradient of an argument is asked for, and nothing speaks against the call. */
 fa_status prepare_forward(call *c, const arguments *a, int which);
 
+/* FA_TO_TORCH if torch is to take the gradient of one of the arrays. */
+fa_status prepare_followed(call *c);
+
 /* One array more; is_followed: it may have a gradient, which torch takes. */
 fa_status prepare_array(call *c, PyObject *object, const char *name, int is_followed,
                         const fa_array **out);

@@ -239,9 +239,19 @@ static fa_status prepare_sdpa(call *c, const arguments *a) {
     return fa_check_attention(r, &c->plan, error);
 }
 
+/* Results are of q's kind: of another framework's they would have no gradient. */
+fa_status prepare_followed(call *c) {
+    char got[128];
+    if (!c->is_followed) return FA_OK;
+    if (is_torch(c)) return FA_TO_TORCH;
+    return fa_fail(&c->error, FA_TYPE,
+                   "`%s` must be a torch tensor where a gradient is asked for, got %s",
+                   c->arrays[0].array.name, state_type_name(c->arrays[0].object, got));
+}
+
 fa_status prepare_forward(call *c, const arguments *a, int which) {
     static fa_status (*const prepare[])(call *, const arguments *) = {
         [ATTENTION] = prepare_attention, [SDPA] = prepare_sdpa, [VARLEN] = prepare_varlen};
     TRY(prepare[which](c, a));
-    return c->is_followed ? FA_TO_TORCH : FA_OK;
+    return prepare_followed(c);
 }

@@ -8,10 +8,10 @@ def function(
     text: bytes, names: tuple[str, ...], defaults: tuple[Any, ...], positional: int
 ) -> Callable[..., Any]: ...
 def forward(
-    context: Any, call: tuple[str, tuple[Any, ...], bytes], /, *tensors: Any
+    context: Any, call: tuple[str, tuple[Any, ...], str], /, *tensors: Any
 ) -> Any: ...  # out, or (out, lse); without a context (out, lse, seed)
 def gradients(
-    call: tuple[str, tuple[Any, ...], bytes],
+    call: tuple[str, tuple[Any, ...], str],
     saved: tuple[Any, ...],
     needs: tuple[bool, ...],
     dout: Any,

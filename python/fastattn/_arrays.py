@@ -258,6 +258,7 @@ def refusal(tensor: Any) -> Literal[True] | str | None:
         _is_recorded(torch)
         or functorch.is_functionaltensor(tensor)
         or functorch.is_batchedtensor(tensor)
+        or functorch.is_legacy_batchedtensor(tensor)
         or functorch.is_gradtrackingtensor(tensor)
         or is_fake(tensor)
     ):

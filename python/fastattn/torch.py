@@ -5,7 +5,7 @@ csrc/binding/ hands such calls to call(): the functions of this module's name ar
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ._needs import need
@@ -86,12 +86,16 @@ _FUNCTIONS = {
 }
 
 
+def _places(numbers: Iterable[int]) -> str:
+    return "".join(map(chr, numbers))
+
+
 class _Call(NamedTuple):
     """A call without its tensors, as csrc/binding/autograd.c has it."""
 
     name: str
     values: tuple[Any, ...]  # its arguments in order, None for tensors
-    places: bytes  # where those stand
+    places: str  # where those stand, a character each
 
     def problem(self, side: Sequence[Any]) -> Problem:
         """Of attention and attention_varlen; side: the tensors after the five with gradients."""
@@ -219,6 +223,14 @@ def call(name: str, values: tuple[Any, ...]) -> Any:
     return _CALLS[name](name, values)
 
 
+def _check_queries(q: Any, name: str = "q") -> None:
+    if not isinstance(q, torch.Tensor):
+        kind = type(q).__qualname__
+        raise TypeError(
+            f"`{name}` must be a torch tensor where a gradient is asked for, got {kind}"
+        )
+
+
 def _refuse(out: Any, slopes: Any) -> None:
     if out is not None:
         raise ValueError("`out` must be None where a gradient is asked for, got an array")
@@ -226,6 +238,15 @@ def _refuse(out: Any, slopes: Any) -> None:
         raise NotImplementedError(
             "`alibi_slopes` requires grad, and its gradient is not served: pass its detach()"
         )
+
+
+def _as_tensor(x: Any) -> Any:
+    """An array of another framework as a tensor; anything else as it is."""
+    if isinstance(x, torch.Tensor) or not hasattr(x, "__dlpack__"):
+        return x
+    if str(getattr(x, "dtype", None)) == "bool":
+        return torch.tensor(x)  # of which old NumPy's DLPack knows nothing
+    return torch.from_dlpack(x)  # type: ignore[attr-defined]
 
 
 def _has_tangents(tensors: Sequence[Any]) -> bool:
@@ -251,8 +272,10 @@ def _take_arrays(function: _Function, arguments: list[Any]) -> list[Any]:
 
 
 def _call_attention(name: str, values: tuple[Any, ...]) -> Any:
-    function, rest = _FUNCTIONS[name], list(values)
-    _refuse(rest[function.out], rest[function.arrays[5]])
+    function = _FUNCTIONS[name]
+    _check_queries(values[0])
+    _refuse(values[function.out], values[function.arrays[5]])
+    rest = list(map(_as_tensor, values))
     if torch.is_autocast_enabled(rest[0].device.type):
         for at in function.arrays[:4]:
             if isinstance(rest[at], torch.Tensor):
@@ -263,7 +286,7 @@ def _call_attention(name: str, values: tuple[Any, ...]) -> Any:
         rest = list(given.values())
     arrays = _take_arrays(function, rest)
     wants_lse, rest[function.return_lse] = rest[function.return_lse], True
-    call = _Call(name, tuple(rest), bytes(function.arrays))
+    call = _Call(name, tuple(rest), _places(function.arrays))
     if _has_tangents(arrays):
         out, lse = in_blocks(call.problem(arrays[5:]), *arrays[:5])
     elif torch._C._are_functorch_transforms_active():
@@ -284,7 +307,8 @@ _DEFAULTS = {n: p.default for n, p in inspect.signature(attention).parameters.it
 
 
 def _call_sdpa(name: str, values: tuple[Any, ...]) -> Any:
-    query, key, value, mask, dropout_p, is_causal, scale, enable_gqa = values
+    _check_queries(values[0], "query")
+    query, key, value, mask, dropout_p, is_causal, scale, enable_gqa = map(_as_tensor, values)
     query, key, value, mask = _cast(query, key, value, mask)
     bias = _arrays.causal_bias(mask)
     shape = None
@@ -314,7 +338,7 @@ def _call_sdpa(name: str, values: tuple[Any, ...]) -> Any:
         return out if shape is None else out.reshape(shape)
     rest = (None, None, None, mask if bias else None, dropout_p, is_causal, scale, enable_gqa)
     tensors = [query, key, value] if bias else [query, key, value, mask]
-    out = follow(_Call(name, rest, bytes(range(len(tensors)))), *tensors)
+    out = follow(_Call(name, rest, _places(range(len(tensors)))), *tensors)
     return out if shape is None else out.reshape(shape)
 
 
@@ -370,7 +394,9 @@ def _call_backward(name: str, values: tuple[Any, ...]) -> Any:
     """attention_backward of arrays that have a gradient themselves."""
     forward = name.removesuffix("_backward")
     function = _FUNCTIONS[forward]
-    given = dict(zip(inspect.signature(function.backward).parameters, values, strict=True))
+    names = inspect.signature(function.backward).parameters
+    given = dict(zip(names, map(_as_tensor, values), strict=True))
+    _check_queries(given["q"])
     _refuse(None, given["alibi_slopes"])
     for x in ("dq", "dk", "dv"):
         if given[x] is not None:
@@ -378,7 +404,7 @@ def _call_backward(name: str, values: tuple[Any, ...]) -> Any:
     rest = [given.get(n) for n in function.names]
     rest[function.out] = None  # of the backward pass it is another
     arrays = _take_arrays(function, rest)
-    call = _Call(forward, tuple(rest), bytes(function.arrays))
+    call = _Call(forward, tuple(rest), _places(function.arrays))
     needs = tuple(given[n] for n in _NEEDS)
     of = (given[x] for x in ("dout", "dlse"))
     results = (given[x].detach() for x in ("out", "lse"))
