@@ -17,7 +17,7 @@ import sys
 import tempfile
 import textwrap
 
-from fastattn.bench import cpu, merge, plot
+from fastattn.bench import cpu, merge, plot, training
 from fastattn.bench.cells import GRIDS, UNITS
 from fastattn.bench.machine import caption
 from fastattn.bench.report import dump, geometric_mean, limits_of, markdown, own, shares
@@ -69,11 +69,15 @@ measurement still decays in it.
 
 
 def load():
-    """[(file name, result)] of the benchmark, the newest first; the same of fastattn.bench.cpu."""
+    """[(file name, result)] of the benchmark, the newest first; the same of bench.cpu, of
+    bench.training."""
     found = [(p.name, json.loads(p.read_text())) for p in (HERE / "results").glob("*.json")]
     found.sort(key=lambda item: (item[1]["header"]["date"], item[0]), reverse=True)
-    ours = [item for item in found if "device" in item[1]["header"]]
-    return ours, [item for item in found if item not in ours]
+    ours, beside, steps = [], [], []
+    for item in found:
+        kind = steps if item[1]["rows"][0].get("suite") == training.SUITE else beside
+        (ours if "device" in item[1]["header"] else kind).append(item)
+    return ours, beside, steps
 
 
 def card_of(header):
@@ -189,14 +193,16 @@ def machine_of(header):
     return ", ".join(header[key] for key in ("cpu", "machine") if key in header)
 
 
+def heading(title, name, header):
+    about = f"{machine_of(header)}, torch {header['torch']}; {header['date']}"
+    yield from ("", f"## {title}: {header['level']}", "", f"- [{name}](results/{name}): {about}")
+    yield from (f"  `{header['command']}`", "", *LOAD.split("\n"))
+
+
 def beside_torch(files):
     """What fastattn.bench.cpu measured: a call after a rest, and in turn with torch's."""
     for name, result in files:
-        header = result["header"]
-        yield from ("", f"## The CPU as a program meets it: {header['level']}", "")
-        about = f"{machine_of(header)}, torch {header['torch']}; {header['date']}"
-        yield f"- [{name}](results/{name}): {about}"
-        yield from (f"  `{header['command']}`", "", *LOAD.split("\n"))
+        yield from heading("The CPU as a program meets it", name, result["header"])
         lines = [["", "ms", "of the matrix rate", "x torch", "x torch, alternating", "load"]]
         for row in result["rows"]:
             alone, other = row["alone"], row["alternating"]
@@ -206,7 +212,24 @@ def beside_torch(files):
         yield from markdown(lines)
 
 
-def results_text(cards, beside):
+def training_steps(files):
+    """What fastattn.bench.training measured: forward and backward."""
+    for name, result in files:
+        yield from heading("A training step on the CPU", name, result["header"])
+        lines = []
+        for row in training.timed(result["rows"]):
+            found = training.columns(row)
+            lines = lines or [["", *found, "load"]]
+            texts = (
+                "-" if x is None else marked(f"{x:.2f}", x if "torch" in title else 1)
+                for title, x in found.items()
+            )
+            lines.append([row["cell"], *texts, f"{row['load']:.1f}"])
+        yield from markdown(lines)
+        yield from ("", *training.memory(result["rows"]))
+
+
+def results_text(cards, beside, steps):
     lines = [HOW_TO_READ]
     for card, suites in cards.items():
         lines += [f"## {card}", ""]
@@ -219,6 +242,7 @@ def results_text(cards, beside):
             lines += table(suites[suite][1], suite)
         lines.append("")
     lines = [*"\n".join(lines).rstrip().split("\n"), *beside_torch(beside)]
+    lines += training_steps(steps)
     return "\n".join(lines) + "\n"
 
 
@@ -276,17 +300,15 @@ def cpu_words(cards):
     yield f"Slower are {'; '.join(losing)}. " if losing else "No cell is slower. "
 
 
+def means_of(ratios):
+    return ", ".join(f"{dtype} **{geometric_mean(x):.2f}**" for dtype, x in ratios.items())
+
+
 def beside_words(files):
     """What was measured alone and alternating: means of the grid, and its and the short losers."""
     for _, result in files:
         header, rows = result["header"], result["rows"]
-        means = {
-            mode: ", ".join(
-                f"{dtype} **{geometric_mean(x):.2f}**"
-                for dtype, x in cpu.ratios(rows, mode).items()
-            )
-            for mode in cpu.MODES
-        }
+        means = {mode: means_of(cpu.ratios(rows, mode)) for mode in cpu.MODES}
         yield (
             f"\n{machine_of(header)} ({header['level']}), {header['date']}, the same "
             f"cells, each call after a rest: {means['alone']}; in turn with torch's calls: "
@@ -303,6 +325,20 @@ def beside_words(files):
             yield f"slower are {'; '.join(slower)}. " if slower else f"the worst is {short[0]}. "
 
 
+def training_words(files):
+    """Of a training step the means, and the losers."""
+    for _, result in files:
+        header, rows = result["header"], result["rows"]
+        alone, alternating = (means_of(training.ratios(rows, mode)) for mode in cpu.MODES)
+        yield (
+            f"\n{machine_of(header)} ({header['level']}), {header['date']}, forward and backward, "
+            f"each step after a rest: {alone}; in turn with torch's: {alternating}. "
+        )
+        cells = ((row[mode]["x"], row["cell"]) for row in rows for mode in cpu.MODES if mode in row)
+        losing = [f"{cell} {x:.2f}" for x, cell in sorted(cells) if round(x, 2) < 1]
+        yield f"Slower are {'; '.join(losing)}. " if losing else "No cell is slower. "
+
+
 def correctness_words(cards):
     """The table of the newest GPU, else of the CPU."""
     result = find(cards, "correctness", "cuda") or find(cards, "correctness", "cpu")
@@ -315,12 +351,13 @@ def wrapped(text, width=118):
     return "\n".join(x if x.startswith("|") else textwrap.fill(x, width) for x in text.split("\n"))
 
 
-def readme_text(cards, beside):
+def readme_text(cards, beside, steps):
     blocks = {"gpu": gpu_words, "cpu": cpu_words, "correctness": correctness_words}
 
     def block(match):
         words = "".join(blocks[match[2]](cards))
-        words += "".join(beside_words(beside)) if match[2] == "cpu" else ""
+        if match[2] == "cpu":
+            words += "".join([*beside_words(beside), *training_words(steps)])
         return match[1] + wrapped(words.strip()) + "\n" + match[3]
 
     return BLOCK.sub(block, README.read_text())
@@ -347,12 +384,12 @@ def draw(drawn, fingerprint):
 
 
 def main():
-    files, beside = load()
+    files, beside, steps = load()
     cards = newest(files)
     check, stale = "--check" in sys.argv[1:], []
     for path, text in (
-        (RESULTS, results_text(cards, beside)),
-        (README, readme_text(cards, beside)),
+        (RESULTS, results_text(cards, beside, steps)),
+        (README, readme_text(cards, beside, steps)),
     ):
         if not path.exists() or path.read_text() != text:
             stale.append(path.name)

@@ -1,5 +1,6 @@
 """fastattn.bench.jax: what it makes of one small case, and its command."""
 
+import dataclasses
 import json
 
 import fastattn.bench.jax as bench
@@ -21,13 +22,26 @@ def test_a_case_is_checked_and_timed_beside_jax_nn(monkeypatch, tmp_path, capsys
     assert TINY.label in said and "jax.nn's time over fastattn's: geometric mean" in said
 
 
-def test_a_wrong_gradient_is_seen(monkeypatch):
-    calls = bench.programs(jax, TINY, [jax.numpy.asarray(x) for x in bench.make_arrays(TINY)])
-    out, dq, dk, dv = calls["fastattn"]()
+def test_a_wrong_gradient_is_seen():
     arrays = bench.make_arrays(TINY)
-    assert bench.error(TINY, arrays, (out, dq, dk, dv)) < 1e-5
+    calls = bench.programs(jax, TINY, [jax.numpy.asarray(x) for x in arrays], 1)
+    wanted = bench.exact(TINY, arrays, 1, gradients=True)
+    out, dq, dk, dv = calls["fastattn"]()
+    assert bench.error((out, dq, dk, dv), wanted) < 1e-5
     for wrong in ((out * 1.01, dq, dk, dv), (out, dk, dq, dv), (out, dq, dk, dv + 0.1)):
-        assert bench.error(TINY, arrays, wrong) > 1e-3
+        assert bench.error(wrong, wanted) > 1e-3
+
+
+def test_a_program_of_several_calls():
+    """As on a GPU: each call takes the last one's output."""
+    case = dataclasses.replace(TINY, device="cuda")
+    q, k, v, dout = (jax.numpy.asarray(x) for x in bench.make_arrays(case))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "torch_program", lambda *_: None)
+        call = bench.programs(jax, case, (q, k, v, dout), 3)["fastattn"]
+    wanted = bench.exact(case, (q, k, v, dout), 3, gradients=False)
+    assert bench.error(call(), wanted) < 1e-5
+    assert bench.error(call(), bench.exact(case, (q, k, v, dout), 2, gradients=False)) > 1e-3
 
 
 def test_a_burst_waits_once_or_for_each_call(monkeypatch):

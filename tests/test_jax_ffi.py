@@ -1,5 +1,6 @@
 """XLA's FFI: our declaration against the header that jaxlib ships, and programs for a GPU."""
 
+import functools
 import re
 import shutil
 import subprocess
@@ -157,6 +158,19 @@ def test_a_program_for_a_gpu_has_room_for_the_workspace(monkeypatch):
     shapes = tuple((name, x.shape, 2, 32) for name, x in zip("qkv", (q, k, v), strict=True))
     options = {"causal": 1, "has_scale": 1, "scale": 0.5}
     assert asked == [("forward", shapes, options, (("out", (*q.shape[:3], 6), 2, 32),))]
+
+
+def test_a_program_for_a_gpu_is_the_call_alone(monkeypatch):
+    """No copy, transposition or fill beside it, in either layout and under jax.nn's names."""
+    monkeypatch.setattr(fastattn._C, "jax_workspace", lambda *_: 0)
+    q = qkv()["q"]
+    for function in (
+        functools.partial(fastattn.attention, causal=True, return_lse=True),
+        functools.partial(fastattn.attention, layout="bshd", window=(2, None)),
+        functools.partial(fastattn.jax.dot_product_attention, is_causal=True),
+    ):
+        operations = re.findall(r"%\S+ = (\S+?)[ (]", lowered(function, q, q, q))
+        assert operations == ["stablehlo.custom_call"]
 
 
 @pytest.mark.skipif("sm90" in fastattn.info()["backends"], reason="kernels are built in")

@@ -153,8 +153,8 @@ def test_what_the_backward_operator_is_not_told_of_is_refused():
 def test_a_gradient_that_no_backend_serves_is_refused_before_it_is_lost(monkeypatch):
     _, q, k, v = rows()
 
-    def refuse(name, values):
-        raise NotImplementedError(f"no backward pass of {name}")
+    def refuse(_, call):
+        raise NotImplementedError(f"no backward pass of {call[0]}")
 
     monkeypatch.setattr(_provider._C, "forward", refuse)
     with pytest.raises(NotImplementedError, match="no backward pass of attention"):

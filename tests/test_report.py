@@ -76,6 +76,25 @@ def beside(report, cells, **header):
     (report.HERE / "results" / "beside.json").write_text(text)
 
 
+def steps(report):
+    """A result of fastattn.bench.training."""
+    rows = [
+        {
+            "cell": "fp32 s512 d64 full",
+            "alone": {"ms": 8.0, "x": 1.5},
+            "alternating": {"ms": 8.0, "x": 0.96},
+            "backward": {"ms": 5.0, "gflops": 90},
+        },
+        {"cell": "fp16 s512 d64 full", "alone": {"ms": 4.0, "x": 6.0, "x_fp32": 0.875}},
+        {"cell": "fp32 s4096 d64 threads", "threads": {"n": 2, "ms": 3.0, "x": 0.91}},
+        {"cell": "fp32 s16384 d64 memory", "memory": {"mib": 128, "torch_mib": 160}},
+    ]
+    rows = [{"suite": "training", "matrix_rate": 100, "load": 0.26} | row for row in rows]
+    header = {"date": "2030-01-01", "level": "avx2", "machine": "a machine", "torch": "2.x"}
+    text = json.dumps({"header": header | {"command": "measure"}, "rows": rows})
+    (report.HERE / "results" / "steps.json").write_text(text)
+
+
 def verdict(implementation, words):
     row = {"suite": "correctness", "input": "an input", "implementation": implementation}
     return row | {"verdict": words, "right": words == "right"}
@@ -90,6 +109,7 @@ def filled(report):
     write(report, "cpu", "cpu", grid("cpu", "cpu", 1.0, torch=2.0))
     write(report, "cpu-other", "cpu", grid("cpu", "cpu", 1.0, torch=3.0), level="avx512")
     beside(report, {"fp32 b1 h8 s512 d64 full": (1.5, 0.9), "fp64 b1 sk1 d64 short": (4.0, 5.0)})
+    steps(report)
     write(report, "wrong", "cpu", [verdict("default", "NaN in 9 %"), verdict("fastattn", "right")])
     return report
 
@@ -106,6 +126,10 @@ def test_one_command_writes_everything(filled, capsys, monkeypatch):
     assert f"## {GPU}" in results and f"## {CPU} (avx2)" in results
     assert f"## {CPU} (avx512)" in results and "old.json" not in results
     assert "| fp32 b1 h8 s512 d64 full | 2 | 0.50 | 1.50 | **0.90** | 0.3 |" in results
+    assert "| fp32 s512 d64 full | 8.00 | 1.50 | **0.96** | - | - | 0.90 | 0.3 |" in results
+    assert "| fp16 s512 d64 full | 4.00 | 6.00 | - | 0.88 | - | - | 0.3 |" in results
+    assert "| fp32 s4096 d64 threads | 3.00 | - | - | - | 0.91 | - | 0.3 |" in results
+    assert "\nfp32 s16384 d64 memory: a step adds 128 MiB at its peak, torch's 160.\n" in results
     assert "(1.20 x fa3)" in results and "**cudnn 0.80**" in results
 
     monkeypatch.setattr("sys.argv", ["report.py", "--check"])
@@ -178,4 +202,13 @@ def test_means_are_of_the_grid_and_the_short_cells_named_apart(report, ratios, h
     where = f"{', '.join([*header.values(), 'a machine'])} (avx2), 2030-01-01"
     assert "".join(report.beside_words(report.load()[1])) == (
         f"\n{where}, the same cells, each call after a rest: {words}"
+    )
+
+
+def test_of_training_the_means_and_the_losers_are_said(report):
+    steps(report)
+    assert "".join(report.training_words(report.load()[2])) == (
+        "\na machine (avx2), 2030-01-01, forward and backward, each step after a rest: "
+        "fp32 **1.50**, fp16 **6.00**; in turn with torch's: fp32 **0.96**. "
+        "Slower are fp32 s512 d64 full 0.96. "
     )

@@ -116,7 +116,8 @@ def test_outputs_are_torchs_own_memory():
 
 
 @pytest.mark.parametrize(
-    "concern", ["torch", "autocast", "memory_order", "tracing", "torch_arguments"]
+    "concern",
+    ["torch", "autocast", "memory_order", "tracing", "torch_arguments", "autograd_calls"],
 )
 def test_without_torchs_c_functions(concern):
     """A torch whose C functions are not found is asked through Python, and refused the same."""

@@ -87,6 +87,7 @@ int arguments_learn(signature *s, PyObject *text, PyObject *names, PyObject *val
         PyErr_Format(PyExc_TypeError, "_C has no function %s%R", name, names);
         return -1;
     }
+    if (!(s->function = PyUnicode_InternFromString(name))) return -1;
     s->count = count, s->required = required, s->positional = positional;
     s->text = Py_NewRef(text), s->names = Py_NewRef(names), s->values = Py_NewRef(values);
     s->method = (PyMethodDef){name, entry, METH_FASTCALL | METH_KEYWORDS, name + strlen(name) + 1};

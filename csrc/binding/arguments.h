@@ -27,7 +27,8 @@ typedef struct arguments {
 /* A public function as Python's `def` has it. */
 typedef struct signature {
     PyMethodDef method;
-    PyObject *text, *names, *values; /* owned; text holds name and doc of `method` */
+    PyObject *function;              /* its name; owned, as the next three */
+    PyObject *text, *names, *values; /* text holds name and doc of `method` */
     PyObject *name[MAX_PARAMETERS];  /* borrowed from names, interned */
     size_t field[MAX_PARAMETERS];    /* its offset in `arguments` */
     arguments defaults;              /* borrowed from values; NULL where one is required, too */

@@ -87,6 +87,7 @@ fa_status backward_prepare(backward_call *c, const arguments *a, int which) {
     TRY(prepare_array(f, a->out, "out", 1, &r->out));
     TRY(prepare_array(f, a->lse, "lse", 1, &r->lse));
     if (a->dlse != Py_None) TRY(prepare_array(f, a->dlse, "dlse", 1, &r->dlse));
+    TRY(prepare_followed(f));
     TRY(get_gradients(c, a));
     r->deterministic = f->deterministic;
     return fa_check_backward(&f->request, r, &f->plan, &c->backward, c->gradients, &f->error);
@@ -119,7 +120,8 @@ PyObject *backward_compute(module_state *state, const arguments *a, int which) {
     if (!result)
         for (int i = 0; i < FA_GRADIENTS; i++) tensor_drop(&c.made[i]);
     call_release(&c.forward);
-    if (call_is_elsewhere(status)) return call_hand_on(state, a, which, status);
+    if (call_is_elsewhere(status) && !PyErr_Occurred())
+        return call_hand_on(state, a, which, status);
     return call_finish(state, result, status, 0, &c.forward.error);
 }
 

@@ -71,8 +71,7 @@ void call_end_work(call_work *w) {
     if (w->memory) tensor_drop(&w->workspace);
 }
 
-/* Outputs from the caller's allocator, then the backend. */
-static fa_status run(call *c, output *out, output *lse) {
+fa_status call_run(call *c, output *out, output *lse) {
     fa_plan *plan = &c->plan;
     fa_error *error = &c->error;
     fa_expect_outputs(plan, c->has_out ? &c->out.array : NULL, c->return_lse);
@@ -121,7 +120,7 @@ void call_start(call *c, module_state *state) {
     c->state = state;
     c->now = (torch_now){0};
     c->count = c->has_out = c->return_lse = c->deterministic = c->draws = c->drawn = 0;
-    c->is_backward = c->is_differentiated = 0;
+    c->is_backward = c->is_followed = c->is_differentiated = 0;
     c->backend = NULL;
     c->error.text[0] = 0;
     fa_clear(&c->request, sizeof c->request);
@@ -134,7 +133,7 @@ PyObject *call_hand_on(module_state *state, const arguments *a, int which, fa_st
                          all ? Py_BuildValue("(sN)", s->method.ml_name, all) : NULL);
 }
 
-static PyObject *compute(module_state *state, const arguments *a, int which, int differentiated) {
+static PyObject *compute(module_state *state, const arguments *a, int which) {
     call c;
     output out, lse;
     PyObject *result = NULL;
@@ -142,22 +141,18 @@ static PyObject *compute(module_state *state, const arguments *a, int which, int
     fa_clear(&out, sizeof out);
     fa_clear(&lse, sizeof lse);
     fa_status status = prepare_forward(&c, a, which);
-    c.is_differentiated = differentiated;
-    c.return_lse |= differentiated;
-    if (status == FA_OK) status = run(&c, &out, &lse);
+    if (status == FA_OK) status = call_run(&c, &out, &lse);
     if (status == FA_OK) {
         result = call_hand_over(c.state, &c.arrays[0], &out, &lse, c.has_out ? c.out.object : NULL,
                                 c.return_lse);
-        if (result && differentiated)
-            result = Py_BuildValue("(NO)", result, c.drawn ? c.seed.object : Py_None);
     } else {
         tensor_drop(&out);
         tensor_drop(&lse);
     }
+    if (status == FA_TO_TORCH && (result = autograd_apply(&c, a, which))) status = FA_OK;
     call_release(&c);
-    if (call_is_elsewhere(status) && !differentiated) return call_hand_on(state, a, which, status);
-    if (call_is_elsewhere(status))
-        status = fa_fail(&c.error, FA_TYPE, "tensors with and without values in one call");
+    if (call_is_elsewhere(status) && !PyErr_Occurred())
+        return call_hand_on(state, a, which, status);
     return call_finish(state, result, status, c.request.sdpa, &c.error);
 }
 
@@ -166,24 +161,7 @@ static PyObject *call_public(PyObject *module, int which, PyObject *const *given
     module_state *state = PyModule_GetState(module);
     arguments a;
     if (arguments_parse(&state->signatures[which], given, count, keywords, &a) < 0) return NULL;
-    return which >= BACKWARD ? backward_compute(state, &a, which) : compute(state, &a, which, 0);
-}
-
-int call_unpack(module_state *state, PyObject *const *given, Py_ssize_t count, arguments *a) {
-    char name[64] = "";
-    if (count == 2) state_text(Py_NewRef(given[0]), sizeof name, name);
-    const int which = arguments_function(name);
-    if (which < BACKWARD && arguments_unpack(&state->signatures[which], given[1], a) == 0)
-        return which;
-    if (!PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "_C has no forward %s", name);
-    return FUNCTIONS;
-}
-
-PyObject *call_forward(PyObject *module, PyObject *const *given, Py_ssize_t count) {
-    module_state *state = PyModule_GetState(module);
-    arguments a;
-    const int which = call_unpack(state, given, count, &a);
-    return which == FUNCTIONS ? NULL : compute(state, &a, which, 1);
+    return which >= BACKWARD ? backward_compute(state, &a, which) : compute(state, &a, which);
 }
 
 /* A builtin is called without its number. */

@@ -14,6 +14,8 @@ typedef struct call {
     borrowed out; /* out=, if given */
     int has_out, return_lse, deterministic;
     int is_backward;       /* the arrays are the forward's, as it had them */
+    int is_followed;       /* an array has a gradient that torch is to take */
+    PyObject *record;      /* what autograd.c then knows it by */
     int is_differentiated; /* so a backward pass is to serve it, too; there is a lse */
     int draws, drawn;      /* dropout's seed is to come, has come, from torch's generator */
     output seed;
@@ -48,14 +50,20 @@ static inline int call_is_elsewhere(fa_status status) {
 PyObject *call_hand_on(module_state *state, const arguments *a, int which, fa_status status);
 
 /* prepare.c: arguments into the request and, by check_attention.c, the plan. FA_TO_TORCH where a
- * gradient of an argument is asked for. */
+ * gradient of an argument is asked for, and nothing speaks against the call. */
 fa_status prepare_forward(call *c, const arguments *a, int which);
 
-/* One array more; is_followed: it may have a gradient, which fastattn.torch takes. */
+/* FA_TO_TORCH if torch is to take the gradient of one of the arrays. */
+fa_status prepare_followed(call *c);
+
+/* One array more; is_followed: it may have a gradient, which torch takes. */
 fa_status prepare_array(call *c, PyObject *object, const char *name, int is_followed,
                         const fa_array **out);
 /* One that the call writes. */
 fa_status prepare_written(call *c, PyObject *object, const char *name, const fa_array **out);
+
+/* Outputs and workspace from the caller's allocator, then the backend without the GIL. */
+fa_status call_run(call *c, output *out, output *lse);
 
 /* backward.c */
 typedef struct backward_call {
@@ -96,21 +104,26 @@ PyObject *call_hand_over(module_state *state, const borrowed *like, output *out,
  * doc starts with the text signature; defaults are those of the last parameters. */
 PyObject *call_function(PyObject *module, PyObject *args);
 
-/* (name, arguments) of a public function of the forward pass, every argument in the order of its
- * signature. Its number, or FUNCTIONS with an exception. */
-int call_unpack(module_state *state, PyObject *const *given, Py_ssize_t count, arguments *a);
+/* autograd.c: the call, prepared, by way of torch's autograd function. NULL without an exception
+ * where it is for fastattn.torch from the start. */
+PyObject *autograd_apply(call *c, const arguments *a, int which);
 
-/* forward(name, arguments) -> ((out, lse), seed): a public function given every argument in the
- * order of its signature, for a gradient: where no backward pass serves it nothing is computed.
- * seed: the one that was drawn, or None. */
-PyObject *call_forward(PyObject *module, PyObject *const *given, Py_ssize_t count);
+/* forward(context, record, *tensors) -> out, or (out, lse) if that was asked for: of the autograd
+ * function, whose context gets what gradients() takes; where no backward pass serves it nothing is
+ * computed. With None for a context (out, lse, seed); seed: the one that was drawn, or None. */
+PyObject *autograd_forward(PyObject *module, PyObject *const *given, Py_ssize_t count);
+
+/* gradients(record, (out, lse, seed, *tensors), needs, dout, dlse, deterministic) -> (None, and a
+ * gradient or None for each tensor), as needs says in the same order. */
+PyObject *autograd_gradients(PyObject *module, PyObject *const *given, Py_ssize_t count);
 
 /* explain.c: explain(name, *args, **keywords) -> (backend or None, kernel or None, {backend:
  * reason}). Runs nothing. */
 PyObject *call_explain(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
                        PyObject *keywords);
 
-/* explain_forward(name, arguments): the same of what forward() would run. */
+/* explain_forward(name, arguments): the same of a function of the forward pass that is given every
+ * argument in the order of its signature, for a gradient. */
 PyObject *call_explain_forward(PyObject *module, PyObject *const *given, Py_ssize_t count);
 
 /* merge.c: merge_states(outs, lses, layout), two tuples of the same length. */

@@ -39,7 +39,7 @@ static PyObject *explain(module_state *state, const arguments *a, int which, int
         which >= BACKWARD
             ? backward_explain(state, a, which, &e.backend, &e.kernel, e.reasons, &e.error)
             : explain_forward(state, a, which, differentiated, &e);
-    if (call_is_elsewhere(status)) {
+    if (call_is_elsewhere(status) && !PyErr_Occurred()) {
         const signature *s = &state->signatures[which];
         PyObject *all = arguments_pack(s, a);
         return state_hand_on(state, status, "explain",
@@ -75,7 +75,13 @@ PyObject *call_explain(PyObject *module, PyObject *const *given, Py_ssize_t coun
 
 PyObject *call_explain_forward(PyObject *module, PyObject *const *given, Py_ssize_t count) {
     module_state *state = PyModule_GetState(module);
+    char name[64] = "";
+    if (count == 2) state_text(Py_NewRef(given[0]), sizeof name, name);
+    const int which = arguments_function(name);
     arguments a;
-    const int which = call_unpack(state, given, count, &a);
-    return which == FUNCTIONS ? NULL : explain(state, &a, which, 1);
+    if (which < BACKWARD && state->signatures[which].text &&
+        arguments_unpack(&state->signatures[which], given[1], &a) == 0)
+        return explain(state, &a, which, 1);
+    if (PyErr_Occurred()) return NULL;
+    return PyErr_Format(PyExc_TypeError, "_C has no forward %s", name);
 }

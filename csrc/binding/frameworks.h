@@ -29,6 +29,9 @@ static inline int torch_owns(const module_state *state, PyObject *object) {
     return type == state->tensor || type == state->parameter;
 }
 
+/* Whether torch.func transforms what runs; -1 with an exception. */
+int torch_is_transformed(const module_state *state);
+
 /* Describes a plain torch.Tensor or Parameter, or refuses it. */
 fa_status torch_borrow(module_state *state, torch_now *now, PyObject *object, borrowed *b,
                        fa_error *error);

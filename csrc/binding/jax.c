@@ -109,7 +109,7 @@ PyObject *jax_plan(PyObject *module, PyObject *const *given, Py_ssize_t count) {
         Py_XDECREF(results);
     }
     call_release(f);
-    if (call_is_elsewhere(status))
+    if (call_is_elsewhere(status) || f->is_followed) /* by torch */
         status = fa_fail(&f->error, FA_TYPE, "arrays of JAX and of another framework in one call");
     return call_finish(state, result, status, 0, &f->error);
 }

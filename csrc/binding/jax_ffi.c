@@ -5,6 +5,7 @@
  */
 #include "jax_ffi.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 
 /* ---- what XLA gives ---- */
@@ -45,24 +46,25 @@ static fa_status read_array(const xla_buffer *b, char **names, const jax_call *c
     return jax_lay_out(c, to, has_axis, error);
 }
 
-enum { NAMES = 4096 };
+/* Attributes that are texts; the caller frees them. */
+typedef struct {
+    char *operands, *results, *backend;
+} jax_texts;
 
-static fa_status copy_text(const xla_span *from, char *to, size_t size, fa_error *error) {
-    if (from->size >= size) return fa_fail(error, FA_VALUE, "an attribute is too long");
-    memcpy(to, from->data, from->size);
-    to[from->size] = 0;
+static fa_status copy_text(const xla_span *from, char **to, fa_error *error) {
+    free(*to);
+    *to = calloc(from->size + 1, 1);
+    if (!*to) return fa_fail(error, FA_MEMORY, "no memory for an attribute");
+    memcpy(*to, from->data, from->size);
     return FA_OK;
 }
 
-static fa_status read_attributes(const xla_attributes *given, jax_call *c, char *operands,
-                                 char *results, fa_error *error) {
+static fa_status read_attributes(const xla_attributes *given, jax_call *c, jax_texts *to,
+                                 fa_error *error) {
     const struct {
         const char *name;
-        char *to;
-        size_t size;
-    } texts[] = {{"operands", operands, NAMES},
-                 {"results", results, NAMES},
-                 {"backend", c->backend, sizeof c->backend}};
+        char **to;
+    } texts[] = {{"operands", &to->operands}, {"results", &to->results}, {"backend", &to->backend}};
     for (int64_t i = 0; i < given->count; i++) {
         const xla_span *name = given->names[i];
         const xla_scalar *scalar = given->values[i];
@@ -71,7 +73,7 @@ static fa_status read_attributes(const xla_attributes *given, jax_call *c, char 
         for (size_t t = 0; t < sizeof texts / sizeof *texts && given->types[i] == XLA_STRING; t++)
             if (strlen(texts[t].name) == name->size &&
                 !memcmp(texts[t].name, name->data, name->size)) {
-                TRY(copy_text(given->values[i], texts[t].to, texts[t].size, error));
+                TRY(copy_text(given->values[i], texts[t].to, error));
                 read = 1;
             }
         if (known && given->types[i] == XLA_SCALAR &&
@@ -91,25 +93,30 @@ static fa_status read_attributes(const xla_attributes *given, jax_call *c, char 
 
 static fa_status run_frame(const xla_frame *frame, jax_target target, fa_where where,
                            fa_error *error) {
-    char operands[NAMES] = "", results[NAMES] = "", *next = operands;
+    jax_texts texts = {NULL, NULL, NULL};
     jax_call c = {.target = target,
                   .operand_count = (int32_t)frame->arguments.count,
                   .result_count = (int32_t)frame->results.count};
     jax_array *arrays = calloc((size_t)(c.operand_count + c.result_count), sizeof *arrays);
     if (!arrays) return fa_fail(error, FA_MEMORY, "no memory for the operands");
     c.operands = arrays, c.results = arrays + c.operand_count;
-    fa_status status = read_attributes(&frame->attributes, &c, operands, results, error);
+    fa_status status = read_attributes(&frame->attributes, &c, &texts, error);
+    if (texts.backend) snprintf(c.backend, sizeof c.backend, "%s", texts.backend);
+    char *next = texts.operands;
     for (int32_t i = 0; i < c.operand_count && status == FA_OK; i++) {
         const int has_axis = c.runs && (i >= 63 || c.stepped >> i & 1);
         status = read_array(frame->arguments.buffers[i], &next, &c, has_axis, where, &c.operands[i],
                             error);
     }
-    next = results;
+    next = texts.results;
     for (int32_t i = 0; i < c.result_count && status == FA_OK; i++)
         status = read_array(frame->results.buffers[i], &next, &c, c.runs != 0, where, &c.results[i],
                             error);
     if (status == FA_OK) status = jax_run(&c, NULL, error);
     free(arrays);
+    free(texts.operands);
+    free(texts.results);
+    free(texts.backend);
     return status;
 }
 

@@ -9,7 +9,8 @@
 
 static PyMethodDef methods[] = {
     {"function", call_function, METH_VARARGS, NULL},
-    {"forward", (PyCFunction)(void (*)(void))call_forward, METH_FASTCALL, NULL},
+    {"forward", (PyCFunction)(void (*)(void))autograd_forward, METH_FASTCALL, NULL},
+    {"gradients", (PyCFunction)(void (*)(void))autograd_gradients, METH_FASTCALL, NULL},
     {"explain", (PyCFunction)(void (*)(void))call_explain, METH_FASTCALL | METH_KEYWORDS, NULL},
     {"explain_forward", (PyCFunction)(void (*)(void))call_explain_forward, METH_FASTCALL, NULL},
     {"merge_states", (PyCFunction)(void (*)(void))merge_states, METH_FASTCALL, NULL},

@@ -16,7 +16,8 @@ fa_status prepare_array(call *c, PyObject *object, const char *name, int is_foll
     c->count++;
     *out = &b->array;
     if (!b->requires_grad) return FA_OK;
-    if (is_followed) return FA_TO_TORCH;
+    c->is_followed |= is_followed;
+    if (is_followed) return FA_OK;
     return fa_fail(&c->error, FA_UNSUPPORTED,
                    "`%s` requires grad, and its gradient is not served: pass its detach()", name);
 }
@@ -148,7 +149,11 @@ static fa_status get_rest(call *c, const arguments *a) {
                     &c->error));
     TRY(option_backend(a->backend, &c->backend, &c->error));
     TRY(fa_check_attention(&c->request, &c->plan, &c->error));
-    return c->is_backward || a->out == Py_None ? FA_OK : check_out(c, a->out);
+    if (c->is_backward || a->out == Py_None) return FA_OK;
+    if (c->is_followed)
+        return fa_fail(&c->error, FA_VALUE,
+                       "`out` must be None where a gradient is asked for, got an array");
+    return check_out(c, a->out);
 }
 
 static fa_status prepare_attention(call *c, const arguments *a) {
@@ -234,8 +239,19 @@ static fa_status prepare_sdpa(call *c, const arguments *a) {
     return fa_check_attention(r, &c->plan, error);
 }
 
+/* Results are of q's kind: of another framework's they would have no gradient. */
+fa_status prepare_followed(call *c) {
+    char got[128];
+    if (!c->is_followed) return FA_OK;
+    if (is_torch(c)) return FA_TO_TORCH;
+    return fa_fail(&c->error, FA_TYPE,
+                   "`%s` must be a torch tensor where a gradient is asked for, got %s",
+                   c->arrays[0].array.name, state_type_name(c->arrays[0].object, got));
+}
+
 fa_status prepare_forward(call *c, const arguments *a, int which) {
     static fa_status (*const prepare[])(call *, const arguments *) = {
         [ATTENTION] = prepare_attention, [SDPA] = prepare_sdpa, [VARLEN] = prepare_varlen};
-    return prepare[which](c, a);
+    TRY(prepare[which](c, a));
+    return prepare_followed(c);
 }

@@ -41,13 +41,16 @@ PyObject *state_call(module_state *state, const char *function, const char *form
     return result;
 }
 
+PyObject *state_of(module_state *state, fa_status status, const char *name) {
+    const int of_jax = status == FA_TO_JAX;
+    PyObject **module = of_jax ? &state->jax : &state->torch;
+    if (!*module) *module = PyImport_ImportModule(of_jax ? "fastattn.jax" : "fastattn.torch");
+    return *module ? PyObject_GetAttrString(*module, name) : NULL;
+}
+
 PyObject *state_hand_on(module_state *state, fa_status status, const char *function,
                         PyObject *arguments) {
-    const int to_jax = status == FA_TO_JAX;
-    PyObject **module = to_jax ? &state->jax : &state->torch;
-    if (arguments && !*module)
-        *module = PyImport_ImportModule(to_jax ? "fastattn.jax" : "fastattn.torch");
-    PyObject *callable = arguments && *module ? PyObject_GetAttrString(*module, function) : NULL;
+    PyObject *callable = arguments ? state_of(state, status, function) : NULL;
     PyObject *result = callable ? PyObject_CallObject(callable, arguments) : NULL;
     Py_XDECREF(callable);
     Py_XDECREF(arguments);
@@ -68,7 +71,14 @@ int state_learn(module_state *state) {
 int state_init(module_state *state) {
     state->requires_grad = PyUnicode_InternFromString("requires_grad");
     state->current_level = PyUnicode_InternFromString("_current_level");
-    return state->requires_grad && state->current_level ? 0 : -1;
+    state->to_save = PyUnicode_InternFromString("to_save");
+    state->materialize_grads = PyUnicode_InternFromString("materialize_grads");
+    state->call = PyUnicode_InternFromString("call");
+    state->top_left = PyUnicode_InternFromString("top-left");
+    return state->requires_grad && state->current_level && state->to_save &&
+                   state->materialize_grads && state->call && state->top_left
+               ? 0
+               : -1;
 }
 
 int state_traverse(module_state *state, visitproc visit, void *arg) {
@@ -76,10 +86,12 @@ int state_traverse(module_state *state, visitproc visit, void *arg) {
     Py_VISIT(state->parameter);
     Py_VISIT(state->is_grad_enabled);
     Py_VISIT(state->forward_ad);
+    Py_VISIT(state->is_transformed);
     Py_VISIT(state->ndarray);
     Py_VISIT(state->arrays);
     Py_VISIT(state->torch);
     Py_VISIT(state->jax);
+    Py_VISIT(state->follow);
     Py_VISIT(state->value_error);
     Py_VISIT(state->type_error);
     return 0;
@@ -90,15 +102,22 @@ void state_clear(module_state *state) {
     Py_CLEAR(state->parameter);
     Py_CLEAR(state->is_grad_enabled);
     Py_CLEAR(state->forward_ad);
+    Py_CLEAR(state->is_transformed);
     Py_CLEAR(state->ndarray);
     Py_CLEAR(state->arrays);
     Py_CLEAR(state->torch);
     Py_CLEAR(state->jax);
+    Py_CLEAR(state->follow);
     Py_CLEAR(state->value_error);
     Py_CLEAR(state->type_error);
     Py_CLEAR(state->requires_grad);
     Py_CLEAR(state->current_level);
+    Py_CLEAR(state->to_save);
+    Py_CLEAR(state->materialize_grads);
+    Py_CLEAR(state->call);
+    Py_CLEAR(state->top_left);
     for (int i = 0; i < FUNCTIONS; i++) {
+        Py_CLEAR(state->signatures[i].function);
         Py_CLEAR(state->signatures[i].text);
         Py_CLEAR(state->signatures[i].names);
         Py_CLEAR(state->signatures[i].values);

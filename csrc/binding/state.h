@@ -23,14 +23,17 @@ typedef struct module_state {
     const DLExchangeAPI *exchange; /* torch's table; NULL before torch 2.10 */
     PyObject *is_grad_enabled;     /* torch.is_grad_enabled */
     PyObject *forward_ad;          /* the dict of torch.autograd.forward_ad */
+    PyObject *is_transformed;      /* whether torch.func transforms what runs */
     PyCFunction is_neg; /* the C function of torch.Tensor.is_neg: half the time of a method call */
     torch_abi abi;
     PyTypeObject *ndarray; /* numpy.ndarray; NULL until NumPy is there */
     PyObject *arrays;      /* fastattn._arrays: the frameworks without a C table */
     PyObject *torch;       /* fastattn.torch: gradients, transforms and graphs of torch */
+    PyObject *follow;      /* its autograd function, as a function */
     PyObject *jax;         /* fastattn.jax: what JAX traces, and its arrays on a GPU */
     signature signatures[FUNCTIONS];
-    PyObject *requires_grad, *current_level; /* interned names */
+    PyObject *requires_grad, *current_level, *to_save, *materialize_grads, *call,
+        *top_left;                      /* interned */
     PyObject *value_error, *type_error; /* the drop-in's, each a RuntimeError too, as torch's */
     int warned;                         /* of the environment, if there was a reason */
 } module_state;
@@ -46,8 +49,10 @@ int state_learn(module_state *state);
 /* Calls a function of fastattn._arrays, which is imported by the first call that needs it. */
 PyObject *state_call(module_state *state, const char *function, const char *format, ...);
 
-/* Calls a function of the module that has a call of this status, FA_TO_..., with a tuple, which it
- * takes over. */
+/* What the module that has a call of this status, FA_TO_..., calls so. */
+PyObject *state_of(module_state *state, fa_status status, const char *name);
+
+/* Calls a function of it with a tuple, which it takes over. */
 PyObject *state_hand_on(module_state *state, fa_status status, const char *function,
                         PyObject *arguments);
 

@@ -15,9 +15,9 @@ static PyObject *call_is_neg(PyObject *tensor, PyObject *unused) {
 }
 
 int torch_learn(module_state *state, PyObject *parts) {
-    PyObject *tensor, *parameter, *is_neg, *enabled, *forward_ad, *table, *impl;
-    if (!PyArg_ParseTuple(parts, "OOOOOOO", &tensor, &parameter, &is_neg, &enabled, &forward_ad,
-                          &table, &impl))
+    PyObject *tensor, *parameter, *is_neg, *enabled, *forward_ad, *transformed, *table, *impl;
+    if (!PyArg_ParseTuple(parts, "OOOOOOOO", &tensor, &parameter, &is_neg, &enabled, &forward_ad,
+                          &transformed, &table, &impl))
         return 0;
     const int is_c = PyCFunction_Check(is_neg) && PyCFunction_GetFlags(is_neg) == METH_NOARGS;
     state->is_neg = is_c ? PyCFunction_GetFunction(is_neg) : call_is_neg;
@@ -27,6 +27,7 @@ int torch_learn(module_state *state, PyObject *parts) {
     if (PyErr_Occurred()) return 0;
     state->is_grad_enabled = Py_NewRef(enabled);
     state->forward_ad = Py_NewRef(forward_ad);
+    state->is_transformed = Py_NewRef(transformed);
     state->parameter = (PyTypeObject *)Py_NewRef(parameter);
     __atomic_store_n(&state->tensor, (PyTypeObject *)Py_NewRef(tensor), __ATOMIC_RELEASE);
     return 1;
@@ -43,6 +44,12 @@ fa_status torch_refuse(module_state *state, PyObject *object, const char *name, 
     }
     Py_DECREF(refusal);
     return status;
+}
+
+int torch_is_transformed(const module_state *state) {
+    PyObject *answer = PyObject_CallObject(state->is_transformed, NULL);
+    Py_XDECREF(answer); /* a bool, kept by the interpreter */
+    return answer ? answer == Py_True : -1;
 }
 
 static fa_status ask_torch(module_state *state, torch_now *now) {

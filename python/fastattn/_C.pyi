@@ -7,7 +7,18 @@ class SDPATypeError(TypeError, RuntimeError): ...
 def function(
     text: bytes, names: tuple[str, ...], defaults: tuple[Any, ...], positional: int
 ) -> Callable[..., Any]: ...
-def forward(name: str, arguments: tuple[Any, ...], /) -> tuple[tuple[Any, Any], Any]: ...
+def forward(
+    context: Any, call: tuple[str, tuple[Any, ...], str], /, *tensors: Any
+) -> Any: ...  # out, or (out, lse); without a context (out, lse, seed)
+def gradients(
+    call: tuple[str, tuple[Any, ...], str],
+    saved: tuple[Any, ...],
+    needs: tuple[bool, ...],
+    dout: Any,
+    dlse: Any,
+    deterministic: bool,
+    /,
+) -> tuple[Any, ...]: ...
 def merge_states(outs: tuple[Any, ...], lses: tuple[Any, ...], layout: str) -> tuple[Any, Any]: ...
 def explain(
     name: str, /, *args: Any, **keywords: Any

@@ -3,7 +3,7 @@
 Importing it imports no framework; arrays go in and come out as whatever the caller uses.
 """
 
-from . import _compile
+from . import _C, _compile
 from ._attention import (
     Explanation,
     attention,
@@ -40,5 +40,6 @@ _compile.watch(
     (
         *(attention, attention_varlen, scaled_dot_product_attention),
         *(attention_backward, attention_varlen_backward, merge_states),
+        _C.gradients,  # of compiled autograd
     )
 )

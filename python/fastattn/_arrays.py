@@ -30,6 +30,7 @@ def loaded() -> tuple[tuple[Any, ...] | None, Any]:
             sample.is_neg,
             torch.is_grad_enabled,
             vars(torch.autograd.forward_ad),
+            torch._C._are_functorch_transforms_active,
             getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
             sample._cdata,
         )
@@ -257,6 +258,7 @@ def refusal(tensor: Any) -> Literal[True] | str | None:
         _is_recorded(torch)
         or functorch.is_functionaltensor(tensor)
         or functorch.is_batchedtensor(tensor)
+        or functorch.is_legacy_batchedtensor(tensor)
         or functorch.is_gradtrackingtensor(tensor)
         or is_fake(tensor)
     ):

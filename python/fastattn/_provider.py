@@ -56,7 +56,7 @@ def _compute(followed: bool, function: Callable[..., Any], *args: Any, **keyword
         return function(*args, **keywords)
     bound = inspect.signature(function).bind(*args, **keywords)
     bound.apply_defaults()
-    return _C.forward(function.__name__, tuple(bound.arguments.values()))[0]
+    return _C.forward(None, (function.__name__, tuple(bound.arguments.values()), ""))[:2]
 
 
 def _flash_attention_forward(

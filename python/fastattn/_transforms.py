@@ -59,7 +59,10 @@ def is_recorded(values: Sequence[Any]) -> bool:
     if any(functorch.is_batchedtensor(x) or functorch.is_gradtrackingtensor(x) for x in tensors):
         return False
     return _arrays._is_recorded(torch) or any(
-        functorch.is_functionaltensor(x) or _arrays.is_fake(x) for x in tensors
+        functorch.is_functionaltensor(x)
+        or functorch.is_legacy_batchedtensor(x)
+        or _arrays.is_fake(x)
+        for x in tensors
     )
 
 

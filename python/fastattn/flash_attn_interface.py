@@ -9,11 +9,12 @@ FlashAttention 3: any device, dtype and head size that attention serves, and sin
 
 from typing import Any
 
-from . import _flash
-from ._attention import merge_states
 from ._needs import need
 
 need(__name__, "torch", "2.10")
+
+from . import _flash
+from ._attention import merge_states
 
 
 def flash_attn_func(

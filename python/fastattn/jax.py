@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _C, _attention
 from ._attention import attention, attention_varlen, merge_states
+from ._renaming import renaming
 
 __all__ = ["attention", "attention_varlen", "dot_product_attention", "merge_states"]
 
@@ -112,7 +113,12 @@ def _compiled(*arrays: Any, call: _Call) -> Any:
     return _call_p.bind(*arrays, call=call)
 
 
-_call_p.def_impl(_compiled)
+def _run(*arrays: Any, call: _Call) -> Any:
+    with jax.disable_jit(False):  # where it is disabled, an operation is still compiled
+        return _compiled(*arrays, call=call)
+
+
+_call_p.def_impl(_run)
 
 
 def _lower(ctx: Any, *operands: Any, call: _Call, on_cuda: bool) -> Any:
@@ -247,6 +253,10 @@ ad.primitive_transposes[_tangent_p] = _transpose
 def _batch(arrays: Sequence[Any], dims: Sequence[Any], *, call: _Call) -> Any:
     """Into the batch where one call can take them all; else as runs, which copy nothing either."""
     (n,) = {x.shape[d] for x, d in zip(arrays, dims, strict=True) if d is not None}
+    if n == 0:
+        lead = (0, call.runs) if call.runs else (0,)
+        nothing = [jnp.zeros(lead + shape, dtype) for _, shape, dtype in call.results]
+        return nothing, [0] * len(nothing)
     moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(arrays, dims, strict=True)]
     mapped = [d is not None for d in dims]
     folded = None if call.runs else _fold(call, n, moved, mapped)
@@ -367,6 +377,10 @@ def _describe(name: str, value: Any) -> Any:
     if name not in _ARRAYS or not _is_array(value):
         return value
     array = jnp.asarray(value)
+    if not all(isinstance(n, int) for n in array.shape):
+        raise NotImplementedError(
+            f"`{name}` must have a known shape, got {array.shape}: symbolic ones are not served"
+        )
     return _describe_seed(array) if name == "seed" else Described(array)
 
 
@@ -510,6 +524,16 @@ def _with_heads(x: Any) -> Any:
     return x.reshape((1,) * (3 - x.ndim) + x.shape)
 
 
+_attention_of_nn = renaming(
+    attention,
+    {
+        **{"q": "query", "k": "key", "v": "value", "causal": "is_causal"},
+        **{"q_lengths": "query_seq_lengths", "k_lengths": "key_value_seq_lengths"},
+        **{"window": "local_window_size", "mask": "bias"},
+    },
+)
+
+
 def dot_product_attention(
     query: Any,
     key: Any,
@@ -561,6 +585,10 @@ def dot_product_attention(
     if isinstance(local_window_size, int):
         local_window_size = (local_window_size, local_window_size)
     where = None if mask is None else jnp.asarray(mask)
+    if where is not None and where.dtype != bool:
+        raise TypeError(
+            f"`mask` must be bool, got {where.dtype}: what is added to the scores is `bias`"
+        )
     if bias is not None:
         added = jnp.asarray(bias)
         wide = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
@@ -570,7 +598,7 @@ def dot_product_attention(
     q_lengths, k_lengths = (
         None if x is None else jnp.asarray(x) for x in (query_seq_lengths, key_value_seq_lengths)
     )
-    results = attention(
+    results = _attention_of_nn(
         *(q, k, v),
         causal=is_causal,
         window=local_window_size,

@@ -5,8 +5,7 @@ csrc/binding/ hands such calls to call(): the functions of this module's name ar
 
 import contextlib
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ._needs import need
@@ -87,54 +86,33 @@ _FUNCTIONS = {
 }
 
 
-@dataclass(slots=True)
-class _Call:
-    """A call without its arrays."""
+def _places(numbers: Iterable[int]) -> str:
+    return "".join(map(chr, numbers))
 
-    name: str  # whose backward pass it has
-    forward: str  # what computes it: that, or the drop-in
-    values: tuple[Any, ...]  # arguments of `forward` in order, None for arrays
-    at: tuple[int, ...]  # where they stand
-    options: dict[str, Any] | None  # of the backward pass; None: they are among `values`
-    side: tuple[str, ...]  # the names of the arrays after the five that have gradients
 
-    def all_options(self) -> dict[str, Any]:
-        if self.options is not None:
-            return self.options
-        return {name: self.values[at] for name, at in _FUNCTIONS[self.name].options}
+class _Call(NamedTuple):
+    """A call without its tensors, as csrc/binding/autograd.c has it."""
 
-    def compute(self, arrays: Sequence[Any]) -> tuple[Any, Any, Any]:
-        values = list(self.values)
-        for at, array in zip(self.at, arrays, strict=False):
-            if array is not None:
-                values[at] = array
-        (out, lse), seed = _C.forward(self.forward, tuple(values))
-        return out, lse, seed
-
-    def keywords(self, side: Sequence[Any]) -> dict[str, Any]:
-        """Of the backward pass, but for mask and sink."""
-        given = {n: x for n, x in zip(self.side, side, strict=False) if x is not None}
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        more = {"deterministic": True} if deterministic else {}
-        return self.all_options() | given | more
+    name: str
+    values: tuple[Any, ...]  # its arguments in order, None for tensors
+    places: str  # where those stand, a character each
 
     def problem(self, side: Sequence[Any]) -> Problem:
-        return Problem(self.keywords(side))
+        """Of attention and attention_varlen; side: the tensors after the five with gradients."""
+        function = _FUNCTIONS[self.name]
+        options = {name: self.values[at] for name, at in function.options}
+        given = zip(function.side, side, strict=True)
+        return Problem(options | {name: x for name, x in given if x is not None})
 
 
 def _gradients(
-    call: _Call, needs: Sequence[bool], dout: Any, dlse: Any, arrays: Sequence[Any], results: Any
+    call: Any, saved: tuple[Any, ...], needs: tuple[bool, ...], dout: Any, dlse: Any
 ) -> tuple[Any, ...]:
-    q, k, v, mask, sink, *side = arrays
-    keywords = call.keywords(side)
-    ends = [keywords.pop(x) for x in _PLACES] if call.name == "attention_varlen" else []
-    need = dict(zip(_NEEDS, needs, strict=True))
-    return _FUNCTIONS[call.name].backward(  # type: ignore[no-any-return]
-        dout, q, k, v, *results, *ends, dlse=dlse, mask=mask, sink=sink, **need, **keywords
-    )
+    """None, and one for each tensor; saved: out, lse, a seed that was drawn, the tensors."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return _C.gradients(call, saved, needs, dout, dlse, deterministic)
 
 
-_PLACES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 _NEEDS = ("need_dq", "need_dk", "need_dv", "need_dmask", "need_dsink")
 
 
@@ -156,47 +134,48 @@ def _together(
     return apart, tuple(None if x is None else 0 for x in apart)
 
 
-def _has_batch(described: _Call, arrays: Sequence[Any]) -> bool:
+def _has_batch(call: _Call, arrays: Sequence[Any]) -> bool:
     """Whether q, k and v are all its arrays, and no random bits count sequences."""
-    alone = described.name == "attention" and all(x is None for x in arrays[3:])
-    return alone and not described.all_options()["dropout_p"]
+    alone = call.name == "attention" and all(x is None for x in arrays[3:])
+    return alone and not call.problem(arrays[5:]).get("dropout_p")
 
 
-class _Attention(torch.autograd.Function):
+class _Transformed(torch.autograd.Function):
     """(out, lse, seed) of a call and its arrays; seed is the one that was drawn, or None."""
 
     @staticmethod
     def forward(call: _Call, *arrays: Any) -> Any:
-        return call.compute(arrays)
+        return _C.forward(None, call, *arrays)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
-        ctx.call = inputs[0]
-        ctx.save_for_backward(*inputs[1:], *output)
+        ctx.call, *arrays = inputs
+        ctx.save_for_backward(*output, *arrays)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         if info.batch_size and _has_batch(arguments[0], arguments[1:]):
-            return _together(_Attention, info, in_dims, arguments, 1)
-        return each(_Attention, info, in_dims, arguments)
+            return _together(_Transformed, info, in_dims, arguments, 1)
+        return each(_Transformed, info, in_dims, arguments)
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any, _: Any) -> Any:
-        *arrays, out, lse, seed = ctx.saved_tensors
-        call = ctx.call
-        if seed is not None:  # drawn
-            call = replace(call, options=call.all_options() | {"seed": seed})
-        if dout is None and dlse is None:
-            return (None,) * (1 + len(arrays))
-        needs = ctx.needs_input_grad[1:6]
-        needs = (*needs, *(False,) * (5 - len(needs)))
-        whole = (*arrays, *(None,) * (5 - len(arrays)))
-        if torch.is_grad_enabled():  # somebody may differentiate this, too
-            found = apply(_Gradients, call, needs, dout, dlse, out.detach(), lse.detach(), *whole)
-        else:
-            found = _gradients(call, needs, dout, dlse, whole, (out, lse))
-        return (None, *found, *(None,) * (len(arrays) - 5))[: 1 + len(arrays)]
+        return _gradients(ctx.call, ctx.saved_tensors, ctx.needs_input_grad, dout, dlse)
+
+
+class _Attention(torch.autograd.Function):
+    """The same outside of torch.func, in C: out, or (out, lse), as the call asks for."""
+
+    forward = staticmethod(_C.forward)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any = None) -> Any:
+        return _gradients(ctx.call, ctx.saved_tensors, ctx.needs_input_grad, dout, dlse)
+
+
+# Called at once; torch's own apply() looks for the function's way of differentiation every time.
+_Attention._backward_cls.apply = _Attention.backward  # type: ignore[attr-defined]
 
 
 class _Gradients(torch.autograd.Function):
@@ -206,7 +185,9 @@ class _Gradients(torch.autograd.Function):
     def forward(
         call: _Call, needs: Any, dout: Any, dlse: Any, out: Any, lse: Any, *arrays: Any
     ) -> Any:
-        return _gradients(call, needs, dout, dlse, arrays, (out, lse))
+        rest = (False,) * (len(arrays) - len(needs))
+        found = _gradients(call, (out, lse, None, *arrays), (False, *needs, *rest), dout, dlse)
+        return found[1:6]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -230,12 +211,24 @@ class _Gradients(torch.autograd.Function):
         return (None, None, ddout, ddlse, None, None, *found, *(None,) * (len(arrays) - 5))
 
 
+# csrc/binding/autograd.c calls it, too.
+follow: Any = super(torch.autograd.Function, _Attention).apply
+
+
 # ------------------------------------------------------------------------------------- the calls
 
 
 def call(name: str, values: tuple[Any, ...]) -> Any:
     """A public function that was given a tensor with a gradient; `values` in its order."""
     return _CALLS[name](name, values)
+
+
+def _check_queries(q: Any, name: str = "q") -> None:
+    if not isinstance(q, torch.Tensor):
+        kind = type(q).__qualname__
+        raise TypeError(
+            f"`{name}` must be a torch tensor where a gradient is asked for, got {kind}"
+        )
 
 
 def _refuse(out: Any, slopes: Any) -> None:
@@ -247,15 +240,19 @@ def _refuse(out: Any, slopes: Any) -> None:
         )
 
 
-def _run(described: _Call, arrays: Sequence[Any]) -> tuple[Any, Any]:
-    """out and lse, with a gradient of any order; with a tangent by the formula."""
-    if torch.autograd.forward_ad._current_level >= 0 and (
-        any(map(has_tangent, arrays)) or is_pushed_forward()
-    ):
-        whole = (*arrays, *(None,) * (5 - len(arrays)))
-        return in_blocks(described.problem(whole[5:]), *whole[:5])
-    out, lse, _ = apply(_Attention, described, *arrays)
-    return out, lse
+def _as_tensor(x: Any) -> Any:
+    """An array of another framework as a tensor; anything else as it is."""
+    if isinstance(x, torch.Tensor) or not hasattr(x, "__dlpack__"):
+        return x
+    if str(getattr(x, "dtype", None)) == "bool":
+        return torch.tensor(x)  # of which old NumPy's DLPack knows nothing
+    return torch.from_dlpack(x)  # type: ignore[attr-defined]
+
+
+def _has_tangents(tensors: Sequence[Any]) -> bool:
+    if torch.autograd.forward_ad._current_level < 0:
+        return False
+    return any(map(has_tangent, tensors)) or is_pushed_forward()
 
 
 def _draw(values: dict[str, Any]) -> None:
@@ -265,9 +262,20 @@ def _draw(values: dict[str, Any]) -> None:
         values["seed"] = _arrays.draw_seed(values["q"])
 
 
+def _take_arrays(function: _Function, arguments: list[Any]) -> list[Any]:
+    """Its tensors out of the arguments, None for the others."""
+    arrays: list[Any] = [None] * len(function.arrays)
+    for n, at in enumerate(function.arrays):
+        if isinstance(arguments[at], torch.Tensor):
+            arrays[n], arguments[at] = arguments[at], None
+    return arrays
+
+
 def _call_attention(name: str, values: tuple[Any, ...]) -> Any:
-    function, rest = _FUNCTIONS[name], list(values)
-    _refuse(rest[function.out], rest[function.arrays[5]])
+    function = _FUNCTIONS[name]
+    _check_queries(values[0])
+    _refuse(values[function.out], values[function.arrays[5]])
+    rest = list(map(_as_tensor, values))
     if torch.is_autocast_enabled(rest[0].device.type):
         for at in function.arrays[:4]:
             if isinstance(rest[at], torch.Tensor):
@@ -276,16 +284,16 @@ def _call_attention(name: str, values: tuple[Any, ...]) -> Any:
         given = dict(zip(function.names, rest, strict=True))
         _draw(given)
         rest = list(given.values())
-    arrays: list[Any] = []
-    for at in function.arrays:
-        x = rest[at]
-        if x is not None and isinstance(x, torch.Tensor):
-            rest[at] = None
-            arrays.append(x)
-        else:
-            arrays.append(None)
-    out, lse = _run(_Call(name, name, tuple(rest), function.arrays, None, function.side), arrays)
-    return (out, lse) if rest[function.return_lse] else out
+    arrays = _take_arrays(function, rest)
+    wants_lse, rest[function.return_lse] = rest[function.return_lse], True
+    call = _Call(name, tuple(rest), _places(function.arrays))
+    if _has_tangents(arrays):
+        out, lse = in_blocks(call.problem(arrays[5:]), *arrays[:5])
+    elif torch._C._are_functorch_transforms_active():
+        out, lse, _ = apply(_Transformed, call, *arrays)
+    else:
+        out, lse = follow(call, *arrays)
+    return (out, lse) if wants_lse else out
 
 
 def _cast(*arrays: Any) -> Sequence[Any]:
@@ -299,11 +307,14 @@ _DEFAULTS = {n: p.default for n, p in inspect.signature(attention).parameters.it
 
 
 def _call_sdpa(name: str, values: tuple[Any, ...]) -> Any:
-    query, key, value, mask, dropout_p, is_causal, scale, enable_gqa = values
+    _check_queries(values[0], "query")
+    query, key, value, mask, dropout_p, is_causal, scale, enable_gqa = map(_as_tensor, values)
     query, key, value, mask = _cast(query, key, value, mask)
     bias = _arrays.causal_bias(mask)
     shape = None
-    is_seen = torch._C._are_functorch_transforms_active() or is_recorded((query, key, value, mask))
+    tensors = [x for x in (query, key, value, mask) if isinstance(x, torch.Tensor)]
+    is_seen = torch._C._are_functorch_transforms_active() or is_recorded(tensors)
+    is_seen = is_seen or _has_tangents(tensors)
     if not _is_plain(query, key, value, enable_gqa):
         with contextlib.nullcontext() if is_seen else torch.no_grad():
             is_seen or _C.explain(
@@ -326,13 +337,8 @@ def _call_sdpa(name: str, values: tuple[Any, ...]) -> Any:
         out = _in_order(general)
         return out if shape is None else out.reshape(shape)
     rest = (None, None, None, mask if bias else None, dropout_p, is_causal, scale, enable_gqa)
-    causal: Any = "top-left" if is_causal else False
-    if bias is not None:
-        causal, mask = "top-left" if bias[0] else True, None
-    options = {"causal": causal, "scale": scale, "dropout_p": dropout_p}
-    arrays = [query, key, value, mask]
-    described = _Call("attention", name, rest, (0, 1, 2, 3)[: 3 if bias else 4], options, ())
-    out, _ = _run(described, arrays[: len(described.at)])
+    tensors = [query, key, value] if bias else [query, key, value, mask]
+    out = follow(_Call(name, rest, _places(range(len(tensors)))), *tensors)
     return out if shape is None else out.reshape(shape)
 
 
@@ -388,24 +394,21 @@ def _call_backward(name: str, values: tuple[Any, ...]) -> Any:
     """attention_backward of arrays that have a gradient themselves."""
     forward = name.removesuffix("_backward")
     function = _FUNCTIONS[forward]
-    given = dict(zip(inspect.signature(function.backward).parameters, values, strict=True))
+    names = inspect.signature(function.backward).parameters
+    given = dict(zip(names, map(_as_tensor, values), strict=True))
+    _check_queries(given["q"])
     _refuse(None, given["alibi_slopes"])
     for x in ("dq", "dk", "dv"):
         if given[x] is not None:
             raise ValueError(f"`{x}` must be None where a gradient is asked for, got an array")
-    arrays = [
-        x if isinstance(x := given[function.names[at]], torch.Tensor) else None
-        for at in function.arrays
-    ]
-    options = {
-        n: None if isinstance(x := given[n], torch.Tensor) else x for n, _ in function.options
-    }
-    side = tuple(function.names[at] for at in function.arrays[5:])
-    described = _Call(forward, forward, (), function.arrays, options, side)
+    rest = [given.get(n) for n in function.names]
+    rest[function.out] = None  # of the backward pass it is another
+    arrays = _take_arrays(function, rest)
+    call = _Call(forward, tuple(rest), _places(function.arrays))
     needs = tuple(given[n] for n in _NEEDS)
     of = (given[x] for x in ("dout", "dlse"))
     results = (given[x].detach() for x in ("out", "lse"))
-    return apply(_Gradients, described, needs, *of, *results, *arrays)
+    return apply(_Gradients, call, needs, *of, *results, *arrays)
 
 
 def record(name: str, values: tuple[Any, ...]) -> Any:

@@ -24,9 +24,19 @@ from transformers.masking_utils import (
 from transformers.utils import output_capturing
 from transformers.utils.import_utils import is_tracing
 
-from ._attention import attention, attention_varlen
+from . import _attention
+from ._renaming import renaming
 
 __all__ = ["register"]
+
+
+_NAMES = {
+    **{"q": "query", "k": "key", "v": "value", "scale": "scaling", "dropout_p": "dropout"},
+    **{name: "attention_mask" for name in ("mask", "k_lengths", "k_start")},
+    **{"sink": "s_aux", "window": "sliding_window"},
+}
+attention = renaming(_attention.attention, _NAMES)
+attention_varlen = renaming(_attention.attention_varlen, _NAMES)
 
 
 def register(name: str = "fastattn") -> None:

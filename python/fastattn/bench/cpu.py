@@ -66,13 +66,13 @@ def seconds(call):
     return time.perf_counter() - start
 
 
-def turns(calls, budget, rest):
-    """Times of the calls, in turn for `budget` seconds and at least five rounds."""
+def turns(calls, budget, rest, rounds=5):
+    """Times of the calls, in turn for `budget` seconds and at least so many rounds."""
     for call in calls:
         call()
     times = [[] for _ in calls]
     end = time.perf_counter() + budget
-    while len(times[0]) < 5 or time.perf_counter() < end:
+    while len(times[0]) < rounds or time.perf_counter() < end:
         for call, taken in zip(calls, times, strict=True):
             if rest:
                 time.sleep(rest)
@@ -157,23 +157,27 @@ def hold(torch, threads):
     torch.set_num_threads(fastattn.get_num_threads())
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m fastattn.bench.cpu")
+def arguments(program, argv, cells):
+    """(what the command line says, the cells that it chose)."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}")
     parser.add_argument("--level", choices=("avx2", "all"), default="all")
     parser.add_argument("--filter", default="", help="words that a cell's name must have")
     parser.add_argument("--budget", type=float, default=0.6, help="seconds for a cell and mode")
     parser.add_argument("--json", type=pathlib.Path, help="file for the results")
     args = parser.parse_args(argv)
     words = set(args.filter.split())
-    chosen = [cell for cell in cells() if words <= set(cell[0].split())]
+    chosen = [cell for cell in cells if words <= set(cell[0].split())]
     if not chosen:
         parser.error(f"no cell has the words of --filter {args.filter!r}")
     if args.level == "avx2" and not AVX2.items() <= os.environ.items():
         # once more from the start: libraries read these variables when they are loaded
-        command = [sys.executable, "-m", "fastattn.bench.cpu", *argv]
-        os.execve(sys.executable, command, {**os.environ, **AVX2})
-    import torch
+        os.execve(sys.executable, [sys.executable, "-m", program, *argv], {**os.environ, **AVX2})
+    return args, chosen
 
+
+def run(torch, program, args, chosen, every, measured):
+    """The rows of the chosen cells; in args.json they join those that it has, in the order of
+    every cell."""
     known = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     header = {
         "date": datetime.date.today().isoformat(),
@@ -182,15 +186,13 @@ def main(argv):
         "level": fastattn.info()["cpu"]["level"],
         "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
         "fastattn": fastattn.__version__,
-        "command": f"python -m fastattn.bench.cpu --level {args.level}",
+        "command": f"python -m {program} --level {args.level}",
     }
-    names, rows, order = {cell[0] for cell in chosen}, [], [cell[0] for cell in cells()]
+    names, rows, order = {cell[0] for cell in chosen}, [], [cell[0] for cell in every]
     hold(torch, 0)
     for cell in chosen:
         rate, load = matrix_rate(torch), os.getloadavg()[0]
-        hold(torch, cell[-1])
-        row = measure(torch, cell, args.budget)
-        hold(torch, 0)
+        row = measured(cell)
         rows.append({**row, "matrix_rate": max(rate, matrix_rate(torch)), "load": load})
         if args.json:
             kept = [row for row in known.get("rows", []) if row["cell"] not in names]
@@ -198,6 +200,21 @@ def main(argv):
             text = ",\n".join("  " + json.dumps(row) for row in kept)
             args.json.write_text(f'{{"header": {json.dumps(header)},\n"rows": [\n{text}\n]}}\n')
     print(header, f"load {os.getloadavg()}")
+    return rows
+
+
+def main(argv):
+    program, every = "fastattn.bench.cpu", list(cells())
+    args, chosen = arguments(program, argv, every)
+    import torch
+
+    def measured(cell):
+        hold(torch, cell[-1])
+        row = measure(torch, cell, args.budget)
+        hold(torch, 0)
+        return row
+
+    rows = run(torch, program, args, chosen, every, measured)
     report(rows)
     return 0 if all(row["right"] for row in rows) else 1
 

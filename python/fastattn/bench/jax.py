@@ -4,8 +4,9 @@ On the CPU a jitted forward and backward pass, beside jax.nn.dot_product_attenti
 jitted forward pass, beside its implementation="cudnn" and fastattn's own call of torch tensors. All
 are timed in turn, round by round; the first results of each are compared with float64.
 
-On a GPU a time is that of a burst with one wait at its end, as a program runs that has more to do;
-a call alone, dispatched, run and waited for, is a time of its own.
+On a GPU a program is four calls, each of the last one's output as a model's layers are, and its
+time that of a burst with one wait at the end: it is the kernels'. A program of one call, started,
+run and waited for alone, has a time of its own.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from .arrays import arrays_for
 from .machine import environment
 from .report import aligned, geometric_mean
 
-ROUNDS = 5
+ROUNDS = 6
+LAYERS = {"cpu": 1, "cuda": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +71,16 @@ class Program:
         return results
 
 
-def programs(jax, case, arrays):
+def programs(jax, case, arrays, layers):
     """{name: a Program}"""
     from fastattn.jax import dot_product_attention
 
     def forward(function, **more):
         def call(q, k, v, dout):
             del dout
-            return (function(q, k, v, is_causal=bool(case.causal), **more),)
+            for _ in range(layers):
+                q = function(q, k, v, is_causal=bool(case.causal), **more)
+            return (q,)
 
         return call
 
@@ -100,18 +104,21 @@ def programs(jax, case, arrays):
     return {
         "fastattn": jitted(forward(dot_product_attention)),
         "cudnn": jitted(forward(peer, implementation="cudnn")),
-        "torch": torch_program(case, arrays),
+        "torch": torch_program(case, arrays, layers),
     }
 
 
-def torch_program(case, arrays):
+def torch_program(case, arrays, layers):
     """fastattn's call of the same numbers as torch tensors."""
     import torch
 
     q, k, v = (torch.from_dlpack(x) for x in arrays[:3])
 
     def start():
-        return (fastattn.attention(q, k, v, causal=bool(case.causal), layout="bshd"),)
+        out = q
+        for _ in range(layers):
+            out = fastattn.attention(out, k, v, causal=bool(case.causal), layout="bshd")
+        return (out,)
 
     return Program(start, lambda _: torch.cuda.synchronize())
 
@@ -122,24 +129,33 @@ def head(x, n):
     return np.asarray(x.float().cpu() if hasattr(x, "cpu") else x, np.float64)
 
 
-def error(case, inputs, results):
-    """The largest distance from float64, of the largest number there, over the first and last head
-    and all results."""
-    worst = 0.0
+def exact(case, inputs, layers, gradients):
+    """{head: results}, float64, of the first and the last head."""
+    found = {}
+    visible = np.tri(case.s, dtype=bool) if case.causal else np.ones((case.s, case.s), bool)
+    scale = case.d**-0.5
     for n in {0, case.h - 1}:
         q, k, v, dout = (head(x, n) for x in inputs)
-        visible = np.tri(case.s, dtype=bool) if case.causal else np.ones((case.s, case.s), bool)
-        scale = case.d**-0.5
-        scores = np.where(visible, q @ k.T * scale, -np.inf)
-        p = np.exp(scores - scores.max(1, keepdims=True))
-        p /= p.sum(1, keepdims=True)
-        exact = [p @ v]
-        if len(results) > 1:
-            ds = p * (dout @ v.T - (dout * exact[0]).sum(1, keepdims=True)) * scale
-            exact += [ds @ k, ds.T @ q, p.T @ dout]
-        for got, want in zip(results, exact, strict=True):
-            worst = max(worst, float(np.abs(head(got, n) - want).max() / np.abs(want).max()))
-    return worst
+        out = q
+        for _ in range(layers):
+            scores = np.where(visible, out @ k.T * scale, -np.inf)
+            p = np.exp(scores - scores.max(1, keepdims=True))
+            p /= p.sum(1, keepdims=True)
+            out = p @ v
+        found[n] = [out]
+        if gradients:
+            ds = p * (dout @ v.T - (dout * out).sum(1, keepdims=True)) * scale
+            found[n] += [ds @ k, ds.T @ q, p.T @ dout]
+    return found
+
+
+def error(results, wanted):
+    """The largest distance from what exact() gave, of the largest number there."""
+    return max(
+        float(np.abs(head(got, n) - want).max() / np.abs(want).max())
+        for n, of_head in wanted.items()
+        for got, want in zip(results, of_head, strict=True)
+    )
 
 
 def seconds(calls, budget, burst, waits):
@@ -151,8 +167,11 @@ def seconds(calls, budget, burst, waits):
         call()
         sizes[name] = max(1, round(burst / (time.perf_counter() - start)))
     end = time.perf_counter() + budget
-    while len(next(iter(times.values()))) < ROUNDS or time.perf_counter() < end:
-        for name, call in calls.items():
+    order = list(calls)
+    while len(times[order[0]]) < ROUNDS or time.perf_counter() < end:
+        order = [*order[1:], order[0]]  # a GPU's clock depends on what ran before
+        for name in order:
+            call = calls[name]
             time.sleep(0.01)  # idle threads of the one are not to slow the other down
             start = time.perf_counter()
             for left in reversed(range(sizes[name])):
@@ -167,17 +186,22 @@ def measure(jax, case, budget):
     """A row of the result."""
     inputs = make_arrays(case)
     arrays = [jax.numpy.asarray(x, case.dtype) for x in inputs]
-    calls = programs(jax, case, arrays)
-    exact = [np.asarray(x.astype(jax.numpy.float32)) for x in arrays]
-    errors = {name: error(case, exact, call()) for name, call in calls.items()}
-    on_cpu = case.device == "cpu"
+    given = [np.asarray(x.astype(jax.numpy.float32)) for x in arrays]
+    on_cpu, layers = case.device == "cpu", LAYERS[case.device]
+    of_layers = {n: programs(jax, case, arrays, n) for n in {1, layers}}
+    wanted = {n: exact(case, given, n, gradients=on_cpu) for n in of_layers}
+    errors = {
+        name: max(error(calls[name](), wanted[n]) for n, calls in of_layers.items())
+        for name in of_layers[1]
+    }
+    # A burst is long beside the one wait of a GPU, which takes longer for JAX than for torch.
+    times = seconds(of_layers[layers], budget, 0.02 if on_cpu else 0.1, waits=on_cpu)
     return {
         **dataclasses.asdict(case),
         "suite": f"jax-{case.device}",
         "label": case.label,
-        # A burst is long beside the one wait of a GPU, which takes longer for JAX than for torch.
-        "seconds": seconds(calls, budget, 0.02 if on_cpu else 0.1, waits=on_cpu),
-        "alone": seconds(calls, budget / 4, 0, waits=True),
+        "seconds": {name: x / layers for name, x in times.items()},
+        "alone": seconds(of_layers[1], budget / 4, 0, waits=True),
         "errors": errors,
         "right": errors["fastattn"] <= {"float32": 1e-5, "bfloat16": 2e-2}[case.dtype],
     }

@@ -30,6 +30,9 @@ def unpad_input(
         (total, ...) rows; (total,) their places in the flattened batch; (b + 1,) int32 cu_seqlens;
         the longest sequence; (b,) int32 the tokens of each, those of unused_mask left out.
     """
+    _check_shape("attention_mask", attention_mask, hidden_states)
+    if unused_mask is not None:
+        _check_shape("unused_mask", unused_mask, hidden_states)
     kept = attention_mask if unused_mask is None else attention_mask + unused_mask
     used = attention_mask.sum(-1, dtype=torch.int32)
     rows, indices, ends, longest = _pack(hidden_states, kept, kept.sum(-1, dtype=torch.int32))
@@ -49,6 +52,7 @@ def unpad_input_for_concatenated_sequences(
         As unpad_input, without the last.
     """
     lengths = attention_mask_in_length
+    _check_shape("attention_mask_in_length", lengths, hidden_states)
     places = torch.arange(lengths.shape[-1], device=lengths.device)
     kept = places < lengths.sum(-1, keepdim=True)
     return _pack(hidden_states, kept, lengths[lengths != 0])
@@ -56,8 +60,21 @@ def unpad_input_for_concatenated_sequences(
 
 def pad_input(hidden_states: Any, indices: Any, batch: int, seqlen: int) -> Any:
     """What unpad_input made of a batch, back in a padded one: (batch, seqlen, ...), 0 elsewhere."""
+    if indices.shape != hidden_states.shape[:1]:
+        raise ValueError(
+            f"`indices` must be ({len(hidden_states)},) like `hidden_states`, got "
+            f"{tuple(indices.shape)}"
+        )
     padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
     return padded.unflatten(0, (batch, seqlen))
+
+
+def _check_shape(name: str, mask: Any, hidden_states: Any) -> None:
+    if mask.shape != hidden_states.shape[:2]:
+        raise ValueError(
+            f"`{name}` must be {tuple(hidden_states.shape[:2])} like `hidden_states`, got "
+            f"{tuple(mask.shape)}"
+        )
 
 
 def _pack(hidden_states: Any, kept: Any, lengths: Any) -> tuple[Any, Any, Any, int]:

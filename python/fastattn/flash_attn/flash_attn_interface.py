@@ -205,7 +205,7 @@ def flash_attn_with_kvcache(
 
 
 def _options(dropout_p: float, alibi_slopes: Any, return_attn_probs: bool) -> dict[str, Any]:
-    if return_attn_probs and dropout_p > 0:
+    if return_attn_probs and dropout_p:
         raise NotImplementedError(
             "`return_attn_probs` with dropout would return its pattern, a matrix of every query "
             f"and key, which is not made: pass dropout_p=0.0, got {dropout_p}"

@@ -14,12 +14,8 @@ need(__name__, "torch", "2.10")
 
 import torch
 
-from .._attention import (
-    attention,
-    attention_backward,
-    attention_varlen,
-    attention_varlen_backward,
-)
+from .. import _attention
+from .._renaming import renaming
 from . import attn_bias
 from .attn_bias import *  # noqa: F403
 
@@ -32,6 +28,18 @@ __all__ = [
     "memory_efficient_attention_forward_requires_grad",
 ]
 __all__ += attn_bias.__all__
+
+_NAMES = {
+    **{"q": "query", "k": "key", "v": "value", "mask": "attn_bias", "dropout_p": "p"},
+    **{"out": "output", "dout": "grad", "window": "attn_bias"},
+}
+attention, attention_varlen, attention_backward, attention_varlen_backward = (
+    renaming(function, _NAMES)
+    for function in (
+        *(_attention.attention, _attention.attention_varlen),
+        *(_attention.attention_backward, _attention.attention_varlen_backward),
+    )
+)
 
 fmha = sys.modules[__name__]  # programs say xops.fmha.BlockDiagonalMask, too
 
@@ -152,6 +160,10 @@ class _Call(NamedTuple):
         q, _, v = self.arrays
         if tuple(lse.shape) != _lse_shape(self.shapes[0]):
             raise ValueError(f"`lse` must be {_lse_shape(self.shapes[0])}, got {tuple(lse.shape)}")
+        expected = (*self.shapes[0][:-1], self.shapes[2][-1])
+        for name, x in (("grad", grad), ("output", output)):
+            if tuple(x.shape) != expected:
+                raise ValueError(f"`{name}` must be {expected}, got {tuple(x.shape)}")
         dout, out = (x.reshape(*q.shape[:-1], v.shape[-1]) for x in (grad, output))
         lse = lse.flatten(1, -2)
         if self.places is None:
@@ -181,6 +193,9 @@ def _prepare(
     """Of key and value, `whole` if a gradient of each head is wanted."""
     if op is not None:
         raise ValueError("`op` must be None: it chooses among xFormers' kernels")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not hasattr(x, "ndim"):
+            raise TypeError(f"`{name}` must be a tensor, got {type(x).__name__}")
     rank = query.ndim
     if rank not in (3, 4, 5) or key.ndim != rank or value.ndim != rank:
         raise ValueError(

@@ -7,6 +7,7 @@ is 0, so that no number of keys is refused.
 """
 
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar
@@ -184,6 +185,8 @@ class LowerTriangularMaskWithTensorBias(LowerTriangularMask):
     """The same, and a tensor that is added to the scores."""
 
     def __init__(self, bias: Any) -> None:
+        if not isinstance(bias, torch.Tensor):
+            raise TypeError(f"`bias` must be a tensor, got {type(bias).__name__}")
         self._bias = bias
 
     def to(self, device: Any) -> "LowerTriangularMaskWithTensorBias":
@@ -228,11 +231,18 @@ class LowerTriangularFromBottomRightLocalAttentionMask(LowerTriangularFromBottom
 
 
 def _check_window(bias: Any) -> None:
-    for name in ("window_left", "window_right"):
-        if getattr(bias, name, 0) < 0:
-            raise ValueError(f"`{name}` must be at least 0, got {getattr(bias, name)}")
-    if getattr(bias, "_window_size", 1) < 1:
-        raise ValueError(f"`window_size` must be at least 1, got {bias._window_size}")
+    for name, least in (("window_left", 0), ("window_right", 0), ("_window_size", 1)):
+        _ints(name.lstrip("_"), [getattr(bias, name, least)], least)
+
+
+def _ints(name: str, numbers: Any, least: int = 0) -> list[int]:
+    try:
+        found = [operator.index(n) for n in numbers]
+    except TypeError:
+        raise TypeError(f"`{name}` must be of ints, got {numbers!r}") from None
+    if min(found, default=least) < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {min(found)}")
+    return found
 
 
 # ------------------------------------------------------------------------------- block-diagonal
@@ -276,9 +286,9 @@ class BlockDiagonalMask(_Blocks):
         device: Any = None,
     ) -> Blocks:
         """Of the sequences' lengths; kv_seqlen: default q_seqlen."""
+        q_seqlen, kv_seqlen = _numbers(q_seqlen, q_seqlen if kv_seqlen is None else kv_seqlen)
         queries = keys = _SeqLenInfo.from_seqlens(q_seqlen, device=device)
-        if kv_seqlen is not None and list(kv_seqlen) != list(q_seqlen):
-            _check_number(q_seqlen, kv_seqlen)
+        if kv_seqlen != q_seqlen:
             keys = _SeqLenInfo.from_seqlens(kv_seqlen, device=device)
         return cls(queries, keys)
 
@@ -333,12 +343,14 @@ class BlockDiagonalMask(_Blocks):
         return self._as(BlockDiagonalCausalLocalAttentionFromBottomRightMask, window_size)
 
 
-def _check_number(q_seqlen: Sequence[int], kv_seqlen: Sequence[int]) -> None:
+def _numbers(q_seqlen: Any, kv_seqlen: Any) -> tuple[list[int], list[int]]:
+    q_seqlen, kv_seqlen = _ints("q_seqlen", q_seqlen), _ints("kv_seqlen", kv_seqlen)
     if len(q_seqlen) != len(kv_seqlen):
         raise ValueError(
             f"`kv_seqlen` must be of {len(q_seqlen)} sequences like `q_seqlen`, got "
             f"{len(kv_seqlen)}"
         )
+    return q_seqlen, kv_seqlen
 
 
 def _lengths(tensors: Sequence[Any]) -> list[int]:
@@ -399,7 +411,8 @@ class BlockDiagonalPaddedKeysMask(_Blocks):
 def _padded(
     q_seqlen: Sequence[int], kv_padding: int, kv_seqlen: Sequence[int], device: Any
 ) -> tuple[_SeqLenInfo, _PaddedSeqLenInfo]:
-    _check_number(q_seqlen, kv_seqlen)
+    q_seqlen, kv_seqlen = _numbers(q_seqlen, kv_seqlen)
+    (kv_padding,) = _ints("kv_padding", [kv_padding])
     queries = _SeqLenInfo.from_seqlens(q_seqlen, device=device)
     return queries, _PaddedSeqLenInfo.from_seqlens_padded(kv_seqlen, kv_padding, device=device)
 
@@ -466,7 +479,8 @@ class BlockDiagonalGappyKeysMask(_Blocks):
 def _gappy(
     q_seqlen: Sequence[int], kv_seqstarts: Sequence[int], kv_seqlen: Sequence[int], device: Any
 ) -> tuple[_SeqLenInfo, _GappySeqInfo]:
-    _check_number(q_seqlen, kv_seqlen)
+    q_seqlen, kv_seqlen = _numbers(q_seqlen, kv_seqlen)
+    kv_seqstarts = _ints("kv_seqstarts", kv_seqstarts)
     queries = _SeqLenInfo.from_seqlens(q_seqlen, device=device)
     keys = _GappySeqInfo.from_seqlens_gappy(kv_seqstarts, kv_seqlen, False, device=device)
     return queries, keys
