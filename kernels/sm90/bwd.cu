@@ -10,8 +10,8 @@
  *     dQ += dS K                           dS through shared memory: all keys of the block
  *
  * Transposed scores have their keys along wgmma's rows, so that P^T and dS^T are the A operands of
- * dV and dK without a move. dQ's sums leave by red.global.add, four floats of a thread side by
- * side, in an order of their own that bwd_dq() undoes.
+ * dV and dK without a move. dQ is added to sums in global memory by the copy engine, as the threads
+ * hold it; bwd_dq() puts it in order.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -30,25 +30,9 @@
 #include "sm90/bwd_load_strided.cuh"
 #endif
 
-enum { DS_BARRIER = 1, ROWS_BARRIER = 2 }; /* of all MMA threads */
-
-/* Four floats of a thread: the i-th quad of a warpgroup's share of block m of a head. */
-DEVICE int64_t dq_place(int64_t head, int32_t m_blocks, int32_t m, int32_t warpgroup, int32_t i,
-                        int32_t thread) {
-    return (head * m_blocks + m) * (BLOCK_M * D) +
-           ((warpgroup * (DQ_COLUMNS / 8) + i) * 128 + thread) * 4;
-}
+enum { ROWS_BARRIER = 1 }; /* of all MMA threads */
 
 /* ---- the work tile ----------------------------------------------------------------------------*/
-
-struct work_tile {
-    int32_t b, h_k, key; /* its first key */
-    fa_lengths lengths;
-    fa_row_range some, all; /* rows that see one of its keys, every one */
-    fa_row_range rows;      /* that see any key of the sequence */
-    fa_interval keys;       /* that some row sees */
-    int32_t begin, end;     /* blocks of rows */
-};
 
 DEVICE work_tile describe(const bwd_args &a, int32_t number) {
     work_tile t;
@@ -69,17 +53,6 @@ DEVICE work_tile describe(const bwd_args &a, int32_t number) {
     t.begin = t.some.begin / BLOCK_M;
     t.end = t.some.begin < t.some.end ? (t.some.end + BLOCK_M - 1) / BLOCK_M : t.begin;
     return t;
-}
-
-/* A place in the ring of Q and dO. */
-struct cursor {
-    int32_t stage;
-    uint32_t parity;
-};
-DEVICE void advance(cursor &c) {
-    const bool wrap = ++c.stage == STAGES;
-    c.stage = wrap ? 0 : c.stage;
-    c.parity ^= wrap;
 }
 
 /* ---- the producer: a thread, or a warpgroup ---------------------------------------------------*/
@@ -110,18 +83,19 @@ DEVICE void bring(const array &from, const int32_t (&moves)[2], uint8_t (&to)[PA
 DEVICE void produce(const bwd_args &a, smem_layout &smem, const work_tile &t) {
     bring(a.k, a.moves[1], smem.k, t.key, t.h_k, t.b, NULL, NULL, smem.kv_full, EVICT_FIRST);
     bring(a.v, a.moves[2], smem.v, t.key, t.h_k, t.b, NULL, NULL, smem.kv_full, EVICT_FIRST);
-    cursor c = {0, 0};
+    uint32_t n = 0; /* blocks of rows so far */
     for (int32_t g = 0; g < a.group; ++g) {
         const int32_t h = t.h_k * a.group + g;
         const int64_t rows = ((int64_t)t.b * a.hq + h) * a.m_blocks * BLOCK_M;
-        for (int32_t m = t.begin; m < t.end; ++m, advance(c)) {
+        for (int32_t m = t.begin; m < t.end; ++m, ++n) {
+            const uint32_t stage = n % STAGES, parity = n / STAGES % 2 ^ 1;
             const int32_t row = m * BLOCK_M;
-            mbarrier_wait(smem_address(&smem.q_empty[c.stage]), c.parity ^ 1);
-            bring(a.q, a.moves[0], smem.q[c.stage], row, h, t.b, a.lse + rows + row,
-                  smem.lse[c.stage], smem.q_full[c.stage], EVICT_LAST);
-            mbarrier_wait(smem_address(&smem.dout_empty[c.stage]), c.parity ^ 1);
-            bring(a.dout, a.moves[3], smem.dout[c.stage], row, h, t.b, a.delta + rows + row,
-                  smem.delta[c.stage], smem.dout_full[c.stage], EVICT_LAST);
+            mbarrier_wait(smem_address(&smem.q_empty[stage]), parity);
+            bring(a.q, a.moves[0], smem.q[stage], row, h, t.b, a.lse + rows + row, smem.lse[stage],
+                  smem.q_full[stage], EVICT_LAST);
+            mbarrier_wait(smem_address(&smem.dout_empty[stage]), parity);
+            bring(a.dout, a.moves[3], smem.dout[stage], row, h, t.b, a.delta + rows + row,
+                  smem.delta[stage], smem.dout_full[stage], EVICT_LAST);
         }
     }
 }
@@ -248,6 +222,26 @@ DEVICE void issue_dq(float (&dq)[DQ_COLUMNS / 2], smem_layout &smem,
     wgmma_commit_group();
 }
 
+/* This warp's share of dQ, put where the copy engine has read the one before, */
+DEVICE void store_dq(const float (&dq)[DQ_COLUMNS / 2], smem_layout &smem) {
+    const int32_t lane = threadIdx.x % 32;
+    if (lane == 0) cp_async_bulk_wait_group_read();
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < DQ_COLUMNS / 8; ++i)
+        smem.dq[threadIdx.x / 32][i][lane] =
+            make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+}
+/* and, after a fence, added to the sums of a block of rows. */
+DEVICE void add_dq(smem_layout &smem, float *sums, int32_t block, int32_t warp) {
+    if (threadIdx.x % 32 == 0 && sums) {
+        cp_reduce_async_bulk_add(
+            sums + (int64_t)block * (BLOCK_M * D) + warp * (sizeof smem.dq[0] / 4),
+            smem_address(smem.dq[warp]), sizeof smem.dq[0]);
+        cp_async_bulk_commit_group();
+    }
+}
+
 /* 64 keys of dK or dV, `factor` times, to their rows. */
 template <int COLUMNS>
 DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, const work_tile &t,
@@ -269,92 +263,36 @@ DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, const
     }
 }
 
-DEVICE void consume(const bwd_args &a, smem_layout &smem, const work_tile &t, int32_t warpgroup) {
-    const int32_t thread = threadIdx.x % 128;
-    const int32_t key = t.key + 64 * warpgroup + thread / 32 * 16 + thread % 32 / 4;
-    float dk[D / 2], dv[DV / 2];
-#pragma unroll
-    for (int i = 0; i < D / 2; ++i) dk[i] = 0.f;
-#pragma unroll
-    for (int i = 0; i < DV / 2; ++i) dv[i] = 0.f;
-    cursor c = {0, 0};
-    int32_t n = 0; /* blocks of rows so far */
-    mbarrier_wait(smem_address(&smem.kv_full), 0);
-    if (t.key < t.keys.begin || t.key + BLOCK_N > t.keys.end) {
-        clear_rows(smem.k, t.keys.begin - t.key, t.keys.end - t.key);
-        clear_rows(smem.v, t.keys.begin - t.key, t.keys.end - t.key);
-        fence_proxy_async();
-        bar_sync(ROWS_BARRIER, MMA_THREADS);
-    }
-    for (int32_t g = 0; g < a.group; ++g) {
-        const int64_t head = (int64_t)t.b * a.hq + t.h_k * a.group + g;
-        for (int32_t m = t.begin; m < t.end; ++m, ++n, advance(c)) {
-            const int32_t row = m * BLOCK_M;
-            const bool cut = row < t.all.begin || row + BLOCK_M > t.all.end;
-            float s[BLOCK_M / 2], dp[BLOCK_M / 2], dq[DQ_COLUMNS / 2];
-            uint32_t p[BLOCK_M / 16][4], ds[BLOCK_M / 16][4];
-            mbarrier_wait(smem_address(&smem.q_full[c.stage]), c.parity);
-            mbarrier_wait(smem_address(&smem.dout_full[c.stage]), c.parity);
-            if (row < t.rows.begin || row + BLOCK_M > t.rows.end) {
-                clear_rows(smem.q[c.stage], t.rows.begin - row, t.rows.end - row);
-                clear_rows(smem.dout[c.stage], t.rows.begin - row, t.rows.end - row);
-                fence_proxy_async();
-                bar_sync(ROWS_BARRIER, MMA_THREADS);
-            }
-            issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[c.stage], warpgroup);
-            issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[c.stage], warpgroup);
-            seen_rows seen = {};
-            if (cut) seen = seen_rows_of(t, key, row + thread % 4 * 2);
-            wgmma_wait_group<1>();
-            wgmma_accumulators(s);
-            exponentials(s, smem.lse[c.stage], a.scale_log2);
-            if (cut) mask_columns(seen, s);
-            pack(s, p);
-            wgmma_wait_group<0>();
-            wgmma_accumulators(dp);
-            slopes(s, dp, smem.delta[c.stage]);
-            if (cut) mask_columns(seen, dp);
-            pack(dp, ds);
-            uint8_t (&shared)[BLOCK_M / 64][PANEL_N] = smem.ds[n % 2];
-            store_ds(ds, shared, threadIdx.x);
-            fence_proxy_async();
-            issue_sum<V_PANELS, DV>(dv, p, smem.dout[c.stage], false);
-            bar_sync(DS_BARRIER, MMA_THREADS);
-            issue_dq(dq, smem, shared, warpgroup);
-            issue_sum<QK_PANELS, D>(dk, ds, smem.q[c.stage], false);
-            wgmma_wait_group<1>();
-            wgmma_accumulators(dq);
-            if (thread == 0) mbarrier_arrive(smem_address(&smem.dout_empty[c.stage]));
-#pragma unroll
-            for (int i = 0; i < DQ_COLUMNS / 8; ++i)
-                red_add_v4(a.dq + dq_place(head, a.m_blocks, m, warpgroup, i, thread), dq[4 * i],
-                           dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-            wgmma_wait_group<0>();
-            wgmma_accumulators(dk);
-            wgmma_accumulators(dv);
-            if (thread == 0) mbarrier_arrive(smem_address(&smem.q_empty[c.stage]));
-        }
-    }
-    store_keys<D>(dk, a.dk, t, warpgroup, a.scale);
-    store_keys<DV>(dv, a.dv, t, warpgroup, 1.f);
+/* The blocks of rows that lie whole in a range. */
+DEVICE fa_row_range whole_blocks(const fa_row_range &rows) {
+    return fa_row_range{uniform((rows.begin + BLOCK_M - 1) / BLOCK_M), uniform(rows.end / BLOCK_M)};
 }
 
-/* As consume(), but dQ of a block of rows is computed behind dV and dK of the next: the other
- * warpgroup's dS is there by then, so that the two need not keep in step, and one has products for
- * the tensor cores while the other is at its exponentials. */
-DEVICE void consume_late(const bwd_args &a, smem_layout &smem, const work_tile &t,
-                         int32_t warpgroup) {
+/* Waits for block m of Q or dO. */
+template <int PANELS, int BYTES>
+DEVICE void wait_for_rows(uint8_t (&block)[PANELS][BYTES], uint64_t &full, uint32_t parity,
+                          const work_tile &t, const fa_row_range &clean, int32_t m) {
+    mbarrier_wait(smem_address(&full), parity);
+    if (m >= clean.begin && m < clean.end) return;
+    clear_rows(block, t.rows.begin - m * BLOCK_M, t.rows.end - m * BLOCK_M);
+    fence_proxy_async();
+    bar_sync(ROWS_BARRIER, MMA_THREADS);
+}
+
+/* Zeros where a row of block m does not see this thread's keys; `plain`: blocks that see all. */
+DEVICE void mask_block(float (&x)[BLOCK_M / 2], const work_tile &t, const fa_row_range &plain,
+                       int32_t m, int32_t warpgroup) {
+    if (m >= plain.begin && m < plain.end) return;
     const int32_t thread = threadIdx.x % 128;
     const int32_t key = t.key + 64 * warpgroup + thread / 32 * 16 + thread % 32 / 4;
+    mask_columns(seen_rows_of(t, key, m * BLOCK_M + thread % 4 * 2), x);
+}
+
+DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
+    const work_tile &t = smem.tile; /* read again where it is needed: registers are scarce */
+    const bool first = threadIdx.x % 128 == 0;
+    const int32_t warp = uniform(threadIdx.x / 32);
     float dk[D / 2], dv[DV / 2];
-#pragma unroll
-    for (int i = 0; i < D / 2; ++i) dk[i] = 0.f;
-#pragma unroll
-    for (int i = 0; i < DV / 2; ++i) dv[i] = 0.f;
-    cursor c = {0, 0};
-    int32_t n = 0;        /* blocks of rows so far */
-    float *before = NULL; /* dQ of the one before */
-    float dq[DQ_COLUMNS / 2];
     mbarrier_wait(smem_address(&smem.kv_full), 0);
     if (t.key < t.keys.begin || t.key + BLOCK_N > t.keys.end) {
         clear_rows(smem.k, t.keys.begin - t.key, t.keys.end - t.key);
@@ -362,75 +300,64 @@ DEVICE void consume_late(const bwd_args &a, smem_layout &smem, const work_tile &
         fence_proxy_async();
         bar_sync(ROWS_BARRIER, MMA_THREADS);
     }
-    for (int32_t g = 0; g < a.group; ++g) {
-        const int64_t head = (int64_t)t.b * a.hq + t.h_k * a.group + g;
-        for (int32_t m = t.begin; m < t.end; ++m, ++n) {
-            const int32_t row = m * BLOCK_M;
-            const bool cut = row < t.all.begin || row + BLOCK_M > t.all.end;
-            float s[BLOCK_M / 2], dp[BLOCK_M / 2];
-            uint32_t p[BLOCK_M / 16][4], ds[BLOCK_M / 16][4];
-            mbarrier_wait(smem_address(&smem.q_full[c.stage]), c.parity);
-            mbarrier_wait(smem_address(&smem.dout_full[c.stage]), c.parity);
-            if (row < t.rows.begin || row + BLOCK_M > t.rows.end) {
-                clear_rows(smem.q[c.stage], t.rows.begin - row, t.rows.end - row);
-                clear_rows(smem.dout[c.stage], t.rows.begin - row, t.rows.end - row);
-                fence_proxy_async();
-                bar_sync(ROWS_BARRIER, MMA_THREADS);
-            }
-            issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[c.stage], warpgroup);
-            issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[c.stage], warpgroup);
-            seen_rows seen = {};
-            if (cut) seen = seen_rows_of(t, key, row + thread % 4 * 2);
-            wgmma_wait_group<1>();
-            wgmma_accumulators(s);
-            exponentials(s, smem.lse[c.stage], a.scale_log2);
-            if (cut) mask_columns(seen, s);
-            pack(s, p);
-            wgmma_wait_group<0>();
-            wgmma_accumulators(dp);
-            slopes(s, dp, smem.delta[c.stage]);
-            if (cut) mask_columns(seen, dp);
-            pack(dp, ds);
-            mbarrier_wait(smem_address(&smem.ds_empty[n % 2]), n / 2 % 2 ^ 1);
-            store_ds(ds, smem.ds[n % 2], threadIdx.x);
-            fence_proxy_async();
-            mbarrier_arrive(smem_address(&smem.ds_full[n % 2]));
-            issue_sum<V_PANELS, DV>(dv, p, smem.dout[c.stage], false);
-            issue_sum<QK_PANELS, D>(dk, ds, smem.q[c.stage], false);
-            /* Of nothing, the first time: its parity is that of a phase that is over. */
-            mbarrier_wait(smem_address(&smem.ds_full[(n + 1) % 2]), (n - 1) / 2 % 2 ^ (n == 0));
-            issue_dq(dq, smem, smem.ds[(n + 1) % 2], warpgroup);
-            wgmma_wait_group<1>();
-            wgmma_accumulators(dk);
-            wgmma_accumulators(dv);
-            if (thread == 0) {
-                mbarrier_arrive(smem_address(&smem.dout_empty[c.stage]));
-                mbarrier_arrive(smem_address(&smem.q_empty[c.stage]));
-            }
-            wgmma_wait_group<0>();
-            wgmma_accumulators(dq);
-            if (before) {
-                if (thread == 0) mbarrier_arrive(smem_address(&smem.ds_empty[(n + 1) % 2]));
-#pragma unroll
-                for (int i = 0; i < DQ_COLUMNS / 8; ++i)
-                    red_add_v4(before + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2],
-                               dq[4 * i + 3]);
-            }
-            before = a.dq + dq_place(head, a.m_blocks, m, warpgroup, 0, thread);
-            advance(c);
+    const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
+    const int32_t begin = uniform(t.begin), end = uniform(t.end);
+    const uint32_t blocks = a.group * (end - begin); /* of rows */
+    int32_t m = begin, sums = uniform((t.b * a.hq + t.h_k * a.group) * a.m_blocks + begin);
+    for (uint32_t n = 0; n < blocks; ++n) {
+        const uint32_t stage = n % STAGES, parity = n / STAGES % 2;
+        float s[BLOCK_M / 2], dp[BLOCK_M / 2], dq[DQ_COLUMNS / 2];
+        uint32_t p[BLOCK_M / 16][4], ds[BLOCK_M / 16][4];
+        wait_for_rows(smem.q[stage], smem.q_full[stage], parity, t, clean, m);
+        wait_for_rows(smem.dout[stage], smem.dout_full[stage], parity, t, clean, m);
+        issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[stage], warpgroup);
+        issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[stage], warpgroup);
+        wgmma_wait_group<1>();
+        wgmma_accumulators(s);
+        exponentials(s, smem.lse[stage], a.scale_log2);
+        mask_block(s, t, plain, m, warpgroup);
+        pack(s, p);
+        if (EARLY_DV) issue_sum<V_PANELS, DV>(dv, p, smem.dout[stage], n == 0);
+        wgmma_wait_group<EARLY_DV>();
+        wgmma_accumulators(dp);
+        slopes(s, dp, smem.delta[stage]);
+        mask_block(dp, t, plain, m, warpgroup);
+        pack(dp, ds);
+        store_ds(ds, smem.ds[n % 2], threadIdx.x);
+        fence_proxy_async(); /* of dQ of the block before, too */
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&smem.ds_full[n % 2]));
+        if (n > 0) {
+            add_dq(smem, a.dq, sums, warp);
+            sums += m == begin ? a.m_blocks - (end - begin) + 1 : 1;
         }
-    }
-    if (before) {
-        mbarrier_wait(smem_address(&smem.ds_full[(n + 1) % 2]), (n - 1) / 2 % 2);
-        issue_dq(dq, smem, smem.ds[(n + 1) % 2], warpgroup);
-        wgmma_wait_group<0>();
+        if (!EARLY_DV) issue_sum<V_PANELS, DV>(dv, p, smem.dout[stage], n == 0);
+        mbarrier_wait(smem_address(&smem.ds_full[n % 2]), n / 2 % 2);
+        issue_dq(dq, smem, smem.ds[n % 2], warpgroup);
+        issue_sum<QK_PANELS, D>(dk, ds, smem.q[stage], n == 0);
+        wgmma_wait_group<1>();
         wgmma_accumulators(dq);
+        wgmma_accumulators(dv);
+        if (first) mbarrier_arrive(smem_address(&smem.dout_empty[stage]));
+        store_dq(dq, smem);
+        wgmma_wait_group<0>();
+        wgmma_accumulators(dk);
+        if (first) mbarrier_arrive(smem_address(&smem.q_empty[stage]));
+        m = m + 1 == end ? begin : m + 1;
+    }
+    if (blocks == 0) {
 #pragma unroll
-        for (int i = 0; i < DQ_COLUMNS / 8; ++i)
-            red_add_v4(before + i * 512, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+        for (int i = 0; i < D / 2; ++i) dk[i] = 0.f;
+#pragma unroll
+        for (int i = 0; i < DV / 2; ++i) dv[i] = 0.f;
+    } else {
+        fence_proxy_async();
+        __syncwarp();
+        add_dq(smem, a.dq, sums, warp);
     }
     store_keys<D>(dk, a.dk, t, warpgroup, a.scale);
     store_keys<DV>(dv, a.dv, t, warpgroup, 1.f);
+    if (threadIdx.x % 32 == 0) cp_async_bulk_wait_group(); /* shared memory ends with the block */
 }
 
 __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant__ bwd_args a) {
@@ -444,24 +371,18 @@ __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant
             mbarrier_init(smem_address(&smem.q_empty[i]), WARPGROUPS);
             mbarrier_init(smem_address(&smem.dout_empty[i]), WARPGROUPS);
         }
-        for (int i = 0; i < 2; ++i) {
-            mbarrier_init(smem_address(&smem.ds_full[i]), MMA_THREADS);
-            mbarrier_init(smem_address(&smem.ds_empty[i]), WARPGROUPS);
-        }
+        for (int i = 0; i < 2; ++i) mbarrier_init(smem_address(&smem.ds_full[i]), MMA_THREADS / 32);
         fence_mbarrier_init();
     }
-    __syncthreads();
     wait_for_stream();
-    const work_tile t = describe(a, blockIdx.x);
+    if (threadIdx.x == 0) smem.tile = describe(a, blockIdx.x);
+    __syncthreads();
     const int32_t warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == WARPGROUPS) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();
-        if (threadIdx.x < MMA_THREADS + PRODUCERS) produce(a, smem, t);
+        if (threadIdx.x < MMA_THREADS + PRODUCERS) produce(a, smem, smem.tile);
     } else {
         setmaxnreg_inc<MMA_REGISTERS>();
-        if (VARIANT_LATE)
-            consume_late(a, smem, t, warpgroup);
-        else
-            consume(a, smem, t, warpgroup);
+        consume(a, smem, warpgroup);
     }
 }

@@ -25,7 +25,7 @@ struct bwd_args {
     float scale, scale_log2; /* of the scores; times log2(e) */
     const float *lse;        /* times log2(e); +inf: the row has no weights */
     const float *delta;      /* dout . out - dlse */
-    float *dq;               /* sums, a block of rows after another, as dq_place() says */
+    float *dq;               /* sums, a block of rows after another; NULL: not wanted */
 };
 
 /* Before it: lse, delta, and zeros in dq. */
@@ -33,16 +33,15 @@ struct bwd_rows_args {
     fa_tensor out, dout, lse, dlse; /* dlse.data, dout.data NULL: zeros */
     int32_t b, hq, sq, dv, rows;    /* rows: m_blocks * BLOCK_M */
     float *scaled_lse, *delta;
-    float4 *dq;
-    int64_t dq_quads; /* of a head */
-    int32_t wide;     /* rows of out and dout lie side by side, on 16 bytes */
+    float4 *dq;   /* NULL: not wanted */
+    int32_t wide; /* columns of out and dout lie side by side, rows on 16 bytes */
 };
 
 /* Behind it: dq of the sums. */
 struct bwd_dq_args {
     fa_tensor dq;
     const float *sums;
-    int32_t hq, sq, m_blocks;
+    int32_t hq, sq, m_blocks, wide; /* wide: as above, of dq */
     float scale;
 };
 

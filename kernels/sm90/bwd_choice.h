@@ -14,7 +14,6 @@ typedef struct fa_bwd_variant {
     int32_t warpgroups;    /* of 64 keys each, one tile */
     int32_t stages;        /* of Q and dO in shared memory */
     int32_t mma_registers; /* of a thread of an MMA warpgroup */
-    int32_t late;          /* 1: dQ of a block of rows is computed beside the next one's */
     int32_t general;       /* 1: it changes scores */
     int32_t strided;       /* 1: arrays that the copy engine does not take, by threads */
 } fa_bwd_variant;

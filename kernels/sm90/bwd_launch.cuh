@@ -64,10 +64,10 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     before.out = w->out, before.dout = r->dout, before.lse = w->lse, before.dlse = r->dlse;
     before.b = w->b, before.hq = w->hq, before.sq = w->sq, before.dv = w->dv;
     before.rows = m_blocks * BLOCK_M;
-    before.scaled_lse = lse, before.delta = delta, before.dq = (float4 *)sums;
+    before.scaled_lse = lse, before.delta = delta, before.dq = r->dq.data ? (float4 *)sums : NULL;
     before.wide = is_wide(&w->out) && is_wide(&r->dout);
     fa_status status = fa_launch_kernel((const void *)bwd_rows, (int32_t)(rows / ROWS_OF_BLOCK),
-                                        ROWS_THREADS, 0, stream, device->early, &before, error);
+                                        ENDS_THREADS, 0, stream, device->early, &before, error);
     if (status != FA_OK) return status;
 
     bwd_args a = {};
@@ -82,7 +82,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     a.m_blocks = m_blocks, a.n_blocks = n_blocks;
     a.scale = w->scale == 0 ? 0.f : (float)usable_scale(w->scale);
     a.scale_log2 = (float)(usable_scale(w->scale) * 1.4426950408889634);
-    a.lse = lse, a.delta = delta, a.dq = sums;
+    a.lse = lse, a.delta = delta, a.dq = r->dq.data ? sums : NULL;
     static uint64_t allowed;
     status = fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES, error);
     if (status != FA_OK) return status;
@@ -90,9 +90,9 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
                               SMEM_BYTES, stream, device->early, &a, error);
     if (status != FA_OK || !r->dq.data) return status;
 
-    const bwd_dq_args behind = {r->dq, sums, w->hq, w->sq, m_blocks, a.scale};
-    return fa_launch_kernel((const void *)bwd_dq, w->b * w->hq * m_blocks, 128 * WARPGROUPS, 0,
-                            stream, device->early, (void *)&behind, error);
+    const bwd_dq_args behind = {r->dq, sums, w->hq, w->sq, m_blocks, is_wide(&r->dq), a.scale};
+    return fa_launch_kernel((const void *)bwd_dq, w->b * w->hq * m_blocks, ENDS_THREADS, 0, stream,
+                            device->early, (void *)&behind, error);
 }
 
 #endif

@@ -30,17 +30,32 @@ static constexpr int DQ_COLUMNS = DQ_BY_ROWS ? D : D / WARPGROUPS;
 static_assert(DQ_BY_ROWS || BLOCK_M == 64, "dQ is 64 rows, or 64 for each warpgroup");
 static_assert(DQ_COLUMNS % 64 == 0 || DQ_COLUMNS == 32, "whole panels, or half of one");
 
+/* dV is begun before dS is made, where there are registers for P^T, dP^T and P beside it. */
+static constexpr bool EARLY_DV = BLOCK_M == 64 && !VARIANT_STRIDED;
+
 /* Panels of 64 columns, 128 bytes a row, swizzled, each on 1024 bytes. */
 static constexpr int PANEL_M = BLOCK_M * 128, PANEL_N = BLOCK_N * 128;
 static constexpr int QK_PANELS = (D + 63) / 64, V_PANELS = (DV + 63) / 64;
 
+/* The work tile of a block, and the rows that it walks over. */
+struct work_tile {
+    int32_t b, h_k, key; /* its first key */
+    fa_lengths lengths;
+    fa_row_range some, all; /* rows that see one of its keys, every one */
+    fa_row_range rows;      /* rows that see any key of the sequence */
+    fa_interval keys;       /* keys that some row sees */
+    int32_t begin, end;     /* blocks of rows */
+};
+
 struct smem_layout {
     uint8_t k[QK_PANELS][PANEL_N], v[V_PANELS][PANEL_N];
     uint8_t q[STAGES][QK_PANELS][PANEL_M], dout[STAGES][V_PANELS][PANEL_M];
-    uint8_t ds[2][BLOCK_M / 64][PANEL_N]; /* dS^T: a row a key */
+    uint8_t ds[2][BLOCK_M / 64][PANEL_N];            /* dS^T: a row a key */
+    float4 dq[MMA_THREADS / 32][DQ_COLUMNS / 8][32]; /* each warp's share, as its threads hold it */
     float lse[STAGES][BLOCK_M], delta[STAGES][BLOCK_M];
     uint64_t kv_full, q_full[STAGES], q_empty[STAGES], dout_full[STAGES], dout_empty[STAGES];
-    uint64_t ds_full[2], ds_empty[2];
+    uint64_t ds_full[2];
+    work_tile tile;
 };
 static constexpr int SMEM_BYTES = sizeof(smem_layout) + 1024;
 static_assert(SMEM_BYTES <= 227 * 1024, "a block has no more");

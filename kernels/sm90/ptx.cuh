@@ -93,6 +93,13 @@ DEVICE void cp_async_bulk_tensor_store(const void *map, uint32_t smem, int32_t c
         "r"(column), "r"(row), "r"(head), "r"(batch), "r"(smem)
         : "memory");
 }
+/* Adds `bytes` of floats that lie side by side, in no order of theirs and others'. */
+DEVICE void cp_reduce_async_bulk_add(float *to, uint32_t smem, uint32_t bytes) {
+    asm volatile(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+        "r"(smem), "r"(bytes)
+        : "memory");
+}
 DEVICE void cp_async_bulk_commit_group() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -130,13 +137,6 @@ DEVICE uint32_t load_u16(const void *from) {
     uint16_t x;
     asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(x) : "l"(from));
     return x;
-}
-
-/* Sums of many blocks, in any order. */
-DEVICE void red_add_v4(float *to, float a, float b, float c, float d) {
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c),
-                 "f"(d)
-                 : "memory");
 }
 
 DEVICE void st_shared(uint32_t smem, uint32_t x) {
