@@ -158,7 +158,7 @@ def commands(part, options, out, name):
         workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
         yield "tests", [*python, *flags, *workers, ROOT / "tests", *shlex.split(options.pytest)]
     elif part == "sanitize":
-        ours = "--kernel-name kernel_substring=sm90 --kernel-name kernel_substring=merge_"
+        ours = " ".join(f"--kernel-name kernel_substring={x}" for x in ("sm90", "merge_", "bwd_"))
         flags = shlex.split(f"--error-exitcode 99 {ours} --tool")
         for tool in options.tools.split(",") if sanitizer() else []:
             for i in range(options.shards):

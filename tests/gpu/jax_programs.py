@@ -63,6 +63,34 @@ def features():
     same(call(np.uint32(7)), want)
 
 
+def gradients():
+    """Those of torch tensors; dk and dv have the same bits in every run, dq but for its sums' order."""
+    for d, options in ((64, {"causal": True}), (128, {"window": (70, 20)}), (33, {})):
+        q, k, v = inputs(d=d, dv=d)
+
+        def loss(q, k, v, options=options):
+            out, lse = fastattn.attention(q, k, v, return_lse=True, **options)
+            return (out.astype(jnp.float32) ** 2).sum() + jnp.sin(lse).sum()
+
+        tensors = [to_torch(x).detach().requires_grad_() for x in (q, k, v)]
+        out, lse = fastattn.attention(*tensors, return_lse=True, **options)
+        want = torch.autograd.grad((out.float() ** 2).sum() + lse.sin().sum(), tensors)
+        torch.cuda.synchronize()
+        grad = jax.grad(loss, argnums=(0, 1, 2))
+        for function in (grad, jax.jit(grad)):
+            for x, y in zip(map(to_torch, function(q, k, v)), want, strict=True):
+                torch.testing.assert_close(x, y, rtol=0.03, atol=0.03)
+        jitted = jax.jit(grad)
+        first = jitted(q, k, v)
+        for _ in range(20):
+            again = jitted(q, k, v)
+            assert all(np.array_equal(first[n], again[n]) for n in (1, 2))
+    summed = jax.jit(jax.grad(lambda v: fastattn.attention(q, k, v).astype(jnp.float32).sum()))(v)
+    tensor = to_torch(v).detach().requires_grad_()
+    fastattn.attention(to_torch(q), to_torch(k), tensor).float().sum().backward()
+    torch.testing.assert_close(to_torch(summed), tensor.grad, rtol=0.03, atol=0.03)
+
+
 def packed_and_merged():
     q, k, v = (x[0].swapaxes(0, 1) for x in inputs())
     ends = {"cu_seqlens_q": [0, 90, 200], "cu_seqlens_k": [0, 120, 300]}
@@ -172,7 +200,7 @@ def refusals():
     """A call that no kernel serves is refused while JAX compiles, by each backend's reason."""
     q, k, v = inputs()
     for call, arrays in (
-        (jax.grad(lambda q: fastattn.attention(q, k, v).sum()), (q,)),
+        (jax.grad(lambda q: fastattn.attention(q, k, v, softcap=5.0).sum()), (q,)),
         (fastattn.attention, [x.astype(jnp.float32) for x in (q, k, v)]),
     ):
         for wrap in (lambda f: f, jax.jit):

@@ -16,6 +16,9 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each array on its own, so 
 
 import fastattn
 import numpy as np
+import reference
+import reference_backward
+from cases import Torch
 
 import gpu
 from gpu import DTYPES, merging, torch
@@ -257,10 +260,61 @@ def run_merge(n, dtype, dv, is_stacked):
     return not wrong
 
 
+def backward_features(b, hq, sq, sk):
+    """(name, changes of the inputs, keywords), as features()."""
+    limits = {"q_lengths": lengths(b, sq), "k_lengths": lengths(b, sk), "k_start": [1] * b}
+    yield "full", {}, {}
+    yield "causal, one key head", {"hk": 1}, {"causal": True}
+    yield "narrow heads", {"less": 8}, {"causal": "top-left"}
+    yield "window and lengths", {}, {"window": (50, 20), **limits}
+    yield "odd strides", {"move": odd}, {"causal": True}
+    yield "columns apart", {"move": apart}, {}
+    yield "lse alone", {"dlse": True}, {"causal": True}
+    yield "dk alone", {"only": "dk"}, {}
+
+
+def run_backward(size, dtype, feature, change, keywords):
+    """Of one variant or the other: judged on the host, with the forward's results from there."""
+    b, hq, sq, sk = 2, 4, 200, 300
+    hk, d = change.get("hk", 2), size - change.get("less", 0)
+    q, k, v = (numpy(x) for x in arrays(b, hq, hk, sq, sk, d, d, dtype))
+    lse_only = "dlse" in change
+    dout = None if lse_only else numpy(gpu.normal(b, hq, sq, d, dtype=dtype, seed=7, device="cpu"))
+    dlse = np.ones((b, hq, sq), np.float32) if lse_only else None
+    exact = reference.attention(q, k, v, **keywords)
+    move = change.get("move", torch.Tensor.cuda)
+
+    def moved(x):
+        return None if x is None else move(tensor_of(x))
+
+    out, lse = exact.out.astype(q.dtype), exact.lse.astype(np.float32)
+    needs = {f"need_{x}": change.get("only", x) == x for x in ("dq", "dk", "dv")}
+    call = functools.partial(
+        fastattn.attention_backward,
+        *(*map(moved, (dout, q, k, v, out)), tensor_of(lse).cuda()),
+        dlse=None if dlse is None else tensor_of(dlse).cuda(),
+        **on_gpu(keywords),
+        **needs,
+    )
+    found = zip(("dq", "dk", "dv"), call()[:3], strict=True)
+    got = {name: numpy(x.cpu()) for name, x in found if x is not None}
+    wrong = reference_backward.check(got, dout, q, k, v, dlse=dlse, lse=lse, **keywords)
+    return report(call, "", f"gradients, {feature}", wrong)
+
+
+numpy = Torch("cpu").numpy
+
+
+def tensor_of(x):
+    if x.dtype.name == "bfloat16":
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
 def report(call, name, feature, wrong):
     """A feature may have another variant than the one that its shape was found for."""
     ran = fastattn.explain(call.func, *call.args, **call.keywords).kernel
-    feature += "" if ran == name else f" (shape of {name})"
+    feature += "" if ran == name or not name else f" (shape of {name})"
     print(f"{'WRONG' if wrong else 'ok   '}    {ran} {feature} {'; '.join(wrong)}", flush=True)
     return not wrong
 
@@ -286,6 +340,12 @@ def main():
                 right.append(run(name, feature, sizes, dtype, shape, change, keywords))
     merges = itertools.product((2, 4, 8, 20, 60), merging.DTYPES, (64, 50), (False, True))
     right += [run_merge(*merge) for merge in itertools.islice(merges, part, None, parts)]
+    backward = [
+        (size, dtype, *feature)
+        for size, dtype in itertools.product((64, 128), DTYPES.values())
+        for feature in backward_features(2, 4, 200, 300)
+    ]
+    right += [run_backward(*one) for one in itertools.islice(backward, part, None, parts)]
     print(f"{sum(right)} of {len(right)} right")
     sys.exit(not right or not all(right))
 

@@ -26,7 +26,15 @@ def jax_platform():
 
 @pytest.mark.parametrize(
     "name",
-    ["features", "packed_and_merged", "vmapped", "other_streams", "command_buffer", "refusals"],
+    [
+        "features",
+        "gradients",
+        "packed_and_merged",
+        "vmapped",
+        "other_streams",
+        "command_buffer",
+        "refusals",
+    ],
 )
 def test_programs(name):
     if jax_platform() != "gpu":
