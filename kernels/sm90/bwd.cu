@@ -229,7 +229,7 @@ DEVICE void store_dq(const float (&dq)[DQ_COLUMNS / 2], smem_layout &smem) {
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < DQ_COLUMNS / 8; ++i)
-        smem.dq[threadIdx.x / 32][i][lane] =
+        *(float4 *)smem.dq[threadIdx.x / 32][i][lane] =
             make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
 }
 /* and, after a fence, added to the sums of a block of rows. */

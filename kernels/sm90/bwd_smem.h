@@ -50,8 +50,8 @@ struct work_tile {
 struct smem_layout {
     uint8_t k[QK_PANELS][PANEL_N], v[V_PANELS][PANEL_N];
     uint8_t q[STAGES][QK_PANELS][PANEL_M], dout[STAGES][V_PANELS][PANEL_M];
-    uint8_t ds[2][BLOCK_M / 64][PANEL_N];            /* dS^T: a row a key */
-    float4 dq[MMA_THREADS / 32][DQ_COLUMNS / 8][32]; /* each warp's share, as its threads hold it */
+    uint8_t ds[2][BLOCK_M / 64][PANEL_N];              /* dS^T: a row a key */
+    float dq[MMA_THREADS / 32][DQ_COLUMNS / 8][32][4]; /* each warp's share, as its lanes hold it */
     float lse[STAGES][BLOCK_M], delta[STAGES][BLOCK_M];
     uint64_t kv_full, q_full[STAGES], q_empty[STAGES], dout_full[STAGES], dout_empty[STAGES];
     uint64_t ds_full[2];

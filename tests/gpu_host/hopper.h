@@ -173,9 +173,31 @@ static void cp_async_bulk_tensor_store(const void *map, uint32_t smem, int32_t c
             if (uint8_t *to = element_at(m, column + j, row + i, head, batch))
                 memcpy(to, shared_at(swizzled(smem + i * 128 + j * m.bytes)), m.bytes);
 }
-static void cp_async_bulk_commit_group() {}
-static void cp_async_bulk_wait_group_read() {}
-static void cp_async_bulk_wait_group() {}
+/* A thread's sums that have not been read yet: at once, or `late`, when they are waited for. */
+struct bulk_sum {
+    float *to;
+    uint32_t smem, bytes;
+};
+static std::vector<bulk_sum> bulk_sums[FIBERS];
+
+static void cp_reduce_async_bulk_add(float *to, uint32_t smem, uint32_t bytes) {
+    if ((uintptr_t)to % 16 || smem % 16 || bytes % 16) abort();
+    bulk_sums[current].push_back({to, smem, bytes});
+}
+static void make_bulk_sums() {
+    for (const bulk_sum &x : bulk_sums[current])
+        for (uint32_t i = 0; i < x.bytes / 4; ++i) {
+            float y;
+            memcpy(&y, shared_at(x.smem + 4 * i), 4);
+            x.to[i] += y;
+        }
+    bulk_sums[current].clear();
+}
+static void cp_async_bulk_commit_group() {
+    if (!late) make_bulk_sums();
+}
+static void cp_async_bulk_wait_group_read() { make_bulk_sums(); }
+static void cp_async_bulk_wait_group() { make_bulk_sums(); }
 static void prefetch_tensormap(const void *) {}
 static void cp_async_bulk_load(uint32_t smem, const void *from, uint32_t bytes, uint32_t barrier) {
     if (smem % 16 || (uintptr_t)from % 16 || bytes % 16) abort();
@@ -186,10 +208,6 @@ static void fence_proxy_async() {}
 
 /* ---- ordinary instructions --------------------------------------------------------------------*/
 
-static void red_add_v4(float *to, float a, float b, float c, float d) {
-    if ((uintptr_t)to % 16) abort();
-    to[0] += a, to[1] += b, to[2] += c, to[3] += d;
-}
 static void st_shared_v4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     const uint32_t x[4] = {a, b, c, d};
     memcpy(shared_at(smem), x, 16);
