@@ -15,6 +15,7 @@ class Place(NamedTuple):
 MASK = " ".join(f"tests/test_mask_{name}.py" for name in ("sequences", "h", "rows", "positions"))
 HOST = "tests/gpu_host"
 FORWARD = f"{HOST}/test_forward_kernel.py"
+BACKWARD = f"{HOST}/test_backward_kernel.py"
 PLACES = (
     Place("csrc/mask.h", 6, MASK, False),
     Place("csrc/check_array.c", 1, "tests/test_dtypes.py tests/test_messages.py"),
@@ -53,6 +54,8 @@ PLACES = (
     Place("kernels/sm90/fwd_cost.h", 1, f"{HOST}/test_choice.py {HOST}/test_positions.py", False),
     Place("kernels/sm90/loads.h", 2, f"{HOST}/test_choice.py", False),
     Place("kernels/sm90/fwd_workspace.h", 1, f"{HOST}/test_workspace.py", False),
+    Place("kernels/sm90/bwd_choice.h", 2, f"{HOST}/test_backward_choice.py", False),
+    Place("kernels/common/empty.h", 1, f"{HOST}/test_workspace.py", False),
 )
 
 # (file, line, what it becomes, why no input can tell them apart)
@@ -263,6 +266,28 @@ FAULTS = (
         "bool part = key < whole.begin || key + BLOCK_N > whole.end;",
         "bool part = key + BLOCK_N > whole.end;",
         FORWARD,
+        False,
+    ),
+    # ---- the backward kernel
+    (
+        "kernels/sm90/bwd_load_strided.cuh",
+        "const int32_t there = row < rows ? d - 8 * chunk : 0;",
+        "const int32_t there = d - 8 * chunk;",
+        f"{BACKWARD} -k strided",
+        False,
+    ),
+    (
+        "kernels/sm90/bwd_store.cuh",
+        "    if (column + 1 < to.shape[3]) row",
+        "    row",
+        f"{BACKWARD} -k strided",
+        False,
+    ),
+    (
+        "kernels/sm90/bwd_sink.cuh",
+        "if (keys.begin < keys.end && a.delta) return",
+        "if (a.delta) return",
+        BACKWARD,
         False,
     ),
 )

@@ -231,7 +231,7 @@ CALLS = {  # line of the matrix -> calls
     "merging parts, of float32 too": [
         functools.partial(merges, dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16)
     ],
-    "gradients: d and dv up to 128, causal, window, lengths, q_offset, grouped heads, any strides": [
+    "gradients: d and dv up to 128, causal, window, lengths, q_offset, grouped heads, sinks": [
         grades,
         functools.partial(grades, causal=True, q_offset=3),
         functools.partial(grades, window=(2, 1)),
@@ -264,8 +264,8 @@ ASKS = {  # line of the matrix -> what it asks a backend to declare; else nothin
     "merging parts, of float32 too": tuple(
         {"operation": "merge", "dtype": dtype} for dtype in ("float32", "float16", "bfloat16")
     ),
-    "gradients: d and dv up to 128, causal, window, lengths, q_offset, grouped heads, any strides": (
-        {"operation": "backward", "features": (*POSITIONS, "q_offset", "gqa", "lse")},
+    "gradients: d and dv up to 128, causal, window, lengths, q_offset, grouped heads, sinks": (
+        {"operation": "backward", "features": (*POSITIONS, "q_offset", "gqa", "lse", "sink")},
         {"operation": "backward", "d": 128, "dv": 1},
     ),
     "gradients of all the rest; deterministic ones": (
@@ -273,7 +273,7 @@ ASKS = {  # line of the matrix -> what it asks a backend to declare; else nothin
         *(
             {"operation": "backward", "features": (name,)}
             for name in (
-                *("varlen", "softcap", "alibi", "sink", "dropout", "deterministic"),
+                *("varlen", "softcap", "alibi", "dropout", "deterministic"),
                 *MASKED,
             )
         ),

@@ -11,6 +11,7 @@
 #include "fastattn.h"
 #include "support.h"
 #include "sm90/bwd_choice.h"
+#include "sm90/bwd_sink.cuh"
 #include "sm90/fwd_choice.h"
 #include "sm90/fwd_workspace.h"
 
@@ -167,16 +168,27 @@ static const char *backward_kernel(const fa_backward *, const fa_choice *choice)
 }
 
 static int64_t backward_workspace(const fa_backward *r, const fa_choice *choice) {
-    return fa_bwd_bytes(&r->forward.what, (const fa_bwd_variant *)choice->variant);
+    const fa_bwd_variant *v = (const fa_bwd_variant *)choice->variant;
+    return 4 * fa_lay_out_backward(&r->forward.what, v->block_m, v->d).floats;
 }
 
-/* Where there is no score to compute, gradients are 0. */
+/* Where there is no score to compute, gradients are 0, but for the sinks': of lse. */
 static fa_status launch_zeros(const fa_backward *r, const fa_device *device, fa_error *error) {
     const fa_tensor *gradients[] = {&r->dq, &r->dk, &r->dv};
-    fa_status status = FA_OK;
+    fa_status status = launch_sink(r, NULL, 0, device, error);
     for (int i = 0; i < 3 && status == FA_OK; ++i)
         status = launch_clear(gradients[i], device, r->forward.where.stream, error);
     return status;
+}
+
+static fa_status launch_backward(const fa_backward *r, const fa_device *device,
+                                 const fa_bwd_variant *v, void *workspace, fa_error *error) {
+    const fa_what *w = &r->forward.what;
+    if (fa_is_empty(w)) return launch_zeros(r, device, error);
+    const fa_backward_workspace at = fa_lay_out_backward(w, v->block_m, v->d);
+    fa_status status = bwd_launchers[v - fa_bwd_variants](r, device, workspace, error);
+    if (status != FA_OK) return status;
+    return launch_sink(r, (const float *)workspace + at.delta, at.head, device, error);
 }
 
 static fa_status run_backward(const fa_backward *r, const fa_choice *choice, void *workspace,
@@ -186,10 +198,7 @@ static fa_status run_backward(const fa_backward *r, const fa_choice *choice, voi
     int before;
     fa_status status = fa_enter_device(device, &before, error);
     if (status != FA_OK) return status;
-    if (fa_is_empty(&r->forward.what))
-        status = launch_zeros(r, device, error);
-    else
-        status = bwd_launchers[variant - fa_bwd_variants](r, device, workspace, error);
+    status = launch_backward(r, device, variant, workspace, error);
     return fa_leave_device(device, before, status, error);
 }
 

@@ -242,6 +242,13 @@ DEVICE void add_dq(smem_layout &smem, float *sums, int32_t block, int32_t warp) 
     }
 }
 
+/* What this warp has stored, dS and dQ, may be read by the tensor cores and the copy engine. */
+DEVICE void hand_over(uint64_t &full) {
+    fence_proxy_async();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&full));
+}
+
 /* 64 keys of dK or dV, `factor` times, to their rows. */
 template <int COLUMNS>
 DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, const work_tile &t,
@@ -288,18 +295,28 @@ DEVICE void mask_block(float (&x)[BLOCK_M / 2], const work_tile &t, const fa_row
     mask_columns(seen_rows_of(t, key, m * BLOCK_M + thread % 4 * 2), x);
 }
 
+/* Waits for K and V. */
+DEVICE void wait_for_keys(smem_layout &smem, const work_tile &t) {
+    mbarrier_wait(smem_address(&smem.kv_full), 0);
+    if (t.key >= t.keys.begin && t.key + BLOCK_N <= t.keys.end) return;
+    clear_rows(smem.k, t.keys.begin - t.key, t.keys.end - t.key);
+    clear_rows(smem.v, t.keys.begin - t.key, t.keys.end - t.key);
+    fence_proxy_async();
+    bar_sync(ROWS_BARRIER, MMA_THREADS);
+}
+
+template <int N>
+DEVICE void set_zero(float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = 0.f;
+}
+
 DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
     const work_tile &t = smem.tile; /* read again where it is needed: registers are scarce */
     const bool first = threadIdx.x % 128 == 0;
     const int32_t warp = uniform(threadIdx.x / 32);
     float dk[D / 2], dv[DV / 2];
-    mbarrier_wait(smem_address(&smem.kv_full), 0);
-    if (t.key < t.keys.begin || t.key + BLOCK_N > t.keys.end) {
-        clear_rows(smem.k, t.keys.begin - t.key, t.keys.end - t.key);
-        clear_rows(smem.v, t.keys.begin - t.key, t.keys.end - t.key);
-        fence_proxy_async();
-        bar_sync(ROWS_BARRIER, MMA_THREADS);
-    }
+    wait_for_keys(smem, t);
     const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
     const int32_t begin = uniform(t.begin), end = uniform(t.end);
     const uint32_t blocks = a.group * (end - begin); /* of rows */
@@ -324,9 +341,7 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
         mask_block(dp, t, plain, m, warpgroup);
         pack(dp, ds);
         store_ds(ds, smem.ds[n % 2], threadIdx.x);
-        fence_proxy_async(); /* of dQ of the block before, too */
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&smem.ds_full[n % 2]));
+        hand_over(smem.ds_full[n % 2]);
         if (n > 0) {
             add_dq(smem, a.dq, sums, warp);
             sums += m == begin ? a.m_blocks - (end - begin) + 1 : 1;
@@ -346,10 +361,8 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
         m = m + 1 == end ? begin : m + 1;
     }
     if (blocks == 0) {
-#pragma unroll
-        for (int i = 0; i < D / 2; ++i) dk[i] = 0.f;
-#pragma unroll
-        for (int i = 0; i < DV / 2; ++i) dv[i] = 0.f;
+        set_zero(dk);
+        set_zero(dv);
     } else {
         fence_proxy_async();
         __syncwarp();

@@ -47,11 +47,21 @@ static inline int32_t fa_choose_bwd_variant(const fa_backward *r) {
     return best;
 }
 
-/* lse, delta and dQ's sums, of whole blocks of rows. */
-static inline int64_t fa_bwd_bytes(const fa_what *w, const fa_bwd_variant *v) {
-    const int64_t blocks = ((int64_t)w->sq + v->block_m - 1) / v->block_m;
-    if (fa_is_empty(w)) return 0;
-    return w->b * blocks * w->hq * v->block_m * (2 + v->d) * 4;
+/* Where everything lies in the workspace, in floats from its start: lse, delta and dQ's sums. */
+typedef struct fa_backward_workspace {
+    int32_t head; /* rows of a query head, whole blocks */
+    int64_t delta, sums, floats;
+} fa_backward_workspace;
+
+static inline fa_backward_workspace fa_lay_out_backward(const fa_what *w, int32_t block_m,
+                                                        int32_t d) {
+    fa_backward_workspace n = {0, 0, 0, 0};
+    if (fa_is_empty(w)) return n;
+    n.head = (w->sq + block_m - 1) / block_m * block_m;
+    n.delta = (int64_t)w->b * w->hq * n.head;
+    n.sums = 2 * n.delta;
+    n.floats = n.sums + n.delta * d;
+    return n;
 }
 
 #endif

@@ -5,6 +5,7 @@
 #include "backward.h"
 #include "common/launch.cuh"
 #include "sm90/bwd_args.cuh"
+#include "sm90/bwd_choice.h"
 #include "sm90/bwd_ends.cuh"
 #include "sm90/bwd_smem.h"
 #include "sm90/scale.h"
@@ -48,7 +49,6 @@ static bool is_wide(const fa_tensor *t) {
            (t->stride[0] | t->stride[1] | t->stride[2]) % 8 == 0;
 }
 
-/* In the workspace: lse, delta, then dQ's sums. */
 extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const fa_device *device,
                                                      void *workspace, fa_error *error) {
     const fa_what *w = &r->forward.what;
@@ -57,7 +57,8 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     const int64_t rows = (int64_t)w->b * w->hq * m_blocks * BLOCK_M;
     if (rows > INT32_MAX || (int64_t)w->b * w->hk * n_blocks > INT32_MAX)
         return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 rows in all");
-    float *lse = (float *)workspace, *delta = lse + rows, *sums = delta + rows;
+    const fa_backward_workspace at = fa_lay_out_backward(w, BLOCK_M, D);
+    float *lse = (float *)workspace, *delta = lse + at.delta, *sums = lse + at.sums;
     void *stream = r->forward.where.stream;
 
     bwd_rows_args before = {};

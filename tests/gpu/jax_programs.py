@@ -64,7 +64,7 @@ def features():
 
 
 def gradients():
-    """Those of torch tensors; dk and dv have the same bits in every run, dq but for its sums' order."""
+    """Those of torch tensors; dk and dv have the same bits in every run, dq but for its order."""
     for d, options in ((64, {"causal": True}), (128, {"window": (70, 20)}), (33, {})):
         q, k, v = inputs(d=d, dv=d)
 

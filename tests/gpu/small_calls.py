@@ -270,6 +270,7 @@ def backward_features(b, hq, sq, sk):
     yield "odd strides", {"move": odd}, {"causal": True}
     yield "columns apart", {"move": apart}, {}
     yield "lse alone", {"dlse": True}, {"causal": True}
+    yield "sink", {}, {"sink": torch.linspace(-3, 3, hq), **limits}
     yield "dk alone", {"only": "dk"}, {}
 
 
@@ -281,7 +282,8 @@ def run_backward(size, dtype, feature, change, keywords):
     lse_only = "dlse" in change
     dout = None if lse_only else numpy(gpu.normal(b, hq, sq, d, dtype=dtype, seed=7, device="cpu"))
     dlse = np.ones((b, hq, sq), np.float32) if lse_only else None
-    exact = reference.attention(q, k, v, **keywords)
+    given = {n: numpy(x) if isinstance(x, torch.Tensor) else x for n, x in keywords.items()}
+    exact = reference.attention(q, k, v, **given)
     move = change.get("move", torch.Tensor.cuda)
 
     def moved(x):
@@ -289,6 +291,7 @@ def run_backward(size, dtype, feature, change, keywords):
 
     out, lse = exact.out.astype(q.dtype), exact.lse.astype(np.float32)
     needs = {f"need_{x}": change.get("only", x) == x for x in ("dq", "dk", "dv")}
+    needs["need_dsink"] = "sink" in keywords
     call = functools.partial(
         fastattn.attention_backward,
         *(*map(moved, (dout, q, k, v, out)), tensor_of(lse).cuda()),
@@ -296,9 +299,9 @@ def run_backward(size, dtype, feature, change, keywords):
         **on_gpu(keywords),
         **needs,
     )
-    found = zip(("dq", "dk", "dv"), call()[:3], strict=True)
+    found = zip(("dq", "dk", "dv", "dmask", "dsink"), call(), strict=True)
     got = {name: numpy(x.cpu()) for name, x in found if x is not None}
-    wrong = reference_backward.check(got, dout, q, k, v, dlse=dlse, lse=lse, **keywords)
+    wrong = reference_backward.check(got, dout, q, k, v, dlse=dlse, lse=lse, **given)
     return report(call, "", f"gradients, {feature}", wrong)
 
 

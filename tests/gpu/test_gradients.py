@@ -192,6 +192,30 @@ def test_what_no_row_sees_reaches_nothing():
     assert not second[1][1].any() and not second[2][0, :, 130:].any()
 
 
+@pytest.mark.parametrize("sk", [0, 1, 300])
+def test_sinks(sk):
+    """Of rows that see nothing, too, whose dout may hold anything: lse is the sink there."""
+    q, k, v = gpu.inputs(2, 4, 2, 200, sk, 64)
+    dout, dlse = normal(2, 4, 200, 64, seed=9), normal(2, 4, 200, dtype=torch.float32, seed=8)
+    sink, seen = normal(4, dtype=torch.float32, seed=7), visible(200, sk, window=(-3, 50))
+    out, lse = fastattn.attention(q, k, v, sink=sink, window=(-3, 50), return_lse=True)
+    dout[:, :, ~seen.any(-1)] = torch.nan
+    arguments = (dout, q, k, v, out, lse)
+    options = {"sink": sink, "window": (-3, 50), "dlse": dlse, "need_dsink": True}
+    found = fastattn.attention_backward(*arguments, **options)
+    wide = [x.double().repeat_interleave(2, 1) for x in (k, v)]
+    scores = (q.double() @ wide[0].mT / 8).masked_fill(~seen, -torch.inf)
+    leaf = sink.double().requires_grad_()
+    column = leaf.view(1, 4, 1, 1).expand(2, 4, 200, 1)
+    logits = torch.cat([scores, column], -1)
+    result = logits.softmax(-1)[..., :-1] @ wide[1]
+    loss = (result * dout.nan_to_num().double()).sum() + (logits.logsumexp(-1) * dlse).sum()
+    (want,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(found[4].double(), want, rtol=2e-3, atol=2e-2)
+    again = fastattn.attention_backward(*arguments, **options)
+    assert torch.equal(found[4], again[4])
+
+
 @pytest.mark.parametrize("d", [64, 128])
 def test_dk_and_dv_have_the_same_bits_every_time(d):
     q, k, v = gpu.inputs(2, 4, 2, 500, 700, d)

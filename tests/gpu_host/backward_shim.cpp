@@ -8,9 +8,7 @@ static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t th
 
 #include "sm90/bwd.cu"
 #include "sm90/bwd_choice.h"
-
-#define TEXT_(x) #x
-#define TEXT(x) TEXT_(x)
+#include "sm90/bwd_sink.cuh"
 
 static const void *kernel_now;
 static void *arguments_now;
@@ -22,6 +20,8 @@ static void body() {
         bwd_rows(*(bwd_rows_args *)arguments_now);
     else if (kernel_now == (const void *)bwd_dq)
         bwd_dq(*(bwd_dq_args *)arguments_now);
+    else if (kernel_now == (const void *)bwd_sink)
+        bwd_sink(*(sink_args *)arguments_now);
     else
         VARIANT_NAME(*(bwd_args *)arguments_now);
 }
@@ -38,9 +38,10 @@ static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t th
 }
 
 /* arrays: q, k, v, out, lse, dout, dlse, dq, dk, dv, as they are described, or NULL: none. masks:
- * flags, left, right, offset; lengths: of queries, of keys, starts, or NULL. Returns a status. */
+ * flags, left, right, offset; lengths: of queries, of keys, starts, or NULL; sinks: sink and dsink
+ * of each head, or NULL. Returns a status. */
 extern "C" int backward(const fa_tensor *const *arrays, double scale, const int32_t *masks,
-                        const int32_t *const *lengths, int is_late) {
+                        const int32_t *const *lengths, float *const *sinks, int is_late) {
     fa_backward r = {};
     fa_params &p = r.forward;
     fa_tensor *to[] = {&p.what.q, &p.what.k, &p.what.v, &p.what.out, &p.what.lse,
@@ -58,12 +59,14 @@ extern "C" int backward(const fa_tensor *const *arrays, double scale, const int3
     p.masks.q_lengths = lengths[0], p.masks.q_lengths_stride = 1;
     p.masks.k_lengths = lengths[1], p.masks.k_lengths_stride = 1;
     p.masks.k_start = lengths[2], p.masks.k_start_stride = 1;
-    const fa_bwd_variant *variant = fa_bwd_variants;
-    while (strcmp(variant->name, TEXT(VARIANT_NAME))) ++variant;
-    const int64_t bytes = fa_bwd_bytes(&p.what, variant);
-    std::vector<float4> workspace(bytes / 16 + 16, make_float4(NAN, NAN, NAN, NAN));
+    p.scores.sink = sinks[0], p.scores.sink_stride = 1;
+    r.dsink = sinks[1], r.dsink_stride = 1;
+    const fa_backward_workspace at = fa_lay_out_backward(&p.what, BLOCK_M, D);
+    std::vector<float4> workspace(at.floats / 4 + 1, make_float4(NAN, NAN, NAN, NAN));
     const fa_device device = {132, 0, encode_host};
     fa_error error = {};
     late = is_late;
-    return PASTE(fa_launch_, VARIANT_NAME)(&r, &device, workspace.data(), &error);
+    const fa_status status = PASTE(fa_launch_, VARIANT_NAME)(&r, &device, workspace.data(), &error);
+    if (status != FA_OK) return status;
+    return launch_sink(&r, (const float *)workspace.data() + at.delta, at.head, &device, &error);
 }

@@ -34,6 +34,7 @@ CASES = {
         "k_start": [3, 70],
     },
     "columns": {"sq": 70, "sk": 130, "d": -8, "dv": -16, "scale": -0.2},
+    "sink": {"sq": 70, "sk": 130, "b": 1, "hq": 2, "window": (-9, 20), "sink": True, "dlse": True},
     "only dk": {"sq": 64, "sk": 9, "b": 1, "wanted": ("dk",)},
 }
 STRIDED = {  # of variants that take any
@@ -56,14 +57,15 @@ def rows(shape, dtype, apart):
     return whole[..., :columns], whole[..., columns:]
 
 
-def backward(library, late, scale, masks, lengths, *arrays):
+def backward(library, late, scale, masks, lengths, sinks, *arrays):
     described_ = [None if x is None else described(x) for x in arrays]
     pointers = [None if x is None else ctypes.addressof(x) for x in described_]
     lengths = [None if x is None else np.array(x, np.int32) for x in lengths]
     given = (ctypes.c_void_p * 3)(*(None if x is None else x.ctypes.data for x in lengths))
     masks = (ctypes.c_int32 * 4)(*masks)
     scale = ctypes.c_double(scale)
-    return library.backward((ctypes.c_void_p * 10)(*pointers), scale, masks, given, late)
+    both = (ctypes.c_void_p * 2)(*(None if x is None else x.ctypes.data for x in sinks))
+    return library.backward((ctypes.c_void_p * 10)(*pointers), scale, masks, given, both, late)
 
 
 def run(
@@ -80,6 +82,7 @@ def run(
     dout=True,
     dlse=False,
     repeated=False,
+    sink=False,
     wanted=("dq", "dk", "dv"),
     **keywords,
 ):
@@ -104,8 +107,12 @@ def run(
     if "window" in keywords:
         masks = (HAS_LEFT | HAS_RIGHT, *keywords["window"], 0)
     asked = {**keywords, "scale": keywords.get("scale", d**-0.5)}
+    sinks = [None, None]
+    if sink:
+        sinks = [rng.standard_normal(hq).astype(np.float32), np.full(hq, np.nan, np.float32)]
+        asked["sink"] = sinks[0]
     exact = reference.attention(q, k, v, **asked)
-    limits = {key: x for key, x in asked.items() if key != "scale"}
+    limits = {key: x for key, x in asked.items() if key not in ("scale", "sink")}
     seen = reference.visible(b, 1, sq, sk, **limits)[:, 0]
     given = [x if x is None else x.copy() for x in (dout, q, k, v)]
     for x, some in ((q, 2), (k, 1), (v, 1), *([] if dout is None or repeated else [(dout, 2)])):
@@ -116,7 +123,8 @@ def run(
     got = {name: made[name][0] for name in wanted}
     outputs = [got.get(name) for name in made]
     arrays = (q, k, v, out, lse, dout, dlse, *outputs)
-    assert backward(library, late, asked["scale"], masks, lengths, *arrays) == 0
+    assert backward(library, late, asked["scale"], masks, lengths, sinks, *arrays) == 0
+    got |= {"dsink": sinks[1]} if sink else {}
     complaints = [
         f"wrote beside {name}" for name, (_, beside) in made.items() if not np.isnan(beside).all()
     ]

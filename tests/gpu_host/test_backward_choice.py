@@ -1,0 +1,93 @@
+"""Which variant of the backward runs a call, and its workspace."""
+
+import ctypes
+import itertools
+
+import pytest
+
+import gpu_host
+from gpu_host import BF16, F16
+
+pytestmark = gpu_host.marks
+
+VARIANTS = [v for v in gpu_host.EVERY_VARIANT if v.name.startswith("sm90_bwd_")]
+SOURCE = """
+#include "sm90/bwd_choice.h"
+
+/* Contiguous arrays; `odd`: how many bytes past one of 16 the array `which` begins, q, k, v, dout,
+ * or of 4, there is no dout. sizes: b hq sq sk d dv. */
+int choose(int dtype, const int *sizes, int which, int odd) {
+    const int b = sizes[0], h = sizes[1], d = sizes[4], dv = sizes[5];
+    fa_backward r = {.forward.what = {.dtype = dtype, .b = b, .hq = h, .hk = h, .hv = h,
+                                      .sq = sizes[2], .sk = sizes[3], .d = d, .dv = dv}};
+    fa_what *w = &r.forward.what;
+    fa_tensor *all[] = {&w->q, &w->k, &w->v, &r.dout};
+    for (int i = 0; i < 4; ++i) {
+        const int s = i == 1 || i == 2 ? w->sk : w->sq, n = i < 2 ? d : dv;
+        *all[i] = (fa_tensor){(void *)(256 + (long)(i == which) * odd), {b, h, s, n},
+                              {(int64_t)h * s * n, (int64_t)s * n, n, 1}};
+    }
+    if (which == 4) r.dout.data = 0;
+    return fa_choose_bwd_variant(&r);
+}
+
+void lay_out(int b, int h, int sq, int sk, int block_m, int d, int64_t *got) {
+    fa_what w = {.b = b, .hq = h, .sq = sq, .sk = sk};
+    w.q.shape[2] = sq, w.k.shape[2] = sk;
+    const fa_backward_workspace n = fa_lay_out_backward(&w, block_m, d);
+    got[0] = n.head, got[1] = n.delta, got[2] = n.sums, got[3] = n.floats;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    source = tmp_path_factory.mktemp("backward") / "choice.c"
+    source.write_text(SOURCE)
+    return gpu_host.library(source, source.parent)
+
+
+def chosen(library, dtype, d, dv, which=-1, odd=0):
+    sizes = (ctypes.c_int * 6)(2, 3, 100, 200, d, dv)
+    i = library.choose(dtype, sizes, which, odd)
+    return None if i < 0 else VARIANTS[i]
+
+
+def test_every_head_size_has_the_variant_of_the_least_padding(library):
+    dtypes = {"FA_F16": F16, "FA_BF16": BF16}
+    for (name, dtype), d, dv in itertools.product(dtypes.items(), range(1, 129), (1, 64, 65, 128)):
+        strided = d % 8 > 0 or dv % 8 > 0
+        of = [v for v in VARIANTS if v["dtype"] == name and v["strided"] == strided]
+        least = min(v["d"] + v["dv"] for v in of if v["d"] >= d and v["dv"] >= dv)
+        got = chosen(library, dtype, d, dv)
+        assert got["dtype"] == name and got["strided"] == strided
+        assert got["d"] >= d and got["dv"] >= dv and got["d"] + got["dv"] == least
+    assert chosen(library, BF16, 129, 64) is chosen(library, BF16, 64, 129) is None
+    assert chosen(library, 2, 64, 64) is None
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_what_the_copy_engine_does_not_take_is_strided(library, which):
+    assert not chosen(library, BF16, 64, 64)["strided"]
+    for odd in (2, 4, 8) if which < 4 else (0,):
+        assert chosen(library, BF16, 64, 64, which, odd)["strided"]
+    if which < 4:
+        assert not chosen(library, BF16, 64, 64, which, 16)["strided"]
+
+
+def test_workspace(library):
+    got = (ctypes.c_int64 * 4)()
+    for b, h, sq, block_m, d in itertools.product(
+        (1, 3), (1, 5), (1, 64, 65, 700), (64, 128), (64, 128)
+    ):
+        library.lay_out(b, h, sq, 9, block_m, d, got)
+        head = -(-sq // block_m) * block_m
+        rows = b * h * head
+        assert list(got) == [head, rows, 2 * rows, rows * (2 + d)]
+    for empty in range(4):
+        sizes = [2, 3, 100, 200]
+        sizes[empty] = 0
+        library.lay_out(*sizes, 64, 64, got)
+        assert list(got) == [0] * 4
+    library.lay_out(1, 1, (1 << 30) - 1, 9, 128, 128, got)
+    assert list(got) == [1 << 30, 1 << 30, 1 << 31, 130 << 30]
