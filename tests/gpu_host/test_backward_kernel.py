@@ -35,6 +35,7 @@ CASES = {
     },
     "columns": {"sq": 70, "sk": 130, "d": -8, "dv": -16, "scale": -0.2},
     "sink": {"sq": 70, "sk": 130, "b": 1, "hq": 2, "window": (-9, 20), "sink": True, "dlse": True},
+    "large scores": {"sq": 70, "sk": 130, "b": 1, "factor": 60.0, "causal": True},
     "only dk": {"sq": 64, "sk": 9, "b": 1, "wanted": ("dk",)},
 }
 STRIDED = {  # of variants that take any
@@ -83,6 +84,7 @@ def run(
     dlse=False,
     repeated=False,
     sink=False,
+    factor=1.0,
     wanted=("dq", "dk", "dv"),
     **keywords,
 ):
@@ -97,6 +99,7 @@ def run(
         return x
 
     q, k, v = normal(b, hq, sq, d), normal(b, 1, sk, d), normal(b, 1, sk, dv)
+    q *= dtype(factor)
     dout = normal(b, hq, sq, dv) if dout else None
     if repeated:
         dout = np.broadcast_to(dout[:1, :1, :1, :1], dout.shape)
