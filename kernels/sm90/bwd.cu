@@ -342,10 +342,8 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
         pack(dp, ds);
         store_ds(ds, smem.ds[n % 2], threadIdx.x);
         hand_over(smem.ds_full[n % 2]);
-        if (n > 0) {
-            add_dq(smem, a.dq, sums, warp);
-            sums += m == begin ? a.m_blocks - (end - begin) + 1 : 1;
-        }
+        if (n > 0) add_dq(smem, a.dq, sums, warp);
+        if (n > 0) sums += m == begin ? a.m_blocks - (end - begin) + 1 : 1;
         if (!EARLY_DV) issue_sum<V_PANELS, DV>(dv, p, smem.dout[stage], n == 0);
         mbarrier_wait(smem_address(&smem.ds_full[n % 2]), n / 2 % 2);
         issue_dq(dq, smem, smem.ds[n % 2], warpgroup);
