@@ -24,7 +24,7 @@ from ._attention import (
     merge_states,
     scaled_dot_product_attention,
 )
-from ._derivatives import Problem, gradients_of_gradients, in_blocks
+from ._derivatives import Problem, are_deterministic, gradients_of_gradients, in_blocks
 from ._merging import merge_parts  # noqa: F401 - csrc/binding/merge.c calls it
 from ._routing import use_fastattn
 from ._transforms import (
@@ -114,8 +114,7 @@ class _Call:
     def keywords(self, side: Sequence[Any]) -> dict[str, Any]:
         """Of the backward pass, but for mask and sink."""
         given = {n: x for n, x in zip(self.side, side, strict=False) if x is not None}
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        more = {"deterministic": True} if deterministic else {}
+        more = {"deterministic": True} if are_deterministic() else {}
         return self.all_options() | given | more
 
     def problem(self, side: Sequence[Any]) -> Problem:
