@@ -14,6 +14,12 @@ _BLOCK = 1 << 21  # scores in memory at once
 _SHIFT = 1 << 30  # FA_MAX_SHIFT of csrc/forward.h
 
 
+def are_deterministic() -> bool:
+    """What torch.use_deterministic_algorithms() asks of gradients: nothing, where it only warns."""
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled() and not warns
+
+
 class Problem(NamedTuple):
     """What has no gradient: the arguments of attention or attention_varlen of these names."""
 

@@ -16,7 +16,7 @@ from ._attention import (
     attention_varlen,
     attention_varlen_backward,
 )
-from ._derivatives import Problem, gradients_of_gradients
+from ._derivatives import Problem, are_deterministic, gradients_of_gradients
 
 # The arguments of both operators but dout and dlse: those of attention and attention_varlen, of
 # which each call has one kind. None where Python's None means a default; a window is two.
@@ -170,7 +170,7 @@ def _differentiate(ctx: Any, dout: Any, dlse: Any) -> Any:
         for need, x in zip(ctx.needs_input_grad[:5], arrays[:5], strict=True)
     ]
     options = list(ctx.options)
-    if torch.are_deterministic_algorithms_enabled():
+    if are_deterministic():
         options[list(_OPTIONS).index("deterministic")] = True
     operator = torch.ops.fastattn.attention_backward
     found = operator(dout, dlse, out, lse, needs, *arrays, *options)

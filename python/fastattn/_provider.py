@@ -20,6 +20,7 @@ from ._attention import (
     attention_varlen,
     attention_varlen_backward,
 )
+from ._derivatives import are_deterministic
 
 
 def _bound(size: int | None) -> int | None:
@@ -144,7 +145,7 @@ def _flash_attention_backward(
         "scale": scale,
         "dropout_p": dropout_p,
         "seed": _seed(rng_state) if dropout_p else None,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "deterministic": are_deterministic(),
     }
     arrays: tuple[Any, ...] = (grad_out, query, key, value, out, logsumexp)
     if cum_seq_q is None:

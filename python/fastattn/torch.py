@@ -23,7 +23,7 @@ from ._attention import (
     merge_states,
     scaled_dot_product_attention,
 )
-from ._derivatives import Problem, gradients_of_gradients, in_blocks
+from ._derivatives import Problem, are_deterministic, gradients_of_gradients, in_blocks
 from ._merging import merge_parts  # noqa: F401 - csrc/binding/merge.c calls it
 from ._routing import use_fastattn
 from ._transforms import (
@@ -109,8 +109,7 @@ def _gradients(
     call: Any, saved: tuple[Any, ...], needs: tuple[bool, ...], dout: Any, dlse: Any
 ) -> tuple[Any, ...]:
     """None, and one for each tensor; saved: out, lse, a seed that was drawn, the tensors."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return _C.gradients(call, saved, needs, dout, dlse, deterministic)
+    return _C.gradients(call, saved, needs, dout, dlse, are_deterministic())
 
 
 _NEEDS = ("need_dq", "need_dk", "need_dv", "need_dmask", "need_dsink")
