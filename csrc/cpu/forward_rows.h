@@ -21,7 +21,8 @@ static void open_scores(context *c) {
     const fa_what *what = &p->what;
     const fa_scores *scores = &p->scores;
     const int native = FA_PAIRS || (what->dtype == (DOUBLE ? FA_F64 : FA_F32));
-    c->few = c->group->sequence.lengths.sq <= LANES;
+    /* So many rows in vectors of their own took twice as long; of short vectors, no longer. */
+    c->few = c->group->sequence.lengths.sq <= (LANES < 8 ? LANES : 16);
     c->seed = p->dropout.p > 0 ? fa_dropout_seed(&p->dropout) : 0;
     c->bias = NULL;
     c->mask = scores->mask.data;
