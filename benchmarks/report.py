@@ -17,7 +17,7 @@ import sys
 import tempfile
 import textwrap
 
-from fastattn.bench import cpu, merge, plot, training
+from fastattn.bench import cpu, decode, merge, plot, training
 from fastattn.bench.cells import GRIDS, UNITS
 from fastattn.bench.machine import caption
 from fastattn.bench.report import dump, geometric_mean, limits_of, markdown, own, shares
@@ -70,14 +70,15 @@ measurement still decays in it.
 
 def load():
     """[(file name, result)] of the benchmark, the newest first; the same of bench.cpu, of
-    bench.training."""
+    bench.training, of bench.decode."""
     found = [(p.name, json.loads(p.read_text())) for p in (HERE / "results").glob("*.json")]
     found.sort(key=lambda item: (item[1]["header"]["date"], item[0]), reverse=True)
-    ours, beside, steps = [], [], []
+    ours, beside, steps, few = [], [], [], []
+    kinds = {training.SUITE: steps, decode.SUITE: few}
     for item in found:
-        kind = steps if item[1]["rows"][0].get("suite") == training.SUITE else beside
+        kind = kinds.get(item[1]["rows"][0].get("suite"), beside)
         (ours if "device" in item[1]["header"] else kind).append(item)
-    return ours, beside, steps
+    return ours, beside, steps, few
 
 
 def card_of(header):
@@ -212,24 +213,36 @@ def beside_torch(files):
         yield from markdown(lines)
 
 
+def by_columns(rows, columns, peers):
+    """A table of what columns() finds in each row; marked is what loses to one of the peers."""
+    lines = []
+    for row in rows:
+        found = columns(row)
+        lines = lines or [["", *found, "load"]]
+        texts = (
+            "-" if x is None else marked(f"{x:.2f}", x if title.startswith(peers) else 1)
+            for title, x in found.items()
+        )
+        lines.append([row["cell"], *texts, f"{row['load']:.1f}"])
+    yield from markdown(lines)
+
+
 def training_steps(files):
     """What fastattn.bench.training measured: forward and backward."""
     for name, result in files:
         yield from heading("A training step on the CPU", name, result["header"])
-        lines = []
-        for row in training.timed(result["rows"]):
-            found = training.columns(row)
-            lines = lines or [["", *found, "load"]]
-            texts = (
-                "-" if x is None else marked(f"{x:.2f}", x if "torch" in title else 1)
-                for title, x in found.items()
-            )
-            lines.append([row["cell"], *texts, f"{row['load']:.1f}"])
-        yield from markdown(lines)
+        yield from by_columns(training.timed(result["rows"]), training.columns, "x torch")
         yield from ("", *training.memory(result["rows"]))
 
 
-def results_text(cards, beside, steps):
+def few_rows(files):
+    """What fastattn.bench.decode measured."""
+    for name, result in files:
+        yield from heading("Few rows against many keys on the CPU", name, result["header"])
+        yield from by_columns(result["rows"], decode.columns, "x ")
+
+
+def results_text(cards, beside, steps, few):
     lines = [HOW_TO_READ]
     for card, suites in cards.items():
         lines += [f"## {card}", ""]
@@ -242,7 +255,7 @@ def results_text(cards, beside, steps):
             lines += table(suites[suite][1], suite)
         lines.append("")
     lines = [*"\n".join(lines).rstrip().split("\n"), *beside_torch(beside)]
-    lines += training_steps(steps)
+    lines += [*training_steps(steps), *few_rows(few)]
     return "\n".join(lines) + "\n"
 
 
@@ -339,6 +352,21 @@ def training_words(files):
         yield f"Slower are {'; '.join(losing)}. " if losing else "No cell is slower. "
 
 
+def few_words(files):
+    """Of few rows against many keys what is read, beside torch, and the losers."""
+    for _, result in files:
+        header, rows = result["header"], result["rows"]
+        least = (f"{dtype} **{x:.2f}**" for dtype, x in decode.least(rows).items())
+        yield (
+            f"\n{machine_of(header)} ({header['level']}), {header['date']}, one new token against "
+            f"4,096 to 131,072 keys, at least this part of the rate at which memory is read: "
+            f"{', '.join(least)}. "
+        )
+        losing = [f"{cell} {x:.2f}" for x, cell in decode.losing(rows)]
+        slower = f"Slower than torch are {'; '.join(losing)}. "
+        yield slower if losing else "No cell is slower than torch's SDPA or its matrix products. "
+
+
 def correctness_words(cards):
     """The table of the newest GPU, else of the CPU."""
     result = find(cards, "correctness", "cuda") or find(cards, "correctness", "cpu")
@@ -351,13 +379,13 @@ def wrapped(text, width=118):
     return "\n".join(x if x.startswith("|") else textwrap.fill(x, width) for x in text.split("\n"))
 
 
-def readme_text(cards, beside, steps):
+def readme_text(cards, beside, steps, few):
     blocks = {"gpu": gpu_words, "cpu": cpu_words, "correctness": correctness_words}
 
     def block(match):
         words = "".join(blocks[match[2]](cards))
         if match[2] == "cpu":
-            words += "".join([*beside_words(beside), *training_words(steps)])
+            words += "".join([*beside_words(beside), *training_words(steps), *few_words(few)])
         return match[1] + wrapped(words.strip()) + "\n" + match[3]
 
     return BLOCK.sub(block, README.read_text())
@@ -384,12 +412,12 @@ def draw(drawn, fingerprint):
 
 
 def main():
-    files, beside, steps = load()
+    files, *others = load()
     cards = newest(files)
     check, stale = "--check" in sys.argv[1:], []
     for path, text in (
-        (RESULTS, results_text(cards, beside, steps)),
-        (README, readme_text(cards, beside, steps)),
+        (RESULTS, results_text(cards, *others)),
+        (README, readme_text(cards, *others)),
     ):
         if not path.exists() or path.read_text() != text:
             stale.append(path.name)

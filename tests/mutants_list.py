@@ -96,8 +96,8 @@ FAULTS = (
         "tests/test_dropout.py",
     ),
     (
-        "csrc/cpu/forward_kernel.h",
-        "const int sees = hides ? see(&c, first, count, &keys, seen) : n;",
+        "csrc/cpu/forward_runs.h",
+        "const int sees = hides ? see(c, first, count, &keys, seen) : n;",
         "const int sees = n;",
         "tests/test_positions.py tests/test_values.py -k 'reaches or feature or family'",
     ),

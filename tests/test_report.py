@@ -95,6 +95,16 @@ def steps(report):
     (report.HERE / "results" / "steps.json").write_text(text)
 
 
+def few(report, ratios):
+    """A result of fastattn.bench.decode: the times of torch's SDPA over ours."""
+    common = {"suite": "decode", "load": 0.26, "ms": 2.0, "gb_s": 30.0, "read_rate": 40.0}
+    rows = [{"cell": x, "x": {"sdpa": y, "products": 2.0}} | common for x, y in ratios.items()]
+    rows[-1]["gb_s"] = 20.0
+    header = {"date": "2030-01-01", "level": "avx2", "machine": "a machine", "torch": "2.x"}
+    text = json.dumps({"header": header | {"command": "measure"}, "rows": rows})
+    (report.HERE / "results" / "few.json").write_text(text)
+
+
 def verdict(implementation, words):
     row = {"suite": "correctness", "input": "an input", "implementation": implementation}
     return row | {"verdict": words, "right": words == "right"}
@@ -212,3 +222,15 @@ def test_of_training_the_means_and_the_losers_are_said(report):
         "fp32 **1.50**, fp16 **6.00**; in turn with torch's: fp32 **0.96**. "
         "Slower are fp32 s512 d64 full 0.96. "
     )
+
+
+@pytest.mark.parametrize("slow", [3.0, 0.9])
+def test_few_rows_against_many_keys(report, slow):
+    few(report, {"fp32 sk4096": 3.0, "fp32 sk100 one thread": slow, "bf16 sk4096": 4.0})
+    said = "".join(report.few_words(report.load()[3]))
+    losing = "Slower than torch are fp32 sk100 one thread 0.90. "
+    none = "No cell is slower than torch's SDPA or its matrix products. "
+    assert said.endswith("is read: fp32 **0.75**, bf16 **0.50**. " + (losing if slow < 1 else none))
+    text = "\n".join(report.few_rows(report.load()[3]))
+    assert "| bf16 sk4096 | 2.00 | 4.00 | 2.00 | 20.00 | 0.50 | 0.3 |" in text
+    assert (report.marked("0.90", 0.9) in text) == (slow < 1)

@@ -3,35 +3,8 @@
  * Stop 5 of 6, through cpu.c. Next: run_rows() in csrc/cpu/forward_kernel.h, in vectors of simd.h;
  * this file compiles it for every level.
  */
-#include "cpu.h"
+#include "groups.h"
 #include "pool.h"
-
-/* Query heads that share the keys and values of one sequence. Their rows are one list, in which
- * the heads alternate, so that along it the ends of what a row sees never decrease. */
-typedef struct fa_group {
-    fa_sequence sequence;
-    int64_t b, h; /* h: the first of `heads` */
-    int heads;
-} fa_group;
-
-/* Row `at` of a group's list: row `row` of the sequence, of head h + `head`. */
-typedef struct fa_row {
-    int head, row;
-} fa_row;
-
-static fa_row find_row(const fa_group *g, int64_t at) {
-    if (g->heads == 1) return (fa_row){0, (int)at}; /* a division is 5 % of a row of one key */
-    return (fa_row){(int)(at % g->heads), (int)(at / g->heads)};
-}
-
-static fa_interval row_keys(const fa_group *g, int64_t at) {
-    return fa_row_interval(g->sequence.lengths, find_row(g, at).row);
-}
-
-/* Where a row starts, in elements from row 0 of the first head on. */
-static int64_t row_offset(const fa_tensor *t, fa_row row) {
-    return row.head * t->stride[1] + row.row * t->stride[2];
-}
 
 /* lse of a row, where it is wanted. */
 static void write_lse(const fa_what *what, const fa_group *g, fa_row row, double value) {
@@ -42,7 +15,12 @@ static void write_lse(const fa_what *what, const fa_group *g, fa_row row, double
 typedef struct fa_cpu_kernel {
     int lanes, strip, rows; /* rows in a vector, in a strip; the most that run() takes at once */
     size_t (*scratch)(const fa_params *p, int rows);
+    size_t (*state)(const fa_params *p, int rows); /* of one split, at most */
     void (*run)(const fa_params *p, const fa_group *g, int64_t first, int count, void *memory);
+    void (*split)(const fa_params *p, const fa_group *g, int64_t first, int count, int split,
+                  void *memory, void *state);
+    void (*join)(const fa_params *p, const fa_group *g, int64_t first, int count, int begin,
+                 int end, void *memory, void *states, size_t bytes);
 } fa_cpu_kernel;
 
 #define FA_KERNEL "forward_kernel.h"
@@ -64,6 +42,10 @@ typedef struct call {
     int heads;              /* of a group */
     int64_t length;         /* rows of a group: `heads` times sq, or total_q */
     int64_t strips, in_all; /* of a group; of all groups */
+    int splits;   /* of the keys of a strip, at most: 1, or a draw is one split of one strip */
+    char *states; /* [group][strip][split], state bytes each */
+    size_t state;
+    atomic_int *done; /* [group][strip]: splits that are there */
     atomic_llong next;
 } call;
 
@@ -96,6 +78,18 @@ static void run_block(const call *c, const fa_group *g, int64_t first, int64_t e
     empty_rows(c->p, g, valid, end, NULL);
 }
 
+/* Sequence b and the heads from h on; the one past the last has the packed rows of none. */
+static fa_group find_group(const call *c, int64_t b, int64_t h) {
+    const fa_what *what = &c->p->what;
+    const fa_varlen *v = &c->p->varlen;
+    fa_group g = {.sequence.q_end = v->total_q, .b = b, .h = h, .heads = c->heads};
+    if (b < what->b)
+        g.sequence = fa_find_sequence(v, &c->p->masks, b, what->sq, what->sk);
+    else
+        g.sequence.q = fa_first_row(v->cu_q, v->cu_q_stride, b, v->total_q);
+    return g;
+}
+
 /* The blocks that start in the rows begin .. end - 1 of the packed axis. */
 static void run_packed(const call *c, int64_t h, int64_t begin, int64_t end, void *memory) {
     const fa_what *what = &c->p->what;
@@ -110,11 +104,7 @@ static void run_packed(const call *c, int64_t h, int64_t begin, int64_t end, voi
     }
     /* The one before may reach into them; the one past the last is the rows of none. */
     for (int64_t b = low ? low - 1 : 0; b <= what->b; b++) {
-        fa_group g = {.sequence.q_end = v->total_q, .b = b, .h = h, .heads = c->heads};
-        if (b < what->b)
-            g.sequence = fa_find_sequence(v, &c->p->masks, b, what->sq, what->sk);
-        else
-            g.sequence.q = fa_first_row(v->cu_q, v->cu_q_stride, b, v->total_q);
+        const fa_group g = find_group(c, b, h);
         const int64_t start = (int64_t)g.sequence.q * c->heads;
         const int64_t length = (int64_t)g.sequence.q_end * c->heads - start;
         if (start >= end) break;
@@ -128,17 +118,39 @@ static void run_packed(const call *c, int64_t h, int64_t begin, int64_t end, voi
 /* Rows first .. end - 1 of one group, or of the packed axis. */
 static void run_strips(const call *c, int64_t b, int64_t h, int64_t first, int64_t end,
                        void *memory) {
-    const fa_what *what = &c->p->what;
     if (c->p->varlen.cu_q) {
         run_packed(c, h, first, end, memory);
         return;
     }
-    const fa_group g = {
-        .b = b,
-        .h = h,
-        .heads = c->heads,
-        .sequence = fa_find_sequence(&c->p->varlen, &c->p->masks, b, what->sq, what->sk)};
+    const fa_group g = find_group(c, b, h);
     run_block(c, &g, first, end, memory);
+}
+
+/* One split of one strip. Who computes the last one of a strip joins them. */
+static void run_part(const call *c, int64_t at, void *memory) {
+    const int64_t part = at / c->splits, strip = part % c->strips, group = part / c->strips;
+    const int64_t of_a_sequence = c->p->what.hq / c->heads;
+    const fa_group g = find_group(c, group / of_a_sequence, group % of_a_sequence * c->heads);
+    const int64_t length = (int64_t)(g.sequence.q_end - g.sequence.q) * c->heads;
+    int64_t first = strip * c->rows, end = first + c->rows;
+    int64_t valid = (int64_t)g.sequence.lengths.sq * c->heads;
+    if (first > length) first = length;
+    if (end > length || strip == c->strips - 1) end = length;
+    if (valid > end) valid = end;
+    const int split = (int)(at % c->splits), count = (int)(valid - first);
+    fa_interval splits = {0, 0};
+    if (count > 0 && row_keys(&g, first).begin < row_keys(&g, valid - 1).end)
+        splits = find_splits(&g, first, count);
+    if (splits.end - splits.begin <= 1) {
+        if (split == 0) run_block(c, &g, first, end, memory);
+        return;
+    }
+    if (split < splits.begin || split >= splits.end) return;
+    char *states = c->states + part * c->splits * c->state;
+    c->kernel->split(c->p, &g, first, count, split, memory, states + split * c->state);
+    if (atomic_fetch_add(&c->done[part], 1) + 1 < splits.end - splits.begin) return;
+    c->kernel->join(c->p, &g, first, count, splits.begin, splits.end, memory, states, c->state);
+    empty_rows(c->p, &g, valid, end, NULL);
 }
 
 /* The next strips, from *at on; returns how many. */
@@ -166,6 +178,10 @@ static void work(void *argument) {
     if (!memory) return; /* the other threads do the work */
     char *aligned = memory + (-(uintptr_t)memory & 63);
     for (int64_t at = 0, n; (n = draw(c, &at)) > 0;) {
+        if (c->splits > 1) {
+            run_part(c, at, aligned);
+            continue;
+        }
         for (int64_t end = at + n, more; at < end; at += more) { /* group by group */
             const int64_t head = at / c->strips * c->heads, strip = at % c->strips;
             more = c->strips - strip < end - at ? c->strips - strip : end - at;
@@ -191,6 +207,41 @@ static int heads_that_share(const fa_what *what) {
     return a;
 }
 
+/* Where there are few groups, of few rows, threads share out their keys too. Without memory for
+ * that they do not. */
+static void split_keys(call *c, int64_t groups, int keys, int threads) {
+    const fa_what *what = &c->p->what;
+    const int64_t splits = (keys + FA_SPLIT_KEYS - 1) / FA_SPLIT_KEYS;
+    const int64_t strips = ((int64_t)c->heads * what->sq + c->rows - 1) / c->rows;
+    if (c->p->varlen.cu_q) groups += what->hq / c->heads; /* the rows of none */
+    c->splits = 1;
+    if (threads == 1 || what->sq > FA_SPLIT_ROWS || splits <= 1 || !strips) return;
+    const int64_t parts = groups * strips, most = splits < FA_SPLITS ? splits : FA_SPLITS;
+    const size_t state = c->kernel->state(c->p, c->rows);
+    if (parts >= 16 * threads || (size_t)(parts * most) > FA_SPLIT_BYTES / state) return;
+    c->done = calloc((size_t)parts, sizeof *c->done);
+    c->states = c->done ? aligned_alloc(64, (size_t)(parts * most) * state) : NULL;
+    if (!c->states) return;
+    c->splits = (int)most, c->state = state;
+    c->strips = strips, c->most = 1;
+    c->in_all = parts * most;
+}
+
+/* How the rows are cut. */
+static void cut_rows(call *c, int64_t groups, int threads) {
+    const int lanes = c->kernel->lanes, packed = c->p->varlen.cu_q != NULL;
+    c->strip = packed || c->rows < c->kernel->strip ? c->rows : c->kernel->strip;
+    c->strips = (c->length + c->strip - 1) / c->strip;
+    while (threads > 1 && c->strip > lanes && groups * c->strips < 4 * threads) {
+        c->strip -= lanes;
+        c->strips = (c->length + c->strip - 1) / c->strip;
+    }
+    c->most = (c->rows + c->strip - 1) / c->strip;
+    c->rows = packed ? c->strip : c->most * c->strip;
+    if (c->strips == 1) c->most = 64;
+    c->in_all = groups * c->strips;
+}
+
 fa_status fa_cpu_forward(const fa_params *p, fa_level level, fa_error *error) {
     const fa_what *what = &p->what;
     const int packed = p->varlen.cu_q != NULL;
@@ -210,18 +261,12 @@ fa_status fa_cpu_forward(const fa_params *p, fa_level level, fa_error *error) {
     /* Fewer rows of great heads: they are to stay in the cache, and to have memory at all. */
     while (c.rows > lanes && (int64_t)c.rows * (what->d + (int64_t)what->dv) > 1 << 18)
         c.rows = (c.rows / 2 + lanes - 1) / lanes * lanes;
-    c.strip = packed || c.rows < c.kernel->strip ? c.rows : c.kernel->strip;
-    c.strips = (c.length + c.strip - 1) / c.strip;
-    while (threads > 1 && c.strip > lanes && groups * c.strips < 4 * threads) {
-        c.strip -= lanes;
-        c.strips = (c.length + c.strip - 1) / c.strip;
-    }
-    c.most = (c.rows + c.strip - 1) / c.strip;
-    c.rows = packed ? c.strip : c.most * c.strip;
-    if (c.strips == 1) c.most = 64;
-    c.in_all = groups * c.strips;
+    split_keys(&c, packed ? groups * what->b : groups, keys, threads);
+    if (c.splits == 1) cut_rows(&c, groups, threads);
     c.threads = c.in_all < threads ? (int)c.in_all : threads;
     fa_pool_run(c.threads, work, &c);
+    free(c.states);
+    free(c.done);
     if (atomic_load(&c.next) < c.in_all) { /* no thread had memory */
         snprintf(error->text, sizeof error->text, "no memory for the CPU backend's scratch");
         return FA_MEMORY;

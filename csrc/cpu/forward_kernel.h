@@ -13,6 +13,8 @@
  *     S^T[key] = sum over d    Q^T[d]   * K[key][d]
  *     O^T[dv]  = sum over keys P^T[key] * V[key][dv]
  *
+ * Few rows of a head do not fill vectors: forward_few.h has panels of another kind for them.
+ *
  * With FA_PAIRS a step is a pair of bfloat16 (vdpbf16ps): Q and K pair up along d, P and V along
  * keys.
  */
@@ -23,29 +25,51 @@
 #ifndef FASTATTN_CPU_FORWARD_KERNEL_H
 #define FASTATTN_CPU_FORWARD_KERNEL_H
 
+#define across FN(across)
 #define attend FN(attend)
+#define attend_few FN(attend_few)
+#define attend_few_rows FN(attend_few_rows)
+#define attend_keys FN(attend_keys)
 #define attend_panel FN(attend_panel)
 #define block FN(block)
 #define cap FN(cap)
 #define change FN(change)
+#define change_few FN(change_few)
+#define change_score FN(change_score)
 #define close_panel FN(close_panel)
+#define clear_panel FN(clear_panel)
 #define collect FN(collect)
+#define collect_few FN(collect_few)
 #define context FN(context)
 #define drop FN(drop)
+#define drop_few FN(drop_few)
+#define fetch FN(fetch)
+#define fold FN(fold)
 #define has_one_key FN(has_one_key)
+#define join_splits FN(join_splits)
+#define keys_of_lanes FN(keys_of_lanes)
 #define lay_out FN(lay_out)
 #define load_block FN(load_block)
 #define multiply FN(multiply)
 #define one_key FN(one_key)
 #define open_group FN(open_group)
 #define open_panel FN(open_panel)
+#define open_rows FN(open_rows)
 #define open_scores FN(open_scores)
 #define panel FN(panel)
 #define read_bias FN(read_bias)
+#define read_bias_few FN(read_bias_few)
 #define run_rows FN(run_rows)
+#define run_split FN(run_split)
 #define score FN(score)
+#define score_few FN(score_few)
 #define scratch_bytes FN(scratch_bytes)
 #define see FN(see)
+#define state_bytes FN(state_bytes)
+#define sum_lanes FN(sum_lanes)
+#define take FN(take)
+#define turn_few FN(turn_few)
+#define weigh_few FN(weigh_few)
 #define whole FN(whole)
 
 /* In a block, at most: twice as many are 1 % faster where S^T still lies in the L1 with them. */
@@ -55,6 +79,7 @@
 #define NV FA_VECTORS        /* in a panel, at most; so many fit the registers */
 #define PANEL (NV * LANES)   /* rows in a panel */
 #define PANELS (128 / PANEL) /* that share a packed block */
+#define FEW (LANES / 2)      /* rows in a panel of few */
 /* Of the register tile: with `nv` vectors of rows, so many numbers of K or V. */
 #define HEIGHT(nv) (FA_ACCUMULATORS / (nv) < 8 ? FA_ACCUMULATORS / (nv) : 8)
 
@@ -70,6 +95,7 @@ typedef struct panel {
     fa_interval any, all; /* keys that some row, and that every row sees */
     fa_row row[PANEL];    /* the last one in the lanes past it */
     int count, nv;        /* rows, vectors of rows */
+    int few;              /* 0, or forward_few.h's R: lane i is row i % few */
 } panel;
 
 /* What all blocks of a run share. */
@@ -81,13 +107,15 @@ typedef struct context {
     int64_t seed;
     int unit_k, unit_v; /* K and V can be read in place */
     int units;          /* units of d */
+    int few;            /* the rows of each head are few */
     /* As they come from Q K a score counts |scale|, with the scale's sign multiplied into Q. Where
      * softcap, a float mask or ALiBi changes them, change() brings them to 1. */
     int changed;
     real scale, sign, nats;     /* nats: what a score counts in the end */
     base score_base, e_squared; /* e^nats; e^2 for tanh */
     real softcap;
-    panel panels[PANELS];
+    panel *panels;
+    int count;     /* of them */
     vec *s, *bias; /* [KEYS][NV]: scores, then probabilities; the mask's block */
     real *rows;    /* [LANES][longest row], to transpose from and to */
     real *k_packed, *v_packed;
@@ -97,13 +125,16 @@ typedef struct context {
 typedef struct block {
     int begin, end;
     const unit *k, *v;
-    int64_t k_row, v_row; /* units from key to key, from step to step */
+    int64_t k_row, v_row;        /* units from key to key, from step to step */
+    const char *next_k, *next_v; /* the next block in the caller's arrays, of few rows */
+    int64_t next_k_row, next_v_row, next_k_bytes, next_v_bytes;
 } block;
 
 static int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
 
 #include "forward_products.h"
 #include "forward_scores.h"
+#include "forward_few.h"
 
 /* One panel meets the keys [begin, end) of one block. */
 FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, int end, int nv) {
@@ -188,30 +219,29 @@ static __attribute__((noinline)) void attend_panel(const context *c, panel *p, c
 /* The scratch of one thread, carved from `memory` (NULL: only counted). Returns its bytes. */
 static size_t lay_out(context *c, char *memory, const fa_what *what, int masked, int rows) {
     const int units = (what->d + STEP - 1) / STEP, keys = what->sk < KEYS ? whole(what->sk) : KEYS;
+    const int size = c->few ? FEW : PANEL; /* rows in a panel */
     int longest = whole(what->d > what->dv ? what->d : what->dv);
     if (longest < KEYS) longest = KEYS;
     size_t used = 0;
-#define CARVE(pointer, numbers)                                    \
+#define CARVE(pointer, type, numbers)                              \
     do {                                                           \
         if (memory) pointer = (void *)(memory + used);             \
-        used += ((size_t)(numbers) * sizeof(real) + 63) / 64 * 64; \
+        used += ((size_t)(numbers) * sizeof(type) + 63) / 64 * 64; \
     } while (0)
-    for (int i = 0, first = 0; first < rows; i++, first += PANEL) {
-        const int wide = rows - first < PANEL ? whole(rows - first) : PANEL;
-        CARVE(c->panels[i].q, (size_t)whole(units) * wide);
-        CARVE(c->panels[i].o, (size_t)whole(what->dv) * wide);
+    c->count = (rows + size - 1) / size;
+    CARVE(c->panels, panel, c->count);
+    for (int i = 0, first = 0; first < rows; i++, first += size) {
+        const int wide = rows - first < size ? whole(rows - first) : whole(size);
+        CARVE(c->panels[i].q, real, (size_t)whole(units) * wide);
+        CARVE(c->panels[i].o, real, (size_t)whole(what->dv) * wide);
     }
     const int wide = rows < PANEL ? whole(rows) : PANEL;
-    CARVE(c->s, keys * wide);
-    if (masked) CARVE(c->bias, keys * wide);
-    CARVE(c->rows, (size_t)longest * LANES);
-    CARVE(c->k_packed, (size_t)units * keys);
-    CARVE(c->v_packed, (size_t)what->dv * keys);
+    CARVE(c->s, real, keys * wide);
+    if (masked) CARVE(c->bias, real, keys * wide);
+    CARVE(c->rows, real, (size_t)longest * LANES);
+    CARVE(c->k_packed, real, (size_t)whole(units) * keys);
+    CARVE(c->v_packed, real, (size_t)whole(what->dv) * keys);
     return used;
-}
-
-static size_t scratch_bytes(const fa_params *p, int rows) {
-    return lay_out(NULL, NULL, &p->what, p->scores.mask.data != NULL, rows);
 }
 
 /* Whether all rows of a sequence have one key, see it, and nothing changes its weight. (All: a
@@ -226,45 +256,10 @@ static int has_one_key(const fa_params *p, fa_lengths lengths) {
            fa_row_interval(lengths, lengths.sq - 1).begin == lengths.k_start;
 }
 
-/* Rows first .. first + count - 1 (at most 128, all within the sequence's length) of one group. */
-static void run_rows(const fa_params *p, const fa_group *g, int64_t first, int count,
-                     void *memory) {
-    const int hides = p->scores.mask.data && p->scores.mask_dtype == FA_BOOL;
-    context c;
-    open_group(&c, p, g);
-    if (has_one_key(p, g->sequence.lengths)) {
-        one_key(&c, first, count, memory);
-        return;
-    }
-    open_scores(&c);
-    lay_out(&c, memory, &p->what, c.mask != NULL, count);
+#include "forward_runs.h"
 
-    int panels = 0;
-    for (int i = 0; i < count; i += PANEL, panels++)
-        open_panel(&c, &c.panels[panels], first + i, count - i < PANEL ? count - i : PANEL);
-    const int begin = row_keys(g, first).begin, end = row_keys(g, first + count - 1).end;
-    /* Blocks start at multiples of KEYS, chains of additions at multiples of CHAIN, wherever the
-     * rows' keys do: how rows are grouped, and so how many threads there are and how many
-     * sequences, changes no bit. */
-    for (int at = begin / KEYS * KEYS; at < end; at += KEYS) {
-        block keys = {.begin = at > begin ? at : begin / STEP * STEP,
-                      .end = at + KEYS < end ? at + KEYS : end};
-        uint8_t seen[KEYS];
-        const int n = keys.end - keys.begin;
-        const int sees = hides ? see(&c, first, count, &keys, seen) : n;
-        if (sees == 0) continue;
-        load_block(&c, &keys, begin, sees < n ? seen : NULL);
-        for (int i = 0; i < panels; i++) {
-            panel *rows = &c.panels[i];
-            int from = rows->any.begin > keys.begin ? rows->any.begin / STEP * STEP : keys.begin;
-            int to = rows->any.end < keys.end ? rows->any.end : keys.end;
-            if (from < to) attend_panel(&c, rows, &keys, from, to);
-        }
-    }
-    for (int i = 0; i < panels; i++) close_panel(&c, &c.panels[i]);
-}
-
-static const fa_cpu_kernel FN(kernel) = {LANES, PANEL, PANELS * PANEL, scratch_bytes, run_rows};
+static const fa_cpu_kernel FN(kernel) = {LANES,       PANEL,    PANELS * PANEL, scratch_bytes,
+                                         state_bytes, run_rows, run_split,      join_splits};
 
 #undef FA_NAME
 #undef FA_REAL

@@ -21,6 +21,8 @@ static void open_scores(context *c) {
     const fa_what *what = &p->what;
     const fa_scores *scores = &p->scores;
     const int native = FA_PAIRS || (what->dtype == (DOUBLE ? FA_F64 : FA_F32));
+    /* So many rows in vectors of their own took twice as long; of short vectors, no longer. */
+    c->few = c->group->sequence.lengths.sq <= (LANES < 8 ? LANES : 16);
     c->seed = p->dropout.p > 0 ? fa_dropout_seed(&p->dropout) : 0;
     c->bias = NULL;
     c->mask = scores->mask.data;
@@ -30,6 +32,10 @@ static void open_scores(context *c) {
     c->unit_k = native && (what->k.stride[3] == 1 || what->d == 1) && what->d % STEP == 0 &&
                 what->k.stride[2] % STEP == 0;
     c->unit_v = native && (what->v.stride[3] == 1 || what->dv == 1) && !FA_PAIRS;
+    if (c->few) { /* which reads whole vectors */
+        c->unit_k = c->unit_k && what->d % (LANES * STEP) == 0;
+        c->unit_v = c->unit_v && what->dv % LANES == 0;
+    }
     c->units = (what->d + STEP - 1) / STEP;
     /* A scale that makes 0 of all scores is left to change(), too; one that leaves only the
      * greatest brings none to infinity. */
@@ -44,7 +50,17 @@ static void open_scores(context *c) {
     c->softcap = (real)(DOUBLE ? scores->softcap : fmin(fmax(scores->softcap, FLT_MIN), FLT_MAX));
 }
 
-/* Rows first .. first + count - 1 in lanes: Q transposed, O empty, the interval of each. */
+/* No key was met yet. */
+static void clear_panel(const context *c, panel *p) {
+    memset(p->o, 0,
+           (size_t)whole(c->p->what.dv) * (p->few ? p->few : p->nv * LANES) * sizeof(real));
+    for (int j = 0; j < p->nv; j++) {
+        p->m[j] = splat(-(real)INFINITY);
+        p->l[j] = (vec){0};
+    }
+}
+
+/* Rows first .. first + count - 1 in lanes: Q transposed (but few), the interval of each. */
 static void open_panel(const context *c, panel *p, int64_t first, int count) {
     const fa_what *what = &c->p->what;
     const fa_scores *scores = &c->p->scores;
@@ -57,15 +73,16 @@ static void open_panel(const context *c, panel *p, int64_t first, int count) {
     fa_interval top = row_keys(g, first), bottom = row_keys(g, first + count - 1);
     p->any = (fa_interval){top.begin, bottom.end};
     p->all = (fa_interval){bottom.begin, top.end};
-    memset(p->o, 0, (size_t)whole(what->dv) * p->nv * sizeof(vec));
+    p->few = c->few;
+    while (c->few && p->few < count) p->few *= 2;
+    clear_panel(c, p);
     for (int j = 0; j < p->nv; j++) {
-        p->m[j] = splat(-(real)INFINITY);
-        p->l[j] = p->slope[j] = (vec){0};
+        p->slope[j] = (vec){0};
         for (int i = 0; i < LANES; i++) {
-            const int n = j * LANES + i;
+            const int n = p->few ? i % p->few : j * LANES + i;
             const fa_row row = find_row(g, first + (n < count ? n : count - 1));
-            real *to = c->rows + i * width;
-            p->row[n] = row;
+            real *to = p->few ? (real *)p->q + n * width : c->rows + i * width;
+            p->row[j * LANES + i] = row;
             p->begin[j][i] = p->end[j][i] = p->position[j][i] = 0;
             if (n >= count) {
                 memset(to, 0, (size_t)width * sizeof(real));
@@ -79,10 +96,11 @@ static void open_panel(const context *c, panel *p, int64_t first, int count) {
                 p->slope[j][i] =
                     scores->alibi_slopes[g->b * stride[0] + (g->h + row.head) * stride[1]];
             const char *from = c->q + row_offset(&what->q, row) * size;
+            if (p->few) memset(to, 0, (size_t)width * sizeof(real));
             read_units(to, from, what->dtype, what->q.stride[3], what->d);
             if (c->sign != 1) multiply_units(to, c->sign, what->d);
         }
-        for (int i = 0; i < c->units; i += LANES)
+        for (int i = 0; i < c->units && !p->few; i += LANES)
             transpose((real *)(p->q + i * p->nv + j), p->nv * LANES, c->rows + i, width);
     }
 }
@@ -161,26 +179,35 @@ static void load_block(const context *c, block *keys, int visible, const uint8_t
     const int n = keys->end - keys->begin, dv = what->dv;
     const char *k = c->k + keys->begin * what->k.stride[2] * size;
     const char *v = c->v + keys->begin * what->v.stride[2] * size;
+    keys->next_k = k + KEYS * what->k.stride[2] * size;
+    keys->next_v = v + KEYS * what->v.stride[2] * size;
+    keys->next_k_row = what->k.stride[2] * size, keys->next_v_row = what->v.stride[2] * size;
+    keys->next_k_bytes = what->k.stride[3] == 1 ? what->d * size : 0;
+    keys->next_v_bytes = what->v.stride[3] == 1 ? dv * size : 0;
     keys->k = (const unit *)k;
     keys->k_row = what->k.stride[2] / STEP;
     if (!c->unit_k) {
         keys->k = (const unit *)c->k_packed;
-        keys->k_row = c->units;
-        for (int i = 0; i < n; i++)
-            read_units(c->k_packed + (int64_t)i * c->units, k + i * what->k.stride[2] * size,
-                       what->dtype, what->k.stride[3], what->d);
+        keys->k_row = whole(c->units);
+        for (int i = 0; i < n; i++) {
+            real *to = c->k_packed + i * keys->k_row;
+            if (c->units < keys->k_row) memset(to + keys->k_row - LANES, 0, sizeof(vec));
+            read_units(to, k + i * what->k.stride[2] * size, what->dtype, what->k.stride[3],
+                       what->d);
+        }
     }
     keys->v = (const unit *)v;
     keys->v_row = what->v.stride[2];
     if (!c->unit_v || seen) {
         keys->v = (const unit *)c->v_packed;
-        keys->v_row = dv;
+        keys->v_row = whole(dv);
         for (int i = 0; i < n; i += STEP) {
             const char *x = v + i * what->v.stride[2] * size, *y = x + what->v.stride[2] * size;
             if (keys->begin + i < visible || (seen && !seen[i])) x = NULL;
             if (i + 1 == n || (seen && !seen[i + 1])) y = NULL;
-            read_step(c->v_packed + (int64_t)(i / STEP) * dv, x, y, what->dtype, what->v.stride[3],
-                      dv);
+            real *to = c->v_packed + i / STEP * keys->v_row;
+            if (dv < keys->v_row) memset(to + keys->v_row - LANES, 0, sizeof(vec));
+            read_step(to, x, y, what->dtype, what->v.stride[3], dv);
         }
     }
 }

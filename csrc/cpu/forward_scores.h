@@ -8,32 +8,37 @@ FA_FAST vec cap(const context *c, vec x) {
     return pick(far, x, tanh_(c->e_squared, y) * c->softcap);
 }
 
-/* Everything that changes scores, in the order of the definition, and what hides keys; the maxima
- * anew. */
-FA_FAST void change(const context *c, const panel *p, vec *s, vec *top, int begin, int n, int nv) {
+/* Everything that changes a vector of scores of rows of the panel's vector j, in the order of the
+ * definition: `bias` is added, or what is not `seen` hidden. */
+FA_FAST vec change_score(const context *c, const panel *p, int j, vec x, vec bias, ivec seen,
+                         ivec key) {
     const fa_scores *scores = &c->p->scores;
-    const int adds = scores->mask.data && scores->mask_dtype != FA_BOOL;
-    const int hides = scores->mask.data && scores->mask_dtype == FA_BOOL;
+    if (c->changed) {
+        x *= c->scale;
+        if (scores->softcap > 0) x = cap(c, x);
+        if (scores->mask.data && scores->mask_dtype != FA_BOOL) x += bias;
+        if (scores->alibi_slopes) {
+            vec distance = __builtin_convertvector(p->position[j] - key, vec);
+            x -= max_(distance, -distance) * p->slope[j];
+        }
+    }
+    if (scores->mask.data && scores->mask_dtype == FA_BOOL)
+        x = pick(seen, x, splat(-(real)INFINITY));
+    return x;
+}
+
+/* Changes the scores, and hides keys; the maxima anew. */
+FA_FAST void change(const context *c, const panel *p, vec *s, vec *top, int begin, int n, int nv) {
+    const int packed = c->p->scores.mask_dtype == FA_BOOL ? (int)sizeof(real) : 1;
     const int cuts = begin < p->all.begin || begin + n > p->all.end;
     const vec hidden = splat(-(real)INFINITY);
     for (int j = 0; j < nv; j++) top[j] = hidden;
     for (int i = 0; i < n; i++) {
         const FA_INT key = begin + i;
         for (int j = 0; j < nv; j++) {
-            vec x = s[i * nv + j];
-            if (c->changed) {
-                x *= c->scale;
-                if (scores->softcap > 0) x = cap(c, x);
-                if (adds) x += c->bias[i * nv + j];
-                if (scores->alibi_slopes) {
-                    vec distance = __builtin_convertvector(p->position[j] - key, vec);
-                    x -= max_(distance, -distance) * p->slope[j];
-                }
-            }
-            if (hides) {
-                ivec packed = (ivec)c->bias[i / (int)sizeof(real) * nv + j];
-                x = pick((packed & (FA_INT)(0xffull << 8 * (i % sizeof(real)))) != 0, x, hidden);
-            }
+            const vec bias = c->bias ? c->bias[i / packed * nv + j] : (vec){0};
+            const ivec byte = (ivec)bias & (FA_INT)(0xffull << 8 * (i % packed));
+            vec x = change_score(c, p, j, s[i * nv + j], bias, byte != 0, key - (ivec){0});
             if (cuts) x = pick((p->begin[j] <= key) & (p->end[j] > key), x, hidden);
             s[i * nv + j] = x;
             top[j] = max_(x, top[j]);

@@ -12,6 +12,7 @@
     cli.py      the command line
     cpu.py      the CPU beside torch as a program meets them: `python -m fastattn.bench.cpu`
     training.py forward and backward so: `python -m fastattn.bench.training`
+    decode.py   few rows against many keys so: `python -m fastattn.bench.decode`
     merge.py    merging on a GPU beside a copy: `python -m fastattn.bench.merge`
     jax.py      programs of JAX beside those with jax.nn's: `python -m fastattn.bench.jax`
 
