@@ -21,7 +21,9 @@ OPTIONS = {  # of FlashAttention 2 and 3
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(n, x) for n, values in OPTIONS.items() for x in values], ids=str
+    ("name", "value"),
+    [(n, x) for n, values in OPTIONS.items() for x in values],
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
 def test_options_of_flash_attention(name, value):
     for module in (flash_attn, flash_attn_interface):

@@ -1,8 +1,11 @@
 """Whether each variant of the table fits a chip."""
 
+import importlib.util
 import itertools
+import re
 
 import pytest
+from conftest import ROOT
 
 import gpu_host
 from gpu_host import VARIANTS
@@ -38,3 +41,23 @@ def test_general_variants_watch(host):
     )
     for v in general:
         assert (v["offset"], v["ones"]) == ("WATCH", 0) and v["block_n"] in (64, 128)
+
+
+def test_the_sanitizers_look_at_every_kernel():
+    """What a kernel writes that is not named is uninitialised to initcheck, when another reads."""
+    path = ROOT / "benchmarks" / "gpu_run.py"
+    spec = importlib.util.spec_from_file_location("gpu_run", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = "".join(x.read_text() for x in (ROOT / "kernels").rglob("*.cu*"))
+    names = set(re.findall(r"__global__ void(?: __launch_bounds__\([^()]*\))?\s+(\w+)\(", text))
+    assert names > {
+        "VARIANT_NAME",
+        "list_tiles",
+        "pack_mask",
+        "write_zeros",
+        "merge_list",
+        "bwd_dq",
+    }
+    names = (names - {"VARIANT_NAME"}) | {v.name for v in gpu_host.EVERY_VARIANT}
+    assert not {x for x in names if not any(part in x for part in module.KERNELS)}
