@@ -285,6 +285,18 @@ def test_deterministic_algorithms(monkeypatch):
     assert heard == [False, True, True, True, False, True]
 
 
+def test_dynamo_hears_deterministic_algorithms():
+    from fastattn._derivatives import are_deterministic
+
+    call = torch.compile(lambda x: x + are_deterministic(), backend="eager", fullgraph=True)
+    for wanted, warns in ((False, False), (True, False), (True, True)):
+        torch.use_deterministic_algorithms(wanted, warn_only=warns)
+        try:
+            assert call(torch.zeros(1)).item() == (wanted and not warns)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
 def test_attention_backward_of_what_requires_grad():
     q, k, v = qkv()
     out, lse = fastattn.attention(q, k, v, return_lse=True)

@@ -54,7 +54,8 @@ def built(tmp_path_factory):
     with tarfile.open(archive) as tar:
         members = [m for m in tar.getmembers() if m.isfile()]
         sdist = {m.name.partition("/")[2] for m in members}
-        tar.extractall(folder / "unpacked", filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # not before 3.11.4
+        tar.extractall(folder / "unpacked")
     build("build_wheel", next((folder / "unpacked").iterdir()))
     wheel = next(folder.glob("*.whl"))
     return sdist, wheel

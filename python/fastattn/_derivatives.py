@@ -14,6 +14,8 @@ _BLOCK = 1 << 21  # scores in memory at once
 _SHIFT = 1 << 30  # FA_MAX_SHIFT of csrc/forward.h
 
 
+# Dynamo knows the first by itself, not the second, and guards both.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def are_deterministic() -> bool:
     """What torch.use_deterministic_algorithms() asks of gradients: nothing, where it only warns."""
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
