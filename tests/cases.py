@@ -402,3 +402,14 @@ def verdict(case, logical, out, lse):
     options = {"softcap": case.softcap, "scale": case.scale, **case.limits}
     options |= {"dropout_p": case.dropout, "seed": case.dropout_seed}
     return reference.check(out, lse, **logical, **options)
+
+
+def print_wrong(drawn):
+    """What is wrong of NumPy's arrays, a line a case; the last line says how many were right."""
+    right = 0
+    for case in drawn:
+        complaints = run(case, NumPy())
+        right += not complaints
+        if complaints:
+            print(case, complaints)
+    print(right, "right")

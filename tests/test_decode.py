@@ -53,22 +53,15 @@ def decode_cases():
         yield cases.Case(b=3, hq=4, hk=2, d=64, dv=64, seed=n, **fields)
 
 
-def wrong():
-    """What is wrong, a line a case; the last line says how many were right."""
-    right = 0
-    for case in decode_cases():
-        complaints = cases.run(case, cases.NumPy())
-        right += not complaints
-        if complaints:
-            print(case, complaints)
-    print(right, "right")
-
-
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_feature_at_every_level(level, cpu_levels):
     if level not in cpu_levels:
         pytest.skip(f"this CPU has no {level}")
-    said = python("-c", "import test_decode; test_decode.wrong()", FASTATTN_CPU_LEVEL=level)
+    said = python(
+        "-c",
+        "import cases, test_decode; cases.print_wrong(test_decode.decode_cases())",
+        FASTATTN_CPU_LEVEL=level,
+    )
     assert said == f"{len(list(decode_cases()))} right\n"
 
 

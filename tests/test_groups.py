@@ -76,22 +76,15 @@ def grouped_cases():
         yield cases.Case(b=3, hq=3 * group, hk=3, sk=21, dtype=dtype, seed=n, **fields)
 
 
-def wrong():
-    """What is wrong, a line a case; the last line says how many were right."""
-    right = 0
-    for case in grouped_cases():
-        complaints = cases.run(case, cases.NumPy())
-        right += not complaints
-        if complaints:
-            print(case, complaints)
-    print(right, "right")
-
-
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_feature_at_every_level(level, cpu_levels):
     if level not in cpu_levels:
         pytest.skip(f"this CPU has no {level}")
-    said = python("-c", "import test_groups; test_groups.wrong()", FASTATTN_CPU_LEVEL=level)
+    said = python(
+        "-c",
+        "import cases, test_groups; cases.print_wrong(test_groups.grouped_cases())",
+        FASTATTN_CPU_LEVEL=level,
+    )
     assert said == f"{len(list(grouped_cases()))} right\n"
 
 
