@@ -23,7 +23,14 @@ LENGTHS = {  # of packed sequences
 UNITS = {"cuda": ("TFLOP/s", 1e-12), "cpu": ("GFLOP/s", 1e-9)}
 SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASKS = ("full", "causal")
-GRIDS = ("cpu", "gpu-bf16", "gpu-fp16")  # the suites that are plotted over s
+GRIDS = (  # the suites that are plotted over s
+    "cpu",
+    "gpu-bf16",
+    "gpu-fp16",
+    "gpu-backward",
+    "gpu-backward-fp16",
+    "gpu-backward-deterministic",
+)
 H100_PEAK = 989e12  # dense bf16 and fp16 FLOP/s, datasheet; the H200's is the same
 
 
@@ -43,6 +50,8 @@ class Cell:
     clock: str = "call"  # or "host": Python to launch; "sustained": one second without a pause
     change: str = ""  # of the scores: "softcap", "alibi", "sink", "dropout"
     lengths: str = ""  # packed sequences: a name in LENGTHS; s is the longest that there may be
+    computes: str = ""  # "": the output; "backward": gradients; "both": the two, one after the other
+    deterministic: bool = False  # gradients of the same bits in every run
 
     @functools.cached_property
     def packed(self):
@@ -73,19 +82,24 @@ class Cell:
         (hk, dv), hq, d = self.kv, self.hq, self.d
         extra = [x for x in (self.lengths, self.inputs, self.clock, self.change) if x]
         extra = [x for x in extra if x not in ("normal", "call")]
+        extra += [x for x in (self.computes,) if x] + ["deterministic"] * self.deterministic
         heads, size = f"{hq}:{hk}" if hk != hq else hq, f"{d}/{dv}" if dv != d else d
         words = (self.dtype, f"b{self.b}", f"h{heads}", f"s{self.s}", f"d{size}", self.mask, *extra)
         return " ".join(words)
 
     @property
     def flops(self):
-        return 2 * (self.d + self.kv[1]) * self.hq * self.scores
+        """By convention the backward pass is five products for the forward's two."""
+        times = {"": 1, "backward": 2.5, "both": 3.5}[self.computes]
+        return times * 2 * (self.d + self.kv[1]) * self.hq * self.scores
 
     @property
     def bytes(self):
-        """Each input read once, the output written once."""
+        """Each input read once, the output written once; the backward pass does so with gradients
+        too."""
         hk, dv = self.kv
-        elements = self.rows * (self.hq * (self.d + dv) + hk * (self.d + dv))
+        times = {"": 1, "backward": 2, "both": 3}[self.computes]
+        elements = times * self.rows * (self.hq * (self.d + dv) + hk * (self.d + dv))
         return elements * SIZE[self.dtype] + math.prod(self.mask_shape) * self.mask_bytes
 
     @property
@@ -103,7 +117,7 @@ class Cell:
 
 def suites():
     """Name -> cells."""
-    found = [*_cpu(), *_gpu_grids(), *_gpu_shapes(), *_gpu_features()]
+    found = [*_cpu(), *_gpu_grids(), *_gpu_shapes(), *_gpu_features(), *_gpu_backward()]
     names = dict.fromkeys(cell.suite for cell in found)
     return {name: [cell for cell in found if cell.suite == name] for name in names}
 
@@ -116,11 +130,27 @@ def _cpu():
     yield Cell("cpu-host", "cpu", 1, 1, 8, 16, "fp32", clock="host")
 
 
-def _gpu_grids():
+def changes(cell):
+    """The keywords of attention that change a cell's scores; arrays as NumPy's."""
+    heads = np.arange(cell.hq, dtype=np.float32)
+    return {
+        "": {},
+        "softcap": {"softcap": 50.0},
+        "alibi": {"alibi_slopes": 2 ** (-8 * (heads + 1) / cell.hq)},
+        "sink": {"sink": heads % 7 - 3},
+        "dropout": {"dropout_p": 0.1, "seed": 2**40 + 3},
+    }[cell.change]
+
+
+def _grid(suite, dtype, **keywords):
     """16,384 tokens, hq * d = 2048: the grid of the FlashAttention papers."""
     lengths = (512, 1024, 2048, 4096, 8192, 16384)
-    for dtype, d, mask, s in product(("bf16", "fp16"), (64, 128, 256), MASKS, lengths):
-        yield Cell(f"gpu-{dtype}", "cuda", 16384 // s, 2048 // d, s, d, dtype, mask)
+    for d, mask, s in product((64, 128, 256), MASKS, lengths):
+        yield Cell(suite, "cuda", 16384 // s, 2048 // d, s, d, dtype, mask, **keywords)
+
+
+def _gpu_grids():
+    yield from (cell for dtype in ("bf16", "fp16") for cell in _grid(f"gpu-{dtype}", dtype))
 
 
 def _gpu_shapes():
@@ -153,3 +183,25 @@ def _gpu_features():
     yield Cell("gpu-varlen", "cuda", 64, 16, 8192, 128, mask="causal", lengths="exp2048")
     yield Cell("gpu-varlen", "cuda", 100_000, 2, 64, 128, lengths="uniform")
     yield Cell("gpu-host", "cuda", 1, 8, 128, 64, clock="host")
+
+
+def _gpu_backward():
+    backward = functools.partial(Cell, device="cuda", computes="backward")
+    suite = "gpu-backward"
+    yield from _grid(suite, "bf16", computes="backward")
+    yield from _grid(f"{suite}-fp16", "fp16", computes="backward")
+    yield from _grid(f"{suite}-deterministic", "bf16", computes="backward", deterministic=True)
+    for (s, d), mask in product(((512, 64), (4096, 128)), MASKS):
+        yield Cell(f"{suite}-origin", "cuda", 16, 96, s, d, mask=mask, computes="both")
+    for s, mask in product((4096, 16384), MASKS):
+        yield backward(f"{suite}-gqa", b=16384 // s, hq=32, s=s, d=128, mask=mask, hk=8)
+    # as the forward's, beside whoever has a gradient of them and ours without what is special
+    shape = {"b": 4, "hq": 16, "s": 4096, "d": 128}
+    yield from (backward(f"{suite}-mask", **shape, mask=mask) for mask in ("blocks", "bf16-b"))
+    for change, mask in product(("softcap", "alibi", "sink", "dropout"), MASKS):
+        yield backward(f"{suite}-scores", **shape, mask=mask, change=change)
+    for mask in WINDOWS:
+        yield backward(f"{suite}-window", b=1, hq=16, s=16384, d=128, mask=mask)
+    longest = {"b": 64, "hq": 16, "s": 8192, "d": 128, "lengths": "exp2048"}
+    yield backward(f"{suite}-varlen", **longest, mask="causal")
+    yield backward(f"{suite}-host", b=1, hq=8, s=128, d=64, clock="host")

@@ -6,9 +6,8 @@ import math
 import numpy as np
 
 from . import formula
-from .cells import DENSE, WINDOWS
+from .cells import DENSE, WINDOWS, changes
 from .formula import rounded
-from .peers import changes
 
 
 def reference(q, k, v, seen, dtype, **change):

@@ -17,6 +17,7 @@ OURS = (
     "plain",
     "causal",
     "dense",
+    "free",
 )
 
 
@@ -64,6 +65,8 @@ def derive(rows, known):
     if ours and peers_ms:
         by_name["fastattn"]["best_live"] = min(peers_ms) / ours
     key = tuple(by_name["fastattn"][x] for x in ("b", "hq", "s", "d", "mask"))
+    if by_name["fastattn"].get("computes"):
+        key = None
     if ours and key in known and "ms" in by_name.get("cudnn", ()):
         by_name["fastattn"]["best_known"] = by_name["cudnn"]["ms"] / known[key] / ours
     return rows
@@ -117,6 +120,7 @@ def table(rows, device, limits):
     kept = [c for c in zip(*lines, strict=True) if set(c[1:]) - {"-", ""}]
     yield from aligned([list(line) for line in zip(*kept, strict=True)])
     yield from complaints(rows)
+    yield from unserved(cells.values(), unit, scale)
 
 
 def _line(label, cell, names, scale, limits):
@@ -149,8 +153,19 @@ def complaints(rows):
             yield f"! {name} is off by {row['error']:.2e}, the bound is {row['bound']:.2e}"
         elif row["implementation"] == "fastattn" and "refused" in row:
             yield f"! {name} refused: {row['refused']}"
-        elif row["implementation"] == "fastattn" and not row["repeats"]:
+        elif row["implementation"] == "fastattn" and not row.get("repeats", True):
             yield f"! {name} gave other bits in its last call"
+
+
+def unserved(cells, unit, scale):
+    """A line of each cell whose gradient is not declared, with the speed of those that have it."""
+    for cell in cells:
+        ours = cell["fastattn"]
+        if "unserved" in ours:
+            others = [x for x in cell.values() if "flops" in x]
+            speeds = [f"{x['implementation']} at {x['flops'] * scale:.0f} {unit}" for x in others]
+            has = f" ({', '.join(speeds)})" if speeds else ""
+            yield f"- {ours['label']}: fastattn does not serve it: {ours['unserved']}{has}"
 
 
 def _mean(values):
@@ -160,7 +175,7 @@ def _mean(values):
 
 def wrong(rows):
     """Our rows that are not right: they make the command fail."""
-    ours = filter(own, rows)
+    ours = [row for row in rows if own(row) and "unserved" not in row]
     return [r for r in ours if "ms" not in r or r["error"] > r["bound"] or not r["repeats"]]
 
 
