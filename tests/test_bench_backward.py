@@ -250,7 +250,7 @@ def programs(jax, cell):
             ]
             return jax.numpy.concatenate(parts)
 
-        return jax.vjp(call, q, k, v)
+        return jax.vjp(jax.jit(call), q, k, v)
 
     return forward, lambda dout, pull: pull(dout)
 
@@ -269,8 +269,7 @@ class Here:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"mask": "causal", "hk": 2, "dtype": "fp16"},
+        {"mask": "causal", "hk": 2},
         {"computes": "both"},
         {"lengths": "uniform", "b": 3, "mask": "causal", "hk": 2},
     ],

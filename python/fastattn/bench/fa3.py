@@ -180,7 +180,7 @@ def programs_of_fa3(jax, cell):
         call = jax.ffi.ffi_call(f"dew_flash3_{way}_bwd", results)
         return call(dout, *saved, *more, **attributes(cell))[:3]
 
-    return forward, backward
+    return jax.jit(forward), backward
 
 
 def programs_of_jax(jax, cell):
@@ -194,7 +194,7 @@ def programs_of_jax(jax, cell):
             function = jax.nn.dot_product_attention
             return function(q, k, v, mask, is_causal=causal, implementation="cudnn")
 
-        return jax.vjp(call, q, k, v, mask)
+        return jax.vjp(jax.jit(call), q, k, v, mask)
 
     def backward(dout, pull):
         return pull(dout)
@@ -216,7 +216,7 @@ class Measured:
             call = jax.jit(lambda *x: backward(x[4], forward(*x[:4])[1]))
             given = self.sets
         else:
-            call, forward = jax.jit(backward), jax.jit(forward)
+            call = jax.jit(backward)
             given = [(x[4], forward(*x[:4])[1]) for x in self.sets]
         self.calls = calls = [functools.partial(call, *x) for x in given]
         self.gradients = jax.block_until_ready(calls[0]())
