@@ -6,24 +6,31 @@
 `build` compiles the module in place and stores a copy under build/gpu/NAME.so; copies of several
 variants can lie there side by side. `run` needs the sources' Python files and those modules, no
 more. Each part runs under its own time limit and writes its own log, so that one that hangs costs
-the others nothing:
+the others nothing. What comes back are few files: a-report.txt has what was printed, the tests' log
+and of every log that failed what says why; b-all.tar.gz all logs and results; and the results:
 
     smoke     python -m fastattn, and a few calls of every variant; what fails ends the run
     tests     pytest -m gpu
     sanitize  compute-sanitizer's four tools over one small case per variant and feature, dealt
-              to several processes, as many at once as there are CPUs
+              to several processes, as many at once as there are CPUs; the first that finds a fault
+              ends the others of its tool
     campaign  random cases against the reference, forward and backward: tests/campaign.py
     correctness, merge, grid, shapes, features
               benchmarks/correctness.py, merging beside a copy, and the suites of the benchmark, in
               parts of a few minutes; each writes NAME-PART.json: moved into benchmarks/results/ as
               DATE-CARD-PART.json they
               are what report.py makes the tables and pictures of
+    backward-a, backward-b, backward-c, llama
+              the same of gradients: the grid; float16, determinism, host time; the origin's shapes
+              and everything special; a training step. FlashAttention-3's library comes in an archive
+              with dew_flash_attn/libdew_flash_attn3.so
     mutants   tests/mutants.py --gpu: faults planted in device code, of which a GPU test must fail;
               it builds with nvcc, and only if --parts names it
     bench     python benchmarks, with the arguments in --bench; only if --parts names it
 
 On 16 CPUs tests and sanitizers take 200 to 270 s, 36,000 cases 40. For the results alone:
-`--parts correctness,merge,grid,shapes,features --commit COMMIT --peers ...`.
+`--parts correctness,merge,grid,shapes,features --commit COMMIT --peers ...`, and those of the
+backward pass one or two at a time, each under 300 s.
 
 `run --module a=build/gpu/a.so --module b=build/gpu/b.so` repeats the parts for each module.
 Archives named by --peers (.tar.xz, .whl) are unpacked once and put on the path, after our own.
@@ -31,18 +38,22 @@ Archives named by --peers (.tar.xz, .whl) are unpacked once and put on the path,
 
 import argparse
 import concurrent.futures
+import contextlib
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from pathlib import Path
 
+SPARED = "stopped, for another one failed"
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "fastattn"
 STORE = ROOT / "build" / "gpu"
@@ -52,7 +63,14 @@ SUITES = {  # part -> arguments of the benchmark
     " --suite gpu-scores --suite gpu-window --peers cudnn,fa3,fa4",
     "features": "--suite gpu-mask --suite gpu-host --suite gpu-fp16 --suite gpu-hostile"
     " --suite gpu-short --suite gpu-sustained --peers cudnn,fa3,sdpa,efficient",
+    "backward-a": "--suite gpu-backward --peers cudnn,fa4,fa3-lib",
+    "backward-b": "--suite gpu-backward-fp16 --suite gpu-backward-deterministic"
+    " --suite gpu-backward-host --peers cudnn,sdpa",
+    "backward-c": "--suite gpu-backward-origin --suite gpu-backward-gqa --suite gpu-backward-mask"
+    " --suite gpu-backward-scores --suite gpu-backward-window --suite gpu-backward-varlen"
+    " --peers cudnn,fa4,fa3-lib,jax.nn,flex",
 }
+ALONE = (*SUITES, "bench", "correctness", "merge", "jax", "llama")  # with all threads
 # Parts of our kernels' names: what another kernel writes initcheck does not see.
 KERNELS = ("sm90", "bwd_", "merge_", "list_tiles", "pack_mask", "write_")
 SECONDS = {  # part -> its time limit
@@ -64,9 +82,14 @@ SECONDS = {  # part -> its time limit
     "merge": 90,
     "jax": 120,
     "mutants": 560,
-    **dict.fromkeys([*SUITES, "bench"], 400),
+    **{part: 290 if part.startswith("backward") else 400 for part in (*SUITES, "bench")},
+    "llama": 120,
 }
-TOOLS = ("racecheck", "initcheck", "synccheck", "memcheck")  # the slowest first
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+# By themselves, or where there is time for more than what a change needs
+EXTRA = ("bench", "mutants", "llama", *(part for part in SUITES if part.startswith("backward")))
+# Lines of a log that say what failed, and where
+TELLING = re.compile(r"={9} |FAILED|ERROR|E {3}|\S*(Error|Exception)\b|! |Fatal|assert")
 
 
 def build(options):
@@ -113,9 +136,13 @@ def unpack(archives, work):
     return site
 
 
-def run_part(command, log, seconds, environment):
-    """Runs with a log and a time limit; the whole process group ends with it. Returns a summary."""
+def run_part(command, log, end, environment, failed):
+    """Runs with a log until the time `end`, or until the event `failed`, which it sets if it fails
+    itself; the whole process group ends with it. Returns a summary."""
     start = time.perf_counter()
+    if failed.is_set():
+        log.write_text("")
+        return SPARED, 0.0
     with open(log, "w") as output:
         output.write(f"$ {shlex.join(map(str, command))}\n")
         output.flush()
@@ -127,13 +154,24 @@ def run_part(command, log, seconds, environment):
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            code = f"stopped after {seconds:.0f} s"
+        code = None
+        while code is None:
+            if failed.is_set() or time.perf_counter() > end:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                code = SPARED if failed.is_set() else f"stopped after {end - start:.0f} s"
+            else:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(0.2)
+    if code:
+        failed.set()
     return code, time.perf_counter() - start
+
+
+def telling(text, most=40):
+    """Of a log the lines that say what failed, else its last."""
+    lines = [line[:300] for line in text.splitlines()]
+    return [line for line in lines if TELLING.match(line.lstrip("> "))][:most] or lines[-most:]
 
 
 def sanitizer():
@@ -161,7 +199,7 @@ def commands(part, options, out, name):
         yield "tests", [*python, *flags, *workers, ROOT / "tests", *shlex.split(options.pytest)]
     elif part == "sanitize":
         ours = " ".join(f"--kernel-name kernel_substring={x}" for x in KERNELS)
-        flags = shlex.split(f"--error-exitcode 99 {ours} --tool")
+        flags = shlex.split(f"--error-exitcode 99 --print-limit 5 {ours} --tool")
         for tool in options.tools.split(",") if sanitizer() else []:
             for i in range(options.shards):
                 part = ["--part", f"{i}/{options.shards}"]
@@ -179,39 +217,74 @@ def commands(part, options, out, name):
         yield part, [*python, ROOT / "benchmarks" / "correctness.py", *result_of(part)]
     elif part == "mutants":
         yield part, [*python, ROOT / "tests" / "mutants.py", "--gpu", "--jobs", "3"]
-    elif part in ("merge", "jax"):
+    elif part in ("merge", "jax", "llama"):
         yield part, [*python, "-m", f"fastattn.bench.{part}", *result_of(part)]
     else:
         chosen = shlex.split(f"--timings 20 --warmup 0.1 {SUITES.get(part, options.bench)}")
         yield part, [*python, ROOT / "benchmarks", *chosen, *result_of(part)]
 
 
-def run_all(part, options, out, name, seconds, environment):
-    """The commands of one part, as many at once as there are CPUs. Prints each log's end; returns
+def run_all(part, options, report, name, seconds, environment):
+    """The commands of one part, as many at once as there are CPUs. Reports each log's end; returns
     whether all was well."""
-    listed = [
-        (out / f"{name}-{label}.log", command)
-        for label, command in commands(part, options, out, name)
-    ]
-
-    end = time.perf_counter() + seconds
+    end, groups = time.perf_counter() + seconds, {}
 
     def one(item):
-        return run_part(item[1], item[0], max(end - time.perf_counter(), 0), environment)
+        label, command = item
+        group = label.partition("-")[0] if part == "sanitize" else label  # the tool
+        failed = groups.setdefault(group, threading.Event())
+        log = report.logs / f"{name}-{label}.log"
+        return log, *run_part(command, log, end, environment, failed)
 
+    listed = list(commands(part, options, report.out, name))
     fine = bool(listed)  # the sanitizer may be missing
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (log, _), (code, took) in zip(listed, pool.map(one, listed), strict=True):
-            lines = log.read_text(errors="replace").splitlines()
-            print(f"==== {log.stem}: {code or 'ok'}, {took:.0f} s")
-            print("\n".join(lines[-options.tail :]), flush=True)
+        for log, code, took in pool.map(one, listed):
+            text = log.read_text(errors="replace")
+            report.say(f"==== {log.stem}: {code or 'ok'}, {took:.0f} s")
+            if code != SPARED:
+                report.say("\n".join(text.splitlines()[-options.tail :]))
+            if code and code != SPARED:
+                report.failed[log.stem] = f"{code}", telling(text)
             fine &= code == 0
     return fine
+
+
+class Report:
+    """What is printed, which a-report.txt keeps, and the files that come back."""
+
+    def __init__(self, out, work):
+        self.out, self.logs, self.failed = out, work / "logs", {}
+        shutil.rmtree(self.logs, ignore_errors=True)
+        self.logs.mkdir(parents=True)
+        self.file = out / "a-report.txt"
+        self.file.write_text("")
+
+    def say(self, text):
+        print(text, flush=True)
+        with open(self.file, "a") as file:
+            file.write(f"{text}\n")
+
+    def pack(self):
+        """After each part: a run that is stopped has what came before."""
+        with tarfile.open(self.out / "b-all.tar.gz", "w:gz") as tar:
+            for path in (*sorted(self.logs.iterdir()), *sorted(self.out.glob("*.json"))):
+                tar.add(path, path.name)
+
+    def end(self):
+        """Every failure once more, the last thing that is printed; the tests' logs in the file."""
+        with open(self.file, "a") as file:
+            for log in sorted(self.logs.glob("*-tests.log")):
+                file.write(f"==== {log.stem}, whole\n{log.read_text(errors='replace')}\n")
+        for name, (code, lines) in self.failed.items():
+            self.say("\n".join([f"==== FAILED {name}: {code}", *lines]))
+        self.say(f"==== {len(self.failed)} failed")
 
 
 def run(options):
     out, work = Path(options.out).resolve(), Path(options.work).resolve()
     out.mkdir(parents=True, exist_ok=True)
+    report = Report(out, work)
     modules = dict(text.split("=", 1) for text in options.module)
     site = unpack(options.peers, work)
     dsl = site / "nvidia_cutlass_dsl" / "dsl_packages"  # a .pth file would add it in site-packages
@@ -226,17 +299,20 @@ def run(options):
             "FASTATTN_TEST_GPU": "1",  # tests without a GPU fail, and are not skipped
         }
         for part in options.parts.split(","):
-            left = min(getattr(options, f"{part}_seconds"), deadline - time.perf_counter())
-            alone = part in (*SUITES, "bench", "correctness", "merge", "jax")
-            threads = None if alone else "2" if part == "tests" else "1"  # of one among many
+            limit = getattr(options, f"{part}_seconds".replace("-", "_"))
+            left = min(limit, deadline - time.perf_counter())
+            threads = None if part in ALONE else "2" if part == "tests" else "1"  # of one among many
             many = {"OMP_NUM_THREADS": threads} if threads else {}
             if left < 5:
-                print(f"==== {name}-{part}: no time left")
+                report.say(f"==== {name}-{part}: no time left")
                 fine = False
-            elif not run_all(part, options, out, name, left, environment | many):
-                fine = False
-                if part == "smoke":
-                    break
+                continue
+            well = run_all(part, options, report, name, left, environment | many)
+            report.pack()
+            fine &= well
+            if part == "smoke" and not well:
+                break
+    report.end()
     sys.exit(not fine)
 
 
@@ -262,7 +338,7 @@ def main():
     verb.add_argument(
         "--peers", nargs="*", default=[], metavar="ARCHIVE", help="wheels or tar files of peers"
     )
-    parts = ",".join(part for part in SECONDS if part not in ("bench", "mutants"))
+    parts = ",".join(part for part in SECONDS if part not in EXTRA)
     verb.add_argument("--parts", default=parts, help="default: %(default)s")
     verb.add_argument(
         "--tools", default=",".join(TOOLS), help="of the sanitizer; default: %(default)s"
