@@ -22,8 +22,8 @@ and of every log that failed what says why; b-all.tar.gz all logs and results; a
               are what report.py makes the tables and pictures of
     backward-a, backward-b, backward-c, llama
               the same of gradients: the grid; float16, determinism, host time; the origin's shapes
-              and everything special; a training step. FlashAttention-3's library comes in an archive
-              with dew_flash_attn/libdew_flash_attn3.so
+              and everything special; a training step. An archive with FlashAttention-3's library
+              has dew_flash_attn/libdew_flash_attn3.so in it
     mutants   tests/mutants.py --gpu: faults planted in device code, of which a GPU test must fail;
               it builds with nvcc, and only if --parts names it
     bench     python benchmarks, with the arguments in --bench; only if --parts names it
@@ -301,7 +301,9 @@ def run(options):
         for part in options.parts.split(","):
             limit = getattr(options, f"{part}_seconds".replace("-", "_"))
             left = min(limit, deadline - time.perf_counter())
-            threads = None if part in ALONE else "2" if part == "tests" else "1"  # of one among many
+            threads = (
+                None if part in ALONE else "2" if part == "tests" else "1"
+            )  # of one among many
             many = {"OMP_NUM_THREADS": threads} if threads else {}
             if left < 5:
                 report.say(f"==== {name}-{part}: no time left")

@@ -17,13 +17,14 @@ import sys
 import tempfile
 import textwrap
 
-from fastattn.bench import cpu, decode, merge, plot, training
+from fastattn.bench import cpu, decode, llama, merge, plot, training
 from fastattn.bench.cells import GRIDS, UNITS
 from fastattn.bench.machine import caption
 from fastattn.bench.report import dump, geometric_mean, limits_of, markdown, own, shares
 
 HERE = pathlib.Path(__file__).resolve().parent
 README, RESULTS = HERE.parent / "README.md", HERE / "RESULTS.md"
+APART = ("fa3-lib", "jax.nn")  # with inputs of their own
 BLOCK = re.compile(r"(<!-- report: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PICTURES = {"gpu-bf16": "cuda", "cpu": "cpu"}  # suite -> device
 TITLES = {
@@ -42,6 +43,17 @@ TITLES = {
     "gpu-flex": "Beside FlexAttention",
     "gpu-varlen": "Packed sequences",
     "gpu-host": "Host time, Python to launch",
+    "gpu-backward": "Gradients: bfloat16, 16,384 tokens, hq * d = 2,048",
+    "gpu-backward-fp16": "Gradients: float16, the same shapes",
+    "gpu-backward-deterministic": "Deterministic gradients, beside ours that are not",
+    "gpu-backward-origin": "Forward and backward: the two shapes that this project began with",
+    "gpu-backward-gqa": "Gradients: grouped heads",
+    "gpu-backward-mask": "Gradients: half of the blocks hidden; a float mask and its gradient",
+    "gpu-backward-scores": "Gradients: soft caps, ALiBi, sinks, dropout",
+    "gpu-backward-window": "Gradients: windows of 1,024 and 4,096 keys",
+    "gpu-backward-varlen": "Gradients: packed sequences",
+    "gpu-backward-host": "Host time of a backward call through autograd",
+    "llama": "A training step of a Llama",
     "merge": "Merging partial results, beside a copy of the same run",
     "cpu": "The CPU: b 1, h 8",
     "cpu-mask": "A dense mask",
@@ -55,10 +67,10 @@ Written by `python benchmarks/report.py` from the files in [results](results), w
 its error, bound, spread, versions and command. Medians of interleaved timings, all implementations
 in one process, each output checked against float64 first; `python -m fastattn bench` measures the
 machine at hand. Ratios are the other's time over ours: above 1 fastattn is faster, **bold** where
-it is slower. "unmasked", "plain", "ordinary", "causal", "dense", "32 kv heads" and "1 thread" are
-fastattn too, on the cell without what is special. "x floor" is our time over the higher of two
-floors: arithmetic at the run's own matrix product rate (or at what was faster), memory at its copy
-rate.
+it is slower. "unmasked", "plain", "ordinary", "causal", "dense", "free", "32 kv heads" and "1
+thread" are fastattn too, on the cell without what is special. "x floor" is our time over the higher
+of two floors: arithmetic at the run's own matrix product rate (or at what was faster), memory at
+its copy rate.
 """
 
 
@@ -118,6 +130,24 @@ def best_peer(cell):
     return (best["ratio"], best["implementation"]) if best and "ratio" in best else None
 
 
+def beside(cell):
+    """What a grid compares with: the fastest peer; of deterministic gradients ours that are not."""
+    free = cell.get("free", {})
+    return (free["ratio"], "free") if "ratio" in free else best_peer(cell)
+
+
+def not_served(cell, result):
+    """Of a cell whose gradient is not declared, the fastest that has it; else None."""
+    if "unserved" not in cell["fastattn"]:
+        return None
+    unit, scale = UNITS[result["header"]["device"]]
+    speeds = [
+        (row["flops"] * scale, row["implementation"]) for row in cell.values() if "flops" in row
+    ]
+    best = f", {max(speeds)[1]} {max(speeds)[0]:.0f} {unit}" if speeds else ""
+    return f"not served{best}"
+
+
 def marked(text, ratio):
     return f"**{text}**" if round(ratio, 2) < 1 else text
 
@@ -138,8 +168,9 @@ def grid(cells, result):
         line, ratios = [f"{dtype} d{d} {mask}"], []
         for s in lengths:
             ours = row[s]["fastattn"] if s in row else {}
-            best = best_peer(row[s]) if ours else None
+            best = beside(row[s]) if ours else None
             speed = f"{ours['flops'] * scale:.0f}" if "flops" in ours else "-"
+            speed = (ours and not_served(row[s], result)) or speed
             ratios.append(best and best[0])
             line.append(marked(f"{speed} ({best[0]:.2f} x {best[1]})", best[0]) if best else speed)
         mean = geometric_mean(ratios)
@@ -153,7 +184,13 @@ def listing(cells, result):
     for cell in cells:
         ours = cell["fastattn"]
         if "ms" not in ours:
-            yield [ours["label"], "refused", "-", "-", ours["refused"]]
+            said = not_served(cell, result)
+            words = (
+                [said, "-", "-", ours["unserved"]]
+                if said
+                else ["refused", "-", "-", ours["refused"]]
+            )
+            yield [ours["label"], *words]
             continue
         compared = []
         for row in cell.values():
@@ -164,6 +201,34 @@ def listing(cells, result):
         over = shares(ours, limits)[1]
         per_head = f"{ours['ms'] * 1e3 / ours['hq']:,.2f}"
         yield [ours["label"], time, per_head, f"{over:.2f}" if over else "-", ", ".join(compared)]
+
+
+def distances(cells):
+    """Of gradients, our errors over a peer's on the same inputs: the largest and the mean ones,
+    each as a geometric mean over dq, dk and dv of the cells, and the worst."""
+    names = [
+        x for x in cells[0] if any(not own(c[x]) and "errors" in c[x] for c in cells if x in c)
+    ]
+    shared = [name for name in names if name not in APART]
+    yield ["our error over theirs", *(f"{x}, {kind}" for x in shared for kind in ("max", "mean"))]
+    lines = {}
+    for cell in cells:
+        ours = cell["fastattn"]
+        if "errors" in ours:
+            lines.setdefault(f"{ours['dtype']} d{ours['d']} {ours['mask']}", []).append(cell)
+    for label, mine in lines.items():
+        line = [label]
+        for name, kind in ((name, kind) for name in shared for kind in (0, 1)):
+            ratios = [
+                errors[kind] / cell[name]["errors"][x][kind]
+                for cell in mine
+                if "errors" in cell.get(name, {})
+                for x, errors in cell["fastattn"]["errors"].items()
+                if x in cell[name]["errors"] and cell[name]["errors"][x][kind]
+            ]
+            said = f"{geometric_mean(ratios):.2f}, worst {max(ratios):.2f}" if ratios else "-"
+            line.append(said)
+        yield line
 
 
 def verdicts(rows):
@@ -185,8 +250,13 @@ def table(result, suite):
         return verdicts(result["rows"])
     if suite == "merge":
         return markdown(list(merge.lines(result["rows"])))
+    if suite == "llama":
+        return markdown(list(llama.lines(result["rows"])))
     cells = cells_of(result, suite)
-    return markdown(list((grid if suite in GRIDS else listing)(cells, result)))
+    lines = markdown(list((grid if suite in GRIDS else listing)(cells, result)))
+    if suite in ("gpu-backward", "gpu-backward-fp16"):
+        lines += ["", *markdown(list(distances(cells)))]
+    return lines
 
 
 def machine_of(header):
@@ -250,6 +320,7 @@ def results_text(cards, beside, steps, few):
             header = result["header"]
             lines += [f"- [{name}](results/{name}): {caption(header)}"]
             lines += [f"  `{header['command']}`"]
+            lines += [f"  {header['apart']}"] if "apart" in header else []
         for suite in sorted(suites, key=[*TITLES, *suites].index):
             lines += ["", f"### {TITLES.get(suite, suite)} (`{suite}`)", ""]
             lines += table(suites[suite][1], suite)
@@ -292,10 +363,27 @@ def gpu_words(cards):
     yield "Of the other suites those where a cell is slower, each with its worst: "
     worst = []
     for suite, (_, result) in cards[card_of(header)].items():
-        if suite not in ("gpu-bf16", "correctness", "merge"):
+        if suite not in ("gpu-bf16", "gpu-backward", "correctness", "merge", "llama"):
             losing = slower(cells_of(result, suite), lambda cell: cell["fastattn"]["label"])
             worst += [f"{TITLES.get(suite, suite).lower()}: {losing[0]}"] if losing else []
     yield f"{'; '.join(worst) or 'none'}. "
+    yield from gradient_words(cards)
+
+
+def gradient_words(cards):
+    """The same of the backward pass, where it was measured."""
+    result = find(cards, "gpu-backward", "cuda")
+    if result is None:
+        return
+    cells, header = cells_of(result, "gpu-backward"), result["header"]
+    served = [cell for cell in cells if "ms" in cell["fastattn"]]
+    yield f"\nGradients, {header['gpu']}, {header['date'][:10]}, commit {header['commit']}: "
+    if len(served) < len(cells):
+        yield f"{len(served)} of {len(cells)} cells are served. "
+    mean, losing = overall(served), slower(served, shape)
+    if mean:
+        yield f"Over {len(served)} cells the fastest other takes **{mean:.2f} times** as long. "
+        yield f"Slower are {'; '.join(losing)}. " if losing else "No cell is slower. "
 
 
 def cpu_words(cards):

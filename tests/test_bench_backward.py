@@ -101,7 +101,8 @@ def broken(name, how):
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize(
-    "how", [lambda x: 1.05 * x, lambda x: x + torch.nan, lambda x: x.index_fill(2, torch.tensor(7), 0)]
+    "how",
+    [lambda x: 1.05 * x, lambda x: x + torch.nan, lambda x: x.index_fill(2, torch.tensor(7), 0)],
 )
 def test_a_wrong_gradient_is_seen(name, how):
     (row,) = measure(TorchArrays(), cell_of(), [ours(broken(name, how))], OPTIONS)
@@ -245,7 +246,9 @@ def programs(jax, cell):
                 return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
             ends = np.cumsum(cell.packed)
             parts = [
-                jax.nn.dot_product_attention(*(x[end - n : end] for x in (q, k, v)), is_causal=causal)
+                jax.nn.dot_product_attention(
+                    *(x[end - n : end] for x in (q, k, v)), is_causal=causal
+                )
                 for n, end in zip(cell.packed, ends, strict=True)
             ]
             return jax.numpy.concatenate(parts)

@@ -50,7 +50,9 @@ class Cell:
     clock: str = "call"  # or "host": Python to launch; "sustained": one second without a pause
     change: str = ""  # of the scores: "softcap", "alibi", "sink", "dropout"
     lengths: str = ""  # packed sequences: a name in LENGTHS; s is the longest that there may be
-    computes: str = ""  # "": the output; "backward": gradients; "both": the two, one after the other
+    computes: str = (
+        ""  # "": the output; "backward": gradients; "both": the two, one after the other
+    )
     deterministic: bool = False  # gradients of the same bits in every run
 
     @functools.cached_property

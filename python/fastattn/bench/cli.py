@@ -39,6 +39,12 @@ def _progress(items):
     print("\r", end="", file=sys.stderr)
 
 
+APART = (
+    "{}: in a process with JAX, in turn with the others in each round; inputs of its own, the "
+    "host's clock over a burst of calls with one wait at its end"
+)
+
+
 class Refusal(Exception):  # noqa: N818 - a sentence for the user, not a fault
     """What the command line asks for cannot be measured here."""
 
@@ -172,6 +178,9 @@ def run(args, command):
     cells = [cell for cell in cells if cell.dtype in arrays.dtypes]
     options = Options(args.timings, args.warmup, named)
     result = {"header": environment(arrays, command, args.commit), "rows": []}
+    apart = [p.name for p in everyone if p.apart and any(options.asks(p, x) for x in cells)]
+    if apart:
+        result["header"]["apart"] = APART.format(" and ".join(apart))
 
     def save():  # after each cell: what was measured survives whatever comes
         if args.json:

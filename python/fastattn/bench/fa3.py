@@ -232,9 +232,7 @@ class Measured:
         (hk, dv), lead = cell.kv, (cell.rows,) if cell.lengths else (cell.b, cell.s)
         sizes = (cell.hq, cell.d), (hk, cell.d), (hk, dv), (cell.hq, dv)
         shapes = [(*lead, *x) for x in sizes]
-        q, k, v, dout = (
-            random.normal(key, x, dtype) for key, x in zip(keys, shapes, strict=False)
-        )
+        q, k, v, dout = (random.normal(key, x, dtype) for key, x in zip(keys, shapes, strict=False))
         mask = None
         if any(cell.mask_shape) and cell.mask_bytes == 2:
             mask = random.normal(keys[4], cell.mask_shape, dtype)

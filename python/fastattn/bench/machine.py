@@ -14,6 +14,8 @@ import fastattn
 
 from .arrays import NumpyArrays
 
+PEERS = ("torch", "jax", "fa3-fwd", "flash-attn-4", "dew-flash-attn-cu13")  # their packages
+
 
 def machine(arrays, sizes=(1024, 2048), copied=1 << 26):
     """The run's own limits, each the best of several tries: matrix product rate per dtype (FLOP/s),
@@ -86,7 +88,7 @@ def environment(arrays, command, commit):
 def versions(info):
     """Of everything that a time may depend on, where it is installed."""
     found = {"python": platform.python_version(), "fastattn": info["version"]}
-    for name in ("numpy", "torch", "jax", "triton", "fa3-fwd", "flash-attn-4"):
+    for name in (*PEERS, "numpy", "triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -97,7 +99,7 @@ def caption(header):
     machine = header.get("gpu") or f"{header['cpu']}, {header['cpu_threads']} threads"
     clocks = header.get("clocks")
     driver = f", driver {header['driver']}, {clocks['clocks.sm']}" if clocks else ""
-    names = ("torch", "cuda", "cudnn", "jax", "fa3-fwd", "flash-attn-4")
+    names = ("torch", "cuda", "cudnn", *PEERS[1:])
     versions = header["versions"]
     found = "".join(f", {name} {versions[name]}" for name in names if versions.get(name))
     return f"{machine}{driver}{found}; {header['date'][:10]}, commit {header['commit']}"

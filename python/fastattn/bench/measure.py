@@ -88,9 +88,7 @@ def checked(arrays, cell, samples, out):
     """What a row says of an output's distance from float64."""
     if cell.computes:
         return gradients.check(cell, samples, out)
-    return dict(
-        zip(("error", "bound"), judge.check(arrays, cell.dtype, samples, out), strict=True)
-    )
+    return dict(zip(("error", "bound"), judge.check(arrays, cell.dtype, samples, out), strict=True))
 
 
 def repeats(arrays, cell, call, out):

@@ -17,7 +17,6 @@ from . import fa3
 from .arrays import arrays_for
 from .cells import WINDOWS, changes
 
-
 # What follows gpu-backward in the names of the suites that ask for an implementation's gradients
 GRADIENTS = (
     "",
@@ -300,7 +299,14 @@ def peers(backend=None, modules=()):
         Peer("causal", "cuda", ours, suites=("gpu-window",), of=_causal, gradients=("-window",)),
         Peer("32 kv heads", "cuda", ours, suites=("gpu-gqa",), of=_mha, gradients=("-gqa",)),
         Peer("dense", "cuda", ours, suites=("gpu-varlen",), of=_dense, gradients=("-varlen",)),
-        Peer("free", "cuda", ours, suites=("gpu-backward-deterministic",), of=_free, gradients=("-deterministic",)),
+        Peer(
+            "free",
+            "cuda",
+            ours,
+            suites=("gpu-backward-deterministic",),
+            of=_free,
+            gradients=("-deterministic",),
+        ),
         Peer("cudnn", "cuda", _sdpa, "torch", context=_only("CUDNN_ATTENTION"), gradients=CUDNN),
         Peer("fa3", "cuda", _flash_attn("fa3_fwd_interface"), "fa3_fwd_interface", packed=True),
         Peer("fa4", "cuda", fa4, "flash_attn.cute", packed=True, gradients=FA4),

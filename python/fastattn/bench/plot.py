@@ -12,6 +12,7 @@ LOOKS = {
     "cudnn": ("#009e73", "s"),
     "fa3": ("#0072b2", "^"),
     "fa4": ("#cc79a7", "D"),
+    "fa3-lib": ("#0072b2", "^"),
     "torch": ("#0072b2", "s"),
     "jax": ("#009e73", "^"),
 }
@@ -55,7 +56,8 @@ def _different(rows, key):
 def _title(rows, header):
     cpu = "{cpu} ({cpu_level}, {cpu_threads} threads)"
     machine = header.get("gpu") or cpu.format(**header)
-    dtypes, passes = _different(rows, "dtype"), "attention, forward"
+    dtypes, way = _different(rows, "dtype"), rows[0].get("computes")
+    passes = {"backward": "attention, backward"}.get(way, "attention, forward")
     kind = f"{dtypes[0]} {passes}" if len(dtypes) == 1 else passes
     return f"{machine}: {kind}; higher is faster"
 
