@@ -20,17 +20,20 @@ and of every log that failed what says why; b-all.tar.gz all logs and results; a
               parts of a few minutes; each writes NAME-PART.json: moved into benchmarks/results/ as
               DATE-CARD-PART.json they
               are what report.py makes the tables and pictures of
+    compile   FlashAttention-4's kernels for these parts, each of which takes seconds, on all CPUs
+              at once, into a cache that what follows reads
     backward-a, backward-b, backward-c, llama
               the same of gradients: the grid; float16, determinism, host time; the origin's shapes
               and everything special; a training step. An archive with FlashAttention-3's library
-              has dew_flash_attn/libdew_flash_attn3.so in it
+              has dew_flash_attn/libdew_flash_attn3.so in it. All of these only if --parts names
+              them
     mutants   tests/mutants.py --gpu: faults planted in device code, of which a GPU test must fail;
               it builds with nvcc, and only if --parts names it
     bench     python benchmarks, with the arguments in --bench; only if --parts names it
 
 On 16 CPUs tests and sanitizers take 200 to 270 s, 36,000 cases 40. For the results alone:
-`--parts correctness,merge,grid,shapes,features --commit COMMIT --peers ...`, and those of the
-backward pass one or two at a time, each under 300 s.
+`--parts correctness,merge,grid,shapes,features --commit COMMIT --peers ...`; of gradients
+`--parts smoke,compile,backward-a`, then each other part alone, under 300 s.
 
 `run --module a=build/gpu/a.so --module b=build/gpu/b.so` repeats the parts for each module.
 Archives named by --peers (.tar.xz, .whl) are unpacked once and put on the path, after our own.
@@ -70,6 +73,12 @@ SUITES = {  # part -> arguments of the benchmark
     " --suite gpu-backward-scores --suite gpu-backward-window --suite gpu-backward-varlen"
     " --peers cudnn,fa4,fa3-lib,jax.nn,flex",
 }
+COMPILED = (  # cells that make FlashAttention-4 compile what the parts of the backward pass need
+    *(f"gpu-backward s512 d{d} {mask}" for d in (64, 128, 256) for mask in ("full", "causal")),
+    *(f"gpu-backward-gqa s4096 {mask}" for mask in ("full", "causal")),
+    *(f"gpu-backward-scores {change}" for change in ("softcap", "sink")),
+    *("gpu-backward-window window", "gpu-backward-varlen causal"),
+)
 ALONE = (*SUITES, "bench", "correctness", "merge", "jax", "llama")  # with all threads
 # Parts of our kernels' names: what another kernel writes initcheck does not see.
 KERNELS = ("sm90", "bwd_", "merge_", "list_tiles", "pack_mask", "write_")
@@ -84,10 +93,17 @@ SECONDS = {  # part -> its time limit
     "mutants": 560,
     **{part: 290 if part.startswith("backward") else 400 for part in (*SUITES, "bench")},
     "llama": 120,
+    "compile": 200,
 }
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # By themselves, or where there is time for more than what a change needs
-EXTRA = ("bench", "mutants", "llama", *(part for part in SUITES if part.startswith("backward")))
+EXTRA = (
+    "bench",
+    "mutants",
+    "compile",
+    "llama",
+    *(part for part in SUITES if part.startswith("backward")),
+)
 # Lines of a log that say what failed, and where
 TELLING = re.compile(r"={9} |FAILED|ERROR|E {3}|\S*(Error|Exception)\b|! |Fatal|assert")
 
@@ -213,6 +229,12 @@ def commands(part, options, out, name):
         )
         flags += ["--gradients", "--cases", options.gradients]
         yield "gradients", [*python, script, *flags, "--seed", options.seed]
+    elif part == "compile":
+        flags = shlex.split("--peers fa4 --timings 20 --warmup 0")
+        for i, text in enumerate(COMPILED):
+            suite, _, words = text.partition(" ")
+            chosen = ["--suite", suite, "--filter", words]
+            yield f"{part}-{i}", [*python, ROOT / "benchmarks", *chosen, *flags]
     elif part == "correctness":
         yield part, [*python, ROOT / "benchmarks" / "correctness.py", *result_of(part)]
     elif part == "mutants":
@@ -298,6 +320,11 @@ def run(options):
             "PYTHONUNBUFFERED": "1",
             "FASTATTN_TEST_GPU": "1",  # tests without a GPU fail, and are not skipped
         }
+        if "compile" in options.parts.split(","):
+            environment |= {
+                "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
+                "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(work / "fa4"),
+            }
         for part in options.parts.split(","):
             limit = getattr(options, f"{part}_seconds".replace("-", "_"))
             left = min(limit, deadline - time.perf_counter())

@@ -97,6 +97,10 @@ def test_every_part_of_the_benchmark_can_be_measured(script, monkeypatch):
         args = cli.parser_of("bench", None).parse_args(words.split())
         chosen |= {cell.suite for cell in cli.choose(args)}
         cli.choose_peers(args, "cuda")
+    for words in script.COMPILED:
+        suite, _, label = words.partition(" ")
+        args = cli.parser_of("bench", None).parse_args(["--suite", suite, "--filter", label])
+        assert cli.choose(args)
     wanted = {name for name in cli.suites() if name.startswith("gpu-backward")}
     assert wanted <= chosen
     assert all(script.SECONDS[part] < 300 for part in script.SUITES if "backward" in part)

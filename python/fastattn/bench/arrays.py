@@ -52,6 +52,9 @@ class NumpyArrays:
     def synchronize(self):
         pass
 
+    def release(self):
+        """Gives back the memory that nothing lies in."""
+
     def seconds(self, calls, n, inner):
         """Times of n turns of `inner` calls each, per call. Runs untimed for 10 ms first: idle
         threads of the implementation before this one still spin for about half of that."""
@@ -115,8 +118,9 @@ class CudaArrays(TorchArrays):
         self.hertz, self.ahead = 1.9e9, {}
 
     def copies(self, cell):
-        """Inputs that fit the L2 are rotated (up to 256 sets), to be read from memory each time."""
-        return min(256, math.ceil(2 * self.l2 / cell.bytes))
+        """Inputs that fit the L2 are rotated (up to 256 sets), to be read from memory each time; of
+        gradients always two, for a call begins with what the last one has written or read last."""
+        return min(256, max(1 + bool(cell.computes), math.ceil(2 * self.l2 / cell.bytes)))
 
     def normal(self, rng, shape, dtype):
         seed = self.torch.Generator("cuda").manual_seed(int(rng.integers(1 << 62)))
@@ -125,6 +129,9 @@ class CudaArrays(TorchArrays):
 
     def synchronize(self):
         self.torch.cuda.synchronize()
+
+    def release(self):
+        self.torch.cuda.empty_cache()
 
     def seconds(self, calls, n, inner):
         """As above, by events; the GPU sleeps first, longer than the host needs for the whole

@@ -86,6 +86,7 @@ def child():
 def apart(arrays, cell, who="fa3"):
     """(clock, the cell that is judged, its inputs, its gradients) of a cell: one key head of one
     sequence, on this process's device."""
+    arrays.release()  # for the other process, whose arrays lie in the same memory
     handle, file = tempfile.mkstemp(suffix=".npz")
     os.close(handle)
     try:
@@ -128,7 +129,7 @@ def library():
     import jax
 
     jax.devices()  # brings the CUDA runtime that it is linked with
-    (folder,) = importlib.util.find_spec(MODULE).submodule_search_locations
+    folder = next(iter(importlib.util.find_spec(MODULE).submodule_search_locations))
     found = ctypes.CDLL(str(pathlib.Path(folder, "libdew_flash_attn3.so")))
     for way in ("mha_fwd", "mha_bwd", "mha_varlen_fwd", "mha_varlen_bwd"):
         name = f"dew_flash3_{way}"
@@ -205,6 +206,16 @@ def programs_of_jax(jax, cell):
 PROGRAMS = {"fa3": programs_of_fa3, "jax.nn": programs_of_jax}
 
 
+@functools.cache
+def generator():
+    import jax
+
+    def numbers(seed, n, dtype):
+        return jax.random.normal(jax.random.key(seed), (n,), dtype)
+
+    return jax.jit(numbers, static_argnums=(1, 2))
+
+
 class Measured:
     """A cell in this process."""
 
@@ -226,17 +237,17 @@ class Measured:
 
     def inputs(self, seed):
         """q, k, v, mask, dout."""
-        cell, random = self.cell, self.jax.random
-        keys = random.split(random.key(seed), 5)
+        cell, keys = self.cell, itertools.count(5 * seed)
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[cell.dtype]
         (hk, dv), lead = cell.kv, (cell.rows,) if cell.lengths else (cell.b, cell.s)
-        sizes = (cell.hq, cell.d), (hk, cell.d), (hk, dv), (cell.hq, dv)
-        shapes = [(*lead, *x) for x in sizes]
-        q, k, v, dout = (random.normal(key, x, dtype) for key, x in zip(keys, shapes, strict=False))
-        mask = None
-        if any(cell.mask_shape) and cell.mask_bytes == 2:
-            mask = random.normal(keys[4], cell.mask_shape, dtype)
-        return q, k, v, mask, dout
+
+        def made(*shape):  # compiled once for all shapes of one size
+            return generator()(next(keys), math.prod(shape), dtype).reshape(shape)
+
+        q, k, v = made(*lead, cell.hq, cell.d), made(*lead, hk, cell.d), made(*lead, hk, dv)
+        dout = made(*lead, cell.hq, dv)
+        added = any(cell.mask_shape) and cell.mask_bytes == 2
+        return q, k, v, made(*cell.mask_shape) if added else None, dout
 
     def judged(self):
         """{name: bits} of the last key head of the last, of packed sequences of the longest one,
