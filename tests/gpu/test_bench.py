@@ -1,5 +1,5 @@
-"""The benchmark's backward suites on a GPU, on small cells: ours right or not served, and whoever is
-installed beside it right too."""
+"""The benchmark's backward suites on a GPU, on small cells: ours right or not served, and whoever
+is installed beside it right too."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def test_the_first_and_last_cell_of_every_suite(suite):
             assert found["fastattn"]["errors"].keys() >= {"dq", "dk", "dv"}
         cudnn = found.get("cudnn", {})
         if suite in ("gpu-backward", "gpu-backward-fp16", "gpu-backward-gqa"):
-            assert 0 < cudnn["ms"] and cudnn["error"] <= cudnn["bound"]
+            assert cudnn["ms"] > 0 and cudnn["error"] <= cudnn["bound"]
 
 
 @pytest.mark.parametrize("d", [64, 128])
@@ -46,8 +46,9 @@ def test_plain_gradients_are_served_and_timed(d):
     cell = Cell("gpu-backward", "cuda", 2, 8, 512, d, mask="causal", computes="backward")
     row = rows_of(cell, ("fastattn",))["fastattn"]
     assert row["repeats"] and 0 < row["p10"] <= row["ms"] <= row["p90"]
-    both = rows_of(dataclasses.replace(cell, suite="gpu-backward-origin", computes="both"))
-    assert both["fastattn"]["ms"] > row["ms"]
+    cell = dataclasses.replace(cell, suite="gpu-backward-origin", computes="both")
+    both = rows_of(cell, ("fastattn",))["fastattn"]
+    assert both["repeats"] and both["error"] <= both["bound"]
 
 
 @pytest.mark.parametrize("name", ["fa4", "fa3-lib", "jax.nn"])

@@ -14,7 +14,6 @@ import numpy as np
 import fastattn
 
 from . import fa3
-from .arrays import arrays_for
 from .cells import WINDOWS, changes
 
 # What follows gpu-backward in the names of the suites that ask for an implementation's gradients
@@ -92,9 +91,7 @@ def _ours(backend=None, package=fastattn):
         if cell.mask in WINDOWS:
             keywords["window"] = (WINDOWS[cell.mask] - 1, 0)
         keywords |= {
-            name: q.new_tensor(x.tolist(), dtype=arrays_for(cell.device).dtypes["fp32"])
-            if isinstance(x, np.ndarray)
-            else x
+            name: _floats(q, x) if isinstance(x, np.ndarray) else x
             for name, x in changes(cell).items()
         }
         if not cell.computes:
@@ -103,6 +100,11 @@ def _ours(backend=None, package=fastattn):
         return _wanting(lambda: package.attention(q, k, v, **keywords), mask, keywords.get("sink"))
 
     return build
+
+
+def _floats(like, numbers):
+    """float32 on the device of a torch tensor."""
+    return like.new_tensor(numbers.tolist(), dtype=importlib.import_module("torch").float32)
 
 
 def _wanting(call, *leaves):
@@ -166,7 +168,7 @@ def _flash_attn(module):
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
         keywords, leaves = changes(cell), []
         if cell.change == "sink" and module == "flash_attn.cute":
-            keywords = {"learnable_sink": q.new_tensor(keywords["sink"].tolist())}
+            keywords = {"learnable_sink": _floats(q, keywords["sink"])}
             leaves = [keywords["learnable_sink"]] if cell.computes else []
         if mask is not None or keywords.keys() - {"softcap", "learnable_sink"}:
             raise NotImplementedError(f"no {cell.change or 'mask'}")
@@ -193,7 +195,7 @@ def _flex(cell, q, k, v, mask):
     if cell.change:
         if cell.change != "alibi":
             raise NotImplementedError(f"no {cell.change} here")
-        slopes = q.new_tensor(changes(cell)["alibi_slopes"].tolist(), dtype=torch.float32)
+        slopes = _floats(q, changes(cell)["alibi_slopes"])
 
         def score(s, b, h, i, j):
             return s - slopes[h] * (i - j).abs()
