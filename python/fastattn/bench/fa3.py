@@ -128,9 +128,16 @@ def library():
     """Registers the library's handlers."""
     import jax
 
-    jax.devices()  # brings the CUDA runtime that it is linked with
+    jax.devices()  # may bring the CUDA runtime that the library is linked with
     folder = next(iter(importlib.util.find_spec(MODULE).submodule_search_locations))
-    found = ctypes.CDLL(str(pathlib.Path(folder, "libdew_flash_attn3.so")))
+    file = str(pathlib.Path(folder, "libdew_flash_attn3.so"))
+    try:
+        found = ctypes.CDLL(file)
+    except OSError:  # it does not; the packages that JAX and torch need have it
+        for place in filter(None, sys.path):
+            for runtime in pathlib.Path(place).glob("nvidia/*/lib/libcudart.so.13"):
+                ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
+        found = ctypes.CDLL(file)
     for way in ("mha_fwd", "mha_bwd", "mha_varlen_fwd", "mha_varlen_bwd"):
         name = f"dew_flash3_{way}"
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(found, name)), platform="CUDA")
