@@ -33,8 +33,8 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
     [FA_SM90_BACKWARD] = {"sm90",
                           "backward",
                           DTYPE(F16) | DTYPE(BF16),
-                          FA_CAUSAL | FA_WINDOW | FA_Q_OFFSET | FA_LENGTHS | FA_GQA | FA_DV |
-                              FA_LSE | FA_SINK | FA_BATCH_INVARIANT,
+                          FA_CAUSAL | FA_WINDOW | FA_Q_OFFSET | FA_LENGTHS | FA_VARLEN | FA_GQA |
+                              FA_DV | FA_LSE | FA_SINK | FA_BATCH_INVARIANT,
                           {0},
                           1,
                           128},

@@ -37,9 +37,15 @@ enum {
     FA_PACKED_CLASSES = 32,      /* of lengths, for the sorting */
 };
 
-/* Tiles of one head, at most: every sequence, and the rows of none, may have one ragged. */
+/* Blocks of `size` rows, at most: each of b sequences, and the rows of none, may have one ragged.
+ */
+FA_INLINE int64_t fa_packed_blocks(int32_t total, int32_t b, int32_t size) {
+    return (int64_t)total / size + b + 1;
+}
+
+/* Tiles of one head, at most. */
 FA_INLINE int64_t fa_packed_capacity(const fa_varlen *v, int32_t b, int32_t block_m) {
-    return (int64_t)v->total_q / block_m + b + 1;
+    return fa_packed_blocks(v->total_q, b, block_m);
 }
 
 /* Of the workspace; a bool mask is packed behind them (mask_bits.h). None if nothing is packed. */
@@ -96,6 +102,35 @@ FA_INLINE int32_t fa_packed_class(int32_t sk) {
     int32_t last = FA_PACKED_CLASSES - 1;
     for (; sk >= 128 && last > 3; sk >>= 1) last -= 2;
     return sk >= 96 ? last - 2 : sk >= 64 ? last - 1 : last;
+}
+
+/* A block of rows among fa_packed_blocks(), where each sequence has whole blocks of its own. Those
+ * of sequence n are from cu[n] / size + n on: rounded down, for n more than all before it need. */
+typedef struct fa_packed_block {
+    int32_t b;          /* its sequence; the number of them: the rows of none */
+    int32_t first, end; /* the sequence's rows */
+    int32_t row;        /* of the sequence, the block's first; there may be none from it on */
+} fa_packed_block;
+
+FA_INLINE int32_t fa_packed_first(const int32_t *cu, int64_t stride, int32_t n, int32_t total,
+                                  int32_t size) {
+    return fa_first_row(cu, stride, n, total) / size + n;
+}
+
+FA_INLINE fa_packed_block fa_packed_find(const int32_t *cu, int64_t stride, int32_t b,
+                                         int32_t total, int32_t size, int32_t block) {
+    int32_t n = 0;
+    for (int32_t end = b + 1; end - n > 1;) {
+        const int32_t middle = n + (end - n) / 2;
+        if (fa_packed_first(cu, stride, middle, total, size) <= block)
+            n = middle;
+        else
+            end = middle;
+    }
+    fa_packed_block found = {n, fa_first_row(cu, stride, n, total), total, 0};
+    if (n < b) found.end = fa_clamp(cu[(n + 1) * stride], found.first, total);
+    found.row = (block - found.first / size - n) * size;
+    return found;
 }
 
 /* Sums of tiles of offsets that make no sense may run over: they stay at the list's end. */

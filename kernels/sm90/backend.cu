@@ -169,13 +169,13 @@ static const char *backward_kernel(const fa_backward *, const fa_choice *choice)
 
 static int64_t backward_workspace(const fa_backward *r, const fa_choice *choice) {
     const fa_bwd_variant *v = (const fa_bwd_variant *)choice->variant;
-    return 4 * fa_lay_out_backward(&r->forward.what, v->block_m, v->d).floats;
+    return 4 * fa_lay_out_backward(&r->forward, v->block_m, v->d).floats;
 }
 
 /* Where there is no score to compute, gradients are 0, but for the sinks': of lse. */
 static fa_status launch_zeros(const fa_backward *r, const fa_device *device, fa_error *error) {
     const fa_tensor *gradients[] = {&r->dq, &r->dk, &r->dv};
-    fa_status status = launch_sink(r, NULL, 0, device, error);
+    fa_status status = launch_sink(r, NULL, 0, 1, device, error);
     for (int i = 0; i < 3 && status == FA_OK; ++i)
         status = launch_clear(gradients[i], device, r->forward.where.stream, error);
     return status;
@@ -185,10 +185,10 @@ static fa_status launch_backward(const fa_backward *r, const fa_device *device,
                                  const fa_bwd_variant *v, void *workspace, fa_error *error) {
     const fa_what *w = &r->forward.what;
     if (fa_is_empty(w)) return launch_zeros(r, device, error);
-    const fa_backward_workspace at = fa_lay_out_backward(w, v->block_m, v->d);
+    const fa_backward_workspace at = fa_lay_out_backward(&r->forward, v->block_m, v->d);
     fa_status status = bwd_launchers[v - fa_bwd_variants](r, device, workspace, error);
     if (status != FA_OK) return status;
-    return launch_sink(r, (const float *)workspace + at.delta, at.head, device, error);
+    return launch_sink(r, (const float *)workspace + at.delta, at.head, v->block_m, device, error);
 }
 
 static fa_status run_backward(const fa_backward *r, const fa_choice *choice, void *workspace,

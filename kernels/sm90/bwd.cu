@@ -36,11 +36,24 @@ enum { ROWS_BARRIER = 1 }; /* of all MMA threads */
 
 DEVICE work_tile describe(const bwd_args &a, int32_t number) {
     work_tile t;
-    const int32_t head = number / a.n_blocks;
-    t.b = head / a.hk;
+    const int32_t head = number / a.n_blocks, block = number % a.n_blocks;
+    const fa_varlen &v = a.varlen;
+    t.b = t.batch = head / a.hk; /* 0 of packed sequences, until their sequence is known */
     t.h_k = head % a.hk;
-    t.key = number % a.n_blocks * BLOCK_N;
-    t.lengths = fa_sequence_lengths(&a.masks, t.b, a.sq, a.sk);
+    t.key = block * BLOCK_N, t.k_rows = a.sk;
+    t.q = t.k = t.first_block = 0;
+    if (v.cu_k) {
+        const fa_packed_block found =
+            fa_packed_find(v.cu_k, v.cu_k_stride, a.b, v.total_k, BLOCK_N, block);
+        t.b = found.b, t.key = found.row, t.k_rows = found.end - found.first;
+        t.k = found.first;
+        t.first_block = fa_packed_first(v.cu_q, v.cu_q_stride, t.b, v.total_q, BLOCK_M);
+    }
+    t.lengths = fa_lengths{0, 0, 0, 0, 0, 0}; /* of the keys of none */
+    if (!v.cu_k || t.b < a.b) {
+        const fa_sequence s = fa_find_sequence(&v, &a.masks, t.b, a.sq, a.sk);
+        t.q = s.q, t.lengths = s.lengths;
+    }
     const fa_interval keys = {t.key, t.key + BLOCK_N};
     t.some = fa_rows_seeing_some(t.lengths, keys);
     t.all = fa_rows_seeing_all(t.lengths, keys);
@@ -81,20 +94,21 @@ DEVICE void bring(const array &from, const int32_t (&moves)[2], uint8_t (&to)[PA
 }
 
 DEVICE void produce(const bwd_args &a, smem_layout &smem, const work_tile &t) {
-    bring(a.k, a.moves[1], smem.k, t.key, t.h_k, t.b, NULL, NULL, smem.kv_full, EVICT_FIRST);
-    bring(a.v, a.moves[2], smem.v, t.key, t.h_k, t.b, NULL, NULL, smem.kv_full, EVICT_FIRST);
+    const int32_t b = t.batch, key = t.k + t.key;
+    bring(a.k, a.moves[1], smem.k, key, t.h_k, b, NULL, NULL, smem.kv_full, EVICT_FIRST);
+    bring(a.v, a.moves[2], smem.v, key, t.h_k, b, NULL, NULL, smem.kv_full, EVICT_FIRST);
     uint32_t n = 0; /* blocks of rows so far */
     for (int32_t g = 0; g < a.group; ++g) {
         const int32_t h = t.h_k * a.group + g;
-        const int64_t rows = ((int64_t)t.b * a.hq + h) * a.m_blocks * BLOCK_M;
+        const int64_t rows = (((int64_t)b * a.hq + h) * a.m_blocks + t.first_block) * BLOCK_M;
         for (int32_t m = t.begin; m < t.end; ++m, ++n) {
             const uint32_t stage = n % STAGES, parity = n / STAGES % 2 ^ 1;
             const int32_t row = m * BLOCK_M;
             mbarrier_wait(smem_address(&smem.q_empty[stage]), parity);
-            bring(a.q, a.moves[0], smem.q[stage], row, h, t.b, a.lse + rows + row, smem.lse[stage],
-                  smem.q_full[stage], EVICT_LAST);
+            bring(a.q, a.moves[0], smem.q[stage], t.q + row, h, b, a.lse + rows + row,
+                  smem.lse[stage], smem.q_full[stage], EVICT_LAST);
             mbarrier_wait(smem_address(&smem.dout_empty[stage]), parity);
-            bring(a.dout, a.moves[3], smem.dout[stage], row, h, t.b, a.delta + rows + row,
+            bring(a.dout, a.moves[3], smem.dout[stage], t.q + row, h, b, a.delta + rows + row,
                   smem.delta[stage], smem.dout_full[stage], EVICT_LAST);
         }
     }
@@ -256,13 +270,13 @@ DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, const
     const int32_t thread = threadIdx.x % 128, lane = thread % 32;
     const int32_t first = t.key + 64 * warpgroup + thread / 32 * 16 + lane / 4;
     if (!to.data) return;
-    uint16_t *head = (uint16_t *)to.data + t.b * to.stride[0] + t.h_k * to.stride[1];
+    uint16_t *head = (uint16_t *)to.data + t.batch * to.stride[0] + t.h_k * to.stride[1];
     const bool words = has_words(to);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int32_t key = first + 8 * r;
-        if (key >= to.shape[2]) continue;
-        uint16_t *row = head + key * to.stride[2];
+        if (key >= t.k_rows) continue;
+        uint16_t *row = head + (t.k + key) * to.stride[2];
 #pragma unroll
         for (int j = 0; j < COLUMNS / 8; ++j)
             store_pair(to, row, lane % 4 * 2 + 8 * j, x[4 * j + 2 * r] * factor,
@@ -320,7 +334,8 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
     const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
     const int32_t begin = uniform(t.begin), end = uniform(t.end);
     const uint32_t blocks = a.group * (end - begin); /* of rows */
-    int32_t m = begin, sums = uniform((t.b * a.hq + t.h_k * a.group) * a.m_blocks + begin);
+    int32_t m = begin,
+            sums = uniform((t.batch * a.hq + t.h_k * a.group) * a.m_blocks + t.first_block + begin);
     for (uint32_t n = 0; n < blocks; ++n) {
         const uint32_t stage = n % STAGES, parity = n / STAGES % 2;
         float s[BLOCK_M / 2], dp[BLOCK_M / 2], dq[DQ_COLUMNS / 2];
@@ -388,6 +403,7 @@ __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant
     wait_for_stream();
     if (threadIdx.x == 0) smem.tile = describe(a, blockIdx.x);
     __syncthreads();
+    if (smem.tile.key >= smem.tile.k_rows) return; /* a block that its sequence has no keys for */
     const int32_t warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == WARPGROUPS) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();

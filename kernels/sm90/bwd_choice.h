@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "common/empty.h"
+#include "common/packed.h"
 #include "sm90/loads.h"
 
 typedef struct fa_bwd_variant {
@@ -49,16 +50,19 @@ static inline int32_t fa_choose_bwd_variant(const fa_backward *r) {
 
 /* Where everything lies in the workspace, in floats from its start: lse, delta and dQ's sums. */
 typedef struct fa_backward_workspace {
-    int32_t head; /* rows of a query head, whole blocks */
+    int64_t head; /* rows of a query head, whole blocks; of all packed sequences */
     int64_t delta, sums, floats;
 } fa_backward_workspace;
 
-static inline fa_backward_workspace fa_lay_out_backward(const fa_what *w, int32_t block_m,
+static inline fa_backward_workspace fa_lay_out_backward(const fa_params *p, int32_t block_m,
                                                         int32_t d) {
+    const fa_what *w = &p->what;
+    const fa_varlen *v = &p->varlen;
     fa_backward_workspace n = {0, 0, 0, 0};
     if (fa_is_empty(w)) return n;
-    n.head = (w->sq + block_m - 1) / block_m * block_m;
-    n.delta = (int64_t)w->b * w->hq * n.head;
+    n.head = v->cu_q ? fa_packed_blocks(v->total_q, w->b, block_m) * block_m
+                     : ((int64_t)w->sq + block_m - 1) / block_m * block_m;
+    n.delta = (v->cu_q ? 1 : w->b) * w->hq * n.head;
     n.sums = 2 * n.delta;
     n.floats = n.sums + n.delta * d;
     return n;

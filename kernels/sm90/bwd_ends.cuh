@@ -51,10 +51,12 @@ static __global__ void __launch_bounds__(ENDS_THREADS)
     let_next_start();
     const int64_t number = (int64_t)blockIdx.x * ROWS_OF_BLOCK + threadIdx.x / LANES;
     const int64_t head = number / a.rows, h = head % a.hq, b = head / a.hq;
-    const int32_t row = (int32_t)(number % a.rows);
+    const int32_t place = (int32_t)(number % a.rows);
+    const row_block rows = find_rows(a.varlen, a.b, a.sq, BLOCK_M, place / BLOCK_M);
+    const int32_t row = rows.first + place % BLOCK_M;
     const fa_tensor &o = a.out, &g = a.dout, &l = a.lse, &dl = a.dlse;
     float lse = INFINITY, delta = 0.f;
-    if (row < a.sq) {
+    if (place % BLOCK_M < rows.count) {
         const float x =
             ((const float *)l.data)[b * l.stride[0] + h * l.stride[1] + row * l.stride[2]];
         if (x != -INFINITY) lse = x * 1.4426950408889634f;
@@ -63,7 +65,7 @@ static __global__ void __launch_bounds__(ENDS_THREADS)
                 -((const float *)dl.data)[b * dl.stride[0] + h * dl.stride[1] + row * dl.stride[2]];
     }
     if (g.data) { /* all threads, for they exchange sums */
-        const int32_t there = min(row, a.sq - 1);
+        const int32_t there = min(row, (int32_t)o.shape[2] - 1);
         const float dot = dot_row(
             (const uint16_t *)o.data + b * o.stride[0] + h * o.stride[1] + there * o.stride[2],
             (const uint16_t *)g.data + b * g.stride[0] + h * g.stride[1] + there * g.stride[2],
@@ -103,15 +105,17 @@ static __global__ void __launch_bounds__(ENDS_THREADS)
     bwd_dq(const __grid_constant__ bwd_dq_args a) {
     wait_for_stream();
     const int32_t m = blockIdx.x % a.m_blocks, head = blockIdx.x / a.m_blocks;
+    const row_block rows = find_rows(a.varlen, a.b, a.sq, BLOCK_M, m);
     const float4 *from = (const float4 *)a.sums + (int64_t)blockIdx.x * (BLOCK_M * D / 4);
     const fa_tensor &to = a.dq;
-    uint16_t *base = (uint16_t *)to.data + head / a.hq * to.stride[0] + head % a.hq * to.stride[1];
+    uint16_t *base = (uint16_t *)to.data + head / a.hq * to.stride[0] + head % a.hq * to.stride[1] +
+                     rows.first * to.stride[2];
     constexpr int EIGHTS = DQ_COLUMNS / 8;
 #pragma unroll
     for (int32_t n = threadIdx.x; n < BLOCK_M * D / 16; n += ENDS_THREADS) {
         const int32_t eight = n % EIGHTS, r = n / EIGHTS % 8, warp = n / EIGHTS / 8;
         const int32_t warpgroup = warp / 4;
-        const int32_t row = m * BLOCK_M + (DQ_BY_ROWS ? 64 * warpgroup : 0) + warp % 4 * 16 + r;
+        const int32_t row = (DQ_BY_ROWS ? 64 * warpgroup : 0) + warp % 4 * 16 + r;
         const int32_t column = (DQ_BY_ROWS ? 0 : DQ_COLUMNS * warpgroup) + 8 * eight;
         float upper[8], lower[8];
 #pragma unroll
@@ -120,8 +124,9 @@ static __global__ void __launch_bounds__(ENDS_THREADS)
             upper[2 * j] = x.x, upper[2 * j + 1] = x.y, lower[2 * j] = x.z, lower[2 * j + 1] = x.w;
         }
         uint16_t *at = base + row * to.stride[2];
-        if (row < a.sq) store_eight(to, at, column, upper, a.scale, a.wide);
-        if (row + 8 < a.sq) store_eight(to, at + 8 * to.stride[2], column, lower, a.scale, a.wide);
+        if (row < rows.count) store_eight(to, at, column, upper, a.scale, a.wide);
+        if (row + 8 < rows.count)
+            store_eight(to, at + 8 * to.stride[2], column, lower, a.scale, a.wide);
     }
 }
 

@@ -52,17 +52,20 @@ static bool is_wide(const fa_tensor *t) {
 extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const fa_device *device,
                                                      void *workspace, fa_error *error) {
     const fa_what *w = &r->forward.what;
-    const int32_t m_blocks = (w->sq + BLOCK_M - 1) / BLOCK_M,
-                  n_blocks = (w->sk + BLOCK_N - 1) / BLOCK_N;
-    const int64_t rows = (int64_t)w->b * w->hq * m_blocks * BLOCK_M;
-    if (rows > INT32_MAX || (int64_t)w->b * w->hk * n_blocks > INT32_MAX)
+    const fa_varlen *v = &r->forward.varlen;
+    const fa_backward_workspace at = fa_lay_out_backward(&r->forward, BLOCK_M, D);
+    const int64_t rows = at.delta, batches = v->cu_q ? 1 : w->b;
+    const int64_t blocks = v->cu_q ? fa_packed_blocks(v->total_k, w->b, BLOCK_N)
+                                   : ((int64_t)w->sk + BLOCK_N - 1) / BLOCK_N;
+    if (rows > INT32_MAX || batches * w->hk * blocks > INT32_MAX)
         return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 rows in all");
-    const fa_backward_workspace at = fa_lay_out_backward(w, BLOCK_M, D);
+    const int32_t m_blocks = (int32_t)(at.head / BLOCK_M), n_blocks = (int32_t)blocks;
     float *lse = (float *)workspace, *delta = lse + at.delta, *sums = lse + at.sums;
     void *stream = r->forward.where.stream;
 
     bwd_rows_args before = {};
     before.out = w->out, before.dout = r->dout, before.lse = w->lse, before.dlse = r->dlse;
+    before.varlen = *v;
     before.b = w->b, before.hq = w->hq, before.sq = w->sq, before.dv = w->dv;
     before.rows = m_blocks * BLOCK_M;
     before.scaled_lse = lse, before.delta = delta, before.dq = r->dq.data ? (float4 *)sums : NULL;
@@ -79,7 +82,8 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
         return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected q, k, v or dout");
     a.dk = r->dk, a.dv = r->dv;
     a.masks = r->forward.masks;
-    a.sq = w->sq, a.sk = w->sk, a.hq = w->hq, a.hk = w->hk, a.group = w->hq / w->hk;
+    a.varlen = *v;
+    a.b = w->b, a.sq = w->sq, a.sk = w->sk, a.hq = w->hq, a.hk = w->hk, a.group = w->hq / w->hk;
     a.m_blocks = m_blocks, a.n_blocks = n_blocks;
     a.scale = w->scale == 0 ? 0.f : (float)usable_scale(w->scale);
     a.scale_log2 = (float)(usable_scale(w->scale) * 1.4426950408889634);
@@ -87,13 +91,14 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     static uint64_t allowed;
     status = fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES, error);
     if (status != FA_OK) return status;
-    status = fa_launch_kernel((const void *)VARIANT_NAME, w->b * w->hk * n_blocks, THREADS,
-                              SMEM_BYTES, stream, device->early, &a, error);
+    status = fa_launch_kernel((const void *)VARIANT_NAME, (int32_t)batches * w->hk * n_blocks,
+                              THREADS, SMEM_BYTES, stream, device->early, &a, error);
     if (status != FA_OK || !r->dq.data) return status;
 
-    const bwd_dq_args behind = {r->dq, sums, w->hq, w->sq, m_blocks, is_wide(&r->dq), a.scale};
-    return fa_launch_kernel((const void *)bwd_dq, w->b * w->hq * m_blocks, ENDS_THREADS, 0, stream,
-                            device->early, (void *)&behind, error);
+    const bwd_dq_args behind = {r->dq,           sums,   *v, w->b, w->hq, w->sq, m_blocks,
+                                is_wide(&r->dq), a.scale};
+    return fa_launch_kernel((const void *)bwd_dq, (int32_t)(rows / BLOCK_M), ENDS_THREADS, 0,
+                            stream, device->early, (void *)&behind, error);
 }
 
 #endif

@@ -40,6 +40,10 @@ static constexpr int QK_PANELS = (D + 63) / 64, V_PANELS = (DV + 63) / 64;
 /* The work tile of a block, and the rows that it walks over. */
 struct work_tile {
     int32_t b, h_k, key; /* its first key */
+    int32_t batch;       /* of the arrays: 0 of packed sequences, else b */
+    int32_t q, k;        /* the sequence's first rows in the arrays */
+    int32_t k_rows;      /* of its K and V, what no row sees included */
+    int32_t first_block; /* of its rows in the workspace, of a head */
     fa_lengths lengths;
     fa_row_range some, all; /* rows that see one of its keys, every one */
     fa_row_range rows;      /* rows that see any key of the sequence */

@@ -39,9 +39,11 @@ static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t th
 
 /* arrays: q, k, v, out, lse, dout, dlse, dq, dk, dv, as they are described, or NULL: none. masks:
  * flags, left, right, offset; lengths: of queries, of keys, starts, or NULL; sinks: sink and dsink
- * of each head, or NULL. Returns a status. */
+ * of each head, or NULL; packed: cu_q and cu_k, or NULL, and b and the longest sequences of q and
+ * k. Returns a status. */
 extern "C" int backward(const fa_tensor *const *arrays, double scale, const int32_t *masks,
-                        const int32_t *const *lengths, float *const *sinks, int is_late) {
+                        const int32_t *const *lengths, float *const *sinks,
+                        const int32_t *const *packed, int is_late) {
     fa_backward r = {};
     fa_params &p = r.forward;
     fa_tensor *to[] = {&p.what.q, &p.what.k, &p.what.v, &p.what.out, &p.what.lse,
@@ -54,6 +56,10 @@ extern "C" int backward(const fa_tensor *const *arrays, double scale, const int3
     p.what.sq = (int32_t)p.what.q.shape[2], p.what.sk = (int32_t)p.what.k.shape[2];
     p.what.d = (int32_t)p.what.q.shape[3], p.what.dv = (int32_t)p.what.v.shape[3];
     p.what.scale = scale;
+    if (packed[0]) {
+        p.varlen = {packed[0], packed[1], 1, 1, p.what.sq, p.what.sk};
+        p.what.b = packed[2][0], p.what.sq = packed[2][1], p.what.sk = packed[2][2];
+    }
     p.masks.flags = (uint32_t)masks[0], p.masks.left = masks[1], p.masks.right = masks[2];
     p.masks.offset = masks[3];
     p.masks.q_lengths = lengths[0], p.masks.q_lengths_stride = 1;
@@ -61,12 +67,13 @@ extern "C" int backward(const fa_tensor *const *arrays, double scale, const int3
     p.masks.k_start = lengths[2], p.masks.k_start_stride = 1;
     p.scores.sink = sinks[0], p.scores.sink_stride = 1;
     r.dsink = sinks[1], r.dsink_stride = 1;
-    const fa_backward_workspace at = fa_lay_out_backward(&p.what, BLOCK_M, D);
+    const fa_backward_workspace at = fa_lay_out_backward(&p, BLOCK_M, D);
     std::vector<float4> workspace(at.floats / 4 + 1, make_float4(NAN, NAN, NAN, NAN));
     const fa_device device = {132, 0, encode_host};
     fa_error error = {};
     late = is_late;
     const fa_status status = PASTE(fa_launch_, VARIANT_NAME)(&r, &device, workspace.data(), &error);
     if (status != FA_OK) return status;
-    return launch_sink(&r, (const float *)workspace.data() + at.delta, at.head, &device, &error);
+    return launch_sink(&r, (const float *)workspace.data() + at.delta, at.head, BLOCK_M, &device,
+                       &error);
 }

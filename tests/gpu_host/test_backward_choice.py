@@ -32,9 +32,9 @@ int choose(int dtype, const int *sizes, int which, int odd) {
 }
 
 void lay_out(int b, int h, int sq, int sk, int block_m, int d, int64_t *got) {
-    fa_what w = {.b = b, .hq = h, .sq = sq, .sk = sk};
-    w.q.shape[2] = sq, w.k.shape[2] = sk;
-    const fa_backward_workspace n = fa_lay_out_backward(&w, block_m, d);
+    fa_params p = {.what = {.b = b, .hq = h, .sq = sq, .sk = sk}};
+    p.what.q.shape[2] = sq, p.what.k.shape[2] = sk;
+    const fa_backward_workspace n = fa_lay_out_backward(&p, block_m, d);
     got[0] = n.head, got[1] = n.delta, got[2] = n.sums, got[3] = n.floats;
 }
 """

@@ -58,7 +58,7 @@ def rows(shape, dtype, apart):
     return whole[..., :columns], whole[..., columns:]
 
 
-def backward(library, late, scale, masks, lengths, sinks, *arrays):
+def backward(library, late, scale, masks, lengths, sinks, *arrays, packed=None):
     described_ = [None if x is None else described(x) for x in arrays]
     pointers = [None if x is None else ctypes.addressof(x) for x in described_]
     lengths = [None if x is None else np.array(x, np.int32) for x in lengths]
@@ -66,7 +66,9 @@ def backward(library, late, scale, masks, lengths, sinks, *arrays):
     masks = (ctypes.c_int32 * 4)(*masks)
     scale = ctypes.c_double(scale)
     both = (ctypes.c_void_p * 2)(*(None if x is None else x.ctypes.data for x in sinks))
-    return library.backward((ctypes.c_void_p * 10)(*pointers), scale, masks, given, both, late)
+    packed = [np.array(x, np.int32) for x in packed or ()]
+    cu = (ctypes.c_void_p * 3)(*(x.ctypes.data for x in packed))
+    return library.backward((ctypes.c_void_p * 10)(*pointers), scale, masks, given, both, cu, late)
 
 
 def run(

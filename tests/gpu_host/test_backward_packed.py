@@ -1,0 +1,108 @@
+"""The Hopper backward's kernels with packed sequences, without a GPU, as test_backward_kernel.py."""
+
+import ctypes
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+import reference_backward
+from conftest import python
+
+import gpu_host
+from gpu_host import HAS_LEFT, HAS_RIGHT
+from gpu_host.test_backward_kernel import HERE, VARIANTS, backward, rows
+
+TESTED = ["sm90_bwd_bf16_d64_128x128", "sm90_bwd_bf16_d128_64x128_strided"]
+CU_Q, CU_K = [0, 70, 70, 205, 215, 220], [0, 9, 140, 290, 290, 300]
+TOTALS = 230, 310  # the last rows belong to none
+CASES = {
+    "causal": {"causal": True, "dlse": True, "hq": 2},
+    "window": {"window": (40, 9), "sink": True},
+    "lengths": {"q_lengths": [60, 0, 130, 9, 2], "k_lengths": [9, 100, 131, 0, 10]},
+    "some keys": {"q_lengths": [70, 0, 0, 0, 5], "k_start": [3, 0, 9, 0, 9], "sink": True},
+}
+
+
+def run(library, variant, late, hq=1, sink=False, dlse=False, causal=False, window=None, **lengths):
+    """Complaints about one call; what no row sees is NaN, and what is written is, before."""
+    rng = np.random.default_rng(2)
+    dtype, d, dv = ml_dtypes.bfloat16, variant["d"] - 3 * variant["strided"], variant["dv"]
+
+    def normal(*shape):
+        x, _ = rows(shape, dtype, 0)
+        x[:] = rng.standard_normal(shape)
+        return x
+
+    q, k, v = normal(1, hq, TOTALS[0], d), normal(1, 1, TOTALS[1], d), normal(1, 1, TOTALS[1], dv)
+    out, dout = (normal(1, hq, TOTALS[0], dv) for _ in range(2))
+    lse = np.full((1, hq, TOTALS[0]), -np.inf, np.float32)
+    dlse = rng.standard_normal(lse.shape).astype(np.float32) if dlse else None
+    asked = {"causal": causal, "window": window, "scale": d**-0.5}
+    sinks = [None, None]
+    if sink:
+        sinks = [rng.standard_normal(hq).astype(np.float32), np.full(hq, np.nan, np.float32)]
+        asked["sink"] = sinks[0]
+    out[:] = 0
+    made = {name: rows(x.shape, dtype, 0)[0] for name, x in (("dq", q), ("dk", k), ("dv", v))}
+    checks, unseen = [], [np.ones(TOTALS[0], bool), np.ones(TOTALS[1], bool)]
+    for n in range(len(CU_Q) - 1):
+        i, j = slice(*CU_Q[n : n + 2]), slice(*CU_K[n : n + 2])
+        own = {name: x[n : n + 1] for name, x in lengths.items()}
+        given = [x[:, :, i].copy() for x in (dout,)] + [
+            q[:, :, i].copy(),
+            k[:, :, j].copy(),
+            v[:, :, j].copy(),
+        ]
+        exact = reference.attention(*given[1:], **asked, **own)
+        out[:, :, i], lse[:, :, i] = exact.out, exact.lse
+        unseen[0][i], unseen[1][j] = ~exact.seen[0, 0].any(1), ~exact.seen[0, 0].any(0)
+        checks.append((i, j, given, {**asked, **own}))
+    for x in (q, dout):
+        x[:, :, unseen[0]] = np.nan
+    for x in (k, v):
+        x[:, :, unseen[1]] = np.nan
+    masks = (HAS_RIGHT, 0, 0, 0) if causal else (0,) * 4
+    if window:
+        masks = (HAS_LEFT | HAS_RIGHT, *window, 0)
+    longest = [len(CU_Q) - 1, max(np.diff(CU_Q)), max(np.diff(CU_K))]
+    given = [lengths.get(name) for name in ("q_lengths", "k_lengths", "k_start")]
+    arrays = (q, k, v, out, lse, dout, dlse, *made.values())
+    packed = CU_Q, CU_K, longest
+    assert backward(library, late, d**-0.5, masks, given, sinks, *arrays, packed=packed) == 0
+    complaints = [
+        f"{name} of no sequence is not 0"
+        for name, end in (("dq", CU_Q[-1]), ("dk", CU_K[-1]), ("dv", CU_K[-1]))
+        if (made[name][:, :, end:] != 0).any()
+    ]
+    dsink = 0
+    for i, j, arrays, keywords in checks:
+        got = {"dq": made["dq"][:, :, i], "dk": made["dk"][:, :, j], "dv": made["dv"][:, :, j]}
+        own = None if dlse is None else dlse[:, :, i]
+        keywords = {**keywords, "dlse": own}
+        complaints += reference_backward.check(got, *arrays, lse=lse[:, :, i], **keywords)
+        dsink += reference_backward.attention_backward(*arrays, **keywords).dsink if sink else 0
+    if sink and not np.allclose(sinks[1], dsink, 1e-2, 1e-2):  # out is rounded
+        complaints.append(f"dsink: {sinks[1]}, not {dsink}")
+    return complaints
+
+
+@gpu_host.marks
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.parametrize("name", TESTED)
+def test_packed_backward(name, tmp_path):
+    variant = next(v for v in VARIANTS if v.name == name)
+    flags = (*variant.defines(), f"-I{HERE}/include", "-w", "-O2")
+    gpu_host.library(HERE / "backward_shim.cpp", tmp_path, *flags)
+    code = f"from {__name__} import main; main({str(tmp_path / 'backward_shim.so')!r}, {name!r})"
+    assert python("-c", code) == "right\n"
+
+
+def main(path, name):
+    library, variant = ctypes.CDLL(path), next(v for v in VARIANTS if v.name == name)
+    for late in (0, 1):
+        for case, keywords in CASES.items():
+            complaints = run(library, variant, late, **keywords)
+            assert not complaints, f"{case}, late={late}: {complaints}"
+    print("right")
