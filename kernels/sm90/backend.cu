@@ -186,7 +186,11 @@ static fa_status launch_backward(const fa_backward *r, const fa_device *device,
     const fa_what *w = &r->forward.what;
     if (fa_is_empty(w)) return launch_zeros(r, device, error);
     const fa_backward_workspace at = fa_lay_out_backward(&r->forward, v->block_m, v->d);
-    fa_status status = bwd_launchers[v - fa_bwd_variants](r, device, workspace, error);
+    fa_status status = FA_OK;
+    if (fa_bwd_packs(&r->forward))
+        status = launch_pack_mask(&r->forward, device, (float *)workspace + at.mask, error);
+    if (status == FA_OK)
+        status = bwd_launchers[v - fa_bwd_variants](r, device, workspace, error);
     if (status != FA_OK) return status;
     return launch_sink(r, (const float *)workspace + at.delta, at.head, v->block_m, device, error);
 }

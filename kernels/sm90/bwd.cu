@@ -26,6 +26,9 @@
 #include "sm90/bwd_store.cuh"
 #include "sm90/ptx.cuh"
 #include "sm90/wgmma.cuh"
+#if VARIANT_GENERAL
+#include "sm90/bwd_scores.cuh"
+#endif
 #if VARIANT_STRIDED
 #include "sm90/bwd_load_strided.cuh"
 #endif
@@ -116,13 +119,17 @@ DEVICE void produce(const bwd_args &a, smem_layout &smem, const work_tile &t) {
 
 /* ---- the MMA warpgroups -----------------------------------------------------------------------*/
 
-/* Zeros in the rows of a block outside begin .. end: 0 * NaN is NaN. By all MMA threads. */
+/* Zeros in the rows of a block for which `cleared` says so: 0 * NaN is NaN. By all MMA threads. */
+template <int PANELS, int BYTES, typename F>
+DEVICE void clear_rows_if(uint8_t (&block)[PANELS][BYTES], F cleared) {
+    for (int32_t i = threadIdx.x; i < PANELS * BYTES / 16; i += MMA_THREADS)
+        if (cleared(i * 16 % BYTES / 128)) st_shared_v4(smem_address(block) + 16 * i, 0, 0, 0, 0);
+}
+
+/* Those outside begin .. end. */
 template <int PANELS, int BYTES>
 DEVICE void clear_rows(uint8_t (&block)[PANELS][BYTES], int32_t begin, int32_t end) {
-    for (int32_t i = threadIdx.x; i < PANELS * BYTES / 16; i += MMA_THREADS) {
-        const int32_t row = i * 16 % BYTES / 128;
-        if (row < begin || row >= end) st_shared_v4(smem_address(block) + 16 * i, 0, 0, 0, 0);
-    }
+    clear_rows_if(block, [=](int32_t row) { return row < begin || row >= end; });
 }
 
 /* Columns (rows of Q) from `low` on and before `high`, of this thread's two keys. */
@@ -152,10 +159,11 @@ DEVICE void mask_columns(const seen_rows &seen, float (&x)[N]) {
 }
 
 /* P^T of S^T, in place. */
-DEVICE void exponentials(float (&s)[BLOCK_M / 2], const float (&lse)[BLOCK_M], float scale) {
+template <int N>
+DEVICE void exponentials(float (&s)[N], const float *lse, float scale) {
     const uint32_t from = smem_address(lse) + threadIdx.x % 4 * 8;
 #pragma unroll
-    for (int j = 0; j < BLOCK_M / 8; ++j) {
+    for (int j = 0; j < N / 4; ++j) {
         const float2 l = ld_shared_v2(from + 32 * j);
         s[4 * j] = ex2_approx(fmaf(s[4 * j], scale, -l.x));
         s[4 * j + 1] = ex2_approx(fmaf(s[4 * j + 1], scale, -l.y));
@@ -263,6 +271,68 @@ DEVICE void hand_over(uint64_t &full) {
     if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&full));
 }
 
+/* The blocks of rows that lie whole in a range. */
+DEVICE fa_row_range whole_blocks(const fa_row_range &rows) {
+    return fa_row_range{uniform((rows.begin + BLOCK_M - 1) / BLOCK_M), uniform(rows.end / BLOCK_M)};
+}
+
+#if VARIANT_GENERAL
+/* The scores of a block that dropout keeps, and those that a bool mask lets be seen, a bit each. */
+struct score_bits {
+    uint32_t kept[BLOCK_M / 64], seen[BLOCK_M / 64];
+};
+
+DEVICE score_bits bits_of(const bwd_args &a, const work_tile &t, int32_t h, int32_t m,
+                          int32_t warpgroup) {
+    const int32_t thread = thread_here() % 128, key = t.key + 64 * warpgroup + thread / 32 * 16;
+    const score_args &c = a.scores;
+    score_bits bits;
+#pragma unroll
+    for (int i = 0; i < BLOCK_M / 64; ++i) {
+        const int32_t row = m * BLOCK_M + 64 * i;
+        bits.kept[i] = bits.seen[i] = ~0u;
+        if (c.drops) bits.kept[i] = kept_scores(c, t.b, h, row, key);
+        if (c.mask == BITS)
+            bits.seen[i] =
+                seen_scores(c, fa_bits_plane(&c.bits, t.b, h), row, key + thread % 32 / 4);
+    }
+    return bits;
+}
+
+/* P^T of S^T: rounded, without what is dropped, and in its place times the scores' slopes. 16 rows
+ * at a time, for registers are scarce. */
+DEVICE void weigh(const bwd_args &a, const work_tile &t, int32_t h, int32_t m, int32_t warpgroup,
+                  const float (&lse)[BLOCK_M], const score_bits &bits, float (&s)[BLOCK_M / 2],
+                  uint32_t (&p)[BLOCK_M / 16][4]) {
+    const int32_t thread = thread_here() % 128;
+    const int32_t key = t.key + 64 * warpgroup + thread / 32 * 16 + thread % 32 / 4;
+    const score_args &c = a.scores;
+    const fa_row_range plain = whole_blocks(t.all);
+    if (c.caps)
+#pragma unroll
+        for (int i = 0; i < BLOCK_M / 64; ++i) cap_scores(c, *(float (*)[SCORES])(s + SCORES * i));
+#pragma unroll
+    for (int i = 0; i < BLOCK_M / 16; ++i) {
+        const int32_t row = m * BLOCK_M + 16 * i + thread % 4 * 2;
+        float x[FEW];
+#pragma unroll
+        for (int j = 0; j < FEW; ++j) x[j] = s[FEW * i + j];
+        add_biases(a, t, h, x, row, key);
+        exponentials(x, lse + 16 * i, c.scale);
+        if (c.mask == BITS) keep_scores(x, bits.seen[i / 4] >> i % 4 * FEW);
+        if (m < plain.begin || m >= plain.end) mask_columns(seen_rows_of(t, key, row), x);
+        p[i][0] = cvt_pack(x[0], x[1]), p[i][1] = cvt_pack(x[2], x[3]);
+        p[i][2] = cvt_pack(x[4], x[5]), p[i][3] = cvt_pack(x[6], x[7]);
+        if (c.drops) drop_pairs(p[i], bits.kept[i / 4] >> i % 4 * FEW);
+#pragma unroll
+        for (int j = 0; j < FEW; ++j) {
+            float &y = s[FEW * i + j];
+            y = x[j] * (c.caps ? fmaf(-y, y, 1.f) : 1.f);
+        }
+    }
+}
+#endif
+
 /* 64 keys of dK or dV, `factor` times, to their rows. */
 template <int COLUMNS>
 DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, const work_tile &t,
@@ -284,11 +354,6 @@ DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, const
     }
 }
 
-/* The blocks of rows that lie whole in a range. */
-DEVICE fa_row_range whole_blocks(const fa_row_range &rows) {
-    return fa_row_range{uniform((rows.begin + BLOCK_M - 1) / BLOCK_M), uniform(rows.end / BLOCK_M)};
-}
-
 /* Waits for block m of Q or dO. */
 template <int PANELS, int BYTES>
 DEVICE void wait_for_rows(uint8_t (&block)[PANELS][BYTES], uint64_t &full, uint32_t parity,
@@ -299,6 +364,29 @@ DEVICE void wait_for_rows(uint8_t (&block)[PANELS][BYTES], uint64_t &full, uint3
     fence_proxy_async();
     bar_sync(ROWS_BARRIER, MMA_THREADS);
 }
+
+#if VARIANT_GENERAL
+/* Both are there: rows that a mask leaves no key have no lse. */
+DEVICE void clear_empty_rows(smem_layout &smem, uint32_t stage) {
+    const float (&lse)[BLOCK_M] = smem.lse[stage];
+    if (!has_empty_rows(lse)) return;
+    clear_rows_if(smem.q[stage], [&](int32_t row) { return lse[row] == INFINITY; });
+    clear_rows_if(smem.dout[stage], [&](int32_t row) { return lse[row] == INFINITY; });
+    fence_proxy_async();
+    bar_sync(ROWS_BARRIER, MMA_THREADS);
+}
+
+/* K and V of keys that a bool mask hides from every row. */
+DEVICE void clear_unseen_keys(const bwd_args &a, smem_layout &smem, const work_tile &t) {
+    if (a.scores.mask != BITS) return;
+    if (threadIdx.x < BLOCK_N) smem.seen[threadIdx.x] = is_seen(a, t, t.key + threadIdx.x);
+    bar_sync(ROWS_BARRIER, MMA_THREADS);
+    clear_rows_if(smem.k, [&](int32_t key) { return !smem.seen[key]; });
+    clear_rows_if(smem.v, [&](int32_t key) { return !smem.seen[key]; });
+    fence_proxy_async();
+    bar_sync(ROWS_BARRIER, MMA_THREADS);
+}
+#endif
 
 /* Zeros where a row of block m does not see this thread's keys; `plain`: blocks that see all. */
 DEVICE void mask_block(float (&x)[BLOCK_M / 2], const work_tile &t, const fa_row_range &plain,
@@ -331,7 +419,11 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
     const int32_t warp = uniform(threadIdx.x / 32);
     float dk[D / 2], dv[DV / 2];
     wait_for_keys(smem, t);
-    const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
+#if VARIANT_GENERAL
+    clear_unseen_keys(a, smem, t);
+    int32_t h = t.h_k * a.group;
+#endif
+    [[maybe_unused]] const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
     const int32_t begin = uniform(t.begin), end = uniform(t.end);
     const uint32_t blocks = a.group * (end - begin); /* of rows */
     int32_t m = begin,
@@ -340,26 +432,46 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
         const uint32_t stage = n % STAGES, parity = n / STAGES % 2;
         float s[BLOCK_M / 2], dp[BLOCK_M / 2], dq[DQ_COLUMNS / 2];
         uint32_t p[BLOCK_M / 16][4], ds[BLOCK_M / 16][4];
-        wait_for_rows(smem.q[stage], smem.q_full[stage], parity, t, clean, m);
-        wait_for_rows(smem.dout[stage], smem.dout_full[stage], parity, t, clean, m);
+        wait_for_rows(smem.q[stage], smem.q_full[stage], parity, t,
+                      GENERAL ? whole_blocks(t.rows) : clean, m);
+        wait_for_rows(smem.dout[stage], smem.dout_full[stage], parity, t,
+                      GENERAL ? whole_blocks(t.rows) : clean, m);
+#if VARIANT_GENERAL
+        clear_empty_rows(smem, stage);
+        const score_bits bits = bits_of(a, t, h, m, warpgroup);
+#endif
         issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[stage], warpgroup);
-        issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[stage], warpgroup);
-        wgmma_wait_group<1>();
+        if (!GENERAL) issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[stage], warpgroup);
+        wgmma_wait_group<!GENERAL>();
         wgmma_accumulators(s);
+#if VARIANT_GENERAL
+        weigh(a, t, h, m, warpgroup, smem.lse[stage], bits, s, p);
+        issue_sum<V_PANELS, DV>(dv, p, smem.dout[stage], n == 0);
+        wgmma_wait_group<0>(); /* P^T makes room for dP^T */
+        wgmma_accumulators(dv);
+        issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[stage], warpgroup);
+#else
         exponentials(s, smem.lse[stage], a.scale_log2);
         mask_block(s, t, plain, m, warpgroup);
         pack(s, p);
+#endif
         if (EARLY_DV) issue_sum<V_PANELS, DV>(dv, p, smem.dout[stage], n == 0);
         wgmma_wait_group<EARLY_DV>();
         wgmma_accumulators(dp);
+#if VARIANT_GENERAL
+        if (a.scores.drops) drop_scores(dp, bits.kept, a.scores.gain);
+#endif
         slopes(s, dp, smem.delta[stage]);
-        mask_block(dp, t, plain, m, warpgroup);
+        mask_block(dp, t, GENERAL ? whole_blocks(t.all) : plain, m, warpgroup);
+#if VARIANT_GENERAL
+        if (a.scores.mask == BITS) keep_scores(dp, bits.seen);
+#endif
         pack(dp, ds);
         store_ds(ds, smem.ds[n % 2], threadIdx.x);
         hand_over(smem.ds_full[n % 2]);
         if (n > 0) add_dq(smem, a.dq, sums, warp);
         if (n > 0) sums += m == begin ? a.m_blocks - (end - begin) + 1 : 1;
-        if (!EARLY_DV) issue_sum<V_PANELS, DV>(dv, p, smem.dout[stage], n == 0);
+        if (!EARLY_DV && !GENERAL) issue_sum<V_PANELS, DV>(dv, p, smem.dout[stage], n == 0);
         mbarrier_wait(smem_address(&smem.ds_full[n % 2]), n / 2 % 2);
         issue_dq(dq, smem, smem.ds[n % 2], warpgroup);
         issue_sum<QK_PANELS, D>(dk, ds, smem.q[stage], n == 0);
@@ -371,6 +483,9 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
         wgmma_wait_group<0>();
         wgmma_accumulators(dk);
         if (first) mbarrier_arrive(smem_address(&smem.q_empty[stage]));
+#if VARIANT_GENERAL
+        if (m + 1 == end) ++h;
+#endif
         m = m + 1 == end ? begin : m + 1;
     }
     if (blocks == 0) {
@@ -382,7 +497,11 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
         add_dq(smem, a.dq, sums, warp);
     }
     store_keys<D>(dk, a.dk, t, warpgroup, a.scale);
+#if VARIANT_GENERAL
+    store_keys<DV>(dv, a.dv, t, warpgroup, a.scores.gain);
+#else
     store_keys<DV>(dv, a.dv, t, warpgroup, 1.f);
+#endif
     if (threadIdx.x % 32 == 0) cp_async_bulk_wait_group(); /* shared memory ends with the block */
 }
 

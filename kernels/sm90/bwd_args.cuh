@@ -8,6 +8,7 @@
 #include "common/packed.h"
 #include "common/stream.cuh"
 #include "forward.h"
+#include "sm90/scores_args.cuh"
 #include "sm90/variant.h"
 
 #if VARIANT_STRIDED
@@ -30,6 +31,9 @@ struct bwd_args {
     const float *lse;           /* times log2(e); +inf: the row has no weights */
     const float *delta;         /* dout . out - dlse */
     float *dq;                  /* sums, a block of rows after another; NULL: not wanted */
+#if VARIANT_GENERAL
+    score_args scores;
+#endif
 };
 
 /* Before it: lse, delta, and zeros in dq. */
@@ -40,6 +44,12 @@ struct bwd_rows_args {
     float *scaled_lse, *delta;
     float4 *dq;   /* NULL: not wanted */
     int32_t wide; /* columns of out and dout lie side by side, rows on 16 bytes */
+#if VARIANT_GENERAL
+    fa_masks masks;
+    fa_mask_bits bits;     /* of a bool mask, */
+    const uint32_t *words; /* where rows that it hides have an lse all the same; or NULL */
+    int32_t sk;
+#endif
 };
 
 /* Behind it: dq of the sums. */
@@ -51,17 +61,17 @@ struct bwd_dq_args {
     float scale;
 };
 
-/* Where block m of a head's rows in the workspace lies: its first row in the arrays, and how many
- * there are from it on, all of one sequence. */
+/* Where block m of a head's rows in the workspace lies: its first row in the arrays, how many there
+ * are from it on, all of one sequence, and which of which this is (of no packed ones 0). */
 struct row_block {
-    int32_t first, count;
+    int32_t first, count, row, b;
 };
 
 DEVICE row_block find_rows(const fa_varlen &v, int32_t b, int32_t sq, int32_t size, int32_t m) {
-    if (!v.cu_q) return row_block{m * size, sq - m * size};
+    if (!v.cu_q) return row_block{m * size, sq - m * size, m * size, 0};
     const fa_packed_block found = fa_packed_find(v.cu_q, v.cu_q_stride, b, v.total_q, size, m);
     const int32_t first = found.first + found.row;
-    return row_block{first, found.end - first};
+    return row_block{first, found.end - first, found.row, found.b};
 }
 
 #endif

@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "common/empty.h"
+#include "common/mask_bits.h"
 #include "common/packed.h"
 #include "sm90/loads.h"
 
@@ -35,36 +36,53 @@ static inline int32_t fa_bwd_has_boxes(const fa_backward *r) {
            r->dout.data && fa_tma_takes(&r->dout, 2);
 }
 
+/* Whether scores are changed: by more than an interval, and sinks, which are in lse. */
+static inline int32_t fa_bwd_is_general(const fa_params *p) {
+    const fa_scores *s = &p->scores;
+    return s->softcap != 0 || s->mask.data || s->alibi_slopes || p->dropout.p > 0;
+}
+
+/* Whether a bool mask is packed before. */
+static inline int32_t fa_bwd_packs(const fa_params *p) {
+    return p->scores.mask.data && p->scores.mask_dtype == FA_BOOL;
+}
+
 /* The first of the least padding, or -1. */
 static inline int32_t fa_choose_bwd_variant(const fa_backward *r) {
     const fa_what *w = &r->forward.what;
-    const int32_t strided = !fa_bwd_has_boxes(r);
+    const int32_t strided = !fa_bwd_has_boxes(r), general = fa_bwd_is_general(&r->forward);
     int32_t best = -1;
     for (int32_t i = 0; i < FA_BWD_VARIANTS; ++i) {
         const fa_bwd_variant *v = &fa_bwd_variants[i];
-        if (v->dtype != w->dtype || v->d < w->d || v->dv < w->dv || v->strided != strided) continue;
+        if (v->dtype != w->dtype || v->d < w->d || v->dv < w->dv) continue;
+        if (v->strided != strided || v->general != general) continue;
         if (best < 0 || v->d + v->dv < fa_bwd_variants[best].d + fa_bwd_variants[best].dv) best = i;
     }
     return best;
 }
 
-/* Where everything lies in the workspace, in floats from its start: lse, delta and dQ's sums. */
+/* Where everything lies in the workspace, in floats from its start: lse, delta, dQ's sums, and a
+ * packed bool mask (mask_bits.h), on 256 bytes of it. */
 typedef struct fa_backward_workspace {
     int64_t head; /* rows of a query head, whole blocks; of all packed sequences */
-    int64_t delta, sums, floats;
+    int64_t delta, sums, mask, floats;
 } fa_backward_workspace;
 
 static inline fa_backward_workspace fa_lay_out_backward(const fa_params *p, int32_t block_m,
                                                         int32_t d) {
     const fa_what *w = &p->what;
     const fa_varlen *v = &p->varlen;
-    fa_backward_workspace n = {0, 0, 0, 0};
+    fa_backward_workspace n = {0, 0, 0, 0, 0};
     if (fa_is_empty(w)) return n;
     n.head = v->cu_q ? fa_packed_blocks(v->total_q, w->b, block_m) * block_m
                      : ((int64_t)w->sq + block_m - 1) / block_m * block_m;
     n.delta = (v->cu_q ? 1 : w->b) * w->hq * n.head;
     n.sums = 2 * n.delta;
-    n.floats = n.sums + n.delta * d;
+    n.mask = n.floats = n.sums + n.delta * d;
+    if (fa_bwd_packs(p)) {
+        n.mask = (n.floats + 63) / 64 * 64;
+        n.floats = n.mask + fa_mask_bits_make(w, &p->masks, v, &p->scores.mask).bytes / 4;
+    }
     return n;
 }
 

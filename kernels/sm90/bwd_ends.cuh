@@ -12,6 +12,9 @@
 #include "sm90/bwd_smem.h"
 #include "sm90/bwd_store.cuh"
 #include "sm90/wgmma.cuh"
+#if VARIANT_GENERAL
+#include "sm90/bwd_scores.cuh"
+#endif
 
 enum { ENDS_THREADS = 256 };
 static constexpr int LANES = V_PANELS * 8; /* of a row: 16 bytes each, of DV columns */
@@ -45,6 +48,18 @@ DEVICE float dot_row(const uint16_t *x, const uint16_t *y, int64_t x_step, int64
     return sum;
 }
 
+#if VARIANT_GENERAL
+/* Whether the mask and the interval leave it a key: row `i` of a block. */
+DEVICE bool mask_leaves_some(const bwd_rows_args &a, const row_block &rows, int32_t i, int32_t b,
+                             int32_t h) {
+    fa_lengths lengths = {0, 0, 0, 0, 0, 0};
+    if (a.varlen.cu_q) b = rows.b;
+    if (b < a.b && i < rows.count)
+        lengths = fa_find_sequence(&a.varlen, &a.masks, b, a.sq, a.sk).lengths;
+    return sees_some<LANES>(a, lengths, b, h, rows.row + i);
+}
+#endif
+
 static __global__ void __launch_bounds__(ENDS_THREADS)
     bwd_rows(const __grid_constant__ bwd_rows_args a) {
     wait_for_stream();
@@ -64,6 +79,7 @@ static __global__ void __launch_bounds__(ENDS_THREADS)
             delta =
                 -((const float *)dl.data)[b * dl.stride[0] + h * dl.stride[1] + row * dl.stride[2]];
     }
+    [[maybe_unused]] const float minus_dlse = delta;
     if (g.data) { /* all threads, for they exchange sums */
         const int32_t there = min(row, (int32_t)o.shape[2] - 1);
         const float dot = dot_row(
@@ -72,9 +88,16 @@ static __global__ void __launch_bounds__(ENDS_THREADS)
             o.stride[3], g.stride[3], a.dv, a.wide);
         delta += dot;
     }
+    if (lse == INFINITY) delta = 0.f;
+#if VARIANT_GENERAL
+    if (a.words && !mask_leaves_some(a, rows, place % BLOCK_M, (int32_t)b, (int32_t)h)) {
+        lse = INFINITY;
+        delta = minus_dlse;
+    }
+#endif
     if (threadIdx.x % LANES == 0) {
         a.scaled_lse[number] = lse;
-        a.delta[number] = lse == INFINITY ? 0.f : delta;
+        a.delta[number] = delta;
     }
     /* The block's share of zeros, wherever they lie. */
     if (a.dq) {

@@ -9,6 +9,7 @@
 #include "sm90/bwd_ends.cuh"
 #include "sm90/bwd_smem.h"
 #include "sm90/scale.h"
+#include "sm90/scores_launch.cuh"
 
 __global__ void VARIANT_NAME(const __grid_constant__ bwd_args a);
 
@@ -70,6 +71,11 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     before.rows = m_blocks * BLOCK_M;
     before.scaled_lse = lse, before.delta = delta, before.dq = r->dq.data ? (float4 *)sums : NULL;
     before.wide = is_wide(&w->out) && is_wide(&r->dout);
+#if VARIANT_GENERAL
+    const score_args scores = make_scores(&r->forward, (const char *)(lse + at.mask));
+    before.masks = r->forward.masks, before.sk = w->sk, before.bits = scores.bits;
+    if (r->forward.scores.sink) before.words = scores.words; /* or NULL, where it is no bool mask */
+#endif
     fa_status status = fa_launch_kernel((const void *)bwd_rows, (int32_t)(rows / ROWS_OF_BLOCK),
                                         ENDS_THREADS, 0, stream, device->early, &before, error);
     if (status != FA_OK) return status;
@@ -88,6 +94,9 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     a.scale = w->scale == 0 ? 0.f : (float)usable_scale(w->scale);
     a.scale_log2 = (float)(usable_scale(w->scale) * 1.4426950408889634);
     a.lse = lse, a.delta = delta, a.dq = r->dq.data ? sums : NULL;
+#if VARIANT_GENERAL
+    a.scores = scores;
+#endif
     static uint64_t allowed;
     status = fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES, error);
     if (status != FA_OK) return status;

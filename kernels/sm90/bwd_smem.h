@@ -31,7 +31,7 @@ static_assert(DQ_BY_ROWS || BLOCK_M == 64, "dQ is 64 rows, or 64 for each warpgr
 static_assert(DQ_COLUMNS % 64 == 0 || DQ_COLUMNS == 32, "whole panels, or half of one");
 
 /* dV is begun before dS is made, where there are registers for P^T, dP^T and P beside it. */
-static constexpr bool EARLY_DV = BLOCK_M == 64 && !VARIANT_STRIDED;
+static constexpr bool EARLY_DV = BLOCK_M == 64 && !VARIANT_STRIDED && !GENERAL;
 
 /* Panels of 64 columns, 128 bytes a row, swizzled, each on 1024 bytes. */
 static constexpr int PANEL_M = BLOCK_M * 128, PANEL_N = BLOCK_N * 128;
@@ -59,6 +59,9 @@ struct smem_layout {
     float lse[STAGES][BLOCK_M], delta[STAGES][BLOCK_M];
     uint64_t kv_full, q_full[STAGES], q_empty[STAGES], dout_full[STAGES], dout_empty[STAGES];
     uint64_t ds_full[2];
+#if VARIANT_GENERAL
+    uint8_t seen[BLOCK_N]; /* keys that some row sees, of a bool mask */
+#endif
     work_tile tile;
 };
 static constexpr int SMEM_BYTES = sizeof(smem_layout) + 1024;

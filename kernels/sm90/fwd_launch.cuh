@@ -16,7 +16,7 @@
 #include "sm90/scale.h"
 #include "sm90/softmax.cuh"
 #if VARIANT_GENERAL
-#include "sm90/fwd_scores_launch.cuh"
+#include "sm90/scores_launch.cuh"
 #endif
 
 __global__ void VARIANT_NAME(const __grid_constant__ kernel_args a);

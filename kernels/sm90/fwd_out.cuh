@@ -16,6 +16,7 @@
 #include "sm90/fwd_visibility.cuh"
 #include "sm90/loads.h"
 #include "sm90/ptx.cuh"
+#include "sm90/quads.cuh"
 #include "sm90/softmax.cuh"
 #include "sm90/wgmma.cuh"
 

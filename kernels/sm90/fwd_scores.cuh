@@ -19,6 +19,8 @@
 #include "sm90/fwd_smem.h"
 #include "sm90/fwd_visibility.cuh"
 #include "sm90/ptx.cuh"
+#include "sm90/quads.cuh"
+#include "sm90/softcap.cuh"
 #include "sm90/softmax.cuh"
 
 DEVICE void describe_scores(const score_args &a, score_tile &t, int32_t b, int32_t h) {
@@ -44,18 +46,6 @@ DEVICE bool caps_near(const score_args &a, const float (&s)[BLOCK_N / 2], float 
     for (int i = 0; i < BLOCK_N / 2; i += 2)
         bottom = __vimax3_u32(bottom, __float_as_uint(s[i]), __float_as_uint(s[i + 1]));
     return max(__float_as_uint(top), bottom & 0x7fffffff) <= a.cap_near;
-}
-
-/* tanh of a score times its scale, plus `minus`, by a polynomial in its square, to 1.2e-6 of itself
- * and without MUFU. */
-DEVICE float cap_near(const float (&series)[3], float s, float minus) {
-    const float u = s * s;
-    return fmaf(s, fmaf(fmaf(series[2], u, series[1]), u, series[0]), minus);
-}
-
-/* tanh of a score times its scale as 1 - 2 / (1 + e^2y), to 2e-7. */
-DEVICE float cap_far(float scale, float s) {
-    return fmaf(-2.f, rcp_approx(1.f + ex2_approx(2.885390081777927f * scale * s)), 1.f);
 }
 
 /* The polynomial of all scores, if all are near 0; else the other way, whose error is too much of a

@@ -177,6 +177,13 @@ DEVICE void ldmatrix_x4(uint32_t (&x)[4], uint32_t row) {
                  : "memory");
 }
 
+/* A matrix of 8 x 8 pairs of bytes, a row to four lanes, transposed. */
+DEVICE uint32_t movmatrix_trans(uint32_t x) {
+    uint32_t y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
 /* ---- arithmetic -------------------------------------------------------------------------------*/
 
 DEVICE float ex2_approx(float x) {

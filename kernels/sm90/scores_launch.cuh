@@ -1,17 +1,16 @@
-/* fwd_scores_launch.cuh - the launcher's part of what changes scores: a request's arguments.
+/* scores_launch.cuh - the launcher's part of what changes scores: a request's arguments.
  * General variants only; host code.
  */
-#ifndef FASTATTN_SM90_FWD_SCORES_LAUNCH_CUH
-#define FASTATTN_SM90_FWD_SCORES_LAUNCH_CUH
+#ifndef FASTATTN_SM90_SCORES_LAUNCH_CUH
+#define FASTATTN_SM90_SCORES_LAUNCH_CUH
 
 #include <math.h>
 #include <string.h>
 
 #include "common/mask_bits.h"
-#include "sm90/fwd_args.cuh"
 #include "sm90/loads.h"
 #include "sm90/scale.h"
-#include "sm90/softmax.cuh"
+#include "sm90/scores_args.cuh"
 
 /* How c tanh(s / c) is computed; `alone` as in make_scores(). */
 static void set_caps(score_args &a, double softcap, double cap, double scale, bool alone) {

@@ -179,23 +179,6 @@ DEVICE void softmax_pack(const float (&s)[N], uint32_t *p) {
     for (int i = 0; i < N / 2; ++i) p[i] = cvt_pack(s[2 * i], s[2 * i + 1]);
 }
 
-/* Four registers of four lanes are transposed: lane i of a quad has the i-th register of each. */
-DEVICE void transpose_quad(uint32_t (&x)[4]) {
-    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        uint32_t got = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
-        x[i] = odd ? got : x[i];
-        x[i + 1] = odd ? x[i + 1] : got;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        uint32_t got = __shfl_xor_sync(~0u, high ? x[i] : x[i + 2], 2);
-        x[i] = high ? got : x[i];
-        x[i + 2] = high ? x[i + 2] : got;
-    }
-}
-
 /* The whole row's sum, in all four lanes of its quad. */
 DEVICE float softmax_row_sum(float l) {
     l += __shfl_xor_sync(~0u, l, 1);

@@ -8,6 +8,7 @@ static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t th
 
 #include "sm90/bwd.cu"
 #include "sm90/bwd_choice.h"
+#include "pack_host.h"
 #include "sm90/bwd_sink.cuh"
 
 static const void *kernel_now;
@@ -37,13 +38,21 @@ static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t th
     return FA_OK;
 }
 
+struct changed_scores {
+    double softcap, dropout;
+    int64_t seed;
+    const fa_tensor *mask;
+    const float *slopes; /* (b, hq) */
+    int32_t mask_dtype;
+};
+
 /* arrays: q, k, v, out, lse, dout, dlse, dq, dk, dv, as they are described, or NULL: none. masks:
  * flags, left, right, offset; lengths: of queries, of keys, starts, or NULL; sinks: sink and dsink
  * of each head, or NULL; packed: cu_q and cu_k, or NULL, and b and the longest sequences of q and
- * k. Returns a status. */
+ * k; scores: what changes them, or NULL. Returns a status. */
 extern "C" int backward(const fa_tensor *const *arrays, double scale, const int32_t *masks,
                         const int32_t *const *lengths, float *const *sinks,
-                        const int32_t *const *packed, int is_late) {
+                        const int32_t *const *packed, const changed_scores *scores, int is_late) {
     fa_backward r = {};
     fa_params &p = r.forward;
     fa_tensor *to[] = {&p.what.q, &p.what.k, &p.what.v, &p.what.out, &p.what.lse,
@@ -67,11 +76,22 @@ extern "C" int backward(const fa_tensor *const *arrays, double scale, const int3
     p.masks.k_start = lengths[2], p.masks.k_start_stride = 1;
     p.scores.sink = sinks[0], p.scores.sink_stride = 1;
     r.dsink = sinks[1], r.dsink_stride = 1;
+    if (scores) {
+        p.scores.softcap = scores->softcap;
+        if (scores->mask) p.scores.mask = *scores->mask;
+        p.scores.mask_dtype = (fa_dtype)scores->mask_dtype;
+        p.scores.alibi_slopes = scores->slopes;
+        p.scores.alibi_stride[0] = p.what.hq, p.scores.alibi_stride[1] = 1;
+        p.dropout.p = scores->dropout, p.dropout.seed = scores->seed;
+        p.dropout.threshold = (uint32_t)(scores->dropout * 65536 + 0.5);
+        p.dropout.gain = scores->dropout < 1 ? 1 / (1 - scores->dropout) : 0;
+    }
     const fa_backward_workspace at = fa_lay_out_backward(&p, BLOCK_M, D);
     std::vector<float4> workspace(at.floats / 4 + 1, make_float4(NAN, NAN, NAN, NAN));
     const fa_device device = {132, 0, encode_host};
     fa_error error = {};
     late = is_late;
+    if (fa_bwd_packs(&p)) pack_host(&p, (char *)((float *)workspace.data() + at.mask));
     const fa_status status = PASTE(fa_launch_, VARIANT_NAME)(&r, &device, workspace.data(), &error);
     if (status != FA_OK) return status;
     return launch_sink(&r, (const float *)workspace.data() + at.delta, at.head, BLOCK_M, &device,

@@ -242,6 +242,7 @@ static int32_t max(int32_t a, int32_t b) { return a > b ? a : b; }
 static int32_t min(int32_t a, int32_t b) { return a < b ? a : b; }
 static int32_t __vimax3_s32(int32_t a, int32_t b, int32_t c) { return max(a, max(b, c)); }
 static bool __any_sync(uint32_t mask, bool yes) { return __ballot_sync(mask, yes) != 0; }
+static bool __all_sync(uint32_t mask, bool yes) { return __ballot_sync(mask, yes) == ~0u; }
 static void __trap() { abort(); }
 static uint32_t atomicOr(uint32_t *to, uint32_t x) {
     const uint32_t before = *to;
@@ -273,6 +274,27 @@ static void stmatrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint3
     for (int i = 0; i < 4; ++i) to[i] = (uint32_t)rows[8 * i + lane / 4] + lane % 4 * 4;
     for (int i = 0; i < 4; ++i) memcpy(shared_at(to[i]), &x[i], 4);
     __syncwarp();
+}
+
+static uint32_t movmatrix_trans(uint32_t x) {
+    const int lane = current % 32;
+    const uint64_t *all = exchange((uint64_t)x);
+    uint32_t y = 0;
+    for (int i = 0; i < 2; ++i) { /* row lane / 4, columns lane % 4 * 2 and the next */
+        const int row = lane % 4 * 2 + i, column = lane / 4;
+        y |= (uint32_t)(all[4 * row + column / 2] >> 16 * (column % 2) & 0xffff) << 16 * i;
+    }
+    return y;
+}
+static uint32_t load_u32(const void *from) {
+    uint32_t x;
+    memcpy(&x, from, 4);
+    return x;
+}
+static uint32_t load_u16(const void *from) {
+    uint16_t x;
+    memcpy(&x, from, 2);
+    return x;
 }
 
 /* ---- elements ---------------------------------------------------------------------------------*/

@@ -1,0 +1,150 @@
+"""The Hopper backward's kernels that change scores, without a GPU, as test_backward_kernel.py."""
+
+import ctypes
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+import reference_backward
+from conftest import python
+
+import gpu_host
+from gpu_host import BF16, F16, HAS_LEFT, HAS_RIGHT
+from gpu_host.test_backward_kernel import HERE, VARIANTS, backward, rows
+from gpu_host.test_merging import Tensor, described
+
+TESTED = [v.name for v in VARIANTS if v["general"] and v["dtype"] == "FA_BF16"]
+TESTED.append("sm90_bwd_f16_d64_general")
+DTYPES = {"bool": 5, "float32": 2, "float16": F16, "bfloat16": BF16}
+CASES = {
+    "softcap": {"softcap": 2.0, "causal": True, "hq": 2},
+    "large soft caps": {"softcap": 300.0, "factor": 40.0},
+    "small soft caps": {"softcap": 0.3, "factor": 9.0, "scale": -0.3},
+    "alibi": {"alibi": True, "window": (40, 9), "hq": 2},
+    "float mask": {"mask": "float32", "b": 2, "hq": 2, "of": (1, 1, 0, 0)},
+    "rows alike": {"mask": "bfloat16", "of": (0, 0, 1, 0), "causal": True},
+    "keys alike": {"mask": "float16", "hq": 2, "of": (0, 1, 0, 1), "softcap": 3.0},
+    "bool mask": {"mask": "bool", "hq": 2, "of": (0, 1, 0, 0), "dlse": True},
+    "bool mask and sink": {"mask": "bool", "sink": True, "causal": True, "k_lengths": [130]},
+    "dropout": {"dropout_p": 0.3, "hq": 2, "b": 2, "causal": True},
+    "everything dropped": {"dropout_p": 1.0, "dlse": True},
+    "all": {
+        "softcap": 5.0,
+        "mask": "float32",
+        "alibi": True,
+        "dropout_p": 0.5,
+        "sink": True,
+        "window": (90, 30),
+    },
+}
+
+
+class Scores(ctypes.Structure):
+    _fields_ = [
+        ("softcap", ctypes.c_double),
+        ("dropout", ctypes.c_double),
+        ("seed", ctypes.c_int64),
+        ("mask", ctypes.POINTER(Tensor)),
+        ("slopes", ctypes.c_void_p),
+        ("mask_dtype", ctypes.c_int32),
+    ]
+
+
+def random_mask(rng, kind, b, hq, sq, sk, of):
+    """Broadcast along the axes that `of` names; some rows and keys are hidden from all."""
+    shape = [1 if alike else n for n, alike in zip((b, hq, sq, sk), of, strict=True)]
+    if kind == "bool":
+        mask = rng.random(shape) < 0.6
+        mask[..., 3, :] = mask[..., 70:, 130:] = mask[..., 17] = False
+        mask[..., :64, :128] = False
+    else:
+        mask = rng.standard_normal(shape).astype(getattr(ml_dtypes, kind, kind))
+        if not of[2] and not of[3]:
+            mask[..., 5, :] = mask[..., 9:40, 7] = -np.inf
+    return mask
+
+
+def run(
+    library,
+    variant,
+    late,
+    b=1,
+    hq=1,
+    sq=150,
+    sk=200,
+    mask=None,
+    of=(0, 0, 0, 0),
+    alibi=False,
+    sink=False,
+    dlse=False,
+    factor=1.0,
+    **asked,
+):
+    """Complaints about one call; what no row sees is NaN."""
+    rng = np.random.default_rng(3)
+    dtype = {"FA_BF16": ml_dtypes.bfloat16, "FA_F16": np.float16}[variant["dtype"]]
+    d, dv = variant["d"] - 3 * variant["strided"], variant["dv"]
+
+    def normal(*shape):
+        x, _ = rows(shape, dtype, 0)
+        x[:] = rng.standard_normal(shape)
+        return x
+
+    q, k, v = normal(b, hq, sq, d), normal(b, 1, sk, d), normal(b, 1, sk, dv)
+    q *= dtype(factor)
+    out, dout = normal(b, hq, sq, dv), normal(b, hq, sq, dv)
+    dlse = rng.standard_normal((b, hq, sq)).astype(np.float32) if dlse else None
+    asked = {"scale": d**-0.5, **asked}
+    scores, sinks = Scores(asked.get("softcap", 0), asked.get("dropout_p", 0), 7), [None, None]
+    if scores.dropout:
+        asked["seed"] = 7
+    if mask:
+        scores.mask_dtype = DTYPES[mask]
+        asked["mask"] = random_mask(rng, mask, b, hq, sq, sk, of)
+        whole = described(np.broadcast_to(asked["mask"], (b, hq, sq, sk)))
+        scores.mask = ctypes.pointer(whole)
+    if alibi:
+        slopes = np.abs(rng.standard_normal((b, hq))).astype(np.float32)
+        asked["alibi_slopes"], scores.slopes = slopes, slopes.ctypes.data
+    if sink:
+        sinks = [rng.standard_normal(hq).astype(np.float32), np.full(hq, np.nan, np.float32)]
+        asked["sink"] = sinks[0]
+    exact = reference.attention(q, k, v, **asked)
+    out[:], lse = exact.out, exact.lse.astype(np.float32)
+    given = [x.copy() for x in (dout, q, k, v)]
+    for x in (q, dout):
+        x[~exact.seen.any(3)] = np.nan
+    for x in (k, v):
+        x[~exact.seen.any((1, 2))[:, None]] = np.nan
+    masks = (HAS_RIGHT, 0, 0, 0) if asked.get("causal") else (0,) * 4
+    if "window" in asked:
+        masks = (HAS_LEFT | HAS_RIGHT, *asked["window"], 0)
+    lengths = [asked.get(name) for name in ("q_lengths", "k_lengths", "k_start")]
+    got = {name: rows(x.shape, dtype, 0)[0] for name, x in (("dq", q), ("dk", k), ("dv", v))}
+    arrays = (q, k, v, out, lse, dout, dlse, *got.values())
+    scale = asked["scale"]
+    assert backward(library, late, scale, masks, lengths, sinks, *arrays, scores=scores) == 0
+    got |= {"dsink": sinks[1]} if sink else {}
+    return reference_backward.check(got, *given, dlse=dlse, lse=lse, **asked)
+
+
+@gpu_host.marks
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.parametrize("name", TESTED)
+def test_changed_scores(name, tmp_path):
+    variant = next(v for v in VARIANTS if v.name == name)
+    flags = (*variant.defines(), f"-I{HERE}/include", "-w", "-O2")
+    gpu_host.library(HERE / "backward_shim.cpp", tmp_path, *flags)
+    code = f"from {__name__} import main; main({str(tmp_path / 'backward_shim.so')!r}, {name!r})"
+    assert python("-c", code) == "right\n"
+
+
+def main(path, name):
+    library, variant = ctypes.CDLL(path), next(v for v in VARIANTS if v.name == name)
+    for late in (0, 1):
+        for case, keywords in CASES.items():
+            complaints = run(library, variant, late, **keywords)
+            assert not complaints, f"{case}, late={late}: {complaints}"
+    print("right")
