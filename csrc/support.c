@@ -33,8 +33,7 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
     [FA_SM90_BACKWARD] = {"sm90",
                           "backward",
                           DTYPE(F16) | DTYPE(BF16),
-                          FA_CAUSAL | FA_WINDOW | FA_Q_OFFSET | FA_LENGTHS | FA_VARLEN | FA_GQA |
-                              FA_DV | FA_LSE | FA_SINK | FA_BATCH_INVARIANT,
+                          FA_ALL_FEATURES & ~(FA_KV_HEADS | FA_DETERMINISTIC | FA_DMASK),
                           {0},
                           1,
                           128},
@@ -69,6 +68,7 @@ fa_demand fa_forward_demand(const fa_params *p) {
 fa_demand fa_backward_demand(const fa_backward *b) {
     fa_demand demand = fa_forward_demand(&b->forward);
     if (b->deterministic) demand.features |= FA_DETERMINISTIC;
+    if (b->dmask.data) demand.features |= FA_DMASK;
     return demand;
 }
 

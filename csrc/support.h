@@ -26,7 +26,8 @@
     X(DV, dv, "dv other than d")                                                              \
     X(LSE, lse, "lse")                                                                        \
     X(BATCH_INVARIANT, batch_invariant, "batch_invariant")                                    \
-    X(DETERMINISTIC, deterministic, "deterministic gradients")
+    X(DETERMINISTIC, deterministic, "deterministic gradients")                                \
+    X(DMASK, dmask, "gradients of float masks")
 
 enum {
 #define FA_X(constant, ...) FA_BIT_##constant,

@@ -87,7 +87,8 @@ def narrowed(case, backend, operation):
     for name in without.keys() - set(line["features"]):
         case = replace(case, **without[name])
     kind = "bool_mask" if case.mask == "bool" else "float_mask"
-    if case.mask and kind not in line["features"]:
+    needs = {kind, "dmask"} if kind == "float_mask" and operation == "backward" else {kind}
+    if case.mask and needs - set(line["features"]):
         case = replace(case, mask=None)
     if case.dtype not in line["dtypes"]:
         case = replace(case, dtype=line["dtypes"][case.seed % len(line["dtypes"])])

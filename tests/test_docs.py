@@ -231,13 +231,13 @@ CALLS = {  # line of the matrix -> calls
     "merging parts, of float32 too": [
         functools.partial(merges, dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16)
     ],
-    "gradients: d and dv up to 128, causal, window, lengths, q_offset, grouped heads, sinks": [
+    "gradients: d and dv up to 128, of all the above but merging": [
         grades,
         functools.partial(grades, causal=True, q_offset=3),
         functools.partial(grades, window=(2, 1)),
         functools.partial(grades, hk=1),
     ],
-    "gradients of all the rest; deterministic ones": [
+    "gradients of d and dv above 128, of float masks; deterministic ones": [
         functools.partial(grades, softcap=5.0),
         functools.partial(grades, deterministic=True),
     ],
@@ -264,19 +264,16 @@ ASKS = {  # line of the matrix -> what it asks a backend to declare; else nothin
     "merging parts, of float32 too": tuple(
         {"operation": "merge", "dtype": dtype} for dtype in ("float32", "float16", "bfloat16")
     ),
-    "gradients: d and dv up to 128, causal, window, lengths, q_offset, grouped heads, sinks": (
+    "gradients: d and dv up to 128, of all the above but merging": (
         {"operation": "backward", "features": (*POSITIONS, "q_offset", "gqa", "lse", "sink")},
+        {"operation": "backward", "features": ("varlen", "softcap", "alibi", "dropout")},
+        *({"operation": "backward", "features": (mask,)} for mask in MASKED),
         {"operation": "backward", "d": 128, "dv": 1},
     ),
-    "gradients of all the rest; deterministic ones": (
+    "gradients of d and dv above 128, of float masks; deterministic ones": (
         {"operation": "backward", "d": 129},
-        *(
-            {"operation": "backward", "features": (name,)}
-            for name in (
-                *("varlen", "softcap", "alibi", "dropout", "deterministic"),
-                *MASKED,
-            )
-        ),
+        {"operation": "backward", "features": ("deterministic",)},
+        {"operation": "backward", "features": ("float_mask", "dmask")},
     ),
     "page_table": ({"features": ("pages",)},),
 }

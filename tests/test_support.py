@@ -34,7 +34,7 @@ int32_t check(const char *backend, const char *operation, int dtype, uint32_t fe
 }
 uint32_t demand(int flags, int left, int right, int lengths, int cu, int mask, double softcap,
                 int alibi, int sink, double p, int hq, int hk, int hv, int dv, int lse,
-                int invariant, int deterministic) {
+                int invariant, int deterministic, int dmask) {
     static int32_t x;
     static float f;
     fa_backward b = {.deterministic = deterministic};
@@ -53,7 +53,8 @@ uint32_t demand(int flags, int left, int right, int lengths, int cu, int mask, d
     if (lse) r.what.lse.data = &x;
     r.dropout.p = p;
     b.forward = r;
-    return deterministic ? fa_backward_demand(&b).features : fa_forward_demand(&r).features;
+    if (dmask) b.dmask.data = &x;
+    return deterministic || dmask ? fa_backward_demand(&b).features : fa_forward_demand(&r).features;
 }
 """
 
@@ -98,7 +99,7 @@ def test_what_is_not_declared_is_refused_with_its_name(library, backend, operati
 
 
 BARE = dict(flags=0, left=0, right=0, lengths=0, cu=0, mask=0, softcap=0.0, alibi=0, sink=0)
-BARE |= dict(p=0.0, hq=4, hk=4, hv=4, dv=64, lse=0, invariant=0, deterministic=0)
+BARE |= dict(p=0.0, hq=4, hk=4, hv=4, dv=64, lse=0, invariant=0, deterministic=0, dmask=0)
 LEFT, RIGHT, OFFSET = 1, 2, 4
 DEMANDS = [
     ({}, set()),
@@ -124,6 +125,7 @@ DEMANDS = [
     ({"lse": 1}, {"lse"}),
     ({"invariant": 1}, {"batch_invariant"}),
     ({"deterministic": 1, "lse": 1}, {"deterministic", "lse"}),
+    ({"mask": 2, "dmask": 1}, {"float_mask", "dmask"}),
 ]
 
 
@@ -167,16 +169,17 @@ def test_declared_head_sizes_have_variants():
 
 
 def test_declared_gradients_have_variants():
-    """Each dtype has a variant of the largest heads for all ways to load; none has another's."""
+    """Each dtype has a variant of the largest heads for all ways to load and both kinds; none has
+    another's."""
     gpu_host = pytest.importorskip("gpu_host")
     line = fastattn.info()["support"]["sm90"]["backward"]
     variants = [v for v in gpu_host.EVERY_VARIANT if v.name.startswith("sm90_bwd_")]
     dtypes = {{"float16": "FA_F16", "bfloat16": "FA_BF16"}[name] for name in line["dtypes"]}
-    for dtype, strided in itertools.product(dtypes, (0, 1)):
+    for way in itertools.product(dtypes, (0, 1), (0, 1)):
         sizes = {
-            (v["d"], v["dv"]) for v in variants if (v["dtype"], v["strided"]) == (dtype, strided)
+            (v["d"], v["dv"]) for v in variants if (v["dtype"], v["strided"], v["general"]) == way
         }
-        assert max(sizes) == (line["d"][1], line["d"][1]), (dtype, strided)
+        assert max(sizes) == (line["d"][1], line["d"][1]), way
     assert {v["dtype"] for v in variants} == dtypes
 
 

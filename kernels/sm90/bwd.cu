@@ -344,14 +344,69 @@ DEVICE void mask_block(float (&x)[BLOCK_M / 2], const work_tile &t, const fa_row
 #endif
 
 /* Waits for K and V. */
-DEVICE void wait_for_keys(smem_layout &smem, const work_tile &t) {
+DEVICE void wait_for_keys([[maybe_unused]] const bwd_args &a, smem_layout &smem,
+                          const work_tile &t) {
     mbarrier_wait(smem_address(&smem.kv_full), 0);
+#if VARIANT_GENERAL
+    clear_unseen_keys(a, smem, t);
+#endif
     if (t.key >= t.keys.begin && t.key + BLOCK_N <= t.keys.end) return;
     clear_rows(smem.k, t.keys.begin - t.key, t.keys.end - t.key);
     clear_rows(smem.v, t.keys.begin - t.key, t.keys.end - t.key);
     fence_proxy_async();
     bar_sync(ROWS_BARRIER, MMA_THREADS);
 }
+
+/* A block of rows, as a warpgroup comes to it. */
+struct row_step {
+    int32_t h, m, warpgroup;
+    uint32_t stage;
+    bool fresh; /* the first */
+};
+
+/* P^T and dS^T of a block of rows, in place of S^T and dP^T; dV is begun where EARLY_DV says so. */
+#if VARIANT_GENERAL
+DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const row_step &at,
+                            const fa_row_range &, float (&dv)[DV / 2], float (&s)[BLOCK_M / 2],
+                            uint32_t (&p)[BLOCK_M / 16][4], float (&dp)[BLOCK_M / 2]) {
+    const work_tile &t = smem.tile;
+    clear_empty_rows(smem, at.stage);
+    const score_bits bits = bits_of(a, t, at.h, at.m, at.warpgroup);
+    issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[at.stage], at.warpgroup);
+    wgmma_wait_group<0>();
+    wgmma_accumulators(s);
+    weigh(a, t, at.h, at.m, at.warpgroup, smem.lse[at.stage], bits, s, p);
+    issue_sum<V_PANELS, DV>(dv, p, smem.dout[at.stage], at.fresh);
+    wgmma_wait_group<0>(); /* P^T makes room for dP^T */
+    wgmma_accumulators(dv);
+    issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[at.stage], at.warpgroup);
+    wgmma_wait_group<0>();
+    wgmma_accumulators(dp);
+    bit_slopes(bits, a.scores.gain, s, dp, smem.delta[at.stage]);
+}
+
+DEVICE float gain_of(const bwd_args &a) { return a.scores.gain; }
+#else
+DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const row_step &at,
+                            const fa_row_range &plain, float (&dv)[DV / 2], float (&s)[BLOCK_M / 2],
+                            uint32_t (&p)[BLOCK_M / 16][4], float (&dp)[BLOCK_M / 2]) {
+    const work_tile &t = smem.tile;
+    issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[at.stage], at.warpgroup);
+    issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[at.stage], at.warpgroup);
+    wgmma_wait_group<1>();
+    wgmma_accumulators(s);
+    exponentials(s, smem.lse[at.stage], a.scale_log2);
+    mask_block(s, t, plain, at.m, at.warpgroup);
+    pack(s, p);
+    if (EARLY_DV) issue_sum<V_PANELS, DV>(dv, p, smem.dout[at.stage], at.fresh);
+    wgmma_wait_group<EARLY_DV>();
+    wgmma_accumulators(dp);
+    slopes(s, dp, smem.delta[at.stage]);
+    mask_block(dp, t, plain, at.m, at.warpgroup);
+}
+
+DEVICE float gain_of(const bwd_args &) { return 1.f; }
+#endif
 
 template <int N>
 DEVICE void set_zero(float (&x)[N]) {
@@ -364,15 +419,11 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
     const bool first = threadIdx.x % 128 == 0;
     const int32_t warp = uniform(threadIdx.x / 32);
     float dk[D / 2], dv[DV / 2];
-    wait_for_keys(smem, t);
-#if VARIANT_GENERAL
-    clear_unseen_keys(a, smem, t);
-    int32_t h = t.h_k * a.group;
-#endif
-    [[maybe_unused]] const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
+    wait_for_keys(a, smem, t);
+    const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
     const int32_t begin = uniform(t.begin), end = uniform(t.end);
     const uint32_t blocks = a.group * (end - begin); /* of rows */
-    int32_t m = begin,
+    int32_t h = t.h_k * a.group, m = begin,
             sums = uniform((t.batch * a.hq + t.h_k * a.group) * a.m_blocks + t.first_block + begin);
     for (uint32_t n = 0; n < blocks; ++n) {
         const uint32_t stage = n % STAGES, parity = n / STAGES % 2;
@@ -382,34 +433,7 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
                       GENERAL ? whole_blocks(t.rows) : clean, m);
         wait_for_rows(smem.dout[stage], smem.dout_full[stage], parity, t,
                       GENERAL ? whole_blocks(t.rows) : clean, m);
-#if VARIANT_GENERAL
-        clear_empty_rows(smem, stage);
-        const score_bits bits = bits_of(a, t, h, m, warpgroup);
-#endif
-        issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[stage], warpgroup);
-        if (!GENERAL) issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[stage], warpgroup);
-        wgmma_wait_group<!GENERAL>();
-        wgmma_accumulators(s);
-#if VARIANT_GENERAL
-        weigh(a, t, h, m, warpgroup, smem.lse[stage], bits, s, p);
-        issue_sum<V_PANELS, DV>(dv, p, smem.dout[stage], n == 0);
-        wgmma_wait_group<0>(); /* P^T makes room for dP^T */
-        wgmma_accumulators(dv);
-        issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[stage], warpgroup);
-#else
-        exponentials(s, smem.lse[stage], a.scale_log2);
-        mask_block(s, t, plain, m, warpgroup);
-        pack(s, p);
-#endif
-        if (EARLY_DV) issue_sum<V_PANELS, DV>(dv, p, smem.dout[stage], n == 0);
-        wgmma_wait_group<EARLY_DV>();
-        wgmma_accumulators(dp);
-#if VARIANT_GENERAL
-        bit_slopes(bits, a.scores.gain, s, dp, smem.delta[stage]);
-#else
-        slopes(s, dp, smem.delta[stage]);
-        mask_block(dp, t, plain, m, warpgroup);
-#endif
+        scores_of_block(a, smem, {h, m, warpgroup, stage, n == 0}, plain, dv, s, p, dp);
         pack(dp, ds);
         store_ds(ds, smem.ds[n % 2], threadIdx.x);
         hand_over(smem.ds_full[n % 2]);
@@ -427,9 +451,7 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
         wgmma_wait_group<0>();
         wgmma_accumulators(dk);
         if (first) mbarrier_arrive(smem_address(&smem.q_empty[stage]));
-#if VARIANT_GENERAL
         if (m + 1 == end) ++h;
-#endif
         m = m + 1 == end ? begin : m + 1;
     }
     if (blocks == 0) {
@@ -441,11 +463,7 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
         add_dq(smem, a.dq, sums, warp);
     }
     store_keys<D>(dk, a.dk, t, warpgroup, a.scale);
-#if VARIANT_GENERAL
-    store_keys<DV>(dv, a.dv, t, warpgroup, a.scores.gain);
-#else
-    store_keys<DV>(dv, a.dv, t, warpgroup, 1.f);
-#endif
+    store_keys<DV>(dv, a.dv, t, warpgroup, gain_of(a));
     if (threadIdx.x % 32 == 0) cp_async_bulk_wait_group(); /* shared memory ends with the block */
 }
 

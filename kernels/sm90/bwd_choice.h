@@ -6,6 +6,7 @@
 #include "common/empty.h"
 #include "common/mask_bits.h"
 #include "common/packed.h"
+#include "sm90/general.h"
 #include "sm90/loads.h"
 
 typedef struct fa_bwd_variant {
@@ -36,12 +37,6 @@ static inline int32_t fa_bwd_has_boxes(const fa_backward *r) {
            r->dout.data && fa_tma_takes(&r->dout, 2);
 }
 
-/* Whether scores are changed: by more than an interval, and sinks, which are in lse. */
-static inline int32_t fa_bwd_is_general(const fa_params *p) {
-    const fa_scores *s = &p->scores;
-    return s->softcap != 0 || s->mask.data || s->alibi_slopes || p->dropout.p > 0;
-}
-
 /* Whether a bool mask is packed before. */
 static inline int32_t fa_bwd_packs(const fa_params *p) {
     return p->scores.mask.data && p->scores.mask_dtype == FA_BOOL;
@@ -50,7 +45,7 @@ static inline int32_t fa_bwd_packs(const fa_params *p) {
 /* The first of the least padding, or -1. */
 static inline int32_t fa_choose_bwd_variant(const fa_backward *r) {
     const fa_what *w = &r->forward.what;
-    const int32_t strided = !fa_bwd_has_boxes(r), general = fa_bwd_is_general(&r->forward);
+    const int32_t strided = !fa_bwd_has_boxes(r), general = fa_needs_general(&r->forward);
     int32_t best = -1;
     for (int32_t i = 0; i < FA_BWD_VARIANTS; ++i) {
         const fa_bwd_variant *v = &fa_bwd_variants[i];

@@ -7,6 +7,7 @@
 #define FASTATTN_SM90_FWD_CHOICE_H
 
 #include "sm90/fwd_cost.h"
+#include "sm90/general.h"
 #include "sm90/loads.h"
 
 /* Where setup.py was asked for some of them alone, a copy of the table comes first on the path. */
@@ -18,13 +19,6 @@ static const fa_variant fa_variants[] = {
 };
 
 enum { FA_VARIANTS = sizeof fa_variants / sizeof fa_variants[0] - 1 };
-
-/* Whether something changes scores. Which keys a row may see, and a sink, which joins at the end of
- * a tile, is every variant's business. */
-static inline int32_t fa_needs_general(const fa_params *p) {
-    const fa_scores *s = &p->scores;
-    return s->mask.data || s->softcap != 0 || s->alibi_slopes || p->dropout.p > 0;
-}
 
 static inline int32_t fa_variant_takes(const fa_variant *v, const fa_what *w, enum fa_loads loads,
                                        int32_t general) {

@@ -15,8 +15,8 @@ SOURCE = """
 #include "sm90/bwd_choice.h"
 
 /* Contiguous arrays; `odd`: how many bytes past one of 16 the array `which` begins, q, k, v, dout,
- * or of 4, there is no dout. sizes: b hq sq sk d dv. */
-int choose(int dtype, const int *sizes, int which, int odd) {
+ * or of 4, there is no dout. sizes: b hq sq sk d dv; softcap: 0 is none. */
+int choose(int dtype, const int *sizes, int which, int odd, int softcap) {
     const int b = sizes[0], h = sizes[1], d = sizes[4], dv = sizes[5];
     fa_backward r = {.forward.what = {.dtype = dtype, .b = b, .hq = h, .hk = h, .hv = h,
                                       .sq = sizes[2], .sk = sizes[3], .d = d, .dv = dv}};
@@ -28,6 +28,7 @@ int choose(int dtype, const int *sizes, int which, int odd) {
                               {(int64_t)h * s * n, (int64_t)s * n, n, 1}};
     }
     if (which == 4) r.dout.data = 0;
+    r.forward.scores.softcap = softcap;
     return fa_choose_bwd_variant(&r);
 }
 
@@ -47,9 +48,9 @@ def library(tmp_path_factory):
     return gpu_host.library(source, source.parent)
 
 
-def chosen(library, dtype, d, dv, which=-1, odd=0):
+def chosen(library, dtype, d, dv, which=-1, odd=0, softcap=0):
     sizes = (ctypes.c_int * 6)(2, 3, 100, 200, d, dv)
-    i = library.choose(dtype, sizes, which, odd)
+    i = library.choose(dtype, sizes, which, odd, softcap)
     return None if i < 0 else VARIANTS[i]
 
 
@@ -73,6 +74,14 @@ def test_what_the_copy_engine_does_not_take_is_strided(library, which):
         assert chosen(library, BF16, 64, 64, which, odd)["strided"]
     if which < 4:
         assert not chosen(library, BF16, 64, 64, which, 16)["strided"]
+
+
+def test_what_changes_scores_has_general_variants(library):
+    for dtype, d, which in itertools.product((F16, BF16), (1, 64, 65, 128), (-1, 3)):
+        kind = [chosen(library, dtype, 8 * -(-d // 8), 64, which, 2, softcap) for softcap in (0, 5)]
+        assert [v["general"] for v in kind] == [0, 1]
+        assert all(v["strided"] == (which == 3) for v in kind)
+        assert kind[0]["d"] == kind[1]["d"] and kind[0]["dtype"] == kind[1]["dtype"]
 
 
 def test_workspace(library):
