@@ -1,4 +1,4 @@
-"""The Hopper backward's kernels with packed sequences, without a GPU, as test_backward_kernel.py."""
+"""The Hopper backward with packed sequences, without a GPU, as test_backward_kernel.py."""
 
 import ctypes
 import shutil
@@ -13,8 +13,10 @@ from conftest import python
 import gpu_host
 from gpu_host import HAS_LEFT, HAS_RIGHT
 from gpu_host.test_backward_kernel import HERE, VARIANTS, backward, rows
+from gpu_host.test_backward_scores import DTYPES, Scores
+from gpu_host.test_merging import described
 
-TESTED = ["sm90_bwd_bf16_d64_128x128", "sm90_bwd_bf16_d128_64x128_strided"]
+TESTED = ["sm90_bwd_bf16_d64_general", "sm90_bwd_bf16_d128_64x128_strided"]
 CU_Q, CU_K = [0, 70, 70, 205, 215, 220], [0, 9, 140, 290, 290, 300]
 TOTALS = 230, 310  # the last rows belong to none
 CASES = {
@@ -24,8 +26,26 @@ CASES = {
     "some keys": {"q_lengths": [70, 0, 0, 0, 5], "k_start": [3, 0, 9, 0, 9], "sink": True},
 }
 
+CHANGED = {  # of general variants
+    "alibi": {"alibi": True, "hq": 2, "causal": True},
+    "bool mask": {"mask": (5, 1), "sink": True, "q_lengths": [60, 0, 130, 9, 2]},
+    "one bool mask": {"mask": (1, 2), "hq": 2, "window": (40, 9)},
+}
 
-def run(library, variant, late, hq=1, sink=False, dlse=False, causal=False, window=None, **lengths):
+
+def run(
+    library,
+    variant,
+    late,
+    hq=1,
+    sink=False,
+    dlse=False,
+    causal=False,
+    window=None,
+    alibi=False,
+    mask=None,
+    **lengths,
+):
     """Complaints about one call; what no row sees is NaN, and what is written is, before."""
     rng = np.random.default_rng(2)
     dtype, d, dv = ml_dtypes.bfloat16, variant["d"] - 3 * variant["strided"], variant["dv"]
@@ -44,33 +64,44 @@ def run(library, variant, late, hq=1, sink=False, dlse=False, causal=False, wind
     if sink:
         sinks = [rng.standard_normal(hq).astype(np.float32), np.full(hq, np.nan, np.float32)]
         asked["sink"] = sinks[0]
+    longest = [len(CU_Q) - 1, max(np.diff(CU_Q)), max(np.diff(CU_K))]
+    scores = Scores()
+    if alibi:
+        slopes = np.abs(rng.standard_normal((longest[0], hq))).astype(np.float32)
+        scores.slopes = slopes.ctypes.data
+    if mask:
+        mask = rng.random((*mask, *longest[1:])) < 0.6
+        mask[..., 3, :] = mask[..., 5] = False
+        mask = np.broadcast_to(mask, (longest[0], hq, *longest[1:]))
+        scores.mask, scores.mask_dtype = ctypes.pointer(described(mask)), DTYPES["bool"]
     out[:] = 0
     made = {name: rows(x.shape, dtype, 0)[0] for name, x in (("dq", q), ("dk", k), ("dv", v))}
-    checks, unseen = [], [np.ones(TOTALS[0], bool), np.ones(TOTALS[1], bool)]
+    checks, unseen = [], [np.ones((hq, TOTALS[0]), bool), np.ones(TOTALS[1], bool)]
     for n in range(len(CU_Q) - 1):
         i, j = slice(*CU_Q[n : n + 2]), slice(*CU_K[n : n + 2])
         own = {name: x[n : n + 1] for name, x in lengths.items()}
-        given = [x[:, :, i].copy() for x in (dout,)] + [
-            q[:, :, i].copy(),
-            k[:, :, j].copy(),
-            v[:, :, j].copy(),
-        ]
+        given = [x[:, :, at].copy() for x, at in ((dout, i), (q, i), (k, j), (v, j))]
+        if alibi:
+            own["alibi_slopes"] = slopes[n : n + 1]
+        if mask is not None:
+            own["mask"] = mask[n : n + 1, :, : i.stop - i.start, : j.stop - j.start]
         exact = reference.attention(*given[1:], **asked, **own)
         out[:, :, i], lse[:, :, i] = exact.out, exact.lse
-        unseen[0][i], unseen[1][j] = ~exact.seen[0, 0].any(1), ~exact.seen[0, 0].any(0)
+        seen = exact.seen[0]
+        unseen[0][:, i], unseen[1][j] = ~seen.any(2), ~seen.any((0, 1))
         checks.append((i, j, given, {**asked, **own}))
     for x in (q, dout):
-        x[:, :, unseen[0]] = np.nan
+        x[0, unseen[0]] = np.nan
     for x in (k, v):
         x[:, :, unseen[1]] = np.nan
     masks = (HAS_RIGHT, 0, 0, 0) if causal else (0,) * 4
     if window:
         masks = (HAS_LEFT | HAS_RIGHT, *window, 0)
-    longest = [len(CU_Q) - 1, max(np.diff(CU_Q)), max(np.diff(CU_K))]
     given = [lengths.get(name) for name in ("q_lengths", "k_lengths", "k_start")]
     arrays = (q, k, v, out, lse, dout, dlse, *made.values())
     packed = CU_Q, CU_K, longest
-    assert backward(library, late, d**-0.5, masks, given, sinks, *arrays, packed=packed) == 0
+    more = {"packed": packed, "scores": scores}
+    assert backward(library, late, d**-0.5, masks, given, sinks, *arrays, **more) == 0
     complaints = [
         f"{name} of no sequence is not 0"
         for name, end in (("dq", CU_Q[-1]), ("dk", CU_K[-1]), ("dv", CU_K[-1]))
@@ -102,7 +133,7 @@ def test_packed_backward(name, tmp_path):
 def main(path, name):
     library, variant = ctypes.CDLL(path), next(v for v in VARIANTS if v.name == name)
     for late in (0, 1):
-        for case, keywords in CASES.items():
+        for case, keywords in {**CASES, **(CHANGED if variant["general"] else {})}.items():
             complaints = run(library, variant, late, **keywords)
             assert not complaints, f"{case}, late={late}: {complaints}"
     print("right")
