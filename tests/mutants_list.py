@@ -285,9 +285,30 @@ FAULTS = (
     ),
     (
         "kernels/sm90/bwd_sink.cuh",
-        "if (keys.begin < keys.end && a.delta) return",
-        "if (a.delta) return",
+        "if (keys.begin < keys.end && a.delta)",
+        "if (a.delta)",
         BACKWARD,
+        False,
+    ),
+    (
+        "kernels/sm90/bwd.cu",
+        "    clear_unseen_keys(a, smem, t);\n",
+        "",
+        f"{HOST}/test_backward_scores.py",
+        False,
+    ),
+    (
+        "kernels/sm90/bwd_scores.cuh",
+        "h, own + i % 2, key / 8 + i / 2",
+        "h, own + i / 2, key / 8 + i % 2",
+        f"{HOST}/test_backward_scores.py",
+        False,
+    ),
+    (
+        "kernels/common/packed.h",
+        "if (n < b) found.end",
+        "if (n < b - 1) found.end",
+        f"{HOST}/test_backward_packed.py",
         False,
     ),
 )

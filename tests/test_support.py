@@ -54,7 +54,8 @@ uint32_t demand(int flags, int left, int right, int lengths, int cu, int mask, d
     r.dropout.p = p;
     b.forward = r;
     if (dmask) b.dmask.data = &x;
-    return deterministic || dmask ? fa_backward_demand(&b).features : fa_forward_demand(&r).features;
+    if (!deterministic && !dmask) return fa_forward_demand(&r).features;
+    return fa_backward_demand(&b).features;
 }
 """
 

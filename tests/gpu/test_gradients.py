@@ -241,6 +241,7 @@ FEATURES = {
     "sink": lambda q: {"sink": torch.zeros(2, device="cuda")},
     "dropout": lambda q: {"dropout_p": 0.5},
     "deterministic": lambda q: {"deterministic": True},
+    "dmask": lambda q: {"mask": torch.zeros(9, 9, device="cuda", requires_grad=True)},
 }
 
 
