@@ -25,6 +25,7 @@
 #include "sm90/bwd_smem.h"
 #include "sm90/bwd_store.cuh"
 #include "sm90/bwd_waits.cuh"
+#include "sm90/bwd_walk.cuh"
 #include "sm90/ptx.cuh"
 #include "sm90/wgmma.cuh"
 #if VARIANT_GENERAL
@@ -95,26 +96,59 @@ DEVICE void bring(const array &from, const int32_t (&moves)[2], uint8_t (&to)[PA
     if (numbers) cp_async_bulk_load(smem_address(beside), numbers, bytes, barrier);
 }
 
-DEVICE void produce(const bwd_args &a, smem_layout &smem, const work_tile &t) {
+DEVICE void bring_keys(const bwd_args &a, smem_layout &smem, const work_tile &t) {
     const int32_t b = t.batch, key = t.k + t.key;
     bring(a.k, a.moves[1], smem.k, key, t.h_k, b, NULL, NULL, smem.kv_full, EVICT_FIRST);
     bring(a.v, a.moves[2], smem.v, key, t.h_k, b, NULL, NULL, smem.kv_full, EVICT_FIRST);
+}
+
+DEVICE void bring_rows(const bwd_args &a, smem_layout &smem, const work_tile &t, int32_t h,
+                       int64_t rows, int32_t row, uint32_t stage, uint32_t parity) {
+    mbarrier_wait(smem_address(&smem.q_empty[stage]), parity);
+    bring(a.q, a.moves[0], smem.q[stage], t.q + row, h, t.batch, a.lse + rows + row,
+          smem.lse[stage], smem.q_full[stage], EVICT_LAST);
+    mbarrier_wait(smem_address(&smem.dout_empty[stage]), parity);
+    bring(a.dout, a.moves[3], smem.dout[stage], t.q + row, h, t.batch, a.delta + rows + row,
+          smem.delta[stage], smem.dout_full[stage], EVICT_LAST);
+}
+
+#if VARIANT_GENERAL
+DEVICE void produce(const bwd_args &a, smem_layout &smem, const work_tile &t) {
+    const bool brings = threadIdx.x < MMA_THREADS + PRODUCERS;
+    if (brings) bring_keys(a, smem, t);
     uint32_t n = 0; /* blocks of rows so far */
     for (int32_t g = 0; g < a.group; ++g) {
         const int32_t h = t.h_k * a.group + g;
-        const int64_t rows = (((int64_t)b * a.hq + h) * a.m_blocks + t.first_block) * BLOCK_M;
-        for (int32_t m = t.begin; m < t.end; ++m, ++n) {
-            const uint32_t stage = n % STAGES, parity = n / STAGES % 2 ^ 1;
-            const int32_t row = m * BLOCK_M;
-            mbarrier_wait(smem_address(&smem.q_empty[stage]), parity);
-            bring(a.q, a.moves[0], smem.q[stage], t.q + row, h, b, a.lse + rows + row,
-                  smem.lse[stage], smem.q_full[stage], EVICT_LAST);
-            mbarrier_wait(smem_address(&smem.dout_empty[stage]), parity);
-            bring(a.dout, a.moves[3], smem.dout[stage], t.q + row, h, b, a.delta + rows + row,
-                  smem.delta[stage], smem.dout_full[stage], EVICT_LAST);
+        for (int32_t first = t.begin; first < t.end; first += 32) {
+            const seen_blocks seen = blocks_seen(a, t, h, first);
+            const uint32_t inside = bit_mask(0, t.end - first);
+            for (uint32_t left = seen.some & inside; left && brings; left &= left - 1, ++n) {
+                const int32_t i = __ffs(left) - 1, row = (first + i) * BLOCK_M;
+                const uint32_t stage = n % STAGES, parity = n / STAGES % 2 ^ 1;
+                mbarrier_wait(smem_address(&smem.q_empty[stage]), parity);
+                say_step(smem, stage, h, first + i, seen.all >> i & 1);
+                bring_rows(a, smem, t, h, first_row_of(a, t, h), row, stage, parity);
+            }
+            __syncwarp();
         }
     }
+    if (!brings) return;
+    mbarrier_wait(smem_address(&smem.q_empty[n % STAGES]), n / STAGES % 2 ^ 1);
+    say_step(smem, n % STAGES, 0, -1, false);
+    mbarrier_arrive(smem_address(&smem.q_full[n % STAGES]));
 }
+#else
+DEVICE void produce(const bwd_args &a, smem_layout &smem, const work_tile &t) {
+    bring_keys(a, smem, t);
+    uint32_t n = 0; /* blocks of rows so far */
+    for (int32_t g = 0; g < a.group; ++g) {
+        const int32_t h = t.h_k * a.group + g;
+        const int64_t rows = first_row_of(a, t, h);
+        for (int32_t m = t.begin; m < t.end; ++m, ++n)
+            bring_rows(a, smem, t, h, rows, m * BLOCK_M, n % STAGES, n / STAGES % 2 ^ 1);
+    }
+}
+#endif
 
 /* ---- the MMA warpgroups -----------------------------------------------------------------------*/
 
@@ -292,7 +326,8 @@ DEVICE void mask_block(float (&x)[BLOCK_M / 2], const work_tile &t, const fa_row
 
 /* A block of rows, as a warpgroup comes to it. */
 struct row_step {
-    int32_t h, m, warpgroup;
+    walk_step block;
+    int32_t warpgroup;
     uint32_t stage;
     bool fresh; /* the first */
 };
@@ -304,11 +339,11 @@ DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const row_step
                             uint32_t (&p)[BLOCK_M / 16][4], float (&dp)[BLOCK_M / 2]) {
     const work_tile &t = smem.tile;
     clear_empty_rows(smem, at.stage);
-    const score_bits bits = bits_of(a, t, at.h, at.m, at.warpgroup);
+    const score_bits bits = bits_of(a, t, at.block, at.warpgroup);
     issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[at.stage], at.warpgroup);
     wgmma_wait_group<0>();
     wgmma_accumulators(s);
-    weigh(a, t, at.h, at.m, at.warpgroup, smem.lse[at.stage], bits, s, p);
+    weigh(a, t, at.block, at.warpgroup, smem.lse[at.stage], bits, s, p);
     issue_sum<V_PANELS, DV>(dv, p, smem.dout[at.stage], at.fresh);
     wgmma_wait_group<0>(); /* P^T makes room for dP^T */
     wgmma_accumulators(dv);
@@ -329,13 +364,13 @@ DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const row_step
     wgmma_wait_group<1>();
     wgmma_accumulators(s);
     exponentials(s, smem.lse[at.stage], a.scale_log2);
-    mask_block(s, t, plain, at.m, at.warpgroup);
+    mask_block(s, t, plain, at.block.m, at.warpgroup);
     pack(s, p);
     if (EARLY_DV) issue_sum<V_PANELS, DV>(dv, p, smem.dout[at.stage], at.fresh);
     wgmma_wait_group<EARLY_DV>();
     wgmma_accumulators(dp);
     slopes(s, dp, smem.delta[at.stage]);
-    mask_block(dp, t, plain, at.m, at.warpgroup);
+    mask_block(dp, t, plain, at.block.m, at.warpgroup);
 }
 
 DEVICE float gain_of(const bwd_args &) { return 1.f; }
@@ -355,23 +390,32 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
     wait_for_keys(a, smem, t);
     const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
     const int32_t begin = uniform(t.begin), end = uniform(t.end);
-    const uint32_t blocks = a.group * (end - begin); /* of rows */
-    int32_t h = t.h_k * a.group, m = begin,
-            sums = uniform((t.batch * a.hq + t.h_k * a.group) * a.m_blocks + t.first_block + begin);
-    for (uint32_t n = 0; n < blocks; ++n) {
+    const uint32_t blocks = a.group * (end - begin); /* of rows, where none is passed by */
+    walk_step at = {t.h_k * a.group, begin, 0};
+    int32_t sums = sums_of(a, t, at);
+    uint32_t n = 0;
+    for (; GENERAL || n < blocks; ++n) {
         const uint32_t stage = n % STAGES, parity = n / STAGES % 2;
+#if VARIANT_GENERAL
+        at = next_step(smem, stage, parity);
+        if (at.m < 0) break;
+#endif
+        const int32_t m = at.m;
         float s[BLOCK_M / 2], dp[BLOCK_M / 2], dq[DQ_COLUMNS / 2];
         uint32_t p[BLOCK_M / 16][4], ds[BLOCK_M / 16][4];
         wait_for_rows(smem.q[stage], smem.q_full[stage], parity, t,
                       GENERAL ? whole_blocks(t.rows) : clean, m);
         wait_for_rows(smem.dout[stage], smem.dout_full[stage], parity, t,
                       GENERAL ? whole_blocks(t.rows) : clean, m);
-        scores_of_block(a, smem, {h, m, warpgroup, stage, n == 0}, plain, dv, s, p, dp);
+        scores_of_block(a, smem, {at, warpgroup, stage, n == 0}, plain, dv, s, p, dp);
         pack(dp, ds);
         store_ds(ds, smem.ds[n % 2], threadIdx.x);
         hand_over(smem.ds_full[n % 2]);
         if (n > 0) add_dq(smem, a.dq, sums, warp);
-        if (n > 0) sums += m == begin ? a.m_blocks - (end - begin) + 1 : 1;
+        if (GENERAL)
+            sums = sums_of(a, t, at);
+        else if (n > 0)
+            sums += m == begin ? a.m_blocks - (end - begin) + 1 : 1;
         if (!EARLY_DV && !GENERAL) issue_sum<V_PANELS, DV>(dv, p, smem.dout[stage], n == 0);
         mbarrier_wait(smem_address(&smem.ds_full[n % 2]), n / 2 % 2);
         issue_dq(dq, smem, smem.ds[n % 2], warpgroup);
@@ -384,10 +428,9 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
         wgmma_wait_group<0>();
         wgmma_accumulators(dk);
         if (first) mbarrier_arrive(smem_address(&smem.q_empty[stage]));
-        if (m + 1 == end) ++h;
-        m = m + 1 == end ? begin : m + 1;
+        if (!GENERAL) at.m = m + 1 == end ? begin : m + 1;
     }
-    if (blocks == 0) {
+    if (n == 0) {
         set_zero(dk);
         set_zero(dv);
     } else {
@@ -421,7 +464,7 @@ __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant
     const int32_t warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == WARPGROUPS) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();
-        if (threadIdx.x < MMA_THREADS + PRODUCERS) produce(a, smem, smem.tile);
+        if (threadIdx.x < MMA_THREADS + SEEKERS) produce(a, smem, smem.tile);
     } else {
         setmaxnreg_inc<MMA_REGISTERS>();
         consume(a, smem, warpgroup);

@@ -198,23 +198,23 @@ struct score_bits {
     bool some; /* not all may be seen */
 };
 
-DEVICE score_bits bits_of(const bwd_args &a, const work_tile &t, int32_t h, int32_t m,
+DEVICE score_bits bits_of(const bwd_args &a, const work_tile &t, const walk_step &at,
                           int32_t warpgroup) {
-    const int32_t thread = thread_here() % 128,
+    const int32_t h = at.h, m = at.m, thread = thread_here() % 128,
                   warp_key = t.key + 64 * warpgroup + thread / 32 * 16;
     const int32_t key = warp_key + thread % 32 / 4;
     const bool ends = m * BLOCK_M < t.all.begin || (m + 1) * BLOCK_M > t.all.end;
     const score_args &c = a.scores;
+    const bool masks = c.mask == BITS && !at.whole;
     score_bits bits;
-    bits.some = ends || c.mask == BITS;
+    bits.some = ends || masks;
 #pragma unroll
     for (int i = 0; i < BLOCK_M / 64; ++i) {
         const int32_t row = m * BLOCK_M + 64 * i;
         bits.kept[i] = bits.seen[i] = ~0u;
         if (c.drops) bits.kept[i] = kept_scores(c, t.b, h, row, warp_key);
         if (ends) bits.seen[i] = inside_scores(t.lengths, row + thread % 4 * 2, key);
-        if (c.mask == BITS)
-            bits.seen[i] &= seen_scores(c, fa_bits_plane(&c.bits, t.b, h), row, key);
+        if (masks) bits.seen[i] &= seen_scores(c, fa_bits_plane(&c.bits, t.b, h), row, key);
     }
     return bits;
 }
@@ -240,7 +240,7 @@ DEVICE void bit_slopes(const score_bits &bits, float gain, const float (&p)[BLOC
 
 /* P^T of S^T: rounded, without what is dropped, and in its place times the scores' slopes. 16 rows
  * at a time, for registers are scarce. */
-DEVICE void weigh(const bwd_args &a, const work_tile &t, int32_t h, int32_t m, int32_t warpgroup,
+DEVICE void weigh(const bwd_args &a, const work_tile &t, const walk_step &at, int32_t warpgroup,
                   const float (&lse)[BLOCK_M], const score_bits &bits, float (&s)[BLOCK_M / 2],
                   uint32_t (&p)[BLOCK_M / 16][4]) {
     const int32_t thread = thread_here() % 128;
@@ -251,11 +251,11 @@ DEVICE void weigh(const bwd_args &a, const work_tile &t, int32_t h, int32_t m, i
         for (int i = 0; i < BLOCK_M / 64; ++i) cap_scores(c, *(float (*)[SCORES])(s + SCORES * i));
 #pragma unroll
     for (int i = 0; i < BLOCK_M / 16; ++i) {
-        const int32_t row = m * BLOCK_M + 16 * i + thread % 4 * 2;
+        const int32_t row = at.m * BLOCK_M + 16 * i + thread % 4 * 2;
         float x[FEW];
 #pragma unroll
         for (int j = 0; j < FEW; ++j) x[j] = s[FEW * i + j];
-        add_biases(a, t, h, x, row, key);
+        add_biases(a, t, at.h, x, row, key);
         const uint32_t from = smem_address(lse) + 64 * i + thread % 4 * 8;
         const float2 l[2] = {ld_shared_v2(from), ld_shared_v2(from + 32)};
 #pragma unroll

@@ -21,6 +21,8 @@ static constexpr int THREADS = 128 * (WARPGROUPS + 1), MMA_THREADS = 128 * WARPG
 static constexpr int POOL = 65536 / THREADS / 8 * 8 * (WARPGROUPS + 1);
 /* Threads that bring Q, K, V and dO: one, where the copy engine does. */
 static constexpr int PRODUCERS = VARIANT_STRIDED ? 128 : 1;
+/* And those that look for what to bring: warps. */
+static constexpr int SEEKERS = GENERAL && !VARIANT_STRIDED ? 32 : PRODUCERS;
 static constexpr int PRODUCER_REGISTERS = POOL - WARPGROUPS * MMA_REGISTERS;
 static_assert(PRODUCER_REGISTERS >= 24, "the pool is too small");
 
@@ -51,6 +53,12 @@ struct work_tile {
     int32_t begin, end;     /* blocks of rows */
 };
 
+/* A block of rows of a query head, of a general variant's walk (bwd_walk.cuh). */
+struct walk_step {
+    int32_t h, m;
+    int32_t whole; /* a bool mask hides none of its scores */
+};
+
 struct smem_layout {
     uint8_t k[QK_PANELS][PANEL_N], v[V_PANELS][PANEL_N];
     uint8_t q[STAGES][QK_PANELS][PANEL_M], dout[STAGES][V_PANELS][PANEL_M];
@@ -60,6 +68,7 @@ struct smem_layout {
     uint64_t kv_full, q_full[STAGES], q_empty[STAGES], dout_full[STAGES], dout_empty[STAGES];
     uint64_t ds_full[2];
 #if VARIANT_GENERAL
+    walk_step steps[STAGES];
     uint8_t seen[BLOCK_N]; /* keys that some row sees, of a bool mask */
 #endif
     work_tile tile;

@@ -20,6 +20,8 @@ CHANGES = {
     "a large softcap": {"softcap": 400.0, "causal": True},
     "alibi": {"alibi": True, "causal": True},
     "bool mask": {"mask": "bool"},
+    "hidden blocks": {"mask": "blocks"},
+    "hidden blocks, causal": {"mask": "blocks", "causal": True, "sink": True},
     "bool mask, windows": {"mask": "bool", "window": (100, 40), "sink": True},
     "float mask": {"mask": "float32"},
     "16 bits": {"mask": "bfloat16", "causal": True},
@@ -38,6 +40,10 @@ CHANGES = {
 
 def random_mask(kind, *shape):
     x = normal(*shape, dtype=torch.float32, seed=12)
+    if kind == "blocks":  # of 64 rows and 128 keys: hidden, whole, or some of it
+        few = normal(*shape[:2], shape[2] // 64 + 1, shape[3] // 128 + 1, seed=15)
+        wide = few.repeat_interleave(64, 2).repeat_interleave(128, 3)[..., : shape[2], : shape[3]]
+        return (wide > 0.7) | (wide.abs() < 0.3) & (x < 0.3)
     if kind != "bool":
         return x.to(getattr(torch, kind))
     seen = x < 0.3

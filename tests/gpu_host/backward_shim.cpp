@@ -38,6 +38,9 @@ static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t th
     return FA_OK;
 }
 
+/* Blocks of rows that the last call has walked over: of each, lse and delta. */
+extern "C" int64_t walked() { return bulk_loads / 2; }
+
 struct changed_scores {
     double softcap, dropout;
     int64_t seed;
@@ -90,7 +93,7 @@ extern "C" int backward(const fa_tensor *const *arrays, double scale, const int3
     std::vector<float4> workspace(at.floats / 4 + 1, make_float4(NAN, NAN, NAN, NAN));
     const fa_device device = {132, 0, encode_host};
     fa_error error = {};
-    late = is_late;
+    late = is_late, bulk_loads = 0;
     if (fa_bwd_packs(&p)) pack_host(&p, (char *)((float *)workspace.data() + at.mask));
     const fa_status status = PASTE(fa_launch_, VARIANT_NAME)(&r, &device, workspace.data(), &error);
     if (status != FA_OK) return status;

@@ -199,7 +199,9 @@ static void cp_async_bulk_commit_group() {
 static void cp_async_bulk_wait_group_read() { make_bulk_sums(); }
 static void cp_async_bulk_wait_group() { make_bulk_sums(); }
 static void prefetch_tensormap(const void *) {}
+static int64_t bulk_loads; /* so many so far */
 static void cp_async_bulk_load(uint32_t smem, const void *from, uint32_t bytes, uint32_t barrier) {
+    ++bulk_loads;
     if (smem % 16 || (uintptr_t)from % 16 || bytes % 16) abort();
     memcpy(shared_at(smem), from, bytes);
     bytes_came(barrier, bytes);

@@ -16,7 +16,7 @@ from gpu_host.test_backward_kernel import HERE, VARIANTS, backward, rows
 from gpu_host.test_merging import Tensor, described
 
 TESTED = ["sm90_bwd_f16_d64_general", "sm90_bwd_bf16_d128_general_strided"]
-DTYPES = {"bool": 5, "float32": 2, "float16": F16, "bfloat16": BF16}
+DTYPES = {"bool": 5, "blocks": 5, "float32": 2, "float16": F16, "bfloat16": BF16}
 CASES = {
     "softcap": {"softcap": 2.0, "causal": True, "hq": 2},
     "large soft caps": {"softcap": 300.0, "factor": 40.0},
@@ -27,6 +27,8 @@ CASES = {
     "keys alike": {"mask": "float16", "hq": 2, "of": (0, 1, 0, 1), "softcap": 3.0},
     "bool mask": {"mask": "bool", "hq": 2, "of": (0, 1, 0, 0), "dlse": True},
     "bool mask and sink": {"mask": "bool", "sink": True, "causal": True, "k_lengths": [130]},
+    "hidden blocks": {"mask": "blocks", "hq": 2, "sq": 2200, "sk": 300, "of": (0, 1, 0, 0)},
+    "hidden blocks of heads": {"mask": "blocks", "b": 2, "hq": 3, "sq": 600, "causal": True},
     "dropout": {"dropout_p": 0.3, "hq": 2, "b": 2, "causal": True},
     "everything dropped": {"dropout_p": 1.0, "dlse": True},
     "all": {
@@ -54,6 +56,11 @@ class Scores(ctypes.Structure):
 def random_mask(rng, kind, b, hq, sq, sk, of):
     """Broadcast along the axes that `of` names; some rows and keys are hidden from all."""
     shape = [1 if alike else n for n, alike in zip((b, hq, sq, sk), of, strict=True)]
+    if kind == "blocks":  # of 64 rows and 128 keys: hidden, whole, or some of it
+        shares = rng.choice(
+            [0, 1, 0.3], (*shape[:2], sq // 64 + 1, sk // 128 + 1), p=(0.9, 0.06, 0.04)
+        )
+        return rng.random(shape) < shares.repeat(64, 2).repeat(128, 3)[:, :, :sq, :sk]
     if kind == "bool":
         mask = rng.random(shape) < 0.6
         mask[..., 3, :] = mask[..., 70:, 130:] = mask[..., 17] = False
@@ -63,6 +70,13 @@ def random_mask(rng, kind, b, hq, sq, sk, of):
         if not of[2] and not of[3]:
             mask[..., 5, :] = mask[..., 9:40, 7] = -np.inf
     return mask
+
+
+def blocks_seen(seen, block_m):
+    """How many blocks of rows and of 128 keys hold a score that is seen."""
+    b, h, sq, sk = seen.shape
+    padded = np.pad(seen, ((0, 0), (0, 0), (0, -sq % block_m), (0, -sk % 128)))
+    return padded.reshape(b, h, -1, block_m, padded.shape[3] // 128, 128).any((3, 5)).sum()
 
 
 def run(
@@ -126,6 +140,9 @@ def run(
     scale = asked["scale"]
     assert backward(library, late, scale, masks, lengths, sinks, *arrays, scores=scores) == 0
     got |= {"dsink": sinks[1]} if sink else {}
+    if mask == "blocks":
+        want = blocks_seen(exact.seen, variant["block_m"])
+        assert library.walked() == want, (library.walked(), want)
     return reference_backward.check(got, *given, dlse=dlse, lse=lse, **asked)
 
 

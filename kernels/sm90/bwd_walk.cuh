@@ -1,0 +1,64 @@
+/* bwd_walk.cuh - the blocks of rows that a work tile walks over: where they lie in the workspace
+ * and, of general variants, which of those that the intervals leave a bool mask does not hide.
+ *
+ * There the producer's warps find them in the packed mask's map, 32 blocks at a time, a lane each,
+ * and say in each stage which block it holds; the MMA warpgroups follow.
+ */
+#ifndef FASTATTN_SM90_BWD_WALK_CUH
+#define FASTATTN_SM90_BWD_WALK_CUH
+
+#include "common/compiler.cuh"
+#include "sm90/bwd_args.cuh"
+#include "sm90/bwd_smem.h"
+#include "sm90/ptx.cuh"
+
+/* Where rows of a query head are in the workspace. */
+DEVICE int64_t first_row_of(const bwd_args &a, const work_tile &t, int32_t h) {
+    return (((int64_t)t.batch * a.hq + h) * a.m_blocks + t.first_block) * BLOCK_M;
+}
+
+/* The number of its block among dQ's sums. */
+DEVICE int32_t sums_of(const bwd_args &a, const work_tile &t, const walk_step &at) {
+    return uniform((t.batch * a.hq + at.h) * a.m_blocks + t.first_block + at.m);
+}
+
+#if VARIANT_GENERAL
+/* Of 32 blocks of rows a bit each: whether some scores of it are seen, whether all are. */
+struct seen_blocks {
+    uint32_t some, all;
+};
+
+/* Blocks from m on. Where keys of a block of the map are shared out to several tiles, a block of
+ * rows may be visited for another tile's keys. By whole warps. */
+DEVICE seen_blocks blocks_seen(const bwd_args &a, const work_tile &t, int32_t h, int32_t m) {
+    const score_args &c = a.scores;
+    if (c.mask != BITS) return seen_blocks{~0u, ~0u};
+    constexpr int GROUPS = BLOCK_M / FA_BITS_ROWS;
+    const int64_t plane = fa_bits_plane(&c.bits, t.b, h);
+    const int32_t own = m + threadIdx.x % 32, block = t.key / FA_BITS_KEYS;
+    uint32_t some = 0, all = ~0u;
+#pragma unroll
+    for (int i = 0; i < GROUPS; ++i) {
+        const int32_t group = min(GROUPS * own + i, c.bits.groups - 1);
+        const uint32_t *words = (const uint32_t *)(c.map + fa_map_at(&c.bits, plane, block / 32,
+                                                                     own < t.end ? group : 0));
+        some |= load_u32(words), all &= load_u32(words + 1);
+    }
+    const uint32_t bit = 1u << block % 32;
+    return seen_blocks{__ballot_sync(~0u, (some & bit) != 0), __ballot_sync(~0u, (all & bit) != 0)};
+}
+
+/* The producer's next stage holds this block; m < 0: there are no more. */
+DEVICE void say_step(smem_layout &smem, uint32_t stage, int32_t h, int32_t m, bool whole) {
+    if (threadIdx.x == MMA_THREADS) smem.steps[stage] = walk_step{h, m, whole};
+}
+
+/* What the stage holds, once it is full. */
+DEVICE walk_step next_step(smem_layout &smem, uint32_t stage, uint32_t parity) {
+    mbarrier_wait(smem_address(&smem.q_full[stage]), parity);
+    const walk_step &s = smem.steps[stage];
+    return walk_step{uniform(s.h), uniform(s.m), uniform(s.whole)};
+}
+#endif
+
+#endif
