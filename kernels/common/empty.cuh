@@ -51,7 +51,7 @@ static inline fa_status launch_empty(const fa_params *p, const fa_device *device
                             p->where.stream, device->early, &a, error);
 }
 
-/* 0 in every row of an array of 16-bit elements. */
+/* 0 in every row of an array of 16-bit elements, or of as many pairs of them. */
 static __global__ void write_zeros(const __grid_constant__ fa_tensor t) {
     wait_for_stream();
     const int64_t rows = t.shape[0] * t.shape[1] * t.shape[2];

@@ -22,6 +22,8 @@
 #include "common/stream.cuh"
 #include "sm90/bwd_args.cuh"
 #include "sm90/bwd_launch.cuh"
+#include "sm90/bwd_load.cuh"
+#include "sm90/bwd_products.cuh"
 #include "sm90/bwd_smem.h"
 #include "sm90/bwd_store.cuh"
 #include "sm90/bwd_waits.cuh"
@@ -30,9 +32,6 @@
 #include "sm90/wgmma.cuh"
 #if VARIANT_GENERAL
 #include "sm90/bwd_scores.cuh"
-#endif
-#if VARIANT_STRIDED
-#include "sm90/bwd_load_strided.cuh"
 #endif
 
 /* ---- the work tile ----------------------------------------------------------------------------*/
@@ -57,44 +56,11 @@ DEVICE work_tile describe(const bwd_args &a, int32_t number) {
         const fa_sequence s = fa_find_sequence(&v, &a.masks, t.b, a.sq, a.sk);
         t.q = s.q, t.lengths = s.lengths;
     }
-    const fa_interval keys = {t.key, t.key + BLOCK_N};
-    t.some = fa_rows_seeing_some(t.lengths, keys);
-    t.all = fa_rows_seeing_all(t.lengths, keys);
-    t.rows = fa_rows_seeing_some(t.lengths, fa_interval{0, t.lengths.sk});
-    t.keys.begin = t.keys.end = 0;
-    if (t.rows.begin < t.rows.end) {
-        t.keys.begin = fa_row_interval(t.lengths, t.rows.begin).begin;
-        t.keys.end = fa_row_interval(t.lengths, t.rows.end - 1).end;
-    }
-    t.begin = t.some.begin / BLOCK_M;
-    t.end = t.some.begin < t.some.end ? (t.some.end + BLOCK_M - 1) / BLOCK_M : t.begin;
+    find_seen(t);
     return t;
 }
 
 /* ---- the producer: a thread, or a warpgroup ---------------------------------------------------*/
-
-/* BYTES / 128 rows from `row` on and, if any, a number of each. */
-template <int PANELS, int BYTES>
-DEVICE void bring(const array &from, const int32_t (&moves)[2], uint8_t (&to)[PANELS][BYTES],
-                  int32_t row, int32_t h, int32_t b, const float *numbers, float *beside,
-                  uint64_t &full, uint64_t policy) {
-    const uint32_t barrier = smem_address(&full), bytes = numbers ? BYTES / 128 * 4 : 0;
-#if VARIANT_STRIDED
-    load(from, to, row, h, b);
-    if (threadIdx.x != MMA_THREADS) {
-        mbarrier_arrive(barrier);
-        return;
-    }
-    mbarrier_arrive_expect_tx(barrier, bytes);
-#else
-    mbarrier_arrive_expect_tx(barrier, sizeof to + bytes);
-#pragma unroll
-    for (int i = 0; i < PANELS; ++i)
-        cp_async_bulk_tensor_load(smem_address(to[i]), &from, 64 * i, row, h * moves[0],
-                                  b * moves[1], barrier, policy);
-#endif
-    if (numbers) cp_async_bulk_load(smem_address(beside), numbers, bytes, barrier);
-}
 
 DEVICE void bring_keys(const bwd_args &a, smem_layout &smem, const work_tile &t) {
     const int32_t b = t.batch, key = t.k + t.key;
@@ -224,45 +190,6 @@ DEVICE void store_ds(const uint32_t (&ds)[BLOCK_M / 16][4], uint8_t (&to)[BLOCK_
         stmatrix_x4(smem_address(to[i / 4]) + key * 128 + ((chunk ^ key % 8) << 4), ds[i][0],
                     ds[i][1], ds[i][2], ds[i][3]);
     }
-}
-
-/* S^T or dP^T: 64 keys of this warpgroup by BLOCK_M rows. */
-template <int PANELS, int COLUMNS>
-DEVICE void issue_transposed(float (&s)[BLOCK_M / 2], uint8_t (&keys)[PANELS][PANEL_N],
-                             uint8_t (&rows)[PANELS][PANEL_M], int32_t warpgroup) {
-    const uint64_t a = wgmma_descriptor(smem_address(keys) + warpgroup * 64 * 128, 1);
-    const uint64_t b = wgmma_descriptor(smem_address(rows), 1);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < COLUMNS / 16; ++i)
-        wgmma_ss<BLOCK_M>(s, a + i / 4 * (PANEL_N / 16) + i % 4 * 2,
-                          b + i / 4 * (PANEL_M / 16) + i % 4 * 2, i > 0);
-    wgmma_commit_group();
-}
-
-/* dV or dK: this warpgroup's P^T or dS^T times dO or Q. */
-template <int PANELS, int COLUMNS>
-DEVICE void issue_sum(float (&sum)[COLUMNS / 2], const uint32_t (&p)[BLOCK_M / 16][4],
-                      uint8_t (&rows)[PANELS][PANEL_M], bool fresh) {
-    const uint64_t b = wgmma_descriptor(smem_address(rows), PANEL_M / 16);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < BLOCK_M / 16; ++i)
-        wgmma_rs<COLUMNS>(sum, p[i], b + i * 128, i > 0 || !fresh);
-    wgmma_commit_group();
-}
-
-/* This warpgroup's share of dQ. */
-DEVICE void issue_dq(float (&dq)[DQ_COLUMNS / 2], smem_layout &smem,
-                     uint8_t (&ds)[BLOCK_M / 64][PANEL_N], int32_t warpgroup) {
-    const uint64_t a = wgmma_descriptor(smem_address(ds[DQ_BY_ROWS ? warpgroup : 0]), 1);
-    const uint64_t b = wgmma_descriptor(
-        smem_address(smem.k[DQ_BY_ROWS ? 0 : warpgroup * (DQ_COLUMNS / 64)]), PANEL_N / 16);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < BLOCK_N / 16; ++i)
-        wgmma_tt<DQ_COLUMNS>(dq, a + i * 128, b + i * 128, i > 0);
-    wgmma_commit_group();
 }
 
 /* This warp's share of dQ, put where the copy engine has read the one before, */

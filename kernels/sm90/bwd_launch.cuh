@@ -10,6 +10,9 @@
 #include "sm90/bwd_smem.h"
 #include "sm90/scale.h"
 #include "sm90/scores_launch.cuh"
+#if VARIANT_GENERAL
+#include "sm90/bwd_mask.cuh"
+#endif
 
 __global__ void VARIANT_NAME(const __grid_constant__ bwd_args a);
 
@@ -102,6 +105,9 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     if (status != FA_OK) return status;
     status = fa_launch_kernel((const void *)VARIANT_NAME, (int32_t)batches * w->hk * n_blocks,
                               THREADS, SMEM_BYTES, stream, device->early, &a, error);
+#if VARIANT_GENERAL
+    if (status == FA_OK && r->dmask.data) status = launch_bwd_mask(a, r, device, error);
+#endif
     if (status != FA_OK || !r->dq.data) return status;
 
     const bwd_dq_args behind = {r->dq,           sums,   *v, w->b, w->hq, w->sq, m_blocks,

@@ -238,8 +238,9 @@ DEVICE void bit_slopes(const score_bits &bits, float gain, const float (&p)[BLOC
     }
 }
 
-/* P^T of S^T: rounded, without what is dropped, and in its place times the scores' slopes. 16 rows
- * at a time, for registers are scarce. */
+/* P^T of S^T: rounded, without what is dropped, and in its place, times the scores' slopes where
+ * SLOPES says so. 16 rows at a time, for registers are scarce. */
+template <bool SLOPES = true>
 DEVICE void weigh(const bwd_args &a, const work_tile &t, const walk_step &at, int32_t warpgroup,
                   const float (&lse)[BLOCK_M], const score_bits &bits, float (&s)[BLOCK_M / 2],
                   uint32_t (&p)[BLOCK_M / 16][4]) {
@@ -268,7 +269,7 @@ DEVICE void weigh(const bwd_args &a, const work_tile &t, const walk_step &at, in
 #pragma unroll
         for (int j = 0; j < FEW; ++j) {
             float &y = s[FEW * i + j];
-            y = x[j] * (c.caps ? fmaf(-y, y, 1.f) : 1.f);
+            y = x[j] * (SLOPES && c.caps ? fmaf(-y, y, 1.f) : 1.f);
         }
     }
 }

@@ -12,6 +12,21 @@
 #include "sm90/bwd_smem.h"
 #include "sm90/ptx.cuh"
 
+/* Which rows see a tile's keys: of its sequence's lengths. */
+DEVICE void find_seen(work_tile &t) {
+    const fa_interval keys = {t.key, t.key + BLOCK_N};
+    t.some = fa_rows_seeing_some(t.lengths, keys);
+    t.all = fa_rows_seeing_all(t.lengths, keys);
+    t.rows = fa_rows_seeing_some(t.lengths, fa_interval{0, t.lengths.sk});
+    t.keys.begin = t.keys.end = 0;
+    if (t.rows.begin < t.rows.end) {
+        t.keys.begin = fa_row_interval(t.lengths, t.rows.begin).begin;
+        t.keys.end = fa_row_interval(t.lengths, t.rows.end - 1).end;
+    }
+    t.begin = t.some.begin / BLOCK_M;
+    t.end = t.some.begin < t.some.end ? (t.some.end + BLOCK_M - 1) / BLOCK_M : t.begin;
+}
+
 /* Where rows of a query head are in the workspace. */
 DEVICE int64_t first_row_of(const bwd_args &a, const work_tile &t, int32_t h) {
     return (((int64_t)t.batch * a.hq + h) * a.m_blocks + t.first_block) * BLOCK_M;

@@ -23,6 +23,10 @@ static void body() {
         bwd_dq(*(bwd_dq_args *)arguments_now);
     else if (kernel_now == (const void *)bwd_sink)
         bwd_sink(*(sink_args *)arguments_now);
+#if VARIANT_GENERAL
+    else if (kernel_now == (const void *)bwd_mask)
+        bwd_mask(*(bwd_mask_args *)arguments_now);
+#endif
     else
         VARIANT_NAME(*(bwd_args *)arguments_now);
 }
@@ -47,6 +51,7 @@ struct changed_scores {
     const fa_tensor *mask;
     const float *slopes; /* (b, hq) */
     int32_t mask_dtype;
+    const fa_tensor *dmask; /* or NULL: not wanted */
 };
 
 /* arrays: q, k, v, out, lse, dout, dlse, dq, dk, dv, as they are described, or NULL: none. masks:
@@ -83,6 +88,7 @@ extern "C" int backward(const fa_tensor *const *arrays, double scale, const int3
         p.scores.softcap = scores->softcap;
         if (scores->mask) p.scores.mask = *scores->mask;
         p.scores.mask_dtype = (fa_dtype)scores->mask_dtype;
+        if (scores->dmask) r.dmask = *scores->dmask;
         p.scores.alibi_slopes = scores->slopes;
         p.scores.alibi_stride[0] = p.what.hq, p.scores.alibi_stride[1] = 1;
         p.dropout.p = scores->dropout, p.dropout.seed = scores->seed;
@@ -91,7 +97,7 @@ extern "C" int backward(const fa_tensor *const *arrays, double scale, const int3
     }
     const fa_backward_workspace at = fa_lay_out_backward(&p, BLOCK_M, D);
     std::vector<float4> workspace(at.floats / 4 + 1, make_float4(NAN, NAN, NAN, NAN));
-    const fa_device device = {132, 0, encode_host};
+    const fa_device device = {3, 0, encode_host}; /* few SMs: more tiles than blocks */
     fa_error error = {};
     late = is_late, bulk_loads = 0;
     if (fa_bwd_packs(&p)) pack_host(&p, (char *)((float *)workspace.data() + at.mask));

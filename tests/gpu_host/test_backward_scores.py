@@ -22,9 +22,18 @@ CASES = {
     "large soft caps": {"softcap": 300.0, "factor": 40.0},
     "small soft caps": {"softcap": 0.3, "factor": 9.0, "scale": -0.3},
     "alibi": {"alibi": True, "window": (40, 9), "hq": 2},
-    "float mask": {"mask": "float32", "b": 2, "hq": 2, "of": (1, 1, 0, 0)},
-    "rows alike": {"mask": "bfloat16", "of": (0, 0, 1, 0), "causal": True},
-    "keys alike": {"mask": "float16", "hq": 2, "of": (0, 1, 0, 1), "softcap": 3.0},
+    "float mask": {"mask": "float32", "dmask": True, "b": 2, "hq": 2, "of": (1, 1, 0, 0)},
+    "rows alike": {
+        "dmask": True,
+        "b": 2,
+        "hq": 2,
+        "mask": "bfloat16",
+        "of": (0, 0, 1, 0),
+        "causal": True,
+    },
+    "keys alike": {"dmask": True, "mask": "float16", "hq": 2, "of": (0, 1, 0, 1), "softcap": 3.0},
+    "one number": {"mask": "float32", "of": (1, 1, 1, 1), "hq": 2, "dlse": True, "dmask": True},
+    "heads apart": {"mask": "bfloat16", "b": 2, "hq": 2, "q_lengths": [150, 60], "dmask": True},
     "bool mask": {"mask": "bool", "hq": 2, "of": (0, 1, 0, 0), "dlse": True},
     "bool mask and sink": {"mask": "bool", "sink": True, "causal": True, "k_lengths": [130]},
     "hidden blocks": {"mask": "blocks", "hq": 2, "sq": 2200, "sk": 300, "of": (0, 1, 0, 0)},
@@ -34,6 +43,7 @@ CASES = {
     "all": {
         "softcap": 5.0,
         "mask": "float32",
+        "dmask": True,
         "alibi": True,
         "dropout_p": 0.5,
         "sink": True,
@@ -50,6 +60,7 @@ class Scores(ctypes.Structure):
         ("mask", ctypes.POINTER(Tensor)),
         ("slopes", ctypes.c_void_p),
         ("mask_dtype", ctypes.c_int32),
+        ("dmask", ctypes.POINTER(Tensor)),
     ]
 
 
@@ -90,6 +101,7 @@ def run(
     mask=None,
     of=(0, 0, 0, 0),
     alibi=False,
+    dmask=False,
     sink=False,
     dlse=False,
     factor=1.0,
@@ -118,6 +130,9 @@ def run(
         asked["mask"] = random_mask(rng, mask, b, hq, sq, sk, of)
         whole = described(np.broadcast_to(asked["mask"], (b, hq, sq, sk)))
         scores.mask = ctypes.pointer(whole)
+    if dmask:
+        made = rows(asked["mask"].shape, asked["mask"].dtype, 0)[0]
+        scores.dmask = ctypes.pointer(described(made))
     if alibi:
         slopes = np.abs(rng.standard_normal((b, hq))).astype(np.float32)
         asked["alibi_slopes"], scores.slopes = slopes, slopes.ctypes.data
@@ -140,6 +155,7 @@ def run(
     scale = asked["scale"]
     assert backward(library, late, scale, masks, lengths, sinks, *arrays, scores=scores) == 0
     got |= {"dsink": sinks[1]} if sink else {}
+    got |= {"dmask": made} if dmask else {}
     if mask == "blocks":
         want = blocks_seen(exact.seen, variant["block_m"])
         assert library.walked() == want, (library.walked(), want)
