@@ -70,6 +70,15 @@ typedef struct fa_varlen {
     int32_t total_q, total_k;         /* rows of q and of k */
 } fa_varlen;
 
+/* Keys and values that lie in pages: k and v are (count, h, size, d), and key j of sequence b is
+ * row j % size of the page that column j / size of the table names. A cache with one place for each
+ * sequence is a table of one column. fa_find_page() in mask.h reads it, and clamps. */
+typedef struct fa_pages {
+    const int32_t *table; /* (b, columns) on the device, columns * size >= sk; NULL: no pages */
+    int64_t stride[2];    /* elements */
+    int32_t size, count;  /* keys in a page, >= 1; pages, 0 only where b or sk is */
+} fa_pages;
+
 /* Elements of P are dropped after the row's sum; fa_dropout_bits() in philox.h says which. */
 typedef struct fa_dropout {
     double p;    /* 0 .. 1; 0 = off (by definition of the argument) */
@@ -86,6 +95,7 @@ typedef struct fa_params {
     fa_masks masks;
     fa_scores scores;
     fa_varlen varlen;
+    fa_pages pages; /* never with varlen */
     fa_dropout dropout;
     fa_where where;
 } fa_params;

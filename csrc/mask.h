@@ -74,6 +74,11 @@ FA_INLINE fa_sequence fa_find_sequence(const fa_varlen *v, const fa_masks *m, in
     return s;
 }
 
+/* The page of key j; where the table names none that there is, the nearest. */
+FA_INLINE int32_t fa_find_page(const fa_pages *p, int64_t b, int32_t j) {
+    return fa_clamp(p->table[b * p->stride[0] + j / p->size * p->stride[1]], 0, p->count - 1);
+}
+
 /* The position i' of row i on the key axis, from which windows and ALiBi count. */
 FA_INLINE int32_t fa_row_position(fa_lengths n, int32_t i) { return i + n.shift; }
 

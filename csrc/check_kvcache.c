@@ -1,0 +1,286 @@
+/* check_kvcache.c - attention_kvcache: from its arrays and options to one fa_kvcache, or one
+ * sentence. All of it before the first write: a call that raises has changed no cache.
+ *
+ * A sequence's keys, gathered, are what fa_check_attention() sees as k and v; here is what they are
+ * gathered from, and what is written there.
+ */
+#include <stdlib.h>
+
+#include "check_array.h"
+#include "mask.h"
+#include "views.h"
+
+enum { MAX_READ = 11 };
+
+/* What a call reads but for the caches. */
+static void list_read(const fa_request *r, const fa_kvcache_request *q,
+                      const fa_array *read[MAX_READ]) {
+    const fa_array *const all[MAX_READ] = {r->q,          q->k_new,        q->v_new, q->lengths,
+                                           q->page_table, q->batch_idx,    q->cos,   q->sin,
+                                           r->k_start,    r->alibi_slopes, r->sink};
+    memcpy(read, all, sizeof all);
+}
+
+/* The axis of a cache, or of new keys, that counts keys. */
+static int key_axis(const fa_request *r) { return r->layout == FA_BSHD ? 1 : 2; }
+
+/* The shapes of the caches, and of what says where in them a sequence is. */
+static fa_status check_caches(const fa_request *r, const fa_kvcache_request *q, fa_error *error) {
+    static const char *const dimensions[2][2] = {
+        {"(b_cache, hk, s_max, d)", "(b_cache, s_max, hk, d)"},
+        {"(num_pages, hk, page_size, d)", "(num_pages, page_size, hk, d)"}};
+    const int paged = q->page_table != NULL, axis = key_axis(r);
+    const char *const wanted = dimensions[paged][r->layout == FA_BSHD];
+    const fa_array *table = paged ? q->page_table : q->batch_idx;
+    TRY(fa_check_rank(r->q, 4, r->layout == FA_BSHD ? "(b, sq, hq, d)" : "(b, hq, sq, d)", error));
+    TRY(fa_check_rank(r->k, 4, wanted, error));
+    TRY(fa_check_rank(r->v, 4, wanted, error));
+    TRY(fa_check_equal(r->v, r->v->shape[0], paged ? "num_pages" : "b_cache", r->k, r->k->shape[0],
+                       error));
+    TRY(fa_check_equal(r->v, r->v->shape[axis], paged ? "page_size" : "s_max", r->k,
+                       r->k->shape[axis], error));
+    TRY(fa_check_range(r->k, r->k->shape[0], paged ? "num_pages" : "b_cache", 0, INT32_MAX, error));
+    TRY(fa_check_range(r->k, r->k->shape[axis], paged ? "page_size" : "s_max", paged, FA_MAX_LENGTH,
+                       error));
+    if (paged && q->batch_idx)
+        return fa_fail(error, FA_VALUE, "`%s` must be None with `%s`, got both", q->batch_idx->name,
+                       table->name);
+    if (!table) return fa_check_equal(r->k, r->k->shape[0], "b_cache", r->q, r->q->shape[0], error);
+    TRY(fa_check_dtype(table, fa_int32, NULL, error));
+    TRY(fa_check_rank(table, paged ? 2 : 1, paged ? "(b, pages)" : "(b,)", error));
+    TRY(fa_check_equal(table, table->shape[0], "b", r->q, r->q->shape[0], error));
+    return fa_check_place(table, r->q, error);
+}
+
+/* New keys and values, both or none. */
+static fa_status check_new(const fa_request *r, const fa_kvcache_request *q, fa_error *error) {
+    const fa_array *const of[2] = {q->k_new, q->v_new}, *const into[2] = {r->k, r->v};
+    const int axis = key_axis(r);
+    if (!of[0] && !of[1]) return FA_OK;
+    if (!of[0] || !of[1])
+        return fa_fail(error, FA_VALUE, "`k` and `v` must come together, got `%s` alone",
+                       of[0] ? "k" : "v");
+    for (int i = 0; i < 2; i++) {
+        TRY(fa_check_rank(of[i], 4,
+                          r->layout == FA_BSHD ? "(b, s_new, hk, d)" : "(b, hk, s_new, d)", error));
+        TRY(fa_check_dtype(of[i], r->q->dtype, r->q, error));
+        TRY(fa_check_place(of[i], r->q, error));
+        int64_t shape[4] = {r->q->shape[0], into[i]->shape[1], into[i]->shape[2],
+                            into[i]->shape[3]};
+        shape[axis] = of[0]->shape[axis];
+        TRY(fa_check_shape(of[i], 4, shape, error));
+        TRY(fa_check_range(of[i], shape[axis], "s_new", 0, FA_MAX_LENGTH, error));
+    }
+    return FA_OK;
+}
+
+/* Of numbers of keys that were there before; on a GPU only the kernels see an array, and clamp. */
+static fa_status check_lengths(const fa_request *r, const fa_kvcache_request *q, int64_t room,
+                               fa_kvcache *c, fa_error *error) {
+    fa_masks *m = &c->forward.masks;
+    const int64_t most = room - c->s_new, b = r->q->shape[0];
+    if (most < 0)
+        return fa_fail(error, FA_VALUE,
+                       "`%s` must have s_new of at most the %lld keys of `%s`, got %d",
+                       q->k_new->name, (long long)room, r->k->name, c->s_new);
+    if (!q->lengths) {
+        if (0 <= q->length && q->length <= most) return FA_OK;
+        return fa_fail(
+            error, FA_VALUE,
+            "`cache_seqlens` must be from 0 to %lld (room for %lld keys, %d of them new), "
+            "got %lld",
+            (long long)most, (long long)room, c->s_new, (long long)q->length);
+    }
+    TRY(fa_check_vector(q->lengths, r->q, fa_int32, b, (const void **)&m->k_lengths,
+                        &m->k_lengths_stride, error));
+    for (int64_t i = 0; i < b && r->q->device_type == FA_CPU; i++) {
+        const int32_t length = m->k_lengths[i * m->k_lengths_stride];
+        if (length < 0 || length > most)
+            return fa_fail(
+                error, FA_VALUE,
+                "`%s` must be from 0 to %lld (room for %lld keys, %d of them new), got %d "
+                "for sequence %lld",
+                q->lengths->name, (long long)most, (long long)room, c->s_new, length, (long long)i);
+    }
+    return FA_OK;
+}
+
+/* The most positions that a sequence has, keys and rows of q; on a GPU, that it may have. */
+static int64_t last_position(const fa_kvcache *c) {
+    const fa_what *w = &c->forward.what;
+    const int64_t rows = c->rotary.advances ? w->sq : w->sq > 0;
+    const int64_t more = rows > c->s_new ? rows : c->s_new;
+    int64_t most = 0;
+    if (c->forward.where.device_type != FA_CPU) return w->sk;
+    for (int64_t b = 0; b < w->b; b++) {
+        const int64_t end = fa_keys_before(c, b) + more;
+        if (end > most) most = end;
+    }
+    return most;
+}
+
+static fa_status check_rotary(const fa_request *r, const fa_kvcache_request *q, fa_kvcache *c,
+                              fa_error *error) {
+    const fa_array *const tables[2] = {q->cos, q->sin};
+    fa_rotary *rotary = &c->rotary;
+    char got[32];
+    if (!q->cos && !q->sin) return FA_OK;
+    if (!q->cos || !q->sin)
+        return fa_fail(error, FA_VALUE,
+                       "`rotary_cos` and `rotary_sin` must come together, got `%s` alone",
+                       (q->cos ? q->cos : q->sin)->name);
+    if (!q->k_new)
+        return fa_fail(error, FA_VALUE, "`%s` must be None without new `k`, got an array",
+                       q->cos->name);
+    for (int i = 0; i < 2; i++) {
+        const fa_array *a = tables[i];
+        rotary->dtype = fa_contract_dtype(a->dtype);
+        if (rotary->dtype != FA_F32 && rotary->dtype != c->forward.what.dtype)
+            return fa_fail(error, FA_TYPE, "`%s` must be float32 or of `%s`'s dtype, got %s",
+                           a->name, r->q->name, fa_dtype_name(a->dtype, got));
+        TRY(fa_check_dtype(a, q->cos->dtype, q->cos, error));
+        TRY(fa_check_rank(a, 2, "(s_max, rotary_dim / 2)", error));
+        TRY(fa_check_place(a, r->q, error));
+        TRY(fa_check_range(a, a->shape[1], "rotary_dim / 2", 0, c->forward.what.d / 2, error));
+        TRY(fa_check_shape(a, 2, q->cos->shape, error));
+    }
+    fa_bind(&rotary->cos, q->cos, FA_BHSD);
+    fa_bind(&rotary->sin, q->sin, FA_BHSD);
+    rotary->interleaved = q->interleaved;
+    rotary->advances = (c->forward.masks.flags & (FA_HAS_LEFT | FA_HAS_RIGHT)) != 0;
+    const int64_t positions = last_position(c);
+    if (q->cos->shape[0] < positions)
+        return fa_fail(error, FA_VALUE,
+                       "`%s` must have at least %lld rows, one for each position, got %lld",
+                       q->cos->name, (long long)positions, (long long)q->cos->shape[0]);
+    return FA_OK;
+}
+
+/* Pages that hold the keys [begin, end) of sequence b; they are written to `pages` if not NULL. */
+static fa_status check_range(const fa_kvcache *c, const fa_array *table, int64_t b, int64_t begin,
+                             int64_t end, int32_t *pages, int64_t *count, fa_error *error) {
+    const fa_pages *p = &c->forward.pages;
+    for (int64_t column = begin / p->size; column * p->size < end && begin < end; column++) {
+        const int32_t page = p->table[b * p->stride[0] + column * p->stride[1]];
+        if (page < 0 || page >= p->count)
+            return fa_fail(error, FA_VALUE,
+                           "`%s` must name %s from 0 to %d, got %d for key %lld of sequence %lld",
+                           table->name, table->ndim == 2 ? "pages" : "entries", p->count - 1, page,
+                           (long long)(column * p->size), (long long)b);
+        if (pages) pages[(*count)++] = page;
+    }
+    return FA_OK;
+}
+
+static int compare(const void *a, const void *b) {
+    const int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* On the CPU: the pages that are read, by what the rows see, and those that are written, which no
+ * other sequence writes. What else the table holds is not looked at. */
+static fa_status check_pages(const fa_kvcache *c, const fa_array *table, int32_t *written,
+                             fa_error *error) {
+    const fa_what *w = &c->forward.what;
+    int64_t count = 0;
+    for (int64_t b = 0; b < w->b; b++) {
+        const int32_t before = fa_keys_before(c, b), keys = before + c->s_new;
+        fa_masks masks = c->forward.masks;
+        masks.k_lengths = &keys, masks.k_lengths_stride = 0;
+        const fa_lengths n = fa_sequence_lengths(&masks, b, w->sq, w->sk);
+        if (w->sq)
+            TRY(check_range(c, table, b, fa_row_interval(n, 0).begin,
+                            fa_row_interval(n, w->sq - 1).end, NULL, NULL, error));
+        TRY(check_range(c, table, b, before, keys, written, &count, error));
+    }
+    qsort(written, (size_t)count, sizeof *written, compare);
+    for (int64_t i = 1; i < count; i++)
+        if (written[i] == written[i - 1])
+            return fa_fail(error, FA_VALUE,
+                           "`%s` must give new keys %s of their own, got %d for two sequences, or "
+                           "twice",
+                           table->name, table->ndim == 2 ? "pages" : "entries", written[i]);
+    return FA_OK;
+}
+
+/* The table, where there is one, into the request. */
+static fa_status check_table(const fa_request *r, const fa_kvcache_request *q, fa_kvcache *c,
+                             fa_error *error) {
+    const fa_array *table = q->page_table ? q->page_table : q->batch_idx;
+    fa_pages *p = &c->forward.pages;
+    if (!table || !c->forward.what.sk) return FA_OK; /* no keys, no pages */
+    p->table = table->data;
+    p->size = (int32_t)r->k->shape[key_axis(r)];
+    p->count = (int32_t)r->k->shape[0];
+    for (int i = 0; i < table->ndim; i++)
+        p->stride[i] = table->shape[i] == 1 ? 0 : table->stride[i];
+    if (table->device_type != FA_CPU) return FA_OK;
+    const size_t most = (size_t)c->forward.what.b * (size_t)(c->s_new / p->size + 2);
+    int32_t *written = malloc(most * sizeof *written);
+    if (!written) return fa_fail(error, FA_MEMORY, "no memory to check `%s`", table->name);
+    const fa_status status = check_pages(c, table, written, error);
+    free(written);
+    return status;
+}
+
+/* The caches, which share no element with what else the call has. Each other they may: values can
+ * be a part of the keys. */
+static fa_status check_written(const fa_request *r, const fa_kvcache_request *q, fa_error *error) {
+    const fa_array *const caches[2] = {r->k, r->v}, *read[MAX_READ];
+    if (!q->k_new) return FA_OK;
+    list_read(r, q, read);
+    for (int i = 0; i < 2; i++)
+        TRY(fa_check_written(caches[i], 4, caches[i]->shape, r->q, MAX_READ, read, error));
+    return FA_OK;
+}
+
+fa_status fa_check_kvcache_out(const fa_request *r, const fa_kvcache_request *q,
+                               const fa_plan *plan, const fa_array *out, fa_error *error) {
+    const fa_array *read[MAX_READ + 2];
+    list_read(r, q, read);
+    read[MAX_READ] = r->k, read[MAX_READ + 1] = r->v;
+    return fa_check_written(out, plan->out_ndim, plan->out_shape, r->q, MAX_READ + 2, read, error);
+}
+
+void fa_expect_kvcache(const fa_plan *plan, const int64_t mass_shape[3], int wants_mass,
+                       fa_kvcache *c) {
+    c->forward.what.out = plan->params.what.out;
+    c->forward.what.lse = plan->params.what.lse;
+    if (wants_mass) fa_expect_lse(&c->mass, 3, mass_shape);
+}
+
+fa_status fa_check_kvcache(const fa_request *r, const fa_kvcache_request *q, fa_plan *plan,
+                           fa_kvcache *c, int64_t mass_shape[3], fa_error *error) {
+    const int axis = key_axis(r);
+    fa_clear(c, sizeof *c);
+    TRY(check_caches(r, q, error));
+    TRY(check_new(r, q, error));
+    int64_t room = r->k->shape[axis];
+    if (q->page_table &&
+        (__builtin_mul_overflow(room, q->page_table->shape[1], &room) || room > FA_MAX_LENGTH))
+        return fa_fail(error, FA_VALUE, "`%s` must name at most %d keys of a sequence",
+                       q->page_table->name, FA_MAX_LENGTH);
+    if (!r->k->shape[0] && r->q->shape[0]) room = 0; /* there is no page */
+    c->s_new = q->k_new ? (int32_t)q->k_new->shape[axis] : 0;
+    TRY(check_lengths(r, q, room, c, error));
+    const fa_masks lengths = c->forward.masks;
+
+    fa_array k = *r->k, v = *r->v; /* as if gathered */
+    fa_request gathered = *r;
+    gathered.k = &k, gathered.v = &v;
+    k.shape[0] = v.shape[0] = r->q->shape[0];
+    k.shape[axis] = v.shape[axis] = q->lengths ? room : q->length + c->s_new;
+    TRY(fa_check_attention(&gathered, plan, error));
+
+    c->forward = plan->params;
+    c->forward.masks.k_lengths = lengths.k_lengths;
+    c->forward.masks.k_lengths_stride = lengths.k_lengths_stride;
+    fa_bind(&c->forward.what.k, r->k, r->layout);
+    fa_bind(&c->forward.what.v, r->v, r->layout);
+    if (q->k_new) fa_bind(&c->k_new, q->k_new, r->layout);
+    if (q->k_new) fa_bind(&c->v_new, q->v_new, r->layout);
+    mass_shape[0] = r->q->shape[0], mass_shape[1] = r->k->shape[3 - axis], mass_shape[2] = room;
+    TRY(check_rotary(r, q, c, error));
+    TRY(check_table(r, q, c, error));
+    return check_written(r, q, error);
+}
