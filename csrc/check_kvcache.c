@@ -52,24 +52,36 @@ static fa_status check_caches(const fa_request *r, const fa_kvcache_request *q, 
     return fa_check_place(table, r->q, error);
 }
 
-/* New keys and values, both or none. */
-static fa_status check_new(const fa_request *r, const fa_kvcache_request *q, fa_error *error) {
-    const fa_array *const of[2] = {q->k_new, q->v_new}, *const into[2] = {r->k, r->v};
+/* New keys and values, both or none; how many of them. */
+static fa_status count_new(const fa_request *r, const fa_kvcache_request *q, int32_t *s_new,
+                           fa_error *error) {
+    const fa_array *const of[2] = {q->k_new, q->v_new};
     const int axis = key_axis(r);
     if (!of[0] && !of[1]) return FA_OK;
     if (!of[0] || !of[1])
         return fa_fail(error, FA_VALUE, "`k` and `v` must come together, got `%s` alone",
                        of[0] ? "k" : "v");
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 2; i++)
         TRY(fa_check_rank(of[i], 4,
                           r->layout == FA_BSHD ? "(b, s_new, hk, d)" : "(b, hk, s_new, d)", error));
-        TRY(fa_check_dtype(of[i], r->q->dtype, r->q, error));
-        TRY(fa_check_place(of[i], r->q, error));
+    TRY(fa_check_range(of[0], of[0]->shape[axis], "s_new", 0, FA_MAX_LENGTH, error));
+    *s_new = (int32_t)of[0]->shape[axis];
+    return FA_OK;
+}
+
+/* They are like the caches, which have been checked, and go into the request. */
+static fa_status check_new(const fa_request *r, const fa_kvcache_request *q, fa_kvcache *c,
+                           fa_error *error) {
+    const fa_array *const of[2] = {q->k_new, q->v_new}, *const into[2] = {r->k, r->v};
+    fa_tensor *const to[2] = {&c->k_new, &c->v_new};
+    for (int i = 0; i < 2 && of[i]; i++) {
         int64_t shape[4] = {r->q->shape[0], into[i]->shape[1], into[i]->shape[2],
                             into[i]->shape[3]};
-        shape[axis] = of[0]->shape[axis];
+        shape[key_axis(r)] = c->s_new;
         TRY(fa_check_shape(of[i], 4, shape, error));
-        TRY(fa_check_range(of[i], shape[axis], "s_new", 0, FA_MAX_LENGTH, error));
+        TRY(fa_check_dtype(of[i], r->q->dtype, r->q, error));
+        TRY(fa_check_place(of[i], r->q, error));
+        fa_bind(to[i], of[i], r->layout);
     }
     return FA_OK;
 }
@@ -254,14 +266,13 @@ fa_status fa_check_kvcache(const fa_request *r, const fa_kvcache_request *q, fa_
     const int axis = key_axis(r);
     fa_clear(c, sizeof *c);
     TRY(check_caches(r, q, error));
-    TRY(check_new(r, q, error));
+    TRY(count_new(r, q, &c->s_new, error));
     int64_t room = r->k->shape[axis];
     if (q->page_table &&
         (__builtin_mul_overflow(room, q->page_table->shape[1], &room) || room > FA_MAX_LENGTH))
         return fa_fail(error, FA_VALUE, "`%s` must name at most %d keys of a sequence",
                        q->page_table->name, FA_MAX_LENGTH);
     if (!r->k->shape[0] && r->q->shape[0]) room = 0; /* there is no page */
-    c->s_new = q->k_new ? (int32_t)q->k_new->shape[axis] : 0;
     TRY(check_lengths(r, q, room, c, error));
     const fa_masks lengths = c->forward.masks;
 
@@ -277,8 +288,7 @@ fa_status fa_check_kvcache(const fa_request *r, const fa_kvcache_request *q, fa_
     c->forward.masks.k_lengths_stride = lengths.k_lengths_stride;
     fa_bind(&c->forward.what.k, r->k, r->layout);
     fa_bind(&c->forward.what.v, r->v, r->layout);
-    if (q->k_new) fa_bind(&c->k_new, q->k_new, r->layout);
-    if (q->k_new) fa_bind(&c->v_new, q->v_new, r->layout);
+    TRY(check_new(r, q, c, error));
     mass_shape[0] = r->q->shape[0], mass_shape[1] = r->k->shape[3 - axis], mass_shape[2] = room;
     TRY(check_rotary(r, q, c, error));
     TRY(check_table(r, q, c, error));

@@ -1,5 +1,6 @@
 """README and the recipes: programs run, calls are right, every cell of the matrix is so."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -8,6 +9,7 @@ import sys
 
 import declared
 import fastattn
+import kvcache_cases
 import ml_dtypes
 import numpy as np
 import pytest
@@ -175,6 +177,12 @@ def merges(dtype):
         np.testing.assert_allclose(mine.astype(float), theirs.astype(float), rtol=1e-2, atol=1e-3)
 
 
+def caches():
+    case = kvcache_cases.Case(seed=0, page_size=8, leftpad=True, rotary=8, mass=True)
+    for dtype in ("float32", "bfloat16"):
+        assert not kvcache_cases.run(dataclasses.replace(case, dtype=dtype), backend="cpu")
+
+
 def grades(hk=2, **keywords):
     torch = pytest.importorskip("torch")
     q, k, v = (torch.randn(1, h, 5, 16, requires_grad=True) for h in (2, hk, hk))
@@ -241,7 +249,10 @@ CALLS = {  # line of the matrix -> calls
         functools.partial(grades, softcap=5.0),
         functools.partial(grades, deterministic=True),
     ],
-    "page_table": [functools.partial(packs, page_table=np.zeros((3, 1), np.int32))],
+    "caches of keys: pages, new keys written, rotary positions, the mass": [caches],
+    "page_table of packed sequences": [
+        functools.partial(packs, page_table=np.zeros((3, 1), np.int32))
+    ],
 }
 
 
@@ -278,7 +289,10 @@ ASKS = {  # line of the matrix -> what it asks a backend to declare; else nothin
             )
         ),
     ),
-    "page_table": ({"features": ("pages",)},),
+    "caches of keys: pages, new keys written, rotary positions, the mass": (
+        {"operation": "kvcache"},
+    ),
+    "page_table of packed sequences": ({"features": ("pages",)},),
 }
 
 
