@@ -138,6 +138,11 @@ VALUES = [
         "`rotary_cos` must have at least 6 rows, one for each position, got 5",
     ),
     (
+        contiguous(rotary_cos=ones(5, 4), rotary_sin=ones(5, 4), causal=False)
+        | {"cache_seqlens": 4, "k": ones(B, 2, HK, D), "v": ones(B, 2, HK, D)},
+        "`rotary_cos` must have at least 6 rows, one for each position, got 5",
+    ),
+    (
         contiguous(rotary_cos=ones(4), rotary_sin=ones(4)),
         "`rotary_cos` must have 2 dimensions (s_max, rotary_dim / 2), got 1",
     ),
@@ -210,7 +215,10 @@ def test_what_these_calls_were_changed_from_is_served():
 
 
 def test_pages_that_nothing_comes_to_are_not_looked_at():
-    """Before a window, before the first key, and past the last."""
+    """Before a window, before the first key, past the last, and past what the last row sees."""
+    table = ints([0, 99, -1], [3, 1, 99])
+    unseen = {"page_table": table, "k": None, "v": None, "window": (None, -3)}
+    assert (fastattn.attention_kvcache(**paged() | unseen) == [[[[0]]], [[[1]]]]).all()
     for options in ({"window": (1, None)}, {"cache_leftpad": ints(2, 4)}):
         table = ints([99, 4, -1], [-5, 2**31 - 1, 6])
         assert (fastattn.attention_kvcache(**paged() | {"page_table": table} | options) == 1).all()

@@ -32,6 +32,8 @@ FEATURES = {
     "rotary pairs": {"rotary": 8, "interleaved": True, "sq": 3, "s_new": 3, **PAGED},
     "rotary at one place": {"rotary": 16, "sq": 3, "s_new": 3, "causal": False},
     "rotary and a window": {"rotary": 4, "sq": 3, "s_new": 3, "causal": False, "window": (9, 2)},
+    "rotary and half a window": {"rotary": 4, "sq": 3, "s_new": 3, "causal": False}
+    | {"window": (9, None)},
     "rotary of float32": {"rotary": 16, "rotary_float32": True, "dtype": "bfloat16"},
     "rotary of nothing": {"rotary": 0, "sq": 2, "s_new": 2},
     "window": {**PAGED, "window": (5, None), "sq": 2, "s_new": 2},
@@ -199,6 +201,24 @@ def test_results_are_what_was_asked_for():
     alone = fastattn.attention_kvcache(*call)
     second = fastattn.attention_kvcache(*call, return_mass=True)
     assert np.array_equal(alone, out) and np.array_equal(second[1], mass) and len(second) == 2
+
+
+def test_mass_of_rows_without_weights():
+    """Every score is -inf, or there is no key: no NaN."""
+    q, v = np.ones((2, 1, 1, 4), np.float32), np.ones((2, 3, 1, 4), np.float32)
+    n = np.array([3, 0], np.int32)
+    call = (q, np.full_like(v, -np.inf), v, n)
+    out, lse, mass = fastattn.attention_kvcache(*call, return_lse=True, return_mass=True)
+    assert (out == 0).all() and (mass == 0).all() and (lse == -np.inf).all()
+
+
+def test_no_pages_at_all():
+    q, none = np.ones((2, 1, 2, 8), np.float32), np.ones((0, 4, 2, 8), np.float32)
+    table = np.full((2, 3), 7, np.int32)
+    out, mass = fastattn.attention_kvcache(q, none, none, 0, page_table=table, return_mass=True)
+    assert (out == 0).all() and mass.shape == (2, 2, 0)
+    with pytest.raises(ValueError, match="`cache_seqlens` must be from 0 to 0"):
+        fastattn.attention_kvcache(q, none, none, 1, page_table=table)
 
 
 def test_explain():
