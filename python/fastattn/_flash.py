@@ -78,6 +78,6 @@ def unpack(name: str, packed: Any, axis: int, count: int) -> Any:
 
 
 NO_CACHE = (
-    "flash_attn_with_kvcache is not built yet: use flash_attn_func on the cache's filled part, or "
-    "fastattn.attention with k_lengths"
+    "flash_attn_with_kvcache is not built yet: use fastattn.attention_kvcache, or flash_attn_func on "
+    "the part of the cache that is filled"
 )
