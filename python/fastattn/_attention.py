@@ -612,7 +612,7 @@ def attention_kvcache(
     out: Any = None,
     backend: Literal["sm90", "sm80", "cpu"] | None = None,
 ) -> Any:
-    """attention of new queries to a cache of keys and values, into which new ones are written first.
+    """attention of new queries to cached keys and values, into which new ones are written first.
 
     Sequence n has cache_seqlens[n] keys in the cache. New ones, if there are any, are written after
     them, in place, and the queries attend to all: the result is attention's on the keys and values

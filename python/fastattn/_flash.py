@@ -78,6 +78,6 @@ def unpack(name: str, packed: Any, axis: int, count: int) -> Any:
 
 
 NO_CACHE = (
-    "flash_attn_with_kvcache is not built yet: use fastattn.attention_kvcache, or flash_attn_func on "
-    "the part of the cache that is filled"
+    "flash_attn_with_kvcache is not built yet: use fastattn.attention_kvcache, or flash_attn_func "
+    "on the part of the cache that is filled"
 )
