@@ -233,15 +233,15 @@ def same(a, b):
     return a.tobytes() == b.tobytes()
 
 
-def run(case, framework=None, **more):
+def run(case, framework=None, attend=None, **more):
     """Makes the call and returns the complaints, none if all is right."""
     import fastattn
 
-    framework = framework or cases.NumPy()
+    framework, attend = framework or cases.NumPy(), attend or fastattn.attention_kvcache
     inputs = Inputs(case)
     arrays = Arrays(case, inputs, framework)
     q, kwargs = inputs.q, options(case)
-    results = fastattn.attention_kvcache(
+    results = attend(
         *(arrays.q, arrays.k_cache, arrays.v_cache, arrays.seqlens),
         **(arrays.keywords | kwargs),
         layout=case.layout,

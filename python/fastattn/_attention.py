@@ -620,7 +620,8 @@ def attention_kvcache(
     tables, reaches nothing. A call that raises has written nothing, a failure of the machine
     excepted; one call is meant to be the only one that writes a cache at a time.
 
-    There is no gradient, and no autocast: the cache has one dtype.
+    There is no gradient, and no autocast: the cache has one dtype. Graphs of torch hold the call as
+    an operator that writes the caches, or where no new keys come reads them; `out` must be None.
 
     Args:
         q: (b, sq, hq, d) of float64, float32, float16 or bfloat16; or (b, hq, sq, d) with
@@ -674,7 +675,8 @@ def attention_kvcache(
         TypeError: no array, or a dtype; a cache of JAX where new keys come, for those are never
             written.
         NotImplementedError: no backend serves the call (each one's reason is in the message), which
-            is any on a GPU so far; a tensor that requires grad, or that torch traces.
+            is any on a GPU so far; a tensor that requires grad, or is inside of torch.vmap or
+            torch.func.grad; an array that JAX traces.
 
     Source: paging: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
     PagedAttention", 2023; rotary positions: Su et al., "RoFormer", 2021, equation 34.
