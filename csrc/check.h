@@ -50,8 +50,8 @@ typedef struct fa_request {
     const fa_array *q, *k, *v; /* never NULL */
     const fa_array *mask, *q_lengths, *k_lengths, *k_start, *alibi_slopes, *sink;
     /* Of attention_varlen: q, k, v are (total, h, d), layout FA_BSHD. */
-    const fa_array *cu_q, *cu_k;
-    int64_t max_sq, max_sk; /* of attention_varlen: the longest that a sequence may be */
+    const fa_array *cu_q, *cu_k; /* cu_k NULL: only queries are packed, the keys are a cache's */
+    int64_t max_sq, max_sk;      /* of attention_varlen: the longest that a sequence may be */
     double dropout_p;
     const fa_array *seed; /* one integer, or NULL: seed_value */
     int64_t seed_value;

@@ -4,25 +4,40 @@
  * A sequence's keys, gathered, are what fa_check_attention() sees as k and v; here is what they are
  * gathered from, and what is written there.
  */
-#include <stdlib.h>
-
 #include "check_array.h"
 #include "mask.h"
 #include "views.h"
 
-enum { MAX_READ = 11 };
+enum { MAX_READ = 12 };
 
 /* What a call reads but for the caches. */
 static void list_read(const fa_request *r, const fa_kvcache_request *q,
                       const fa_array *read[MAX_READ]) {
-    const fa_array *const all[MAX_READ] = {r->q,          q->k_new,        q->v_new, q->lengths,
-                                           q->page_table, q->batch_idx,    q->cos,   q->sin,
-                                           r->k_start,    r->alibi_slopes, r->sink};
+    const fa_array *const all[MAX_READ] = {r->q,       r->cu_q,       q->k_new,        q->v_new,
+                                           q->lengths, q->page_table, q->batch_idx,    q->cos,
+                                           q->sin,     r->k_start,    r->alibi_slopes, r->sink};
     memcpy(read, all, sizeof all);
 }
 
 /* The axis of a cache, or of new keys, that counts keys. */
 static int key_axis(const fa_request *r) { return r->layout == FA_BSHD ? 1 : 2; }
+
+/* How many sequences there are, and the argument that says it. */
+static int64_t batch(const fa_request *r) {
+    return r->cu_q ? r->cu_q->shape[0] - 1 : r->q->shape[0];
+}
+
+static const fa_array *batch_of(const fa_request *r) { return r->cu_q ? r->cu_q : r->q; }
+
+/* Packed or not; what else there is to say of cu_seqlens_q is fa_check_varlen()'s. */
+static fa_status check_queries(const fa_request *r, fa_error *error) {
+    if (!r->cu_q)
+        return fa_check_rank(r->q, 4, r->layout == FA_BSHD ? "(b, sq, hq, d)" : "(b, hq, sq, d)",
+                             error);
+    TRY(fa_check_rank(r->q, 3, "(total_q, hq, d)", error));
+    TRY(fa_check_rank(r->cu_q, 1, "(b + 1,)", error));
+    return fa_check_range(r->cu_q, r->cu_q->shape[0], "b + 1", 1, INT32_MAX, error);
+}
 
 /* The shapes of the caches, and of what says where in them a sequence is. */
 static fa_status check_caches(const fa_request *r, const fa_kvcache_request *q, fa_error *error) {
@@ -32,7 +47,7 @@ static fa_status check_caches(const fa_request *r, const fa_kvcache_request *q, 
     const int paged = q->page_table != NULL, axis = key_axis(r);
     const char *const wanted = dimensions[paged][r->layout == FA_BSHD];
     const fa_array *table = paged ? q->page_table : q->batch_idx;
-    TRY(fa_check_rank(r->q, 4, r->layout == FA_BSHD ? "(b, sq, hq, d)" : "(b, hq, sq, d)", error));
+    TRY(check_queries(r, error));
     TRY(fa_check_rank(r->k, 4, wanted, error));
     TRY(fa_check_rank(r->v, 4, wanted, error));
     TRY(fa_check_equal(r->v, r->v->shape[0], paged ? "num_pages" : "b_cache", r->k, r->k->shape[0],
@@ -45,10 +60,11 @@ static fa_status check_caches(const fa_request *r, const fa_kvcache_request *q, 
     if (paged && q->batch_idx)
         return fa_fail(error, FA_VALUE, "`%s` must be None with `%s`, got both", q->batch_idx->name,
                        table->name);
-    if (!table) return fa_check_equal(r->k, r->k->shape[0], "b_cache", r->q, r->q->shape[0], error);
+    if (!table)
+        return fa_check_equal(r->k, r->k->shape[0], "b_cache", batch_of(r), batch(r), error);
     TRY(fa_check_dtype(table, fa_int32, NULL, error));
     TRY(fa_check_rank(table, paged ? 2 : 1, paged ? "(b, pages)" : "(b,)", error));
-    TRY(fa_check_equal(table, table->shape[0], "b", r->q, r->q->shape[0], error));
+    TRY(fa_check_equal(table, table->shape[0], "b", batch_of(r), batch(r), error));
     return fa_check_place(table, r->q, error);
 }
 
@@ -75,8 +91,7 @@ static fa_status check_new(const fa_request *r, const fa_kvcache_request *q, fa_
     const fa_array *const of[2] = {q->k_new, q->v_new}, *const into[2] = {r->k, r->v};
     fa_tensor *const to[2] = {&c->k_new, &c->v_new};
     for (int i = 0; i < 2 && of[i]; i++) {
-        int64_t shape[4] = {r->q->shape[0], into[i]->shape[1], into[i]->shape[2],
-                            into[i]->shape[3]};
+        int64_t shape[4] = {batch(r), into[i]->shape[1], into[i]->shape[2], into[i]->shape[3]};
         shape[key_axis(r)] = c->s_new;
         TRY(fa_check_shape(of[i], 4, shape, error));
         TRY(fa_check_dtype(of[i], r->q->dtype, r->q, error));
@@ -90,7 +105,7 @@ static fa_status check_new(const fa_request *r, const fa_kvcache_request *q, fa_
 static fa_status check_lengths(const fa_request *r, const fa_kvcache_request *q, int64_t room,
                                fa_kvcache *c, fa_error *error) {
     fa_masks *m = &c->forward.masks;
-    const int64_t most = room - c->s_new, b = r->q->shape[0];
+    const int64_t most = room - c->s_new, b = batch(r);
     if (most < 0)
         return fa_fail(error, FA_VALUE,
                        "`%s` must have s_new of at most the %lld keys of `%s`, got %d",
@@ -119,13 +134,14 @@ static fa_status check_lengths(const fa_request *r, const fa_kvcache_request *q,
 
 /* The most positions that a sequence has, keys and rows of q; on a GPU, that it may have. */
 static int64_t last_position(const fa_kvcache *c) {
-    const fa_what *w = &c->forward.what;
-    const int64_t rows = c->rotary.advances ? w->sq : w->sq > 0;
-    const int64_t more = rows > c->s_new ? rows : c->s_new;
+    const fa_params *p = &c->forward;
+    const fa_what *w = &p->what;
     int64_t most = 0;
-    if (c->forward.where.device_type != FA_CPU) return w->sk;
+    if (p->where.device_type != FA_CPU) return w->sk;
     for (int64_t b = 0; b < w->b; b++) {
-        const int64_t end = fa_keys_before(c, b) + more;
+        const int32_t sq = fa_find_cached(&p->varlen, &p->masks, b, w->sq, w->sk).lengths.sq;
+        const int32_t rows = c->rotary.advances ? sq : sq > 0;
+        const int64_t end = fa_keys_before(c, b) + (rows > c->s_new ? rows : c->s_new);
         if (end > most) most = end;
     }
     return most;
@@ -168,73 +184,6 @@ static fa_status check_rotary(const fa_request *r, const fa_kvcache_request *q, 
     return FA_OK;
 }
 
-/* Pages that hold the keys [begin, end) of sequence b; they are written to `pages` if not NULL. */
-static fa_status check_range(const fa_kvcache *c, const fa_array *table, int64_t b, int64_t begin,
-                             int64_t end, int32_t *pages, int64_t *count, fa_error *error) {
-    const fa_pages *p = &c->forward.pages;
-    for (int64_t column = begin / p->size; column * p->size < end && begin < end; column++) {
-        const int32_t page = p->table[b * p->stride[0] + column * p->stride[1]];
-        if (page < 0 || page >= p->count)
-            return fa_fail(error, FA_VALUE,
-                           "`%s` must name %s from 0 to %d, got %d for key %lld of sequence %lld",
-                           table->name, table->ndim == 2 ? "pages" : "entries", p->count - 1, page,
-                           (long long)(column * p->size), (long long)b);
-        if (pages) pages[(*count)++] = page;
-    }
-    return FA_OK;
-}
-
-static int compare(const void *a, const void *b) {
-    const int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
-    return (x > y) - (x < y);
-}
-
-/* On the CPU: the pages that are read, by what the rows see, and those that are written, which no
- * other sequence writes. What else the table holds is not looked at. */
-static fa_status check_pages(const fa_kvcache *c, const fa_array *table, int32_t *written,
-                             fa_error *error) {
-    const fa_what *w = &c->forward.what;
-    int64_t count = 0;
-    for (int64_t b = 0; b < w->b; b++) {
-        const int32_t before = fa_keys_before(c, b), keys = before + c->s_new;
-        fa_masks masks = c->forward.masks;
-        masks.k_lengths = &keys, masks.k_lengths_stride = 0;
-        const fa_lengths n = fa_sequence_lengths(&masks, b, w->sq, w->sk);
-        if (w->sq)
-            TRY(check_range(c, table, b, fa_row_interval(n, 0).begin,
-                            fa_row_interval(n, w->sq - 1).end, NULL, NULL, error));
-        TRY(check_range(c, table, b, before, keys, written, &count, error));
-    }
-    qsort(written, (size_t)count, sizeof *written, compare);
-    for (int64_t i = 1; i < count; i++)
-        if (written[i] == written[i - 1])
-            return fa_fail(error, FA_VALUE,
-                           "`%s` must give new keys %s of their own, got %d for two sequences, or "
-                           "twice",
-                           table->name, table->ndim == 2 ? "pages" : "entries", written[i]);
-    return FA_OK;
-}
-
-/* The table, where there is one, into the request. */
-static fa_status check_table(const fa_request *r, const fa_kvcache_request *q, fa_kvcache *c,
-                             fa_error *error) {
-    const fa_array *table = q->page_table ? q->page_table : q->batch_idx;
-    fa_pages *p = &c->forward.pages;
-    if (!table || !c->forward.what.sk) return FA_OK; /* no keys, no pages */
-    p->table = table->data;
-    p->size = (int32_t)r->k->shape[key_axis(r)];
-    p->count = (int32_t)r->k->shape[0];
-    for (int i = 0; i < table->ndim; i++)
-        p->stride[i] = table->shape[i] == 1 ? 0 : table->stride[i];
-    if (table->device_type != FA_CPU) return FA_OK;
-    const size_t most = (size_t)c->forward.what.b * (size_t)(c->s_new / p->size + 2);
-    int32_t *written = malloc(most * sizeof *written);
-    if (!written) return fa_fail(error, FA_MEMORY, "no memory to check `%s`", table->name);
-    const fa_status status = check_pages(c, table, written, error);
-    free(written);
-    return status;
-}
-
 /* The caches, which share no element with what else the call has. Each other they may: values can
  * be a part of the keys. */
 static fa_status check_written(const fa_request *r, const fa_kvcache_request *q, fa_error *error) {
@@ -261,6 +210,16 @@ void fa_expect_kvcache(const fa_plan *plan, const int64_t mass_shape[3], int wan
     if (wants_mass) fa_expect_lse(&c->mass, 3, mass_shape);
 }
 
+/* A cache as if its keys were gathered: sk of each sequence, or of all where queries are packed. */
+static void gather(const fa_request *r, const fa_array *cache, int64_t sk, fa_array *to) {
+    const int axis = key_axis(r);
+    *to = *cache;
+    to->shape[0] = batch(r), to->shape[axis] = sk;
+    if (!r->cu_q) return;
+    to->ndim = 3;
+    to->shape[0] = sk, to->shape[1] = cache->shape[3 - axis], to->shape[2] = cache->shape[3];
+}
+
 fa_status fa_check_kvcache(const fa_request *r, const fa_kvcache_request *q, fa_plan *plan,
                            fa_kvcache *c, int64_t mass_shape[3], fa_error *error) {
     const int axis = key_axis(r);
@@ -272,15 +231,17 @@ fa_status fa_check_kvcache(const fa_request *r, const fa_kvcache_request *q, fa_
         (__builtin_mul_overflow(room, q->page_table->shape[1], &room) || room > FA_MAX_LENGTH))
         return fa_fail(error, FA_VALUE, "`%s` must name at most %d keys of a sequence",
                        q->page_table->name, FA_MAX_LENGTH);
-    if (!r->k->shape[0] && r->q->shape[0]) room = 0; /* there is no page */
+    if (!r->k->shape[0] && batch(r)) room = 0; /* there is no page */
     TRY(check_lengths(r, q, room, c, error));
     const fa_masks lengths = c->forward.masks;
 
-    fa_array k = *r->k, v = *r->v; /* as if gathered */
+    fa_array k, v;
     fa_request gathered = *r;
-    gathered.k = &k, gathered.v = &v;
-    k.shape[0] = v.shape[0] = r->q->shape[0];
-    k.shape[axis] = v.shape[axis] = q->lengths ? room : q->length + c->s_new;
+    const int64_t sk = q->lengths ? room : q->length + c->s_new;
+    gather(r, r->k, sk, &k);
+    gather(r, r->v, sk, &v);
+    gathered.k = &k, gathered.v = &v, gathered.max_sk = sk;
+    if (r->cu_q) gathered.layout = FA_BSHD;
     TRY(fa_check_attention(&gathered, plan, error));
 
     c->forward = plan->params;
@@ -289,8 +250,9 @@ fa_status fa_check_kvcache(const fa_request *r, const fa_kvcache_request *q, fa_
     fa_bind(&c->forward.what.k, r->k, r->layout);
     fa_bind(&c->forward.what.v, r->v, r->layout);
     TRY(check_new(r, q, c, error));
-    mass_shape[0] = r->q->shape[0], mass_shape[1] = r->k->shape[3 - axis], mass_shape[2] = room;
+    mass_shape[0] = batch(r), mass_shape[1] = r->k->shape[3 - axis], mass_shape[2] = room;
     TRY(check_rotary(r, q, c, error));
-    TRY(check_table(r, q, c, error));
+    const fa_array *table = q->page_table ? q->page_table : q->batch_idx;
+    if (table) TRY(fa_check_pages(table, r->k, axis, c, error));
     return check_written(r, q, error);
 }

@@ -43,6 +43,7 @@ class Case:
     out: bool = False
     mass: bool = False
     invariant: bool = False
+    packed: bool = False  # queries, of up to sq rows each
 
 
 def random_case(seed):
@@ -98,6 +99,7 @@ def random_case(seed):
         out=rng.random() < 0.3,
         mass=rng.random() < 0.4,
         invariant=rng.random() < 0.2,
+        packed=rng.random() < 0.2,
     )
 
 
@@ -136,6 +138,8 @@ class Inputs:
         self.keys = self.before + new
         start = rng.integers(0, self.keys + 1) if case.leftpad else np.zeros(case.b, int)
         self.start = start.astype(np.int32)
+        rows = rng.integers(0, case.sq + 1, case.b) if case.packed else np.full(case.b, case.sq)
+        self.rows = rows.astype(np.int32)
         self.table, count = places(case, rng, self.before, self.keys, self.start)
 
         def normal(*shape):
@@ -155,6 +159,9 @@ class Inputs:
         if case.shared:
             self.v, self.new[1] = self.k, self.new[0]
         self.cos = self.sin = None
+        if case.packed:
+            self.ends = np.concatenate([[0], np.cumsum(self.rows)]).astype(np.int32)
+            self.total = int(self.ends[-1]) + 2  # two rows of no sequence
         if case.rotary is not None:
             rows = int(max([case.room, *(self.before + case.sq)])) + 1
             angles = rng.uniform(-3, 3, (rows, case.rotary // 2))
@@ -166,6 +173,21 @@ class Inputs:
             2: rng.uniform(0, 0.5, (case.b, case.hq)).astype(np.float32),
         }[case.alibi]
         self.sink = normal(case.hq).astype(np.float32) if case.sink else None
+
+    def pack(self, x, rest):
+        """(b, h, sq, d) -> (total, h, d); rows of no sequence are `rest`."""
+        out = np.full((self.total, x.shape[1], x.shape[3]), rest, x.dtype)
+        for n, rows in enumerate(self.rows):
+            out[self.ends[n] : self.ends[n + 1]] = x[n, :, :rows].swapaxes(0, 1)
+        return out
+
+    def unpack(self, x, rest):
+        """The other way round, of (total, h, ...); rows of no sequence must be `rest`."""
+        out = np.full((self.case.b, x.shape[1], self.case.sq, *x.shape[2:]), rest, x.dtype)
+        for n, rows in enumerate(self.rows):
+            out[n, :, :rows] = x[self.ends[n] : self.ends[n + 1]].swapaxes(0, 1)
+        assert (x[self.ends[-1] :] == rest).all()
+        return out
 
 
 class Arrays:
@@ -186,13 +208,19 @@ class Arrays:
             self.stored[name] = store(values, storage, rng)
             return framework.array(self.stored[name])
 
-        self.q = put("q", inputs.q, layout=True)
+        self.keywords = {}
+        if case.packed:
+            self.q = put("q", inputs.pack(inputs.q, np.nan))
+            self.keywords["cu_seqlens_q"] = put("cu_seqlens_q", inputs.ends)
+            if case.seed % 2:
+                self.keywords["max_seqlen_q"] = case.sq
+        else:
+            self.q = put("q", inputs.q, layout=True)
         self.k_cache = put("k_cache", inputs.k, layout=True)
         self.v_cache = self.k_cache if case.shared else put("v_cache", inputs.v, layout=True)
         self.seqlens = int(inputs.before[0]) if case.b and case.lengths == "int" else None
         if self.seqlens is None:
             self.seqlens = put("cache_seqlens", inputs.before.astype(np.int32))
-        self.keywords = {}
         if case.s_new is not None:
             self.keywords |= {
                 "k": put("k", inputs.new[0], True),
@@ -214,7 +242,8 @@ class Arrays:
         self.keywords |= {"sink": put("sink", inputs.sink)}
         if case.out:
             empty = np.zeros((case.b, case.hq, case.sq, case.dv), inputs.q.dtype)
-            self.keywords["out"] = put("out", empty, layout=True)
+            empty = inputs.pack(empty, 0) if case.packed else empty
+            self.keywords["out"] = put("out", empty, layout=not case.packed)
 
     def cache(self, name, case):
         """What it holds now, (pages, h, size, d)."""
@@ -273,12 +302,15 @@ def run(case, framework=None, attend=None, **more):
         if not same(np.ascontiguousarray(arrays.cache(name, case)), want):
             complaints.append(f"{name} is not as it should be")
     k, v = (meaning.gathered(x, inputs.table, case.room) for x in (want_k, want_v))
-    kwargs |= {"k_lengths": inputs.keys, "k_start": inputs.start}
+    kwargs |= {"q_lengths": inputs.rows, "k_lengths": inputs.keys, "k_start": inputs.start}
     kwargs |= {"alibi_slopes": inputs.slopes, "sink": inputs.sink}
     if case.out and results[0] is not arrays.keywords["out"]:
         complaints.append("the result is not the caller's out")
     out, lse = (np.array(framework.numpy(x)) for x in results[:2])
-    out = out.swapaxes(1, 2) if case.layout == "bshd" else out
+    if case.packed:
+        out, lse = inputs.unpack(out, 0), inputs.unpack(lse.T, -np.inf)
+    elif case.layout == "bshd":
+        out = out.swapaxes(1, 2)
     complaints += reference.check(out, lse, q, k, v, **kwargs)
     if case.mass:
         got, want = framework.numpy(results[2]), meaning.mass(q, k, **kwargs)

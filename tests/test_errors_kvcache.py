@@ -36,6 +36,11 @@ def entries(**changes):
     return contiguous(**given | changes)
 
 
+def packed(**changes):
+    given = {"q": ones(5, HQ, D), "out": ones(5, HQ, D), "cu_seqlens_q": ints(0, 2, 4)}
+    return contiguous(**given | changes)
+
+
 TABLE = ones(6, 4)
 VALUES = [
     (contiguous(q=ones(B, HQ, D)), "`q` must have 4 dimensions (b, sq, hq, d), got 3"),
@@ -146,12 +151,38 @@ VALUES = [
         contiguous(rotary_cos=ones(4), rotary_sin=ones(4)),
         "`rotary_cos` must have 2 dimensions (s_max, rotary_dim / 2), got 1",
     ),
+    (packed(q=ones(B, SQ, HQ, D)), "`q` must have 3 dimensions (total_q, hq, d), got 4"),
+    (packed(cu_seqlens_q=ints([0, 2])), "`cu_seqlens_q` must have 1 dimensions (b + 1,), got 2"),
+    (packed(cu_seqlens_q=ints()), "`cu_seqlens_q` must have b + 1 from 1 to 2147483647, got 0"),
+    (packed(cu_seqlens_q=ints(0, 2)), "`k_cache` must have b_cache = 1 like `cu_seqlens_q`, got 2"),
+    (packed(cu_seqlens_q=ints(1, 2, 3)), "`cu_seqlens_q` must start at 0, got 1"),
+    (packed(cu_seqlens_q=ints(0, 2, 6)), "`cu_seqlens_q` must not run past `q`'s 5 rows, got 6"),
+    (packed(cu_seqlens_q=ints(0, 2, 1)), "`cu_seqlens_q` must not decrease, got 1 after 2"),
+    (
+        packed(max_seqlen_q=1),
+        "`cu_seqlens_q` must have sequences of at most `max_seqlen_q` = 1 rows, got 2",
+    ),
+    (packed(max_seqlen_q=-1), "`max_seqlen_q` must be from 0 to 1073741823, got -1"),
+    (
+        contiguous(max_seqlen_q=3),
+        "`max_seqlen_q` must be None without `cu_seqlens_q`, got a number",
+    ),
+    (packed(out=ones(B, SQ, HQ, D)), "`out` must have shape (5, 4, 8), got (2, 1, 4, 8)"),
+    (packed(k=ones(5, 1, HK, D), v=ones(5, 1, HK, D)), "`k` must have shape (2, 1, 2, 8), got (5,"),
+    (
+        packed(rotary_cos=ones(6, 4), rotary_sin=ones(6, 4)),
+        "`rotary_cos` must have at least 7 rows, one for each position, got 6",
+    ),
     (contiguous(num_splits=-2), "`num_splits` must be at least 0, got -2"),
     (contiguous(window=(-3, 2)), "`window` (-3, 2) sees no key; unbounded is None"),
     (contiguous(layout="shd"), "`layout` must be 'bhsd' or 'bshd', got 'shd'"),
     (contiguous(out=ones(B, SQ, HQ, 7)), "`out` must have shape (2, 1, 4, 8), got (2, 1, 4, 7)"),
 ]
 TYPES = [
+    (
+        packed(cu_seqlens_q=ints(0, 2, 4, dtype=np.int64)),
+        '`cu_seqlens_q` must be int32, got int64: pass cu_seqlens_q.astype("int32")',
+    ),
     (
         contiguous(k_cache=ones(B, 6, HK, D, dtype=np.float64)),
         "`k_cache` must be float32 like `q`, got float64",
@@ -180,8 +211,6 @@ TYPES = [
     (contiguous(return_mass="yes"), "`return_mass` must be True or False, got 'yes'"),
 ]
 LATER = [
-    (contiguous(cu_seqlens_q=ints(0, 1, 2)), "`cu_seqlens_q` is not built yet"),
-    (contiguous(max_seqlen_q=3), "`max_seqlen_q` is not built yet"),
     (contiguous(k_scale=ones(1)), "`k_scale` is not built yet"),
     (contiguous(v_scale=ones(1)), "`v_scale` is not built yet"),
     (contiguous(backend="sm90"), "sm90"),
@@ -212,6 +241,7 @@ def test_what_is_refused(error, given, sentence):
 def test_what_these_calls_were_changed_from_is_served():
     for given in (contiguous(), paged(), entries(cache_batch_idx=ints(4, 1))):
         assert fastattn.attention_kvcache(**given).shape == (B, SQ, HQ, D)
+    assert fastattn.attention_kvcache(**packed()).shape == (5, HQ, D)
 
 
 def test_pages_that_nothing_comes_to_are_not_looked_at():

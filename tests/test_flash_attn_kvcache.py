@@ -54,6 +54,11 @@ def test_by_the_reference(name, module):
     assert not kvcache_cases.run(Case(seed=8, **CASES[name]), cases.Torch("cpu"), of(module))
 
 
+def test_packed_queries_of_the_third():
+    case = Case(seed=9, packed=True, sq=4, s_new=None, **PAGED)
+    assert not kvcache_cases.run(case, cases.Torch("cpu"), of(flash_attn_interface))
+
+
 @pytest.mark.parametrize("alibi", [1, 2])
 def test_slopes_of_the_second(alibi):
     case = Case(seed=8, alibi=alibi, sq=3, s_new=None)

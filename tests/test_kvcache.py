@@ -49,6 +49,12 @@ FEATURES = {
     "the other layout": {"layout": "bhsd", "storage": "swapped", **PAGED, "out": True},
     "backwards": {"storage": "flipped", "out": True, "batch_idx": True},
     "whatever the others": {"invariant": True, "room": 1100},
+    "packed": {"packed": True, "sq": 5, "b": 3, "alibi": 2, "mass": True, "sink": True},
+    "packed, pages": {"packed": True, "sq": 20, "s_new": 20, "rotary": 8, **PAGED, "leftpad": True},
+    "packed, entries": {"packed": True, "sq": 3, "batch_idx": True, "layout": "bhsd", "out": True},
+    "packed, split": {"packed": True, "sq": 2, "room": 2100, "page_size": 700, "lengths": "int"},
+    "packed, rotary at one place": {"packed": True, "sq": 4, "rotary": 16, "causal": False}
+    | {"mass": True, "s_new": 2},
 }
 
 
@@ -97,6 +103,7 @@ def test_random_cases_draw_every_argument():
         "invariant",
         "causal",
         "interleaved",
+        "packed",
     ):
         given = [case for case in drawn if getattr(case, field) != getattr(plain, field)]
         assert len(given) >= 100, field
@@ -144,6 +151,17 @@ def test_pages_change_no_bit(dtype, size, sq):
     plain = fastattn.attention_kvcache(q, k, v, n, **options)
     for x, y, z in zip(want, got, plain, strict=True):
         assert x.tobytes() == y.tobytes() == z.tobytes()
+
+
+def test_a_token_of_each_sequence_packed_is_the_same_call():
+    q, k, v = arrays_of((3, 1, 4, 16), (3, 40, 2, 16), (3, 40, 2, 16))
+    n, ends = np.array([40, 7, 0], np.int32), np.arange(4, dtype=np.int32)
+    want = fastattn.attention_kvcache(q, k, v, n, return_lse=True, return_mass=True)
+    got = fastattn.attention_kvcache(
+        *(q[:, 0], k, v, n), cu_seqlens_q=ends, return_lse=True, return_mass=True
+    )
+    assert np.array_equal(got[0], want[0][:, 0]) and np.array_equal(got[2], want[2])
+    assert np.array_equal(got[1], want[1][:, :, 0].T)
 
 
 @pytest.fixture

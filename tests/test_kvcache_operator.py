@@ -17,6 +17,7 @@ CASES = {
     "pages": {**PAGED, "mass": True, "alibi": 1, "sink": True, "hq": 6, "dv": 24},
     "an int": {"lengths": "int", "layout": "bhsd", "softcap": 2.0, "scale": -0.4},
     "entries": {"batch_idx": True, "interleaved": True, "rotary": 16, "causal": "top-left"},
+    "packed": {"packed": True, "sq": 3, **PAGED, "mass": True},
     "values of keys": {"shared": True, "invariant": True, "causal": False},
 }
 
@@ -133,6 +134,11 @@ def test_opcheck():
     q, k, v, k_cache, v_cache, n = tensors()
     read = arguments(q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=n, return_mass=True)
     torch.library.opcheck(torch.ops.fastattn.attention_kvcache.default, read)
+    ends = {"cu_seqlens_q": n.new_tensor([0, 1, 2]), "max_seqlen_q": 1}
+    packed = {"q": q[:, 0], "k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": n}
+    torch.library.opcheck(
+        torch.ops.fastattn.attention_kvcache.default, arguments(**packed, **ends, return_mass=True)
+    )
     pages = {"page_table": torch.tensor([[0, 1], [3, 2]]).int(), "layout": "bhsd"}
     new = {"q": q.transpose(1, 2), "k": k.transpose(1, 2), "v": v.transpose(1, 2)}
     cache = torch.randn(2, 4, 2, 5, 8)

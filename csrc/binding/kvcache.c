@@ -38,14 +38,28 @@ static fa_status get_lengths(kvcache_call *c, PyObject *object) {
                       &c->request.length, &overflow, &f->error);
 }
 
+/* cu_seqlens_q= and max_seqlen_q=: the queries are packed. */
+static fa_status get_packed(call *f, const arguments *a) {
+    fa_request *r = &f->request;
+    int overflow;
+    TRY(borrow_some(f, a->cu_seqlens_q, "cu_seqlens_q", &r->cu_q));
+    if (a->max_seqlen_q != Py_None && !r->cu_q)
+        return fa_fail(&f->error, FA_VALUE,
+                       "`max_seqlen_q` must be None without `cu_seqlens_q`, got a number");
+    if (a->max_seqlen_q != Py_None)
+        return option_int(a->max_seqlen_q, "max_seqlen_q", "be an int", &r->max_sq, &overflow,
+                          &f->error);
+    r->max_sq = r->q->ndim ? r->q->shape[0] : 0;
+    if (r->max_sq > FA_MAX_LENGTH) r->max_sq = FA_MAX_LENGTH;
+    return FA_OK;
+}
+
 /* What is in the signature and not served yet. */
 static fa_status refuse_later(call *f, const arguments *a) {
     const struct {
         PyObject *object;
         const char *name, *why;
     } later[] = {
-        {a->cu_seqlens_q, "cu_seqlens_q", "new queries have one length, (b, sq, hq, d)"},
-        {a->max_seqlen_q, "max_seqlen_q", "new queries have one length, (b, sq, hq, d)"},
         {a->k_scale, "k_scale", "caches have the dtype of `q`"},
         {a->v_scale, "v_scale", "caches have the dtype of `q`"},
     };
@@ -70,6 +84,7 @@ static fa_status get_arrays(kvcache_call *c, const arguments *a) {
     TRY(borrow_some(f, a->page_table, "page_table", &q->page_table));
     TRY(borrow_some(f, a->cache_batch_idx, "cache_batch_idx", &q->batch_idx));
     TRY(borrow_some(f, a->cache_leftpad, "cache_leftpad", &r->k_start));
+    TRY(get_packed(f, a));
     TRY(refuse_later(f, a));
     TRY(borrow_some(f, a->rotary_cos, "rotary_cos", &q->cos));
     TRY(borrow_some(f, a->rotary_sin, "rotary_sin", &q->sin));

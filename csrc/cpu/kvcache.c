@@ -83,19 +83,26 @@ static void append(const fa_kvcache *c, const fa_tensor *cache, const fa_tensor 
     }
 }
 
+/* Sequence b: its rows of q, and what they see. */
+static fa_sequence find_sequence(const fa_params *p, int64_t b) {
+    return fa_find_cached(&p->varlen, &p->masks, b, p->what.sq, p->what.sk);
+}
+
 /* Q rotated, contiguous. */
 static void rotate_queries(const fa_kvcache *c, fa_tensor *to) {
     const fa_what *w = &c->forward.what;
     const int64_t size = fa_dtype_size(w->dtype);
-    for (int64_t b = 0; b < w->b; b++)
+    for (int64_t b = 0; b < w->b; b++) {
+        const fa_sequence n = find_sequence(&c->forward, b);
         for (int64_t h = 0; h < w->hq; h++)
-            for (int64_t i = 0; i < w->sq; i++) {
-                char *row = (char *)to->data + element(to, b, h, i) * size;
-                copy_row(row, 1, (const char *)w->q.data + element(&w->q, b, h, i) * size,
+            for (int64_t i = 0; i < n.lengths.sq; i++) {
+                char *row = (char *)to->data + element(to, b, h, n.q + i) * size;
+                copy_row(row, 1, (const char *)w->q.data + element(&w->q, b, h, n.q + i) * size,
                          w->q.stride[3], w->d, size);
                 const int64_t before = fa_keys_before(c, b);
                 rotate(row, 1, w->dtype, &c->rotary, before + (c->rotary.advances ? i : 0));
             }
+    }
 }
 
 /* ---- the mass ---- */
@@ -121,13 +128,13 @@ static double multiply_rows(const double *x, const double *y, int n) {
     return sum;
 }
 
-/* p of a product q.k of row i, by the lse that the forward pass gave. */
-static double weigh(const fa_params *p, int64_t b, int64_t h, int32_t i, int32_t key, int position,
-                    double product) {
+/* p of a product q.k of row `row` of q, by the lse that the forward pass gave. */
+static double weigh(const fa_params *p, int64_t b, int64_t h, int64_t row, int32_t key,
+                    int position, double product) {
     const fa_scores *s = &p->scores;
     const fa_tensor *lse = &p->what.lse;
     const double most = p->what.dtype == FA_F64 ? 1e300 : 1e30;
-    const int64_t at = element(lse, b, h, i);
+    const int64_t at = element(lse, b, h, row);
     const double total =
         p->what.dtype == FA_F64 ? ((double *)lse->data)[at] : ((float *)lse->data)[at];
     double x = product * fmax(fmin(p->what.scale, most), -most);
@@ -143,16 +150,17 @@ static double weigh(const fa_params *p, int64_t b, int64_t h, int32_t i, int32_t
 static void sum_mass(const masses *m, int64_t b, int64_t h, double *memory) {
     const fa_params *p = m->p;
     const fa_what *w = &p->what;
-    const fa_lengths n = fa_sequence_lengths(&p->masks, b, w->sq, w->sk);
+    const fa_sequence sequence = find_sequence(p, b);
+    const fa_lengths n = sequence.lengths;
     const int64_t size = fa_dtype_size(w->dtype), group = w->hq / w->hk;
     const int width = (w->d + SUMS - 1) / SUMS * SUMS;
     const char *k = (const char *)w->k.data + element(&w->k, p->pages.table ? 0 : b, h, 0) * size;
     double *rows = memory + width;
-    for (int64_t r = 0; r < group * n.sq; r++)
-        read_doubles(
-            rows + r * width,
-            (const char *)w->q.data + element(&w->q, b, h * group + r % group, r / group) * size,
-            w->q.stride[3], w->dtype, w->d);
+    for (int64_t r = 0; r < group * n.sq; r++) {
+        const int64_t at = element(&w->q, b, h * group + r % group, sequence.q + r / group);
+        read_doubles(rows + r * width, (const char *)w->q.data + at * size, w->q.stride[3],
+                     w->dtype, w->d);
+    }
     for (int32_t j = 0; j < m->mass->shape[2]; j++) {
         double sum = 0;
         const fa_row_range see = fa_rows_seeing_some(n, (fa_interval){j, j < n.sk ? j + 1 : j});
@@ -161,7 +169,7 @@ static void sum_mass(const masses *m, int64_t b, int64_t h, double *memory) {
                          w->dtype, w->d);
         for (int32_t i = see.begin; i < see.end; i++)
             for (int64_t head = 0; head < group; head++)
-                sum += weigh(p, b, h * group + head, i, j, fa_row_position(n, i),
+                sum += weigh(p, b, h * group + head, sequence.q + i, j, fa_row_position(n, i),
                              multiply_rows(memory, rows + (i * group + head) * width, width));
         ((float *)m->mass->data)[element(m->mass, b, h, j)] = (float)sum;
     }
@@ -192,7 +200,7 @@ typedef struct room {
 
 static int make_room(room *r, const fa_kvcache *c) {
     const fa_what *w = &c->forward.what;
-    const size_t rows = (size_t)w->b * (size_t)w->hq * (size_t)w->sq;
+    const size_t rows = (size_t)(w->q.shape[0] * w->q.shape[1] * w->q.shape[2]);
     const size_t q = c->rotary.cos.data ? rows * (size_t)w->d * (size_t)fa_dtype_size(w->dtype) : 0;
     r->lengths = malloc((size_t)w->b * sizeof *r->lengths + 1);
     r->q = q ? malloc(q) : NULL;
@@ -213,13 +221,14 @@ static fa_status run(const fa_kvcache *c, const room *r, fa_level level, fa_erro
         if (r->lengths[b] > w->sk) w->sk = r->lengths[b];
     }
     p.masks.k_lengths = r->lengths, p.masks.k_lengths_stride = 1;
-    const int64_t hq = w->hq, sq = w->sq;
+    const int64_t b = w->q.shape[0], h = w->q.shape[1], s = w->q.shape[2], d = w->d;
+    const int64_t apart = p.varlen.cu_q ? 0 : h * s; /* rows of sequences that are not packed */
     if (r->q) {
-        fa_tensor q = {r->q, {w->b, hq, sq, w->d}, {hq * sq * w->d, sq * w->d, w->d, 1}};
+        fa_tensor q = {r->q, {b, h, s, d}, {apart * d, s * d, d, 1}};
         rotate_queries(c, &q);
         w->q = q;
     }
-    if (r->lse) w->lse = (fa_tensor){r->lse, {w->b, hq, sq, 1}, {hq * sq, sq, 1, 0}};
+    if (r->lse) w->lse = (fa_tensor){r->lse, {b, h, s, 1}, {apart, s, 1, 0}};
     const fa_status status = fa_cpu_forward(&p, level, error);
     if (status != FA_OK || !c->mass.data) return status;
     masses m = {.p = &p, .mass = &c->mass};

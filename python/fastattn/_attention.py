@@ -641,8 +641,10 @@ def attention_kvcache(
         cache_batch_idx: (b,) int32: the entry of the caches that a sequence has; checked as pages
             are. None: its own number, and b_cache = b.
         cache_leftpad: (b,) int32: the first key that counts, as attention's k_start.
-        cu_seqlens_q: not built yet: NotImplementedError.
-        max_seqlen_q: not built yet: NotImplementedError.
+        cu_seqlens_q: (b + 1,) int32, as in attention_varlen: q and the output are (total_q, hq, d),
+            whatever the layout, each sequence's rows of any number; lse is (hq, total_q). A row in
+            no sequence gives output 0 and lse -inf.
+        max_seqlen_q: with cu_seqlens_q: no sequence has more queries. None: total_q.
         rotary_cos: (s_max, rotary_dim / 2) of float32 or q's dtype, with new keys only; a row for
             every position. New key i is rotated at position cache_seqlens + i; so is row i of q if
             there is a causal mask or a window, else all rows at cache_seqlens. The elements from

@@ -52,12 +52,14 @@ def _compute(*values: Any) -> Any:
 def _fake(*values: Any) -> Any:
     given = dict(zip(_KINDS, values, strict=True))
     q, cache, table = given["q"], given["k_cache"], given["page_table"]
-    bshd = given["layout"] == "bshd"
-    rows, heads = (1, 2) if bshd else (2, 1)
-    b, s = q.shape[0], q.shape[rows]
+    rows, heads = (1, 2) if given["layout"] == "bshd" else (2, 1)
     room = cache.shape[rows] * (1 if table is None else table.shape[1])
+    if (ends := given["cu_seqlens_q"]) is None:
+        b, lse_shape = q.shape[0], [q.shape[0], q.shape[heads], q.shape[rows]]
+    else:
+        b, lse_shape = ends.shape[0] - 1, [q.shape[1], q.shape[0]]
     out = q.new_empty([*q.shape[:-1], given["v_cache"].shape[-1]])
-    lse = q.new_empty([b, q.shape[heads], s], dtype=lse_dtype(q))
+    lse = q.new_empty(lse_shape, dtype=lse_dtype(q))
     mass = [b, cache.shape[heads], room] if given["return_mass"] else [0]
     return out, lse, q.new_empty(mass, dtype=torch.float32 if given["return_mass"] else q.dtype)
 
