@@ -354,19 +354,18 @@ def gpu_words(cards):
     result = find(cards, "gpu-bf16", "cuda")
     cells, header = cells_of(result, "gpu-bf16"), result["header"]
     losing = slower(cells, shape)
-    where = f"{header['gpu']}, {header['date'][:10]}, commit {header['commit']}"
     yield (
-        f"{where}: over {len(cells)} cells the fastest other implementation, live in the same run, "
-        f"takes **{overall(cells):.2f} times** as long (geometric mean). "
+        f"{header['gpu']}, {header['date'][:10]}, commit {header['commit']}: the fastest other "
+        f"implementation, live in the same run, takes **{overall(cells):.2f} times** as long "
+        f"(geometric mean of {len(cells)} cells). "
     )
     yield f"Slower are {'; '.join(losing)}. " if losing else "No cell is slower. "
-    yield "Of the other suites those where a cell is slower, each with its worst: "
     worst = []
     for suite, (_, result) in cards[card_of(header)].items():
         if suite not in ("gpu-bf16", "gpu-backward", "correctness", "merge", "llama"):
-            losing = slower(cells_of(result, suite), lambda cell: cell["fastattn"]["label"])
-            worst += [f"{TITLES.get(suite, suite).lower()}: {losing[0]}"] if losing else []
-    yield f"{'; '.join(worst) or 'none'}. "
+            title = TITLES.get(suite, suite).lower()
+            worst += slower(cells_of(result, suite), lambda _, title=title: title)[:1]
+    yield f"The worst cells of other suites: {'; '.join(worst) or 'none is slower'}. "
     yield from gradient_words(cards)
 
 
@@ -386,95 +385,94 @@ def gradient_words(cards):
         yield f"Slower are {'; '.join(losing)}. " if losing else "No cell is slower. "
 
 
-def cpu_words(cards):
+def forward(cards):
+    """Of the suite "cpu": [(what, header, {dtype: mean})] and what loses."""
     result = find(cards, "cpu", "cpu")
     cells, header = cells_of(result, "cpu"), result["header"]
-    yield (
-        f"{header['cpu']} ({header['cpu_level']}, {header['cpu_threads']} threads), "
-        f"{header['date'][:10]}, commit {header['commit']}: time of torch "
-        f"{header['versions'].get('torch')} over ours, geometric means: "
-    )
     dtypes = dict.fromkeys(cell["fastattn"]["dtype"] for cell in cells)
     means = {d: overall([c for c in cells if c["fastattn"]["dtype"] == d]) for d in dtypes}
-    yield f"{', '.join(f'{dtype} **{mean:.2f}**' for dtype, mean in means.items() if mean)}. "
+    about = header | {"level": header["cpu_level"], "torch": header["versions"].get("torch")}
     losing = slower(cells, lambda cell: f"{cell['fastattn']['dtype']} {shape(cell)}")
-    yield f"Slower are {'; '.join(losing)}. " if losing else "No cell is slower. "
+    return [("forward", about, means)], losing
 
 
-def means_of(ratios):
-    return ", ".join(f"{dtype} **{geometric_mean(x):.2f}**" for dtype, x in ratios.items())
-
-
-def beside_words(files):
-    """What was measured alone and alternating: means of the grid, and its and the short losers."""
+def in_both_modes(what, files, ratios):
+    """Of fastattn.bench.cpu or .training likewise: the lower mean, and what loses in a mode."""
+    found, losing = [], []
     for _, result in files:
         header, rows = result["header"], result["rows"]
-        means = {mode: means_of(cpu.ratios(rows, mode)) for mode in cpu.MODES}
-        yield (
-            f"\n{machine_of(header)} ({header['level']}), {header['date']}, the same "
-            f"cells, each call after a rest: {means['alone']}; in turn with torch's calls: "
-            f"{means['alternating']}. "
-        )
-        worst = sorted((min(row[mode]["x"] for mode in means), row["cell"]) for row in rows)
-        short = [f"{cell[:-6]} {x:.2f}" for x, cell in worst if cell.endswith("short")]
-        losing = [(x, cell) for x, cell in worst if round(x, 2) < 1]
-        grid = [f"{cell} {x:.2f}" for x, cell in losing if not cell.endswith("short")]
-        yield f"Slower are {'; '.join(grid)}. " if grid else "No cell of these is slower. "
-        if short:
-            slower = short[: len(losing) - len(grid)]
-            yield f"Of {len(short)} other cells, with few keys and on one thread, "
-            yield f"slower are {'; '.join(slower)}. " if slower else f"the worst is {short[0]}. "
+        modes = [ratios(rows, mode) for mode in cpu.MODES]
+        means = {d: min(geometric_mean(m[d]) for m in modes if d in m) for d in modes[0]}
+        found.append((what, header, means))
+        for row in rows:
+            x = min((row[mode]["x"] for mode in cpu.MODES if mode in row), default=1)
+            if round(x, 2) < 1:
+                losing.append(f"{row['cell'].replace('short', 'on one thread')} {x:.2f}")
+    return found, losing
 
 
-def training_words(files):
-    """Of a training step the means, and the losers."""
-    for _, result in files:
-        header, rows = result["header"], result["rows"]
-        alone, alternating = (means_of(training.ratios(rows, mode)) for mode in cpu.MODES)
-        yield (
-            f"\n{machine_of(header)} ({header['level']}), {header['date']}, forward and backward, "
-            f"each step after a rest: {alone}; in turn with torch's: {alternating}. "
-        )
-        cells = ((row[mode]["x"], row["cell"]) for row in rows for mode in cpu.MODES if mode in row)
-        losing = [f"{cell} {x:.2f}" for x, cell in sorted(cells) if round(x, 2) < 1]
-        yield f"Slower are {'; '.join(losing)}. " if losing else "No cell is slower. "
+def decoding(files):
+    """Of fastattn.bench.decode the part of the rate at which memory is read, and what loses."""
+    what = "one new token, 4,096 to 131,072 keys, at least this part of memory's read rate"
+    found = [(what, r["header"], decode.least(r["rows"])) for _, r in files]
+    return found, [f"{cell} {x:.2f}" for _, r in files for x, cell in decode.losing(r["rows"])]
 
 
-def few_words(files):
-    """Of few rows against many keys what is read, beside torch, and the losers."""
-    for _, result in files:
-        header, rows = result["header"], result["rows"]
-        least = (f"{dtype} **{x:.2f}**" for dtype, x in decode.least(rows).items())
-        yield (
-            f"\n{machine_of(header)} ({header['level']}), {header['date']}, one new token against "
-            f"4,096 to 131,072 keys, at least this part of the rate at which memory is read: "
-            f"{', '.join(least)}. "
-        )
-        losing = [f"{cell} {x:.2f}" for x, cell in decode.losing(rows)]
-        slower = f"Slower than torch are {'; '.join(losing)}. "
-        yield slower if losing else "No cell is slower than torch's SDPA or its matrix products. "
+def cpu_words(cards, beside, steps, few):
+    """What loses, then each measurement in a line."""
+    parts = (
+        forward(cards),
+        in_both_modes("forward", beside, cpu.ratios),
+        in_both_modes("forward and backward", steps, training.ratios),
+        decoding(few),
+    )
+    found, losing = ([x for part in parts for x in part[i]] for i in (0, 1))
+    machines = dict.fromkeys(machine_of(header) for _, header, _ in reversed(found))
+    machines = [x for x in machines if not any(y.startswith(f"{x},") for y in machines)]
+    versions = dict.fromkeys(header["torch"].partition(",")[0] for _, header, _ in found)
+    yield (
+        f"{'; '.join(machines)}: time of torch {', '.join(versions)} over ours, geometric means, "
+        "after a rest or in turn with torch, whichever is lower. "
+    )
+    yield f"Slower: {'; '.join(losing)}. " if losing else "No cell is slower. "
+    for what, header, means in found:
+        numbers = ", ".join(f"{dtype} **{mean:.2f}**" for dtype, mean in means.items() if mean)
+        yield f"\n- {what} ({header['level']}, {header['date'][:10]}): {numbers}"
 
 
 def correctness_words(cards):
-    """The table of the newest GPU, else of the CPU."""
+    """Of the newest GPU, else of the CPU, what the default gets wrong."""
     result = find(cards, "correctness", "cuda") or find(cards, "correctness", "cpu")
-    yield f"{caption(result['header'])}:\n\n"
-    yield "\n".join(verdicts(result["rows"]))
+    header, rows = result["header"], result["rows"]
+    default = [row for row in rows if row["implementation"] == "default" and not row["right"]]
+    wrong = {row["input"] for row in default if row["verdict"] != "refused"}
+    names = ("torch", "cudnn", "jax")
+    versions = ", ".join(f"{x} {header['versions'][x]}" for x in names if x in header["versions"])
+    yield f"{card_of(header)}, {versions}; {header['date'][:10]}, commit {header['commit']}:\n\n"
+    yield "\n".join(verdicts([row for row in rows if row["input"] in wrong]))
 
 
-def wrapped(text, width=118):
-    """Paragraphs broken into lines; tables as they are."""
-    return "\n".join(x if x.startswith("|") else textwrap.fill(x, width) for x in text.split("\n"))
+def wrapped(text, width=100):
+    """Paragraphs and list items broken into lines; tables as they are."""
+
+    def broken(line):
+        indent = "  " if line.startswith("- ") else ""
+        return (
+            line if line.startswith("|") else textwrap.fill(line, width, subsequent_indent=indent)
+        )
+
+    return "\n".join(map(broken, text.split("\n")))
 
 
 def readme_text(cards, beside, steps, few):
-    blocks = {"gpu": gpu_words, "cpu": cpu_words, "correctness": correctness_words}
+    blocks = {
+        "gpu": gpu_words(cards),
+        "cpu": cpu_words(cards, beside, steps, few),
+        "correctness": correctness_words(cards),
+    }
 
     def block(match):
-        words = "".join(blocks[match[2]](cards))
-        if match[2] == "cpu":
-            words += "".join([*beside_words(beside), *training_words(steps), *few_words(few)])
-        return match[1] + wrapped(words.strip()) + "\n" + match[3]
+        return match[1] + wrapped("".join(blocks[match[2]]).strip()) + "\n" + match[3]
 
     return BLOCK.sub(block, README.read_text())
 

@@ -50,8 +50,8 @@ typedef struct fa_request {
     const fa_array *q, *k, *v; /* never NULL */
     const fa_array *mask, *q_lengths, *k_lengths, *k_start, *alibi_slopes, *sink;
     /* Of attention_varlen: q, k, v are (total, h, d), layout FA_BSHD. */
-    const fa_array *cu_q, *cu_k;
-    int64_t max_sq, max_sk; /* of attention_varlen: the longest that a sequence may be */
+    const fa_array *cu_q, *cu_k; /* cu_k NULL: only queries are packed, the keys are a cache's */
+    int64_t max_sq, max_sk;      /* of attention_varlen: the longest that a sequence may be */
     double dropout_p;
     const fa_array *seed; /* one integer, or NULL: seed_value */
     int64_t seed_value;
@@ -170,6 +170,28 @@ void fa_bind_gradient(fa_backward *backward, int which, const fa_array *a, fa_la
 fa_status fa_check_merge(int32_t n, const fa_array *outs, const fa_array *lses, fa_layout layout,
                          fa_tensor *tensors, fa_merge *merge, fa_plan *plan, fa_error *error);
 
+/* Arguments of attention_kvcache() beside attention's, of which k and v are the caches and
+ * k_lengths is not used; a NULL array is absent. */
+typedef struct fa_kvcache_request {
+    const fa_array *lengths; /* cache_seqlens, or NULL: `length` */
+    int64_t length;          /* any */
+    const fa_array *k_new, *v_new;
+    const fa_array *page_table, *batch_idx, *cos, *sin;
+    int interleaved;
+} fa_kvcache_request;
+
+/* check_kvcache.c: both at once. Reads lengths and tables on the CPU. The plan is that of the
+ * outputs; mass_shape is (b, hk, room for keys). */
+fa_status fa_check_kvcache(const fa_request *attention, const fa_kvcache_request *request,
+                           fa_plan *plan, fa_kvcache *cache, int64_t mass_shape[3],
+                           fa_error *error);
+/* The caller's out=. */
+fa_status fa_check_kvcache_out(const fa_request *attention, const fa_kvcache_request *request,
+                               const fa_plan *plan, const fa_array *out, fa_error *error);
+/* What fa_expect_outputs() says of the plan, and whether there will be a mass. */
+void fa_expect_kvcache(const fa_plan *plan, const int64_t mass_shape[3], int wants_mass,
+                       fa_kvcache *cache);
+
 /* dispatch.c: the ordered table of backends. */
 enum { FA_MAX_BACKENDS = 8 };
 int32_t fa_backend_count(void);
@@ -192,6 +214,14 @@ const char *fa_backward_kernel(const fa_backward *backward, const fa_chosen *cho
 int64_t fa_backward_workspace(const fa_backward *backward, const fa_chosen *chosen);
 fa_status fa_run_backward(const fa_backward *backward, const fa_chosen *chosen, void *workspace,
                           fa_error *error);
+
+/* The same for attention to a cache. */
+const fa_backend *fa_choose_kvcache(const fa_kvcache *cache, const char *name, fa_chosen *chosen,
+                                    fa_error *reasons, fa_error *error);
+const char *fa_kvcache_kernel(const fa_kvcache *cache, const fa_chosen *chosen);
+int64_t fa_kvcache_workspace(const fa_kvcache *cache, const fa_chosen *chosen);
+fa_status fa_run_kvcache(const fa_kvcache *cache, const fa_chosen *chosen, void *workspace,
+                         fa_error *error);
 
 /* The same for merging; the backend, or NULL. */
 const fa_backend *fa_choose_merge(const fa_merge *merge, fa_chosen *chosen, fa_error *error);

@@ -95,6 +95,7 @@ fa_status fa_check_varlen(const fa_request *r, fa_plan *plan, fa_error *error) {
     } sides[2] = {{r->cu_q, "max_seqlen_q", r->max_sq}, {r->cu_k, "max_seqlen_k", r->max_sk}};
     for (int i = 0; i < 2; i++) {
         const fa_array *cu = sides[i].cu;
+        if (!cu) continue; /* of a cache */
         TRY(fa_check_dtype(cu, fa_int32, NULL, error));
         TRY(fa_check_rank(cu, 1, "(b + 1,)", error));
         TRY(fa_check_place(cu, r->q, error));
@@ -105,7 +106,9 @@ fa_status fa_check_varlen(const fa_request *r, fa_plan *plan, fa_error *error) {
                            FA_MAX_LENGTH, (long long)sides[i].longest);
     }
     TRY(check_offsets(r->cu_q, r->q, r->max_sq, "max_seqlen_q", &v->cu_q, &v->cu_q_stride, error));
-    TRY(check_offsets(r->cu_k, r->k, r->max_sk, "max_seqlen_k", &v->cu_k, &v->cu_k_stride, error));
+    if (r->cu_k)
+        TRY(check_offsets(r->cu_k, r->k, r->max_sk, "max_seqlen_k", &v->cu_k, &v->cu_k_stride,
+                          error));
     v->total_q = w->sq, v->total_k = w->sk;
     w->sq = (int32_t)r->max_sq, w->sk = (int32_t)r->max_sk;
     w->b = (int32_t)(r->cu_q->shape[0] - 1);

@@ -62,6 +62,14 @@ static fa_status ask_merge(const fa_backend *b, const void *request, fa_choice *
     return b->merge->reject(request, choice, why);
 }
 
+static fa_status ask_kvcache(const fa_backend *b, const void *request, fa_choice *choice,
+                             fa_error *why) {
+    if (!b->kvcache) return fa_fail(why, FA_UNSUPPORTED, "it reads and writes no caches of keys");
+    const fa_demand demand = fa_kvcache_demand(request);
+    TRY(fa_check_support(b->kvcache->support, &demand, why));
+    return b->kvcache->reject(request, choice, why);
+}
+
 static fa_status ask(const fa_backend *b, ask_operation *operation, const void *request,
                      const fa_where *where, const char *name, fa_choice *choice, fa_error *why) {
     if (name && strcmp(name, b->name))
@@ -190,4 +198,24 @@ int64_t fa_merge_workspace(const fa_merge *m, const fa_chosen *chosen) {
 fa_status fa_run_merge(const fa_merge *m, const fa_chosen *chosen, void *workspace,
                        fa_error *error) {
     return chosen->backend->merge->run(m, &chosen->choice, workspace, error);
+}
+
+/* ---- attention to a cache ---- */
+
+const fa_backend *fa_choose_kvcache(const fa_kvcache *c, const char *name, fa_chosen *chosen,
+                                    fa_error *reasons, fa_error *error) {
+    return choose(ask_kvcache, c, &c->forward.where, name, chosen, reasons, error);
+}
+
+const char *fa_kvcache_kernel(const fa_kvcache *c, const fa_chosen *chosen) {
+    return chosen->backend->kvcache->kernel(c, &chosen->choice);
+}
+
+int64_t fa_kvcache_workspace(const fa_kvcache *c, const fa_chosen *chosen) {
+    return chosen->backend->kvcache->workspace(c, &chosen->choice);
+}
+
+fa_status fa_run_kvcache(const fa_kvcache *c, const fa_chosen *chosen, void *workspace,
+                         fa_error *error) {
+    return chosen->backend->kvcache->run(c, &chosen->choice, workspace, error);
 }

@@ -9,6 +9,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "kvcache.h"
 #include "merge.h"
 
 #ifdef __cplusplus
@@ -26,6 +27,7 @@ typedef struct fa_backend {
     const fa_forward_op *forward;
     const fa_backward_op *backward;
     const fa_merge_op *merge;
+    const fa_kvcache_op *kvcache;
     /* Of its tables: the names of the kernels built in, NULL at the end. NULL: it has no table. */
     const char *const *variants;
 } fa_backend;

@@ -62,13 +62,24 @@ typedef struct fa_scores {
 } fa_scores;
 
 /* Sequences packed end to end along one axis: sequence n of q is the rows cu_q[n] .. cu_q[n + 1]
- * - 1. fa_find_sequence() in mask.h reads them, and clamps. fa_masks' lengths, the mask and every
- * other position count within a sequence. */
+ * - 1. fa_find_sequence() and fa_find_cached() in mask.h read them, and clamp. fa_masks' lengths,
+ * the mask and every other position count within a sequence. */
 typedef struct fa_varlen {
-    const int32_t *cu_q, *cu_k;       /* (b + 1,) on the device; both NULL: not packed */
+    /* (b + 1,) on the device; both NULL: not packed; cu_k NULL: queries alone are, and k and v have
+     * a batch or pages */
+    const int32_t *cu_q, *cu_k;
     int64_t cu_q_stride, cu_k_stride; /* elements */
     int32_t total_q, total_k;         /* rows of q and of k */
 } fa_varlen;
+
+/* Keys and values that lie in pages: k and v are (count, h, size, d), and key j of sequence b is
+ * row j % size of the page that column j / size of the table names. A cache with one place for each
+ * sequence is a table of one column. fa_find_page() in mask.h reads it, and clamps. */
+typedef struct fa_pages {
+    const int32_t *table; /* (b, columns) on the device, columns * size >= sk; NULL: no pages */
+    int64_t stride[2];    /* elements */
+    int32_t size, count;  /* keys in a page, >= 1; pages, 0 only where b or sk is */
+} fa_pages;
 
 /* Elements of P are dropped after the row's sum; fa_dropout_bits() in philox.h says which. */
 typedef struct fa_dropout {
@@ -86,6 +97,7 @@ typedef struct fa_params {
     fa_masks masks;
     fa_scores scores;
     fa_varlen varlen;
+    fa_pages pages; /* never with cu_k */
     fa_dropout dropout;
     fa_where where;
 } fa_params;

@@ -74,6 +74,24 @@ FA_INLINE fa_sequence fa_find_sequence(const fa_varlen *v, const fa_masks *m, in
     return s;
 }
 
+/* The same where the keys are a cache's, from its row 0 on: the queries alone may be packed. */
+FA_INLINE fa_sequence fa_find_cached(const fa_varlen *v, const fa_masks *m, int64_t b, int32_t sq,
+                                     int32_t sk) {
+    fa_sequence s = {{0, 0, 0, 0, 0, 0}, 0, sq, 0};
+    if (v->cu_q) {
+        s.q = fa_first_row(v->cu_q, v->cu_q_stride, b, v->total_q);
+        s.q_end = fa_clamp(v->cu_q[(b + 1) * v->cu_q_stride], s.q, v->total_q);
+        sq = fa_clamp(s.q_end - s.q, 0, sq);
+    }
+    s.lengths = fa_sequence_lengths(m, b, sq, sk);
+    return s;
+}
+
+/* The page of key j; where the table names none that there is, the nearest. */
+FA_INLINE int32_t fa_find_page(const fa_pages *p, int64_t b, int32_t j) {
+    return fa_clamp(p->table[b * p->stride[0] + j / p->size * p->stride[1]], 0, p->count - 1);
+}
+
 /* The position i' of row i on the key axis, from which windows and ALiBi count. */
 FA_INLINE int32_t fa_row_position(fa_lengths n, int32_t i) { return i + n.shift; }
 

@@ -22,6 +22,7 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
     [FA_CPU_FORWARD] = {"cpu", "forward", FLOATS, FA_ALL_FEATURES, {0}, 0, FA_MAX_LENGTH},
     [FA_CPU_BACKWARD] = {"cpu", "backward", FLOATS, FA_ALL_FEATURES, {0}, 0, FA_MAX_LENGTH},
     [FA_CPU_MERGE] = {"cpu", "merge", FLOATS, 0, {0}, 0, INT32_MAX},
+    [FA_CPU_KVCACHE] = {"cpu", "kvcache", FLOATS, FA_ALL_FEATURES, {0}, 0, FA_MAX_LENGTH},
     /* One launch for each pair of a key head and a value head: random bits count heads. */
     [FA_SM90_FORWARD] = {"sm90",
                          "forward",
@@ -76,6 +77,8 @@ fa_demand fa_merge_demand(const fa_merge *m) {
     const int32_t dv = m->out.shape[3] > INT32_MAX ? INT32_MAX : (int32_t)m->out.shape[3];
     return (fa_demand){m->dtype, 0, dv, dv};
 }
+
+fa_demand fa_kvcache_demand(const fa_kvcache *c) { return fa_forward_demand(&c->forward); }
 
 static int32_t lowest_bit(uint32_t set) { return __builtin_ctz(set); }
 

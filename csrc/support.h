@@ -55,6 +55,7 @@ enum {
     FA_CPU_FORWARD,
     FA_CPU_BACKWARD,
     FA_CPU_MERGE,
+    FA_CPU_KVCACHE,
     FA_SM90_FORWARD,
     FA_SM90_BACKWARD,
     FA_SM90_MERGE,
@@ -83,6 +84,7 @@ typedef struct fa_demand {
 fa_demand fa_forward_demand(const fa_params *p);
 fa_demand fa_backward_demand(const fa_backward *b);
 fa_demand fa_merge_demand(const fa_merge *m);
+fa_demand fa_kvcache_demand(const fa_kvcache *c);
 
 /* FA_OK where the line declares all of it; else FA_UNSUPPORTED, and why it does not. */
 fa_status fa_check_support(int32_t line, const fa_demand *demand, fa_error *why);

@@ -37,6 +37,18 @@ class OnTheCPU(TorchFunctionMode):
         return function(*args, **keywords)
 
 
+def rotate(x, cos, sin, seqlen_offsets, interleaved):
+    """Rows of x (b, s, h, d) turned by the angles of their positions, from the offsets on."""
+    half = cos.shape[1]
+    at = seqlen_offsets[:, None].long() + torch.arange(x.shape[1])
+    cos, sin = (table[at.clamp(max=len(table) - 1)].unsqueeze(2).float() for table in (cos, sin))
+    first = slice(0, 2 * half, 2) if interleaved else slice(0, half)
+    second = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
+    y, (a, b) = x.clone(), (x[..., part].float() for part in (first, second))
+    y[..., first], y[..., second] = a * cos - b * sin, b * cos + a * sin
+    return y
+
+
 def module(name, **contents):
     made = sys.modules[name] = types.ModuleType(name)
     vars(made).update(contents)
@@ -49,7 +61,7 @@ def load(checkout, repeats):
     sys.modules["flash_attn.bert_padding"] = ours.bert_padding
     module("flash_attn.flash_attn_interface", **vars(ours.flash_attn_interface), **MORE)
     module("flash_attn.layers")
-    module("flash_attn.layers.rotary", apply_rotary_emb=lambda x, *_, **__: x)
+    module("flash_attn.layers.rotary", apply_rotary_emb=rotate)
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(total_memory=2**37)
     path = Path(checkout) / "tests" / "test_flash_attn.py"

@@ -3,10 +3,10 @@
     FASTATTN_CUDA=0 FASTATTN_SANITIZE=1 python setup.py build_ext --build-lib /some/where
     LD_PRELOAD=libasan.so:libubsan.so UBSAN_OPTIONS=halt_on_error=1 python tests/sanitize.py
 
-Random cases of every kind, every second with its gradients, without a verdict on their values
-(test_property.py and test_backward.py have that), each sentence of test_errors*.py, merge_states,
-explain and info, on every vector level and from several threads at once. NumPy alone: other
-frameworks have findings of their own.
+Random cases of every kind, a quarter of them of caches, half with their gradients, those without
+a verdict on their values (test_property.py and test_backward.py have that), each sentence of
+test_errors*.py, merge_states, explain and info, on every vector level and from several threads at
+once. NumPy alone: other frameworks have findings of their own.
 
 A second, shorter run asks LeakSanitizer about what C has allocated (test_frameworks.py counts
 Python's objects). The interpreter leaves some hundred blocks at its end, so a leak counts where a
@@ -22,6 +22,7 @@ import threading
 import cases
 import fastattn
 import gradient_cases
+import kvcache_cases
 import numpy as np
 import random_cases
 from conftest import LEVELS
@@ -37,6 +38,9 @@ def small(seed):
 
 def calls(first, count):
     for seed in range(first, first + count):
+        if seed % 4 == 0:
+            kvcache_cases.run(kvcache_cases.random_case(seed))
+            continue
         case = small(seed)
         if seed % 2:
             gradient_cases.call(case)
@@ -58,11 +62,18 @@ def calls(first, count):
 
 def sentences():
     from test_errors import WRONG, a
+    from test_errors_kvcache import ALL as KVCACHE_WRONG
     from test_errors_varlen import VARLEN, VARLEN_WRONG
 
     for exception, _, arguments in VARLEN_WRONG.values():
         try:
             fastattn.attention_varlen(**{**VARLEN, **arguments})
+        except exception:
+            continue
+        raise AssertionError(arguments)
+    for exception, arguments, _ in KVCACHE_WRONG:
+        try:
+            fastattn.attention_kvcache(**arguments)
         except exception:
             continue
         raise AssertionError(arguments)

@@ -1,5 +1,6 @@
 """README and the recipes: programs run, calls are right, every cell of the matrix is so."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -8,6 +9,7 @@ import sys
 
 import declared
 import fastattn
+import kvcache_cases
 import ml_dtypes
 import numpy as np
 import pytest
@@ -30,7 +32,8 @@ PROGRAMS = {f"{path.stem}-{i}": text for path in TEXTS for i, text in enumerate(
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_run(name, tmp_path):
-    for module in set(re.findall(r"^(?:import|from) (\w+)", PROGRAMS[name], re.MULTILINE)):
+    ours = r"fastattn\.(?=jax|torch|transformers)"  # need the framework of their name
+    for module in set(re.findall(rf"^(?:import|from) (?:{ours})?(\w+)", PROGRAMS[name], re.M)):
         if not has(module):
             pytest.skip(f"{module} is not installed")
     program = tmp_path / "program.py"
@@ -175,6 +178,12 @@ def merges(dtype):
         np.testing.assert_allclose(mine.astype(float), theirs.astype(float), rtol=1e-2, atol=1e-3)
 
 
+def caches():
+    case = kvcache_cases.Case(seed=0, page_size=8, leftpad=True, rotary=8, mass=True)
+    for dtype in ("float32", "bfloat16"):
+        assert not kvcache_cases.run(dataclasses.replace(case, dtype=dtype), backend="cpu")
+
+
 def grades(hk=2, **keywords):
     torch = pytest.importorskip("torch")
     q, k, v = (torch.randn(1, h, 5, 16, requires_grad=True) for h in (2, hk, hk))
@@ -184,21 +193,13 @@ def grades(hk=2, **keywords):
 
 MASKS = [np.tri(10, 13, dtype=bool), np.random.default_rng(1).standard_normal((4, 1, 13))]
 CALLS = {  # line of the matrix -> calls
-    "float64, float32": [
-        functools.partial(computes, np.float64),
-        functools.partial(computes, np.float32),
-    ],
-    "float16, bfloat16": [
+    "float16, bfloat16; any d and dv up to 256; merging parts, of float32 too": [
         functools.partial(computes, np.float16),
         functools.partial(computes, ml_dtypes.bfloat16),
+        *(functools.partial(computes, d=d, dv=dv) for d, dv in ((256, 256), (1, 255), (200, 8))),
+        *(functools.partial(merges, t) for t in (np.float32, np.float16, ml_dtypes.bfloat16)),
     ],
-    "d and dv up to 256, different ones too": [
-        functools.partial(computes, d=d, dv=dv) for d, dv in ((256, 256), (1, 255), (200, 8))
-    ],
-    "d and dv above 256": [
-        functools.partial(computes, d=d, dv=dv) for d, dv in ((512, 512), (576, 512), (64, 300))
-    ],
-    "causal, window, lengths, start": [
+    "causal, windows of any sign, q_offset, lengths, start, bool and float masks": [
         functools.partial(computes, **keywords)
         for keywords in (
             {"causal": True},
@@ -207,83 +208,80 @@ CALLS = {  # line of the matrix -> calls
             {"window": (None, 2), "causal": True},
             {"q_lengths": N, "k_lengths": N + 3, "causal": True},
             {"k_start": N - 5},
+            {"causal": True, "q_offset": 3},
+            {"window": (-1, 4)},
+            {"window": (5, -2)},
+            {"window": (5, 1), "q_offset": PAST},
+            {"mask": MASKS[0]},
+            {"mask": MASKS[1].astype(np.float32)},
+            {"mask": MASKS[1].astype(np.float16)},
         )
     ],
-    "q_offset, windows of any sign": [
-        functools.partial(computes, causal=True, q_offset=3),
-        functools.partial(computes, window=(-1, 4)),
-        functools.partial(computes, window=(5, -2)),
-        functools.partial(computes, window=(5, 1), q_offset=PAST),
-    ],
-    "bool and float masks": [
-        functools.partial(computes, mask=MASKS[0]),
-        functools.partial(computes, mask=MASKS[1].astype(np.float32)),
-        functools.partial(computes, mask=MASKS[1].astype(np.float16)),
-    ],
-    "softcap, ALiBi, sink, dropout": [
+    "softcap, ALiBi, sink, dropout, grouped heads, any strides, lse, packed sequences": [
         functools.partial(computes, softcap=5.0),
         functools.partial(computes, alibi_slopes=np.array([0.5, 0.25, 0.1, 0.0], np.float32)),
         functools.partial(computes, sink=np.array([0, 1, -1, 2], np.float32)),
         functools.partial(computes, dropout_p=0.5, seed=3),
-    ],
-    "grouped heads, any strides, lse": [functools.partial(computes, hq=8)],
-    "packed sequences": [packs],
-    "merging parts, of float32 too": [
-        functools.partial(merges, dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16)
+        functools.partial(computes, hq=8),
+        packs,
     ],
     "gradients: d and dv up to 128, of all the above but merging": [
         grades,
         functools.partial(grades, causal=True, q_offset=3),
         functools.partial(grades, window=(2, 1)),
         functools.partial(grades, hk=1),
-    ],
-    "gradients of d and dv above 128, of float masks; deterministic ones": [
         functools.partial(grades, softcap=5.0),
-        functools.partial(grades, deterministic=True),
     ],
-    "page_table": [functools.partial(packs, page_table=np.zeros((3, 1), np.int32))],
+    "gradients of larger d and dv, deterministic ones; float64, float32; d and dv above 256": [
+        functools.partial(grades, deterministic=True),
+        functools.partial(computes, np.float64),
+        functools.partial(computes, np.float32),
+        *(functools.partial(computes, d=d, dv=dv) for d, dv in ((512, 512), (576, 512), (64, 300))),
+    ],
+    "caches of keys: pages, new keys written, rotary positions, the mass": [caches],
+    "page_table of packed sequences": [
+        functools.partial(packs, page_table=np.zeros((3, 1), np.int32))
+    ],
 }
 
 
 BOTH = ({"dtype": "float16"}, {"dtype": "bfloat16"})
 MASKED, POSITIONS = ("bool_mask", "float_mask"), ("causal", "window", "lengths")
-ASKS = {  # line of the matrix -> what it asks a backend to declare; else nothing but BOTH
-    "float64, float32": ({"dtype": "float64"}, {"dtype": "float32"}),
-    "d and dv up to 256, different ones too": (
-        {"d": 256},
-        {"d": 1, "dv": 256},
-        {"d": 256, "dv": 1},
+ASKS = {  # line of the matrix -> what it asks a backend to declare, in 16 bits if it names none
+    "float16, bfloat16; any d and dv up to 256; merging parts, of float32 too": (
+        *({"d": d, "dv": dv} for d, dv in ((64, 64), (256, 256), (1, 256), (256, 1))),
+        {"operation": "merge"},
+        {"operation": "merge", "dtype": "float32"},
     ),
-    "d and dv above 256": ({"d": 257}, {"d": 576, "dv": 512}, {"d": 64, "dv": 257}),
-    "causal, window, lengths, start": ({"features": POSITIONS},),
-    "q_offset, windows of any sign": ({"features": ("q_offset", "causal", "window")},),
-    "bool and float masks": tuple({"features": (mask,)} for mask in MASKED),
-    "softcap, ALiBi, sink, dropout": ({"features": ("softcap", "alibi", "sink", "dropout")},),
-    "grouped heads, any strides, lse": ({"features": ("gqa", "lse")},),
-    "packed sequences": ({"features": ("varlen",)},),
-    "merging parts, of float32 too": tuple(
-        {"operation": "merge", "dtype": dtype} for dtype in ("float32", "float16", "bfloat16")
+    "causal, windows of any sign, q_offset, lengths, start, bool and float masks": tuple(
+        {"features": (*POSITIONS, "q_offset", mask)} for mask in MASKED
+    ),
+    "softcap, ALiBi, sink, dropout, grouped heads, any strides, lse, packed sequences": (
+        {"features": ("softcap", "alibi", "sink", "dropout", "gqa", "lse", "varlen")},
     ),
     "gradients: d and dv up to 128, of all the above but merging": (
         {"operation": "backward", "features": (*POSITIONS, "q_offset", "gqa", "lse", "sink")},
         {"operation": "backward", "features": ("varlen", "softcap", "alibi", "dropout")},
-        *({"operation": "backward", "features": (mask,)} for mask in MASKED),
+        {"operation": "backward", "features": ("bool_mask",)},
+        {"operation": "backward", "features": ("float_mask", "dmask")},
         {"operation": "backward", "d": 128, "dv": 1},
     ),
-    "gradients of d and dv above 128, of float masks; deterministic ones": (
+    "gradients of larger d and dv, deterministic ones; float64, float32; d and dv above 256": (
+        *({"dtype": dtype} for dtype in ("float64", "float32")),
+        *({"d": d, "dv": dv} for d, dv in ((257, 257), (576, 512), (64, 257))),
         {"operation": "backward", "d": 129},
         {"operation": "backward", "features": ("deterministic",)},
-        {"operation": "backward", "features": ("float_mask", "dmask")},
     ),
-    "page_table": ({"features": ("pages",)},),
+    "caches of keys: pages, new keys written, rotary positions, the mass": (
+        {"operation": "kvcache"},
+    ),
+    "page_table of packed sequences": ({"features": ("pages",)},),
 }
 
 
 def serves(backend, what):
-    """Whether the backend declares what a line of the matrix says, in 16 bits if none is named."""
-    asked = [one | two for one in ASKS.get(what, ({},)) for two in BOTH]
-    if "dtype" in ASKS.get(what, ({},))[0]:
-        asked = ASKS[what]
+    """Whether the backend declares what a line of the matrix says."""
+    asked = [two | one for one in ASKS[what] for two in BOTH]
     found = {declared.serves(backend, **one) for one in asked}
     assert len(found) == 1, f"{what} is true in part"
     return found.pop()

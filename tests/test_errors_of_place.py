@@ -63,14 +63,3 @@ def test_arguments_must_be_named():
         fastattn.attention(a(1, 1, 2, 8), a(1, 1, 2, 8), a(1, 1, 2, 8), True)
     with pytest.raises(TypeError):
         call(casual=True)
-
-
-@pytest.mark.parametrize(
-    "name, arguments",
-    [
-        ("attention_kvcache", 4),
-    ],
-)
-def test_later_functions_say_so(name, arguments):
-    with pytest.raises(NotImplementedError, match=f"{name}.*not built yet"):
-        getattr(fastattn, name)(*[None] * arguments)

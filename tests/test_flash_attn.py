@@ -194,7 +194,6 @@ REFUSED = {
         {"block_table": torch.zeros(2, 2, dtype=torch.int32)},
         "block_table",
     ),
-    "cache": (flash_attn.flash_attn_with_kvcache, {}, "flash_attn_with_kvcache is not built yet"),
 }
 
 

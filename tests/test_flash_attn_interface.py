@@ -107,14 +107,6 @@ def test_what_has_no_meaning_here_is_refused_by_name(name):
             call(**given)
 
 
-def test_caches_are_not_built_yet():
-    x = torch.randn(2, 5, 4, 8)
-    with pytest.raises(NotImplementedError, match="not built yet"):
-        flash3.flash_attn_with_kvcache(x, x, x, page_table=None)
-    with pytest.raises(NotImplementedError, match="not built yet"):
-        flash3.get_scheduler_metadata(2, 1, 5, 4, 4, 8, cache_seqlens=None)
-
-
 def test_heads_of_packed_arrays():
     for heads in (None, 3, 8):
         with pytest.raises(ValueError, match="`num_heads_q` must leave as many heads of k as of v"):

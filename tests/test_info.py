@@ -10,7 +10,8 @@ import pytest
 from conftest import needs, python
 
 RULE = (
-    "`function` must be attention, attention_varlen, scaled_dot_product_attention or one's "
+    "`function` must be attention, attention_varlen, attention_kvcache, "
+    "scaled_dot_product_attention or one's "
     "backward, got "
 )
 

@@ -23,9 +23,8 @@ FUNCTIONS = [
     "scaled_dot_product_attention",
     "set_num_threads",
 ]
-LATER = ("attention_kvcache",)
 OTHERS = ("explain", "get_num_threads", "info", "set_num_threads")  # compute no attention
-BUILT = [name for name in FUNCTIONS if name not in LATER + OTHERS]
+BUILT = [name for name in FUNCTIONS if name not in OTHERS]
 DEFAULTS = (
     "q, k, v, *, causal=False, window=None, q_offset=None, q_lengths=None, k_lengths=None, "
     "k_start=None, mask=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None, "
@@ -37,6 +36,13 @@ VARLEN = (
     "seqused_k=None, q_offset=None, page_table=None, causal=False, window=None, mask=None, "
     "softcap=0.0, alibi_slopes=None, sink=None, scale=None, dropout_p=0.0, seed=None, "
     "return_lse=False, out=None, deterministic=False, batch_invariant=False, backend=None"
+)
+KVCACHE = (
+    "q, k_cache, v_cache, cache_seqlens, *, k=None, v=None, page_table=None, cache_batch_idx=None, "
+    "cache_leftpad=None, cu_seqlens_q=None, max_seqlen_q=None, rotary_cos=None, rotary_sin=None, "
+    "rotary_interleaved=False, k_scale=None, v_scale=None, causal=True, num_splits=0, "
+    "layout='bshd', return_lse=False, return_mass=False, window=None, softcap=0.0, "
+    "alibi_slopes=None, sink=None, scale=None, batch_invariant=False, out=None, backend=None"
 )
 SDPA = (
     "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, "
@@ -67,8 +73,7 @@ def test_signatures():
     assert names_and_defaults(fastattn.attention_varlen) == VARLEN
     assert names_and_defaults(fastattn.scaled_dot_product_attention) == SDPA
     assert names_and_defaults(fastattn.merge_states) == "outs, lses, *, layout='bhsd'"
-    kvcache = inspect.signature(fastattn.attention_kvcache).parameters
-    assert kvcache["causal"].default is True and kvcache["layout"].default == "bshd"
+    assert names_and_defaults(fastattn.attention_kvcache) == KVCACHE
     attention = inspect.signature(fastattn.attention).parameters
     keywords = {name for name, p in attention.items() if p.kind is p.KEYWORD_ONLY}
     backward = set(inspect.signature(fastattn.attention_backward).parameters)
@@ -166,8 +171,6 @@ def test_explain_raises_what_the_call_raises():
         fastattn.explain(len, q)
     with pytest.raises(TypeError):
         fastattn.explain(fastattn.attention, q, k)
-    with pytest.raises(NotImplementedError, match="attention_kvcache is not built yet"):
-        fastattn.explain(fastattn.attention_kvcache, q, k, v, None)
 
 
 def test_explain_says_why_all_refuse():

@@ -15,7 +15,7 @@ MODULE = fastattn._C.__file__
 SOURCES = [p for folder in ("csrc", "kernels") for p in sorted((ROOT / folder).rglob("*.[ch]*"))]
 TEXT = {p.relative_to(ROOT).as_posix(): p.read_text() for p in SOURCES}
 CONTRACT = (
-    *("fastattn.h", "forward.h", "backward.h", "merge.h"),
+    *("fastattn.h", "forward.h", "backward.h", "kvcache.h", "merge.h"),
     *("support.h", "types.h", "dtype.h"),
 )
 SHARED = ("mask.h", "philox.h")  # what gcc and nvcc compile alike
@@ -89,7 +89,8 @@ def test_the_contract_is_a_header_per_operation():
     assert set(includes(TEXT["csrc/fastattn.h"])) == operations
     for name in operations:
         operation = name.removesuffix(".h")
-        base = "forward.h" if name == "backward.h" else "types.h"  # whose request it holds
+        holds = name in ("backward.h", "kvcache.h")  # the forward's request
+        base = "forward.h" if holds else "types.h"
         assert includes(TEXT[f"csrc/{name}"]) == [base]
         assert f"FA_OPERATION({operation}, " in TEXT[f"csrc/{name}"]
         assert f"fa_{operation}_op *{operation};" in TEXT["csrc/fastattn.h"]

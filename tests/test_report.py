@@ -120,7 +120,9 @@ def filled(report):
     write(report, "cpu-other", "cpu", grid("cpu", "cpu", 1.0, torch=3.0), level="avx512")
     beside(report, {"fp32 b1 h8 s512 d64 full": (1.5, 0.9), "fp64 b1 sk1 d64 short": (4.0, 5.0)})
     steps(report)
-    write(report, "wrong", "cpu", [verdict("default", "NaN in 9 %"), verdict("fastattn", "right")])
+    wrong = [verdict("default", "NaN in 9 %"), verdict("fastattn", "right")]
+    right = [verdict("default", "refused"), verdict("flash", "NaN in 9 %")]
+    write(report, "wrong", "cpu", wrong + [row | {"input": "another input"} for row in right])
     return report
 
 
@@ -130,9 +132,12 @@ def test_one_command_writes_everything(filled, capsys, monkeypatch):
     assert "results/old.json is superseded" in capsys.readouterr().err
     readme, results = filled.README.read_text(), filled.RESULTS.read_text()
     assert readme.startswith("before\n") and "\nafter\n" in readme and "old" not in readme
-    assert "takes **1.20 times**" in " ".join(readme.split())
-    assert "short sequences: bf16 b1 h8 s64 d64 full 0.80 (cudnn)" in " ".join(readme.split())
+    said = " ".join(readme.split())
+    assert "takes **1.20 times**" in said
+    assert "The worst cells of other suites: short sequences 0.80 (cudnn)." in said
+    assert "- forward (avx2, 2030-01-01): fp32 **2.00** - forward (avx2, 2030-01-01): fp32" in said
     assert "| an input | **NaN in 9 %** | right |" in readme
+    assert "another input" in results and "another input" not in readme  # the default has it right
     assert f"## {GPU}" in results and f"## {CPU} (avx2)" in results
     assert f"## {CPU} (avx512)" in results and "old.json" not in results
     assert "| fp32 b1 h8 s512 d64 full | 2 | 0.50 | 1.50 | **0.90** | 0.3 |" in results
@@ -182,55 +187,53 @@ def test_a_refusal_of_ours_and_a_cell_without_peers_are_shown(report):
 
 
 @pytest.mark.parametrize(
-    ("ratios", "header", "words"),
+    ("ratios", "mean", "losing"),
     [
-        (
-            ((1.0, 2.0), (4.0, 2.0), (0.8, 0.9), (0.7, 5.0)),
-            {"cpu": "a CPU"},
-            "fp32 **2.00**; in turn with torch's calls: fp32 **2.00**. No cell of these is slower. "
-            "Of 2 other cells, with few keys and on one thread, slower are fp64 sk1 d64 0.70; "
-            "fp32 sk1 d64 0.80. ",
-        ),
-        (
-            ((1.0, 0.5), (4.0, 2.0), (0.8, 0.9), (6.0, 5.0)),
-            {},
-            "fp32 **2.00**; in turn with torch's calls: fp32 **1.00**. Slower are fp32 s512 full "
-            "0.50. Of 2 other cells, with few keys and on one thread, "
-            "slower are fp32 sk1 d64 0.80. ",
-        ),
-        (
-            ((1.0, 2.0), (4.0, 2.0), (1.8, 1.2), (6.0, 5.0)),
-            {},
-            "fp32 **2.00**; in turn with torch's calls: fp32 **2.00**. No cell of these is slower. "
-            "Of 2 other cells, with few keys and on one thread, the worst is fp32 sk1 d64 1.20. ",
-        ),
+        (((1.0, 2.0), (4.0, 2.0), (0.8, 0.9)), 2.0, ["fp32 sk1 d64 on one thread 0.80"]),
+        (((1.0, 0.5), (4.0, 2.0), (6.0, 5.0)), 1.0, ["fp32 s512 full 0.50"]),
+        (((1.0, 2.0), (4.0, 8.0), (1.8, 0.996)), 2.0, []),
     ],
 )
-def test_means_are_of_the_grid_and_the_short_cells_named_apart(report, ratios, header, words):
-    labels = "fp32 s512 full", "fp32 s2048 full", "fp32 sk1 d64 short", "fp64 sk1 d64 short"
-    beside(report, dict(zip(labels, ratios, strict=True)), **header)
-    where = f"{', '.join([*header.values(), 'a machine'])} (avx2), 2030-01-01"
-    assert "".join(report.beside_words(report.load()[1])) == (
-        f"\n{where}, the same cells, each call after a rest: {words}"
-    )
+def test_means_are_of_the_grid_in_the_slower_mode(report, ratios, mean, losing):
+    labels = "fp32 s512 full", "fp32 s2048 full", "fp32 sk1 d64 short"
+    beside(report, dict(zip(labels, ratios, strict=True)))
+    found, lost = report.in_both_modes("forward", report.load()[1], report.cpu.ratios)
+    assert [(what, means, header["level"]) for what, header, means in found] == [
+        ("forward", {"fp32": pytest.approx(mean)}, "avx2")
+    ]
+    assert lost == losing
 
 
-def test_of_training_the_means_and_the_losers_are_said(report):
+def test_of_training_the_means_and_the_losers(report):
+    """Those of a dtype that was measured in one mode are of that mode."""
     steps(report)
-    assert "".join(report.training_words(report.load()[2])) == (
-        "\na machine (avx2), 2030-01-01, forward and backward, each step after a rest: "
-        "fp32 **1.50**, fp16 **6.00**; in turn with torch's: fp32 **0.96**. "
-        "Slower are fp32 s512 d64 full 0.96. "
-    )
+    found, lost = report.in_both_modes("a step", report.load()[2], report.training.ratios)
+    assert found[0][2] == pytest.approx({"fp32": 0.96, "fp16": 6.0})
+    assert lost == ["fp32 s512 d64 full 0.96"]
+
+
+def test_each_measurement_on_the_cpu_has_a_line(filled):
+    few(filled, {"fp32 sk4096": 3.0, "bf16 sk4096": 0.9})
+    files, *others = filled.load()
+    said = "".join(filled.cpu_words(filled.newest(files), *others)).split("\n")
+    assert said[0].startswith("a machine; some CPU: time of torch 2.x over ours, geometric means, ")
+    slower = "fp32 b1 h8 s512 d64 full 0.90; fp32 s512 d64 full 0.96; bf16 sk4096 0.90"
+    assert said[0].endswith(f"whichever is lower. Slower: {slower}. ")
+    assert [line.partition(" (avx")[0] for line in said[1:]] == [
+        "- forward",
+        "- forward",
+        "- forward and backward",
+        "- one new token, 4,096 to 131,072 keys, at least this part of memory's read rate",
+    ]
+    assert said[-1].endswith(": fp32 **0.75**, bf16 **0.50**")
 
 
 @pytest.mark.parametrize("slow", [3.0, 0.9])
 def test_few_rows_against_many_keys(report, slow):
     few(report, {"fp32 sk4096": 3.0, "fp32 sk100 one thread": slow, "bf16 sk4096": 4.0})
-    said = "".join(report.few_words(report.load()[3]))
-    losing = "Slower than torch are fp32 sk100 one thread 0.90. "
-    none = "No cell is slower than torch's SDPA or its matrix products. "
-    assert said.endswith("is read: fp32 **0.75**, bf16 **0.50**. " + (losing if slow < 1 else none))
+    found, lost = report.decoding(report.load()[3])
+    assert found[0][2] == pytest.approx({"fp32": 0.75, "bf16": 0.5})
+    assert lost == (["fp32 sk100 one thread 0.90"] if slow < 1 else [])
     text = "\n".join(report.few_rows(report.load()[3]))
     assert "| bf16 sk4096 | 2.00 | 4.00 | 2.00 | 20.00 | 0.50 | 0.3 |" in text
     assert (report.marked("0.90", 0.9) in text) == (slow < 1)

@@ -25,6 +25,9 @@ typedef struct parameter {
     P(cu_seqlens_q), P(cu_seqlens_k), P(max_seqlen_q), P(max_seqlen_k), P(seqused_q), \
         P(seqused_k), P(q_offset), P(page_table)
 #define SCORES P(mask), P(softcap), P(alibi_slopes), P(sink), P(scale), P(dropout_p), P(seed)
+#define CACHE P(k_cache), P(v_cache), P(cache_seqlens)
+#define PLACES P(page_table), P(cache_batch_idx), P(cache_leftpad)
+#define ROTARY P(rotary_cos), P(rotary_sin), P(rotary_interleaved)
 #define EXECUTION P(deterministic), P(batch_invariant), P(backend)
 
 static const parameter attention[] = {QKV,    P(causal), P(window),       LENGTHS,
@@ -43,6 +46,30 @@ static const parameter varlen_backward[] = {P(dout),   QKV,     P(out),    P(lse
                                             SEQUENCES, P(dlse), GRADIENTS, P(causal),
                                             P(window), SCORES,  EXECUTION};
 
+static const parameter kvcache[] = {P(q),
+                                    CACHE,
+                                    P(k),
+                                    P(v),
+                                    PLACES,
+                                    P(cu_seqlens_q),
+                                    P(max_seqlen_q),
+                                    ROTARY,
+                                    P(k_scale),
+                                    P(v_scale),
+                                    P(causal),
+                                    P(num_splits),
+                                    P(layout),
+                                    P(return_lse),
+                                    P(return_mass),
+                                    P(window),
+                                    P(softcap),
+                                    P(alibi_slopes),
+                                    P(sink),
+                                    P(scale),
+                                    P(batch_invariant),
+                                    P(out),
+                                    P(backend)};
+
 #define COUNT(table) (sizeof(table) / sizeof *(table))
 
 static const struct {
@@ -55,6 +82,7 @@ static const struct {
     [VARLEN] = {"attention_varlen", varlen, COUNT(varlen)},
     [BACKWARD] = {"attention_backward", backward, COUNT(backward)},
     [VARLEN_BACKWARD] = {"attention_varlen_backward", varlen_backward, COUNT(varlen_backward)},
+    [KVCACHE] = {"attention_kvcache", kvcache, COUNT(kvcache)},
 };
 
 _Static_assert(COUNT(backward) <= MAX_PARAMETERS && COUNT(varlen_backward) <= MAX_PARAMETERS,

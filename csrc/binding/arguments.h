@@ -5,7 +5,7 @@
 #include <Python.h>
 
 /* The public functions that are builtins. */
-enum { ATTENTION, SDPA, VARLEN, BACKWARD, VARLEN_BACKWARD, FUNCTIONS };
+enum { ATTENTION, SDPA, VARLEN, BACKWARD, VARLEN_BACKWARD, KVCACHE, FUNCTIONS };
 
 enum { MAX_PARAMETERS = 40 }; /* of one function */
 
@@ -19,7 +19,9 @@ typedef struct arguments {
     PyObject *causal, *is_causal, *window, *q_offset;
     PyObject *q_lengths, *k_lengths, *k_start;
     PyObject *cu_seqlens_q, *cu_seqlens_k, *max_seqlen_q, *max_seqlen_k, *seqused_q, *seqused_k;
-    PyObject *page_table;
+    PyObject *page_table, *k_cache, *v_cache, *cache_seqlens, *cache_batch_idx, *cache_leftpad;
+    PyObject *rotary_cos, *rotary_sin, *rotary_interleaved, *k_scale, *v_scale;
+    PyObject *num_splits, *return_mass;
     PyObject *mask, *attn_mask, *softcap, *alibi_slopes, *sink, *scale, *dropout_p, *seed;
     PyObject *layout, *enable_gqa, *return_lse, *deterministic, *batch_invariant, *backend;
 } arguments;

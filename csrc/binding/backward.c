@@ -101,8 +101,10 @@ void backward_start(backward_call *c, module_state *state) {
 }
 
 fa_status backward_expect(const call *c, fa_error *reasons, fa_error *error) {
-    const fa_backward later = {.forward = c->plan.params, .deterministic = c->deterministic};
+    fa_backward later = {.forward = c->plan.params, .deterministic = c->deterministic};
+    const borrowed *mask = (const borrowed *)c->request.mask; /* whose first member it is */
     fa_chosen chosen;
+    if (mask && mask->requires_grad) later.dmask = later.forward.scores.mask;
     if (fa_choose_backward(&later, c->backend, &chosen, reasons, error)) return FA_OK;
     const size_t used = strlen(error->text);
     snprintf(error->text + used, sizeof error->text - used,

@@ -161,6 +161,7 @@ static PyObject *call_public(PyObject *module, int which, PyObject *const *given
     module_state *state = PyModule_GetState(module);
     arguments a;
     if (arguments_parse(&state->signatures[which], given, count, keywords, &a) < 0) return NULL;
+    if (which == KVCACHE) return kvcache_compute(state, &a);
     return which >= BACKWARD ? backward_compute(state, &a, which) : compute(state, &a, which);
 }
 
@@ -175,6 +176,7 @@ ENTRY(scaled_dot_product_attention, SDPA)
 ENTRY(attention_varlen, VARLEN)
 ENTRY(attention_backward, BACKWARD)
 ENTRY(attention_varlen_backward, VARLEN_BACKWARD)
+ENTRY(attention_kvcache, KVCACHE)
 #undef ENTRY
 
 static PyObject *(*const entries[FUNCTIONS])(PyObject *, PyObject *const *, Py_ssize_t,
@@ -184,6 +186,7 @@ static PyObject *(*const entries[FUNCTIONS])(PyObject *, PyObject *const *, Py_s
     [VARLEN] = attention_varlen,
     [BACKWARD] = attention_backward,
     [VARLEN_BACKWARD] = attention_varlen_backward,
+    [KVCACHE] = attention_kvcache,
 };
 
 PyObject *call_function(PyObject *module, PyObject *args) {

@@ -59,11 +59,18 @@ fa_status prepare_followed(call *c);
 /* One array more; is_followed: it may have a gradient, which torch takes. */
 fa_status prepare_array(call *c, PyObject *object, const char *name, int is_followed,
                         const fa_array **out);
+/* Whether an argument that may be an int is an array; -1 with an exception. */
+int prepare_is_array(PyObject *object);
 /* One that the call writes. */
 fa_status prepare_written(call *c, PyObject *object, const char *name, const fa_array **out);
 
 /* Outputs and workspace from the caller's allocator, then the backend without the GIL. */
 fa_status call_run(call *c, output *out, output *lse);
+
+/* kvcache.c */
+PyObject *kvcache_compute(module_state *state, const arguments *a);
+fa_status kvcache_explain(module_state *state, const arguments *a, const fa_backend **chosen,
+                          const char **kernel, fa_error *reasons, fa_error *error);
 
 /* backward.c */
 typedef struct backward_call {

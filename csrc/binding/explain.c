@@ -36,7 +36,8 @@ static fa_status explain_forward(module_state *state, const arguments *a, int wh
 static PyObject *explain(module_state *state, const arguments *a, int which, int differentiated) {
     explanation e = {0};
     const fa_status status =
-        which >= BACKWARD
+        which == KVCACHE ? kvcache_explain(state, a, &e.backend, &e.kernel, e.reasons, &e.error)
+        : which >= BACKWARD
             ? backward_explain(state, a, which, &e.backend, &e.kernel, e.reasons, &e.error)
             : explain_forward(state, a, which, differentiated, &e);
     if (call_is_elsewhere(status) && !PyErr_Occurred()) {

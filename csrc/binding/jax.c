@@ -91,7 +91,7 @@ PyObject *jax_plan(PyObject *module, PyObject *const *given, Py_ssize_t count) {
     arguments a;
     backward_call c;
     call *f = &c.forward;
-    if (which == FUNCTIONS || arguments_unpack(&state->signatures[which], given[1], &a) < 0)
+    if (which >= KVCACHE || arguments_unpack(&state->signatures[which], given[1], &a) < 0)
         return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "_C has no plan %s", name);
     backward_start(&c, state);
     fa_status status =

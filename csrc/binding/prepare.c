@@ -44,8 +44,7 @@ static int drops(const call *c) { return c->request.dropout_p > 0 && c->request.
 
 static int is_torch(const call *c) { return torch_owns(c->state, c->arrays[0].object); }
 
-/* Of an argument that may be an int too; -1 with an exception. */
-static int is_array(PyObject *object) {
+int prepare_is_array(PyObject *object) {
     PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
     Py_XDECREF(method);
     if (method) return 1;
@@ -66,7 +65,7 @@ static fa_status get_seed(call *c, PyObject *object) {
         return fa_fail(&c->error, FA_VALUE,
                        "`seed` must be an int or a one-element array where dropout_p > 0 and `q` "
                        "is no torch tensor, got None");
-    const int array = is_array(object);
+    const int array = prepare_is_array(object);
     if (array) return array < 0 ? FA_RAISED : borrow(c, object, "seed", &c->request.seed);
     TRY(option_int(object, "seed", "be an int or a one-element array", value, &overflow,
                    &c->error));
@@ -80,7 +79,7 @@ static fa_status get_offset(call *c, PyObject *object) {
     fa_request *r = &c->request;
     int overflow;
     if (object == Py_None) return FA_OK;
-    const int array = is_array(object);
+    const int array = prepare_is_array(object);
     if (array) return array < 0 ? FA_RAISED : borrow(c, object, "q_offset", &r->q_offset);
     r->has_offset = 1;
     return option_int(object, "q_offset", "be an int or an int32 array (b,)", &r->offset, &overflow,

@@ -1,6 +1,6 @@
 /* cpu.c - the CPU backend: chooses the vector level, and is what dispatch.c calls.
  *
- * Each operation is computed in a file of its own: forward.c, backward.c, merge.c.
+ * Each operation is computed in a file of its own: forward.c, backward.c, kvcache.c, merge.c.
  */
 #include "cpu.h"
 
@@ -115,6 +115,28 @@ static fa_status run_forward(const fa_params *p, const fa_choice *choice, void *
 static const fa_forward_op forward = {FA_CPU_FORWARD, reject_forward, name_forward, no_workspace,
                                       run_forward};
 
+static fa_status reject_kvcache(const fa_kvcache *c, fa_choice *choice, fa_error *why) {
+    return reject_forward(&c->forward, choice, why);
+}
+
+static const char *name_kvcache(const fa_kvcache *c, const fa_choice *choice) {
+    return name_forward(&c->forward, choice);
+}
+
+static int64_t no_kvcache_workspace(const fa_kvcache *c, const fa_choice *choice) {
+    (void)c, (void)choice;
+    return 0;
+}
+
+static fa_status run_kvcache(const fa_kvcache *c, const fa_choice *choice, void *workspace,
+                             fa_error *error) {
+    (void)workspace;
+    return fa_cpu_kvcache(c, level_of(choice), error);
+}
+
+static const fa_kvcache_op kvcache = {FA_CPU_KVCACHE, reject_kvcache, name_kvcache,
+                                      no_kvcache_workspace, run_kvcache};
+
 static fa_status reject_merge(const fa_merge *m, fa_choice *choice, fa_error *why) {
     (void)m, (void)why;
     choice->variant = NULL; /* there is one */
@@ -164,4 +186,4 @@ static const fa_backward_op backward = {FA_CPU_BACKWARD, reject_backward, name_b
 static const fa_merge_op merge = {FA_CPU_MERGE, reject_merge, name_merge, no_merge_workspace,
                                   run_merge};
 
-const fa_backend fa_cpu = {"cpu", FA_CPU, find_device, &forward, &backward, &merge};
+const fa_backend fa_cpu = {"cpu", FA_CPU, find_device, &forward, &backward, &merge, &kvcache};

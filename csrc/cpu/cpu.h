@@ -1,5 +1,5 @@
 /* cpu.h - what the files of the CPU backend share: cpu.c chooses the level, forward.c, backward.c
- * and merge.c are an operation each, pool.c has the threads.
+ * kvcache.c and merge.c are an operation each, pool.c has the threads.
  */
 #ifndef FASTATTN_CPU_H
 #define FASTATTN_CPU_H
@@ -35,6 +35,12 @@ static inline int64_t element(const fa_tensor *t, int64_t b, int64_t h, int64_t 
     return b * t->stride[0] + h * t->stride[1] + s * t->stride[2];
 }
 
+/* Key j of sequence b, from its key 0 on, or where there are pages from page 0 on, in elements. */
+static inline int64_t key_place(const fa_pages *pages, const fa_tensor *t, int64_t b, int32_t j) {
+    if (!pages->table) return j * t->stride[2];
+    return fa_find_page(pages, b, j) * t->stride[0] + j % pages->size * t->stride[2];
+}
+
 /* Element `at` of lse: float64 where the arrays are, else float32. */
 static inline void put_lse(const fa_tensor *lse, fa_dtype type, int64_t at, double value) {
     if (type == FA_F64)
@@ -48,6 +54,7 @@ typedef enum fa_level { FA_PORTABLE, FA_AVX2, FA_AVX512, FA_AVX512_BF16 } fa_lev
 
 fa_status fa_cpu_forward(const fa_params *p, fa_level level, fa_error *error);
 fa_status fa_cpu_backward(const fa_backward *b, fa_level level, fa_error *error);
+fa_status fa_cpu_kvcache(const fa_kvcache *c, fa_level level, fa_error *error);
 fa_status fa_cpu_merge(const fa_merge *m, fa_error *error);
 
 #endif

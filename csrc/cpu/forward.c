@@ -84,7 +84,8 @@ static fa_group find_group(const call *c, int64_t b, int64_t h) {
     const fa_varlen *v = &c->p->varlen;
     fa_group g = {.sequence.q_end = v->total_q, .b = b, .h = h, .heads = c->heads};
     if (b < what->b)
-        g.sequence = fa_find_sequence(v, &c->p->masks, b, what->sq, what->sk);
+        g.sequence =
+            (v->cu_k ? fa_find_sequence : fa_find_cached)(v, &c->p->masks, b, what->sq, what->sk);
     else
         g.sequence.q = fa_first_row(v->cu_q, v->cu_q_stride, b, v->total_q);
     return g;
@@ -253,7 +254,7 @@ fa_status fa_cpu_forward(const fa_params *p, fa_level level, fa_error *error) {
     c.length *= c.heads;
     const int64_t groups = heads / c.heads, longest = (int64_t)c.heads * (what->sq ? what->sq : 1);
     const int lanes = c.kernel->lanes;
-    const int keys = packed && p->varlen.total_k < what->sk ? p->varlen.total_k : what->sk;
+    const int keys = p->varlen.cu_k && p->varlen.total_k < what->sk ? p->varlen.total_k : what->sk;
     /* Below some 40 us of work waking a thread costs more than it brings. */
     const double products = (double)groups * c.length * keys * (what->d + what->dv);
     const int threads = products < 2e6 ? 1 : fa_pool_threads();

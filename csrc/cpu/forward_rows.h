@@ -6,12 +6,13 @@ static void open_group(context *c, const fa_params *p, const fa_group *g) {
     const fa_what *what = &p->what;
     const fa_sequence sequence = g->sequence;
     const int64_t size = fa_dtype_size(what->dtype), b = g->b, h = g->h;
+    const int64_t of_keys = p->pages.table ? 0 : b;
     const int64_t hk = h / (what->hq / what->hk), hv = h / (what->hq / what->hv);
     c->p = p;
     c->group = g;
     c->q = (const char *)what->q.data + element(&what->q, b, h, sequence.q) * size;
-    c->k = (const char *)what->k.data + element(&what->k, b, hk, sequence.k) * size;
-    c->v = (const char *)what->v.data + element(&what->v, b, hv, sequence.k) * size;
+    c->k = (const char *)what->k.data + element(&what->k, of_keys, hk, sequence.k) * size;
+    c->v = (const char *)what->v.data + element(&what->v, of_keys, hv, sequence.k) * size;
     c->out = (char *)what->out.data + element(&what->out, b, h, sequence.q) * size;
 }
 
@@ -171,38 +172,55 @@ static int see(const context *c, int64_t first, int count, const block *keys, ui
     return n;
 }
 
+/* Where a key's row of K, or of V, lies. */
+FA_FAST const char *key_row(const context *c, const char *from, const fa_tensor *t, int key) {
+    return from + key_place(&c->p->pages, t, c->group->b, key) * fa_dtype_size(c->p->what.dtype);
+}
+
+/* Whether a block's rows lie a stride apart. */
+static int is_one_piece(const fa_pages *pages, const block *keys) {
+    return !pages->table || keys->begin / pages->size == (keys->end - 1) / pages->size;
+}
+
 /* Points a block at its K and V, packed where they cannot be read in place. Values that no row sees
  * (keys below `visible`, or not `seen`) become 0: their probability is 0, and 0 * NaN is not. */
 static void load_block(const context *c, block *keys, int visible, const uint8_t *seen) {
     const fa_what *what = &c->p->what;
     const int64_t size = fa_dtype_size(what->dtype);
     const int n = keys->end - keys->begin, dv = what->dv;
-    const char *k = c->k + keys->begin * what->k.stride[2] * size;
-    const char *v = c->v + keys->begin * what->v.stride[2] * size;
-    keys->next_k = k + KEYS * what->k.stride[2] * size;
-    keys->next_v = v + KEYS * what->v.stride[2] * size;
+    const int whole_rows = is_one_piece(&c->p->pages, keys);
+    const char *k = key_row(c, c->k, &what->k, keys->begin);
+    const char *v = key_row(c, c->v, &what->v, keys->begin);
+    const int next = keys->begin + KEYS < what->sk ? keys->begin + KEYS : keys->begin;
+    keys->next_k = key_row(c, c->k, &what->k, next);
+    keys->next_v = key_row(c, c->v, &what->v, next);
     keys->next_k_row = what->k.stride[2] * size, keys->next_v_row = what->v.stride[2] * size;
-    keys->next_k_bytes = what->k.stride[3] == 1 ? what->d * size : 0;
-    keys->next_v_bytes = what->v.stride[3] == 1 ? dv * size : 0;
+    keys->next_k_bytes = what->k.stride[3] == 1 && whole_rows ? what->d * size : 0;
+    keys->next_v_bytes = what->v.stride[3] == 1 && whole_rows ? dv * size : 0;
     keys->k = (const unit *)k;
     keys->k_row = what->k.stride[2] / STEP;
-    if (!c->unit_k) {
+    if (!c->unit_k || !whole_rows) {
         keys->k = (const unit *)c->k_packed;
         keys->k_row = whole(c->units);
         for (int i = 0; i < n; i++) {
             real *to = c->k_packed + i * keys->k_row;
             if (c->units < keys->k_row) memset(to + keys->k_row - LANES, 0, sizeof(vec));
-            read_units(to, k + i * what->k.stride[2] * size, what->dtype, what->k.stride[3],
-                       what->d);
+            const char *x = whole_rows ? k + i * what->k.stride[2] * size
+                                       : key_row(c, c->k, &what->k, keys->begin + i);
+            read_units(to, x, what->dtype, what->k.stride[3], what->d);
         }
     }
     keys->v = (const unit *)v;
     keys->v_row = what->v.stride[2];
-    if (!c->unit_v || seen) {
+    if (!c->unit_v || seen || !whole_rows) {
         keys->v = (const unit *)c->v_packed;
         keys->v_row = whole(dv);
         for (int i = 0; i < n; i += STEP) {
             const char *x = v + i * what->v.stride[2] * size, *y = x + what->v.stride[2] * size;
+            if (!whole_rows) {
+                x = key_row(c, c->v, &what->v, keys->begin + i);
+                y = i + 1 < n ? key_row(c, c->v, &what->v, keys->begin + i + 1) : NULL;
+            }
             if (keys->begin + i < visible || (seen && !seen[i])) x = NULL;
             if (i + 1 == n || (seen && !seen[i + 1])) y = NULL;
             real *to = c->v_packed + i / STEP * keys->v_row;
@@ -217,8 +235,8 @@ static void one_key(const context *c, int64_t first, int count, void *memory) {
     const fa_what *what = &c->p->what;
     const int64_t size = fa_dtype_size(what->dtype), start = c->group->sequence.lengths.k_start;
     const int width = whole(what->d), packed = what->v.stride[3] == 1 && what->out.stride[3] == 1;
-    const char *k = c->k + start * what->k.stride[2] * size;
-    const char *v = c->v + start * what->v.stride[2] * size;
+    const char *k = key_row(c, c->k, &what->k, (int)start);
+    const char *v = key_row(c, c->v, &what->v, (int)start);
     real *key = memory, *row = key + width; /* scratch has LANES of them */
     if (width) {                            /* what is behind the last columns */
         memset(row - LANES, 0, LANES * sizeof(real));

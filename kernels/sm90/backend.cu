@@ -244,4 +244,5 @@ static fa_status run_merge(const fa_merge *m, const fa_choice *choice, void *wor
 static const fa_merge_op merge = {FA_SM90_MERGE, reject_merge, merge_kernel, merge_workspace,
                                   run_merge};
 
-const fa_backend fa_sm90 = {"sm90", FA_CUDA, takes_device, &forward, &backward, &merge, names};
+const fa_backend fa_sm90 = {"sm90",    FA_CUDA, takes_device, &forward,
+                            &backward, &merge,  NULL,         names};

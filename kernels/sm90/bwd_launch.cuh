@@ -53,6 +53,21 @@ static bool is_wide(const fa_tensor *t) {
            (t->stride[0] | t->stride[1] | t->stride[2]) % 8 == 0;
 }
 
+/* The main kernel, and where it is wanted the mask's gradient. */
+static fa_status launch_main(bwd_args &a, const fa_backward *r, const fa_device *device,
+                             int32_t blocks, fa_error *error) {
+    static uint64_t allowed;
+    fa_status status =
+        fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES, error);
+    if (status != FA_OK) return status;
+    status = fa_launch_kernel((const void *)VARIANT_NAME, blocks, THREADS, SMEM_BYTES,
+                              r->forward.where.stream, device->early, &a, error);
+#if VARIANT_GENERAL
+    if (status == FA_OK && r->dmask.data) status = launch_bwd_mask(a, r, device, error);
+#endif
+    return status;
+}
+
 extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const fa_device *device,
                                                      void *workspace, fa_error *error) {
     const fa_what *w = &r->forward.what;
@@ -100,14 +115,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
 #if VARIANT_GENERAL
     a.scores = scores;
 #endif
-    static uint64_t allowed;
-    status = fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES, error);
-    if (status != FA_OK) return status;
-    status = fa_launch_kernel((const void *)VARIANT_NAME, (int32_t)batches * w->hk * n_blocks,
-                              THREADS, SMEM_BYTES, stream, device->early, &a, error);
-#if VARIANT_GENERAL
-    if (status == FA_OK && r->dmask.data) status = launch_bwd_mask(a, r, device, error);
-#endif
+    status = launch_main(a, r, device, (int32_t)batches * w->hk * n_blocks, error);
     if (status != FA_OK || !r->dq.data) return status;
 
     const bwd_dq_args behind = {r->dq,           sums,   *v, w->b, w->hq, w->sq, m_blocks,

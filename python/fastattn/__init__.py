@@ -38,7 +38,7 @@ __all__ = [
 
 _compile.watch(
     (
-        *(attention, attention_varlen, scaled_dot_product_attention),
+        *(attention, attention_kvcache, attention_varlen, scaled_dot_product_attention),
         *(attention_backward, attention_varlen_backward, merge_states),
         _C.gradients,  # of compiled autograd
     )

@@ -579,6 +579,7 @@ def attention_varlen_backward(
     raise NotImplementedError  # never runs: see csrc/binding/backward.c
 
 
+@_in_c
 def attention_kvcache(
     q: Any,
     k_cache: Any,
@@ -611,14 +612,78 @@ def attention_kvcache(
     out: Any = None,
     backend: Literal["sm90", "sm80", "cpu"] | None = None,
 ) -> Any:
-    """attention of new queries to a key and value cache, which new keys are written into first.
+    """attention of new queries to cached keys and values, into which new ones are written first.
 
-    q is (b, sq, hq, d), the caches (b_cache, s_max, hk, d) or paged (num_pages, page_size, hk, d).
-    Not built yet: raises NotImplementedError; attention with k_lengths serves a padded cache.
+    Sequence n has cache_seqlens[n] keys in the cache. New ones, if there are any, are written after
+    them, in place, and the queries attend to all: the result is attention's on the keys and values
+    gathered, k_lengths the sum, k_start cache_leftpad. What no row sees, unused pages, the ends of
+    tables, reaches nothing. A call that raises has written nothing, a failure of the machine
+    excepted; one call is meant to be the only one that writes a cache at a time.
+
+    There is no gradient, and no autocast: the cache has one dtype. Graphs of torch hold the call as
+    an operator that writes the caches, or where no new keys come reads them; `out` must be None.
+
+    Args:
+        q: (b, sq, hq, d) of float64, float32, float16 or bfloat16; or (b, hq, sq, d) with
+            layout="bhsd". Any strides, of every array. More than some 64 rows run as attention's.
+        k_cache: (b_cache, s_max, hk, d), or with page_table (num_pages, page_size, hk, d), of any
+            page_size >= 1. Where new keys come it is written: no two elements share memory.
+        v_cache: (b_cache, s_max, hk, dv) or (num_pages, page_size, hk, dv); a view of k_cache too.
+        cache_seqlens: an int, or (b,) int32: the keys that are there before the new ones. On the
+            CPU others than from 0 to what the cache has room for are a ValueError, on a GPU the
+            nearest counts.
+        k: (b, s_new, hk, d), new keys; s_new may be other than sq. None: none.
+        v: (b, s_new, hk, dv), new values; where the caches share memory, k stays.
+        page_table: (b, pages) int32: key j of sequence n is row j % page_size of page
+            page_table[n, j // page_size]. On the CPU a page that some row sees, or that new keys
+            come to, has a number from 0 to num_pages - 1, and no two sequences write to one page,
+            else ValueError; on a GPU the nearest page counts, and what two wrote is either's.
+        cache_batch_idx: (b,) int32: the entry of the caches that a sequence has; checked as pages
+            are. None: its own number, and b_cache = b.
+        cache_leftpad: (b,) int32: the first key that counts, as attention's k_start.
+        cu_seqlens_q: (b + 1,) int32, as in attention_varlen: q and the output are (total_q, hq, d),
+            whatever the layout, each sequence's rows of any number; lse is (hq, total_q). A row in
+            no sequence gives output 0 and lse -inf.
+        max_seqlen_q: with cu_seqlens_q: no sequence has more queries. None: total_q.
+        rotary_cos: (s_max, rotary_dim / 2) of float32 or q's dtype, with new keys only; a row for
+            every position. New key i is rotated at position cache_seqlens + i; so is row i of q if
+            there is a causal mask or a window, else all rows at cache_seqlens. The elements from
+            rotary_dim on stay.
+        rotary_sin: like rotary_cos.
+        rotary_interleaved: pairs are (0, 1), (2, 3), ...; else (0, rotary_dim / 2), ...
+        k_scale: not built yet: NotImplementedError.
+        v_scale: not built yet: NotImplementedError.
+        causal: as in attention, whose sk is the sum of cached and new keys.
+        num_splits: of the keys, how many parts are computed at once, at most; 0: as is best. It
+            changes no bit on the CPU.
+        layout: "bshd" or "bhsd", of q, the caches, new keys and values and the output.
+        return_lse: also return lse, as in attention.
+        return_mass: also return mass, (b, hk, sk) float32 whatever the layout, sk the keys that the
+            cache has room for: the sum of p_j over the group's heads and the call's rows.
+        window: as in attention.
+        softcap: as in attention.
+        alibi_slopes: (hq,) or (b, hq) float32.
+        sink: as in attention.
+        scale: as in attention.
+        batch_invariant: as in attention.
+        out: as in attention; shares no element with a cache.
+        backend: None is the best that can; or "sm90", "sm80", "cpu".
+
+    Returns:
+        out, or a tuple of out, lse and mass, as far as asked for; kind and device of q.
+
+    Raises:
+        ValueError: a shape or value; the message names the argument, the rule and what came.
+        TypeError: no array, or a dtype; a cache of JAX where new keys come, for those are never
+            written.
+        NotImplementedError: no backend serves the call (each one's reason is in the message), which
+            is any on a GPU so far; a tensor that requires grad, or is inside of torch.vmap or
+            torch.func.grad; an array that JAX traces.
+
+    Source: paging: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+    PagedAttention", 2023; rotary positions: Su et al., "RoFormer", 2021, equation 34.
     """
-    raise NotImplementedError(
-        "attention_kvcache is not built yet: use attention with k_lengths on the cache"
-    )
+    raise NotImplementedError  # never runs: see csrc/binding/kvcache.c
 
 
 @dataclass(frozen=True)
@@ -641,8 +706,8 @@ def explain(function: Callable[..., Any], *args: Any, **keywords: Any) -> Explan
     """Which backend and kernel `function(*args, **keywords)` would run. Nothing is computed.
 
     Args:
-        function: attention, attention_varlen, scaled_dot_product_attention, attention_backward or
-            attention_varlen_backward.
+        function: attention, attention_varlen, attention_kvcache, scaled_dot_product_attention,
+            attention_backward or attention_varlen_backward.
 
     Returns:
         An Explanation with .backend, .kernel and .reasons.
@@ -651,16 +716,14 @@ def explain(function: Callable[..., Any], *args: Any, **keywords: Any) -> Explan
         What the call would raise before it chooses a backend; TypeError for another function.
     """
     # By identity: where the function was forgotten, it is an array with an equality of its own.
-    if function is attention_kvcache:
-        function(*args, **keywords)  # raises why it is not built
-    of_attention = (attention, attention_varlen, scaled_dot_product_attention)
+    of_attention = (attention, attention_varlen, attention_kvcache, scaled_dot_product_attention)
     if not any(
         function is f for f in (*of_attention, attention_backward, attention_varlen_backward)
     ):
         name = getattr(function, "__name__", None)
         raise TypeError(
-            "`function` must be attention, attention_varlen, scaled_dot_product_attention or one's "
-            "backward, got "
+            "`function` must be attention, attention_varlen, attention_kvcache, "
+            "scaled_dot_product_attention or one's backward, got "
             + (name or f"{type(function).__name__}: explain(fastattn.attention, q, k, v)")
         )
     return Explanation(*_C.explain(function.__name__, *args, **keywords))
@@ -700,7 +763,7 @@ def info() -> dict[str, Any]:
     support: what each backend declares to take, whether it is built in or not, as support[backend]
     [operation] with dtypes, the range of d and dv, features, and apart: sets of features that it
     does not take together. It refuses nothing else, but for a device that it does not run on. An
-    operation is forward (attention and its kin), backward or merge (merge_states).
+    operation is forward (attention and its kin), backward, kvcache or merge (merge_states).
     """
     from . import __version__
 

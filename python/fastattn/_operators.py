@@ -41,6 +41,8 @@ _OPTIONS = {
     "backend": "str?",
 }
 _CAUSAL = {"": False, "bottom-right": True, "top-left": "top-left"}
+# An argument that is an array or an int, and its name as an int.
+_NUMBERS = {"q_offset": "offset", "seed": "number", "cache_seqlens": "length"}
 _NEEDS = ("need_dq", "need_dk", "need_dv", "need_dmask", "need_dsink")
 
 
@@ -49,17 +51,35 @@ def _schema() -> str:
     return ", ".join([*arrays, *(f"{kind} {n}" for n, kind in _OPTIONS.items())])
 
 
-def _keywords(values: Sequence[Any]) -> dict[str, Any]:
-    """An operator's arguments as those of attention or attention_varlen, in one dict."""
-    given = dict(zip((*_ARRAYS, *_OPTIONS), values, strict=True))
+def flat(given: dict[str, Any]) -> dict[str, Any]:
+    """A public function's arguments as an operator has them, where each is of one type."""
+    given = dict(given)
+    given["left"], given["right"] = given.pop("window") or (None, None)
+    for name, number in _NUMBERS.items():
+        if name in given and not isinstance(given[name], torch.Tensor):
+            given[number], given[name] = given[name], None
+    given["causal"] = {False: "", True: "bottom-right"}.get(given["causal"], "top-left")
+    for name in ("softcap", "dropout_p", "scale"):
+        if given.get(name) is not None:
+            given[name] = float(given[name])
+    return given
+
+
+def whole(given: dict[str, Any]) -> dict[str, Any]:
+    """The other way round."""
+    given = dict(given)
     left, right = given.pop("left"), given.pop("right")
-    offset, number = given.pop("offset"), given.pop("number")
     given["causal"] = _CAUSAL[given["causal"]]
     given["window"] = None if left is None and right is None else (left, right)
-    if offset is not None:
-        given["q_offset"] = offset
-    if number is not None:
-        given["seed"] = number
+    for name, number in _NUMBERS.items():
+        if (value := given.pop(number, None)) is not None:
+            given[name] = value
+    return given
+
+
+def _keywords(values: Sequence[Any]) -> dict[str, Any]:
+    """An operator's arguments as those of attention or attention_varlen, in one dict."""
+    given = whole(dict(zip((*_ARRAYS, *_OPTIONS), values, strict=True)))
     packed = given["cu_seqlens_q"] is not None
     elsewhere = (
         ("q_lengths", "k_lengths", "k_start", "layout")
@@ -78,15 +98,7 @@ def _keywords(values: Sequence[Any]) -> dict[str, Any]:
 
 def _values(given: dict[str, Any]) -> list[Any]:
     """The other way round, of what attention or attention_varlen was given."""
-    given = dict(given)
-    given["left"], given["right"] = given.get("window") or (None, None)
-    for name, number in (("q_offset", "offset"), ("seed", "number")):
-        if not isinstance(given[name], torch.Tensor):
-            given[number], given[name] = given[name], None
-    given["causal"] = {False: "", True: "bottom-right"}.get(given["causal"], "top-left")
-    given["softcap"], given["dropout_p"] = float(given["softcap"]), float(given["dropout_p"])
-    given["scale"] = None if given["scale"] is None else float(given["scale"])
-    given.setdefault("layout", "bhsd")
+    given = {"layout": "bhsd", **flat(given)}
     return [given.get(n) for n in (*_ARRAYS, *_OPTIONS)]
 
 
@@ -99,7 +111,7 @@ def _shapes(given: dict[str, Any]) -> tuple[list[Any], list[Any]]:
     return shape, [b, h, s]
 
 
-def _lse_dtype(q: Any) -> Any:
+def lse_dtype(q: Any) -> Any:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
@@ -133,7 +145,7 @@ def _forward_fake(*values: Any) -> tuple[Any, Any]:
     given = _keywords(values)
     q = given["q"]
     shape, lse_shape = _shapes(given)
-    return q.new_empty(shape), q.new_empty(lse_shape, dtype=_lse_dtype(q))
+    return q.new_empty(shape), q.new_empty(lse_shape, dtype=lse_dtype(q))
 
 
 def _backward(dout: Any, dlse: Any, out: Any, lse: Any, needs: Sequence[bool], *values: Any) -> Any:
@@ -195,16 +207,19 @@ def _differentiate_backward(ctx: Any, *given: Any) -> Any:
 _library: Any = torch.library.Library("fastattn", "DEF")  # type: ignore[no-untyped-call]
 
 
-def define(schema: str, function: Any, fake: Any, set_up: Any, differentiate: Any) -> None:
+def define(
+    schema: str, function: Any, fake: Any, set_up: Any = None, differentiate: Any = None
+) -> None:
     """An operator fastattn::name of this schema, for the CPU and CUDA."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _library.impl(name, function, key)
     torch.library.register_fake(f"fastattn::{name}", fake, lib=_library)
-    torch.library.register_autograd(
-        f"fastattn::{name}", differentiate, setup_context=set_up, lib=_library
-    )
+    if differentiate:
+        torch.library.register_autograd(
+            f"fastattn::{name}", differentiate, setup_context=set_up, lib=_library
+        )
 
 
 define(

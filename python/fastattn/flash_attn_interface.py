@@ -2,9 +2,10 @@
 
 Layouts are (b, s, h, d) and (total, h, d); causal and windows are aligned to the bottom right, and
 a row that sees nothing gives 0, with lse -inf. Arguments that only tune FlashAttention's kernels
-(num_splits, pack_gqa) change nothing. Those with a meaning that no backend serves (qv, descales,
-attention_chunk, sm_margin) are refused by name unless they are at their defaults. Beyond
-FlashAttention 3: any device, dtype and head size that attention serves, and sinks (`s_aux`).
+(num_splits, pack_gqa, scheduler_metadata) change nothing. Those with a meaning that no backend
+serves (qv, descales, attention_chunk, sm_margin) are refused by name unless they are at their
+defaults. Beyond FlashAttention 3: any device, dtype and head size that attention serves, and sinks
+(`s_aux`).
 """
 
 from typing import Any
@@ -218,23 +219,71 @@ def flash_attn_with_kvcache(
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
     return_softmax_lse: bool = False,
+    *,
+    s_aux: Any = None,
 ) -> Any:
-    """Attention to a cache that new keys are written into first. Not built yet: raises."""
-    raise NotImplementedError(_flash.NO_CACHE)
+    """fastattn.attention_kvcache with FlashAttention 3's arguments.
+
+    Args:
+        q: (b, sq, hq, d).
+        k_cache: (b_cache, s_max, hk, d), or with page_table (num_pages, page_size, hk, d).
+        v_cache: likewise, of dv.
+        k: (b, s_new, hk, d), written into the cache at cache_seqlens, in place.
+        v: (b, s_new, hk, dv).
+        rotary_cos: (s_max, rotary_dim / 2), with new keys only.
+        rotary_sin: likewise.
+        cache_seqlens: an int, or (b,) int32: the keys that are there. None: the cache is full.
+        cache_batch_idx: (b,) int32: each sequence's entry of the cache.
+        cache_leftpad: (b,) int32: the first key that counts.
+        page_table: (b, pages) int32; any page_size.
+        cu_seqlens_q: as in attention_kvcache, as max_seqlen_q and num_splits.
+        cu_seqlens_k_new: must be None, as rotary_seqlens.
+        rotary_interleaved: pairs are (0, 1), (2, 3), ...; else (0, rotary_dim / 2), ...
+        scheduler_metadata: changes nothing.
+        return_softmax_lse: return (out, lse), lse (b, hq, sq) float32.
+
+    All others as in flash_attn_func.
+
+    Returns:
+        out (b, sq, hq, dv), or (out, lse). There is no gradient: what requires grad is refused.
+    """
+    _refuse(qv, q_descale, k_descale, v_descale, attention_chunk, sm_margin)
+    _refuse_arrays(cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens)
+    keywords = _flash.options(softmax_scale, causal, window_size, softcap, None, s_aux) | {
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+        "cu_seqlens_q": cu_seqlens_q,
+        "max_seqlen_q": max_seqlen_q,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "rotary_interleaved": rotary_interleaved,
+        "num_splits": num_splits,
+    }
+    return _flash.attend_cache(
+        _flash.attention_kvcache,
+        (q, k_cache, v_cache),
+        (k, v),
+        cache_seqlens,
+        page_table,
+        return_softmax_lse,
+        keywords,
+    )
 
 
-def get_scheduler_metadata(*arguments: Any, **keywords: Any) -> Any:
-    """A plan for flash_attn_with_kvcache. Not built yet, as that is: raises."""
-    raise NotImplementedError(_flash.NO_CACHE)
+def get_scheduler_metadata(*arguments: Any, **keywords: Any) -> None:
+    """None, which flash_attn_with_kvcache takes as scheduler_metadata: it needs no plan."""
 
 
 def _refuse(
     qv: Any, q_descale: Any, k_descale: Any, v_descale: Any, attention_chunk: int, sm_margin: int
 ) -> None:
-    given = {"qv": qv, "q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
-    for name, array in given.items():
-        if array is not None:
-            raise NotImplementedError(f"`{name}` must be None: no backend serves it")
+    _refuse_arrays(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     for name, number in (("attention_chunk", attention_chunk), ("sm_margin", sm_margin)):
         if number:
             raise NotImplementedError(f"`{name}` must be 0: no backend serves it, got {number}")
+
+
+def _refuse_arrays(**given: Any) -> None:
+    for name, array in given.items():
+        if array is not None:
+            raise NotImplementedError(f"`{name}` must be None: no backend serves it")

@@ -14,10 +14,11 @@ need(__name__, "torch", "2.10")
 
 import torch
 
-from . import _C, _arrays, _operators, _provider
+from . import _C, _arrays, _operators, _operators_kvcache, _provider
 from ._attention import (
     attention,
     attention_backward,
+    attention_kvcache,
     attention_varlen,
     attention_varlen_backward,
     merge_states,
@@ -410,11 +411,19 @@ def _call_backward(name: str, values: tuple[Any, ...]) -> Any:
     return apply(_Gradients, call, needs, *of, *results, *arrays)
 
 
+def _call_kvcache(name: str, values: tuple[Any, ...]) -> Any:
+    raise NotImplementedError(
+        "attention_kvcache takes plain tensors, none inside of torch.vmap or torch.func.grad"
+    )
+
+
 def record(name: str, values: tuple[Any, ...]) -> Any:
     """A public function that was given what torch transforms, or records into a graph."""
     if has_proxy(values):
         return leave_in_graph(_PUBLIC[name], values)
     if name != "scaled_dot_product_attention" and is_recorded(values):
+        if name == "attention_kvcache":
+            return _operators_kvcache.record(values)
         return _operators.record(name, values)
     return call(name, values)
 
@@ -422,6 +431,7 @@ def record(name: str, values: tuple[Any, ...]) -> Any:
 _CALLS = {
     "attention": _call_attention,
     "attention_varlen": _call_attention,
+    "attention_kvcache": _call_kvcache,
     "scaled_dot_product_attention": _call_sdpa,
     "attention_backward": _call_backward,
     "attention_varlen_backward": _call_backward,
@@ -431,7 +441,7 @@ _CALLS = {
 _PUBLIC = {
     function.__name__: function
     for function in (
-        *(attention, attention_varlen, scaled_dot_product_attention),
+        *(attention, attention_kvcache, attention_varlen, scaled_dot_product_attention),
         *(attention_backward, attention_varlen_backward),
     )
 }

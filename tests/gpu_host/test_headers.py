@@ -26,7 +26,10 @@ RAW = {"load_raw", "load_strided"}
 def variant_for(header):
     """The first of its table that includes it."""
     if "/bwd_" in header:
-        kind = header.endswith("load_strided.cuh"), header.endswith(("scores.cuh", "walk.cuh"))
+        kind = (
+            header.endswith("load_strided.cuh"),
+            header.endswith(("scores.cuh", "walk.cuh", "mask.cuh")),
+        )
         backward = (v for v in EVERY_VARIANT if v.name.startswith("sm90_bwd_"))
         return next(v for v in backward if (v["strided"], v["general"]) == kind)
     stem = header.rpartition("/fwd_")[2].partition(".")[0]

@@ -1,4 +1,4 @@
-"""FlashAttention 2's functions, as flash-attn 2.8 has them, over fastattn.attention.
+"""FlashAttention 2's functions, as flash-attn 2.8 has them, over fastattn.attention and its kin.
 
 Layouts are (b, s, h, d) and (total, h, d); causal and windows are aligned to the bottom right, and
 a row that sees nothing gives 0. Beyond flash-attn: any device and dtype that attention serves, any
@@ -199,9 +199,54 @@ def flash_attn_with_kvcache(
     alibi_slopes: Any = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    *,
+    s_aux: Any = None,
 ) -> Any:
-    """Attention to a cache that new keys are written into first. Not built yet: raises."""
-    raise NotImplementedError(_flash.NO_CACHE)
+    """fastattn.attention_kvcache with FlashAttention 2's arguments.
+
+    Args:
+        q: (b, sq, hq, d).
+        k_cache: (b_cache, s_max, hk, d), or with block_table (num_blocks, block_size, hk, d).
+        v_cache: likewise, of dv.
+        k: (b, s_new, hk, d), written into the cache at cache_seqlens, in place.
+        v: (b, s_new, hk, dv).
+        rotary_cos: (s_max, rotary_dim / 2), with new keys only.
+        rotary_sin: likewise.
+        cache_seqlens: an int, or (b,) int32: the keys that are there. None: the cache is full.
+        cache_batch_idx: (b,) int32: each sequence's entry of the cache.
+        cache_leftpad: (b,) int32: the first key that counts.
+        block_table: (b, blocks) int32, attention_kvcache's page_table; any block_size.
+        softmax_scale: default d ** -0.5.
+        causal: the last query sees the last key.
+        window_size: (left, right), inclusive; below 0: unbounded.
+        softcap: 0 or below: off.
+        rotary_interleaved: pairs are (0, 1), (2, 3), ...; else (0, rotary_dim / 2), ...
+        alibi_slopes: (hq,) or (b, hq) float32.
+        num_splits: as in attention_kvcache.
+        return_softmax_lse: return (out, lse), lse (b, hq, sq) float32.
+        s_aux: (hq,), sinks.
+
+    Returns:
+        out (b, sq, hq, dv), or (out, lse). There is no gradient: what requires grad is refused.
+    """
+    keywords = _flash.options(softmax_scale, causal, window_size, softcap, None, s_aux) | {
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "rotary_interleaved": rotary_interleaved,
+        "alibi_slopes": alibi_slopes,
+        "num_splits": num_splits,
+    }
+    return _flash.attend_cache(
+        _flash.attention_in_blocks,
+        (q, k_cache, v_cache),
+        (k, v),
+        cache_seqlens,
+        block_table,
+        return_softmax_lse,
+        keywords,
+    )
 
 
 def _options(dropout_p: float, alibi_slopes: Any, return_attn_probs: bool) -> dict[str, Any]:
