@@ -8,6 +8,7 @@
 #ifndef FASTATTN_SM90_BWD_MASK_CUH
 #define FASTATTN_SM90_BWD_MASK_CUH
 
+#include "backward.h"
 #include "common/compiler.cuh"
 #include "common/element.cuh"
 #include "common/launch.cuh"
