@@ -172,6 +172,30 @@ def check(gradients, dout, q, k, v, *, lse=None, **keywords):
     return complaints
 
 
+def check_shared(name, got, calls):
+    """Complaints about the one gradient of several calls, each with its part of it: (place, lse,
+    (dout, q, k, v), keywords). Sequences that are packed share sinks, and may share a mask."""
+    places = [place for place, *_ in calls]
+    exacts = [attention_backward(*arrays, **keywords) for *_, arrays, keywords in calls]
+
+    def total(parts):
+        whole = np.zeros(got.shape)
+        for place, part in zip(places, parts, strict=True):
+            whole[place] += getattr(part, name)
+        return whole
+
+    off = max(max(x.off, distance(call[1], x.lse)) for x, call in zip(exacts, calls, strict=True))
+    size = np.sum([x.sizes[name] for x in exacts], axis=0)
+    each = (careful(x, {}, *call[2], **call[3]) for x, call in zip(exacts, calls, strict=True))
+    lows, ref, complaints = [], total(exacts), [name]
+    for pairs in zip(*each, strict=True):
+        lows.append([total(part) for part in zip(*pairs, strict=True)])
+        complaints = _named(name, judge(got, ref, lows, None, size, off))
+        if not complaints:
+            break
+    return complaints
+
+
 def compare(gradients, exact, pairs, share=1):
     """Complaints by these (low, exact) Gradients, of which another can only raise the limits."""
     complaints = []
