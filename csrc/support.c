@@ -37,7 +37,7 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
                           FA_ALL_FEATURES & ~(FA_KV_HEADS | FA_DETERMINISTIC),
                           {0},
                           1,
-                          128},
+                          256},
     [FA_SM90_MERGE] =
         {"sm90", "merge", DTYPE(F32) | DTYPE(F16) | DTYPE(BF16), 0, {0}, 0, INT32_MAX},
 };

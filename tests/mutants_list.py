@@ -270,6 +270,20 @@ FAULTS = (
     ),
     # ---- the backward kernel
     (
+        "kernels/sm90/bwd_loop.cuh",
+        "next = ahead % Q_STAGES;",
+        "next = ahead % STAGES;",
+        f"{BACKWARD} -k f16_d128",
+        False,
+    ),
+    (
+        "kernels/sm90/bwd_smem.h",
+        "return SHARED_KEYS ? ROWS * warpgroup : 0;",
+        "return 0;",
+        f"{BACKWARD} -k d192",
+        False,
+    ),
+    (
         "kernels/sm90/bwd_load_strided.cuh",
         "y[j] = j < there ? at[j * from.stride[3]] : 0;",
         "y[j] = at[j * from.stride[3]];",

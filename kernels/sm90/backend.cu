@@ -169,7 +169,7 @@ static const char *backward_kernel(const fa_backward *, const fa_choice *choice)
 
 static int64_t backward_workspace(const fa_backward *r, const fa_choice *choice) {
     const fa_bwd_variant *v = (const fa_bwd_variant *)choice->variant;
-    return 4 * fa_lay_out_backward(&r->forward, v->block_m, v->d).floats;
+    return 4 * fa_lay_out_backward(&r->forward, v->block_m, fa_bwd_sum_columns(v)).floats;
 }
 
 /* Where there is no score to compute, gradients are 0, but for the sinks': of lse. */
@@ -191,12 +191,12 @@ static fa_status launch_backward(const fa_backward *r, const fa_device *device,
                                  const fa_bwd_variant *v, void *workspace, fa_error *error) {
     const fa_what *w = &r->forward.what;
     if (fa_is_empty(w)) return launch_zeros(r, device, error);
-    const fa_backward_workspace at = fa_lay_out_backward(&r->forward, v->block_m, v->d);
+    const fa_backward_workspace at =
+        fa_lay_out_backward(&r->forward, v->block_m, fa_bwd_sum_columns(v));
     fa_status status = FA_OK;
     if (fa_bwd_packs(&r->forward))
         status = launch_pack_mask(&r->forward, device, (float *)workspace + at.mask, error);
-    if (status == FA_OK)
-        status = bwd_launchers[v - fa_bwd_variants](r, device, workspace, error);
+    if (status == FA_OK) status = bwd_launchers[v - fa_bwd_variants](r, device, workspace, error);
     if (status != FA_OK) return status;
     return launch_sink(r, (const float *)workspace + at.delta, at.head, v->block_m, device, error);
 }

@@ -12,9 +12,10 @@
 typedef struct fa_bwd_variant {
     const char *name;
     fa_dtype dtype;
-    int32_t d, dv;         /* the largest head sizes it takes; smaller ones are zero-padded */
-    int32_t block_m;       /* query rows per step of the loop */
-    int32_t warpgroups;    /* of 64 keys each, one tile */
+    int32_t d, dv;   /* the largest head sizes it takes; smaller ones are zero-padded */
+    int32_t block_m; /* query rows per step of the loop */
+    int32_t block_n; /* keys of a tile: 64 for each warpgroup, or the same 64 for all */
+    int32_t warpgroups;
     int32_t stages;        /* of Q and dO in shared memory */
     int32_t mma_registers; /* of a thread of an MMA warpgroup */
     int32_t general;       /* 1: it changes scores */
@@ -56,6 +57,12 @@ static inline int32_t fa_choose_bwd_variant(const fa_backward *r) {
     return best;
 }
 
+/* Columns of a row of dQ's sums: where warpgroups share them out, whole panels for each. */
+static inline int32_t fa_bwd_sum_columns(const fa_bwd_variant *v) {
+    const int32_t panels = 64 * v->warpgroups;
+    return v->block_m == panels ? v->d : (v->d + panels - 1) / panels * panels;
+}
+
 /* Where everything lies in the workspace, in floats from its start: lse, delta, dQ's sums, and a
  * packed bool mask (mask_bits.h), on 256 bytes of it. */
 typedef struct fa_backward_workspace {
@@ -64,7 +71,7 @@ typedef struct fa_backward_workspace {
 } fa_backward_workspace;
 
 static inline fa_backward_workspace fa_lay_out_backward(const fa_params *p, int32_t block_m,
-                                                        int32_t d) {
+                                                        int32_t sum_columns) {
     const fa_what *w = &p->what;
     const fa_varlen *v = &p->varlen;
     fa_backward_workspace n = {0, 0, 0, 0, 0};
@@ -73,7 +80,7 @@ static inline fa_backward_workspace fa_lay_out_backward(const fa_params *p, int3
                      : ((int64_t)w->sq + block_m - 1) / block_m * block_m;
     n.delta = (v->cu_q ? 1 : w->b) * w->hq * n.head;
     n.sums = 2 * n.delta;
-    n.mask = n.floats = n.sums + n.delta * d;
+    n.mask = n.floats = n.sums + n.delta * sum_columns;
     if (fa_bwd_packs(p)) {
         n.mask = (n.floats + 63) / 64 * 64;
         n.floats = n.mask + fa_mask_bits_make(w, &p->masks, v, &p->scores.mask).bytes / 4;

@@ -17,7 +17,7 @@
 #endif
 
 enum { ENDS_THREADS = 256 };
-static constexpr int LANES = V_PANELS * 8; /* of a row: 16 bytes each, of DV columns */
+static constexpr int LANES = V_PANELS > 2 ? 32 : V_PANELS * 8; /* of a row: 16 bytes each */
 static constexpr int ROWS_OF_BLOCK = ENDS_THREADS / LANES;
 
 /* A row's dot product, of LANES threads side by side. */
@@ -101,7 +101,7 @@ static __global__ void __launch_bounds__(ENDS_THREADS)
     }
     /* The block's share of zeros, wherever they lie. */
     if (a.dq) {
-        constexpr int QUADS = ROWS_OF_BLOCK * D / 4;
+        constexpr int QUADS = ROWS_OF_BLOCK * SUM_COLUMNS / 4;
         for (int32_t i = threadIdx.x; i < QUADS; i += ENDS_THREADS)
             a.dq[(int64_t)blockIdx.x * QUADS + i] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
@@ -129,13 +129,13 @@ static __global__ void __launch_bounds__(ENDS_THREADS)
     wait_for_stream();
     const int32_t m = blockIdx.x % a.m_blocks, head = blockIdx.x / a.m_blocks;
     const row_block rows = find_rows(a.varlen, a.b, a.sq, BLOCK_M, m);
-    const float4 *from = (const float4 *)a.sums + (int64_t)blockIdx.x * (BLOCK_M * D / 4);
+    const float4 *from = (const float4 *)a.sums + (int64_t)blockIdx.x * (BLOCK_M * SUM_COLUMNS / 4);
     const fa_tensor &to = a.dq;
     uint16_t *base = (uint16_t *)to.data + head / a.hq * to.stride[0] + head % a.hq * to.stride[1] +
                      rows.first * to.stride[2];
     constexpr int EIGHTS = DQ_COLUMNS / 8;
 #pragma unroll
-    for (int32_t n = threadIdx.x; n < BLOCK_M * D / 16; n += ENDS_THREADS) {
+    for (int32_t n = threadIdx.x; n < BLOCK_M * SUM_COLUMNS / 16; n += ENDS_THREADS) {
         const int32_t eight = n % EIGHTS, r = n / EIGHTS % 8, warp = n / EIGHTS / 8;
         const int32_t warpgroup = warp / 4;
         const int32_t row = (DQ_BY_ROWS ? 64 * warpgroup : 0) + warp % 4 * 16 + r;

@@ -72,7 +72,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
                                                      void *workspace, fa_error *error) {
     const fa_what *w = &r->forward.what;
     const fa_varlen *v = &r->forward.varlen;
-    const fa_backward_workspace at = fa_lay_out_backward(&r->forward, BLOCK_M, D);
+    const fa_backward_workspace at = fa_lay_out_backward(&r->forward, BLOCK_M, SUM_COLUMNS);
     const int64_t rows = at.delta, batches = v->cu_q ? 1 : w->b;
     const int64_t blocks = v->cu_q ? fa_packed_blocks(v->total_k, w->b, BLOCK_N)
                                    : ((int64_t)w->sk + BLOCK_N - 1) / BLOCK_N;

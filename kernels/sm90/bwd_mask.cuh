@@ -43,7 +43,8 @@ struct mask_smem {
     uint8_t k[MASK_STAGES][QK_PANELS][PANEL_N], v[MASK_STAGES][V_PANELS][PANEL_N];
     uint8_t q[MASK_STAGES][QK_PANELS][PANEL_M], dout[MASK_STAGES][V_PANELS][PANEL_M];
     float lse[MASK_STAGES][BLOCK_M], delta[MASK_STAGES][BLOCK_M];
-    float rows[MMA_THREADS / 32][BLOCK_M]; /* each warp's sums over its keys */
+    float rows[BLOCK_N / 16][BLOCK_M]; /* each warp's sums over its keys; over its rows, */
+    float keys[SHARED_KEYS ? WARPGROUPS : 1][BLOCK_N];
     uint64_t full[MASK_STAGES], empty[MASK_STAGES];
     mask_step steps[MASK_STAGES];
 };
@@ -138,69 +139,79 @@ DEVICE void store_mask(const bwd_mask_args &a, int64_t at, float x) {
 }
 
 /* Sums of a tile that has all keys: over a thread's, a warp's and all warps', row by row. */
-DEVICE void store_row_sums(const bwd_mask_args &a, mask_smem &smem, const float (&x)[BLOCK_M / 2],
-                           int64_t base, int32_t first) {
+DEVICE void store_row_sums(const bwd_mask_args &a, mask_smem &smem, const float (&x)[ROWS / 2],
+                           int64_t base, int32_t first, int32_t warpgroup) {
     const int32_t lane = threadIdx.x % 32;
+    float *rows = smem.rows[threadIdx.x / 32 % (BLOCK_N / 16)] + own_row(warpgroup);
 #pragma unroll
-    for (int i = 0; i < BLOCK_M / 2; ++i) {
+    for (int i = 0; i < ROWS / 2; ++i) {
         if (i / 2 % 2) continue;
         float sum = x[i] + x[i + 2]; /* the thread's two keys */
 #pragma unroll
         for (int bit = 4; bit < 32; bit *= 2) sum += __shfl_xor_sync(~0u, sum, bit);
-        if (lane < 4) smem.rows[threadIdx.x / 32][i / 4 * 8 + lane * 2 + i % 2] = sum;
+        if (lane < 4) rows[i / 4 * 8 + lane * 2 + i % 2] = sum;
     }
     bar_sync(MASK_BARRIER, MMA_THREADS);
     const bool one = a.to.shape[2] == 1;
     if (threadIdx.x < (one ? 1 : BLOCK_M) && (one || first + threadIdx.x < a.to.shape[2])) {
         float sum = 0.f;
         for (int32_t row = threadIdx.x; row < (one ? BLOCK_M : (int32_t)threadIdx.x + 1); ++row)
-            for (int warp = 0; warp < MMA_THREADS / 32; ++warp) sum += smem.rows[warp][row];
+            for (int warp = 0; warp < BLOCK_N / 16; ++warp) sum += smem.rows[warp][row];
         store_mask(a, base + (one ? 0 : first + threadIdx.x) * a.to.stride[2], sum);
     }
     bar_sync(MASK_BARRIER, MMA_THREADS);
 }
 
-/* Sums of a tile that has all rows. */
-DEVICE void store_key_sums(const bwd_mask_args &a, const float (&x)[BLOCK_M / 2], int64_t base,
-                           int32_t key) {
+/* Sums of a tile that has all rows: over a thread's, a quad's and all warpgroups', key by key. */
+DEVICE void store_key_sums(const bwd_mask_args &a, mask_smem &smem, const float (&x)[ROWS / 2],
+                           int64_t base, int32_t first, int32_t warpgroup) {
+    const int32_t thread = threadIdx.x % 128;
+    float *keys = smem.keys[SHARED_KEYS ? warpgroup : 0] + own_key(warpgroup);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         float sum = 0.f;
 #pragma unroll
-        for (int i = 0; i < BLOCK_M / 4; ++i) sum += x[i / 2 * 4 + 2 * r + i % 2];
+        for (int i = 0; i < ROWS / 4; ++i) sum += x[i / 2 * 4 + 2 * r + i % 2];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
-        if (threadIdx.x % 4 == 0 && key + 8 * r < a.to.shape[3])
-            store_mask(a, base + (key + 8 * r) * a.to.stride[3], sum);
+        if (thread % 4 == 0) keys[thread / 32 * 16 + thread % 32 / 4 + 8 * r] = sum;
     }
+    bar_sync(MASK_BARRIER, MMA_THREADS);
+    const int32_t key = first + threadIdx.x;
+    if (threadIdx.x < BLOCK_N && key < a.to.shape[3]) {
+        float sum = 0.f;
+        for (const auto &part : smem.keys) sum += part[threadIdx.x];
+        store_mask(a, base + key * a.to.stride[3], sum);
+    }
+    bar_sync(MASK_BARRIER, MMA_THREADS);
 }
 
-DEVICE void store_tile(const bwd_mask_args &a, mask_smem &smem, const float (&x)[BLOCK_M / 2],
+DEVICE void store_tile(const bwd_mask_args &a, mask_smem &smem, const float (&x)[ROWS / 2],
                        int64_t tile, int32_t warpgroup) {
     const int64_t *shape = a.to.shape, *stride = a.to.stride;
     const int64_t plane = tile / a.key_blocks / a.row_blocks;
     const int32_t thread = thread_here() % 128;
-    const int32_t key = (int32_t)(tile % a.key_blocks) * BLOCK_N + 64 * warpgroup +
-                        thread / 32 * 16 + thread % 32 / 4;
-    const int32_t first = (int32_t)(tile / a.key_blocks % a.row_blocks) * BLOCK_M;
+    const int32_t first_key = (int32_t)(tile % a.key_blocks) * BLOCK_N,
+                  first_row = (int32_t)(tile / a.key_blocks % a.row_blocks) * BLOCK_M;
     const int64_t base = plane / shape[1] * stride[0] + plane % shape[1] * stride[1];
-    if (shape[3] == 1) return store_row_sums(a, smem, x, base, first);
-    if (shape[2] == 1) return store_key_sums(a, x, base, key);
+    if (shape[3] == 1) return store_row_sums(a, smem, x, base, first_row, warpgroup);
+    if (shape[2] == 1) return store_key_sums(a, smem, x, base, first_key, warpgroup);
+    const int32_t row = first_row + own_row(warpgroup) + thread % 4 * 2,
+                  key = first_key + own_key(warpgroup) + thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
-    for (int i = 0; i < BLOCK_M / 2; ++i) {
-        const int32_t row = first + i / 4 * 8 + thread % 4 * 2 + i % 2, k = key + i / 2 % 2 * 8;
-        if (row < shape[2] && k < shape[3])
-            store_mask(a, base + row * stride[2] + k * stride[3], x[i]);
+    for (int i = 0; i < ROWS / 2; ++i) {
+        const int32_t y = row + i / 4 * 8 + i % 2, k = key + i / 2 % 2 * 8;
+        if (y < shape[2] && k < shape[3]) store_mask(a, base + y * stride[2] + k * stride[3], x[i]);
     }
 }
 
 /* dS^T of a step is added to the sums. */
 DEVICE void add_step(const bwd_args &a, mask_smem &smem, uint32_t stage, int32_t warpgroup,
-                     float (&sums)[BLOCK_M / 2]) {
+                     float (&sums)[ROWS / 2]) {
     const work_tile &t = smem.steps[stage].tile;
     const walk_step at = smem.steps[stage].at;
-    float s[BLOCK_M / 2], dp[BLOCK_M / 2];
-    uint32_t p[BLOCK_M / 16][4];
+    float s[ROWS / 2], dp[ROWS / 2];
+    uint32_t p[ROWS / 16][4];
     const score_bits bits = bits_of(a, t, at, warpgroup);
     issue_transposed<QK_PANELS, D>(s, smem.k[stage], smem.q[stage], warpgroup);
     wgmma_wait_group<0>();
@@ -209,13 +220,13 @@ DEVICE void add_step(const bwd_args &a, mask_smem &smem, uint32_t stage, int32_t
     issue_transposed<V_PANELS, DV>(dp, smem.v[stage], smem.dout[stage], warpgroup);
     wgmma_wait_group<0>();
     wgmma_accumulators(dp);
-    bit_slopes(bits, a.scores.gain, s, dp, smem.delta[stage]);
+    bit_slopes(bits, a.scores.gain, s, dp, smem.delta[stage] + own_row(warpgroup));
 #pragma unroll
-    for (int i = 0; i < BLOCK_M / 2; ++i) sums[i] += dp[i];
+    for (int i = 0; i < ROWS / 2; ++i) sums[i] += dp[i];
 }
 
 DEVICE void consume_mask(const bwd_mask_args &a, mask_smem &smem, int32_t warpgroup) {
-    float sums[BLOCK_M / 2] = {};
+    float sums[ROWS / 2] = {};
     for (uint32_t n = 0;; ++n) {
         const uint32_t stage = n % MASK_STAGES;
         mbarrier_wait(smem_address(&smem.full[stage]), n / MASK_STAGES % 2);
@@ -227,7 +238,7 @@ DEVICE void consume_mask(const bwd_mask_args &a, mask_smem &smem, int32_t warpgr
         } else {
             store_tile(a, smem, sums, step.number, warpgroup);
 #pragma unroll
-            for (int i = 0; i < BLOCK_M / 2; ++i) sums[i] = 0.f;
+            for (int i = 0; i < ROWS / 2; ++i) sums[i] = 0.f;
         }
         __syncwarp();
         if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&smem.empty[stage]));

@@ -22,22 +22,23 @@
 enum { SCORES = 32, FEW = 8 }; /* of a thread, of 64 rows, and of 16 */
 
 /* tanh of the scores times their scale. Polynomial or not as the forward has it. */
-DEVICE void cap_scores(const score_args &a, float (&s)[SCORES]) {
+template <int N>
+DEVICE void cap_scores(const score_args &a, float (&s)[N]) {
     uint32_t top = 0; /* as integers the greatest of |s|, NaN above it */
 #pragma unroll
-    for (int i = 0; i < SCORES; ++i) {
+    for (int i = 0; i < N; ++i) {
         const uint32_t size = __float_as_uint(s[i]) & 0x7fffffff;
         top = size > top ? size : top;
     }
     if (__all_sync(~0u, top <= a.cap_near)) {
 #pragma unroll
-        for (int i = 0; i < SCORES; ++i) s[i] = cap_near(a.cap_series, s[i], 0.f);
+        for (int i = 0; i < N; ++i) s[i] = cap_near(a.cap_series, s[i], 0.f);
     } else if (!a.cap_wide) {
 #pragma unroll
-        for (int i = 0; i < SCORES; ++i) s[i] = cap_far(a.cap_scale, s[i]);
+        for (int i = 0; i < N; ++i) s[i] = cap_far(a.cap_scale, s[i]);
     } else {
 #pragma unroll
-        for (int i = 0; i < SCORES; ++i) {
+        for (int i = 0; i < N; ++i) {
             if ((__float_as_uint(s[i]) & 0x7fffffff) <= a.cap_near) {
                 s[i] = cap_near(a.cap_series, s[i], 0.f);
             } else {
@@ -201,7 +202,7 @@ struct score_bits {
 DEVICE score_bits bits_of(const bwd_args &a, const work_tile &t, const walk_step &at,
                           int32_t warpgroup) {
     const int32_t h = at.h, m = at.m, thread = thread_here() % 128,
-                  warp_key = t.key + 64 * warpgroup + thread / 32 * 16;
+                  warp_key = t.key + own_key(warpgroup) + thread / 32 * 16;
     const int32_t key = warp_key + thread % 32 / 4;
     const bool ends = m * BLOCK_M < t.all.begin || (m + 1) * BLOCK_M > t.all.end;
     const score_args &c = a.scores;
@@ -215,17 +216,19 @@ DEVICE score_bits bits_of(const bwd_args &a, const work_tile &t, const walk_step
         if (c.drops) bits.kept[i] = kept_scores(c, t.b, h, row, warp_key);
         if (ends) bits.seen[i] = inside_scores(t.lengths, row + thread % 4 * 2, key);
         if (masks) bits.seen[i] &= seen_scores(c, fa_bits_plane(&c.bits, t.b, h), row, key);
+        bits.kept[i] >>= own_row(warpgroup) / 2;
+        bits.seen[i] >>= own_row(warpgroup) / 2;
     }
     return bits;
 }
 
 /* dS^T as slopes() has it, of what dropout keeps, and 0 of what is not seen. Without branches:
  * ptxas spills around them. */
-DEVICE void bit_slopes(const score_bits &bits, float gain, const float (&p)[BLOCK_M / 2],
-                       float (&dp)[BLOCK_M / 2], const float (&delta)[BLOCK_M]) {
+DEVICE void bit_slopes(const score_bits &bits, float gain, const float (&p)[ROWS / 2],
+                       float (&dp)[ROWS / 2], const float *delta) {
     const uint32_t from = smem_address(delta) + threadIdx.x % 4 * 8;
 #pragma unroll
-    for (int j = 0; j < BLOCK_M / 8; ++j) {
+    for (int j = 0; j < ROWS / 8; ++j) {
         const float2 d = ld_shared_v2(from + 32 * j);
         const uint32_t kept = bits.kept[j / 8] >> 4 * (j % 8),
                        seen = bits.seen[j / 8] >> 4 * (j % 8);
@@ -242,22 +245,23 @@ DEVICE void bit_slopes(const score_bits &bits, float gain, const float (&p)[BLOC
  * SLOPES says so. 16 rows at a time, for registers are scarce. */
 template <bool SLOPES = true>
 DEVICE void weigh(const bwd_args &a, const work_tile &t, const walk_step &at, int32_t warpgroup,
-                  const float (&lse)[BLOCK_M], const score_bits &bits, float (&s)[BLOCK_M / 2],
-                  uint32_t (&p)[BLOCK_M / 16][4]) {
+                  const float (&lse)[BLOCK_M], const score_bits &bits, float (&s)[ROWS / 2],
+                  uint32_t (&p)[ROWS / 16][4]) {
     const int32_t thread = thread_here() % 128;
-    const int32_t key = t.key + 64 * warpgroup + thread / 32 * 16 + thread % 32 / 4;
+    const int32_t key = t.key + own_key(warpgroup) + thread / 32 * 16 + thread % 32 / 4;
+    constexpr int CAPPED = ROWS < 64 ? ROWS / 2 : SCORES;
     const score_args &c = a.scores;
     if (c.caps)
 #pragma unroll
-        for (int i = 0; i < BLOCK_M / 64; ++i) cap_scores(c, *(float (*)[SCORES])(s + SCORES * i));
+        for (int i = 0; i < ROWS / 2; i += CAPPED) cap_scores(c, *(float (*)[CAPPED])(s + i));
 #pragma unroll
-    for (int i = 0; i < BLOCK_M / 16; ++i) {
-        const int32_t row = at.m * BLOCK_M + 16 * i + thread % 4 * 2;
+    for (int i = 0; i < ROWS / 16; ++i) {
+        const int32_t row = at.m * BLOCK_M + own_row(warpgroup) + 16 * i + thread % 4 * 2;
         float x[FEW];
 #pragma unroll
         for (int j = 0; j < FEW; ++j) x[j] = s[FEW * i + j];
         add_biases(a, t, at.h, x, row, key);
-        const uint32_t from = smem_address(lse) + 64 * i + thread % 4 * 8;
+        const uint32_t from = smem_address(lse + own_row(warpgroup)) + 64 * i + thread % 4 * 8;
         const float2 l[2] = {ld_shared_v2(from), ld_shared_v2(from + 32)};
 #pragma unroll
         for (int j = 0; j < FEW; ++j)

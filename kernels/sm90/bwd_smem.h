@@ -1,8 +1,8 @@
 /* bwd_smem.h - the backward's variant, and the shared memory of a block.
  *
- * A block has one work tile: BLOCK_N keys of one key head, 64 for each MMA warpgroup. It walks over
- * the blocks of BLOCK_M query rows that see one of them, of all query heads that share the key
- * head.
+ * A block has one work tile: BLOCK_N keys of one key head, 64 for each MMA warpgroup, or the same
+ * 64 for all. It walks over the blocks of BLOCK_M query rows that see one of them, of all query
+ * heads that share the key head.
  */
 #ifndef FASTATTN_SM90_BWD_SMEM_H
 #define FASTATTN_SM90_BWD_SMEM_H
@@ -14,8 +14,8 @@
 #include "sm90/variant.h"
 
 static constexpr int D = VARIANT_D, DV = VARIANT_DV, BLOCK_M = VARIANT_BLOCK_M,
-                     WARPGROUPS = VARIANT_WARPGROUPS, STAGES = VARIANT_STAGES;
-static constexpr int BLOCK_N = 64 * WARPGROUPS;
+                     BLOCK_N = VARIANT_BLOCK_N, WARPGROUPS = VARIANT_WARPGROUPS,
+                     STAGES = VARIANT_STAGES;
 static constexpr int MMA_REGISTERS = VARIANT_MMA_REGISTERS;
 static constexpr int THREADS = 128 * (WARPGROUPS + 1), MMA_THREADS = 128 * WARPGROUPS;
 static constexpr int POOL = 65536 / THREADS / 8 * 8 * (WARPGROUPS + 1);
@@ -26,18 +26,38 @@ static constexpr int SEEKERS = GENERAL && !VARIANT_STRIDED ? 32 : PRODUCERS;
 static constexpr int PRODUCER_REGISTERS = POOL - WARPGROUPS * MMA_REGISTERS;
 static_assert(PRODUCER_REGISTERS >= 24, "the pool is too small");
 
-/* dQ of a block of rows is shared out by rows where each warpgroup gets 64, else by columns. */
-static constexpr bool DQ_BY_ROWS = BLOCK_M == BLOCK_N;
-static constexpr int DQ_COLUMNS = DQ_BY_ROWS ? D : D / WARPGROUPS;
-static_assert(DQ_BY_ROWS || BLOCK_M == 64, "dQ is 64 rows, or 64 for each warpgroup");
-static_assert(DQ_COLUMNS % 64 == 0 || DQ_COLUMNS == 32, "whole panels, or half of one");
-
-/* dV is begun before dS is made, where there are registers for P^T, dP^T and P beside it. */
-static constexpr bool EARLY_DV = BLOCK_M == 64 && !VARIANT_STRIDED && !GENERAL;
-
 /* Panels of 64 columns, 128 bytes a row, swizzled, each on 1024 bytes. */
 static constexpr int PANEL_M = BLOCK_M * 128, PANEL_N = BLOCK_N * 128;
 static constexpr int QK_PANELS = (D + 63) / 64, V_PANELS = (DV + 63) / 64;
+
+/* What is shared out by columns: whole panels for each warpgroup, the last may get fewer than it
+ * computes. */
+template <int PANELS>
+static constexpr int SHARE = (PANELS + WARPGROUPS - 1) / WARPGROUPS * 64;
+
+/* All warpgroups may have the same 64 keys (dK and dV of more have no room in registers): each has
+ * the scores of its own rows, and its columns of dK and dV. Then P^T goes through shared memory. */
+static constexpr bool SHARED_KEYS = BLOCK_N < 64 * WARPGROUPS;
+static_assert(BLOCK_N == 64 * (SHARED_KEYS ? 1 : WARPGROUPS), "the rows of a wgmma");
+static constexpr int ROWS = SHARED_KEYS ? BLOCK_M / WARPGROUPS : BLOCK_M; /* of a warpgroup's S^T */
+/* Where these begin among the block's keys and rows. */
+FA_INLINE int32_t own_key(int32_t warpgroup) { return SHARED_KEYS ? 0 : 64 * warpgroup; }
+FA_INLINE int32_t own_row(int32_t warpgroup) { return SHARED_KEYS ? ROWS * warpgroup : 0; }
+static constexpr int DK_COLUMNS = SHARED_KEYS ? SHARE<QK_PANELS> : D,
+                     DV_COLUMNS = SHARED_KEYS ? SHARE<V_PANELS> : DV;
+
+/* dQ of a block of rows is shared out by rows where each warpgroup gets 64, else by columns. */
+static constexpr bool DQ_BY_ROWS = BLOCK_M == 64 * WARPGROUPS;
+static constexpr int DQ_COLUMNS = DQ_BY_ROWS ? D : SHARE<QK_PANELS>;
+static constexpr int SUM_COLUMNS = DQ_BY_ROWS ? D : DQ_COLUMNS * WARPGROUPS; /* of a row of sums */
+static_assert(DQ_BY_ROWS || BLOCK_M == 64, "dQ is 64 rows, or 64 for each warpgroup");
+/* Added to the sums from registers, where shared memory has no place for it. */
+static constexpr bool DIRECT_DQ = D > 192;
+
+/* S^T of the next block is begun in this one, where there are registers for it (walk_ahead() of
+ * bwd_loop.cuh): its Q is there while dK still reads the last one's. */
+static constexpr bool AHEAD = BLOCK_M == 64 && !SHARED_KEYS && !VARIANT_STRIDED && !GENERAL;
+static constexpr int Q_STAGES = AHEAD ? 2 * STAGES : STAGES;
 
 /* The work tile of a block, and the rows that it walks over. */
 struct work_tile {
@@ -61,11 +81,13 @@ struct walk_step {
 
 struct smem_layout {
     uint8_t k[QK_PANELS][PANEL_N], v[V_PANELS][PANEL_N];
-    uint8_t q[STAGES][QK_PANELS][PANEL_M], dout[STAGES][V_PANELS][PANEL_M];
-    uint8_t ds[2][BLOCK_M / 64][PANEL_N];              /* dS^T: a row a key */
-    float dq[MMA_THREADS / 32][DQ_COLUMNS / 8][32][4]; /* each warp's share, as its lanes hold it */
-    float lse[STAGES][BLOCK_M], delta[STAGES][BLOCK_M];
-    uint64_t kv_full, q_full[STAGES], q_empty[STAGES], dout_full[STAGES], dout_empty[STAGES];
+    uint8_t q[Q_STAGES][QK_PANELS][PANEL_M], dout[STAGES][V_PANELS][PANEL_M];
+    uint8_t ds[2][BLOCK_M / 64][PANEL_N]; /* dS^T: a row a key */
+    uint8_t p[SHARED_KEYS ? 2 : 0][BLOCK_M / 64][PANEL_N];
+    /* Each warp's share, as its lanes hold it. */
+    float dq[DIRECT_DQ ? 0 : MMA_THREADS / 32][DQ_COLUMNS / 8][32][4];
+    float lse[Q_STAGES][BLOCK_M], delta[STAGES][BLOCK_M];
+    uint64_t kv_full, q_full[Q_STAGES], q_empty[Q_STAGES], dout_full[STAGES], dout_empty[STAGES];
     uint64_t ds_full[2];
 #if VARIANT_GENERAL
     walk_step steps[STAGES];

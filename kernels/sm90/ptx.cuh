@@ -100,6 +100,12 @@ DEVICE void cp_reduce_async_bulk_add(float *to, uint32_t smem, uint32_t bytes) {
         "r"(smem), "r"(bytes)
         : "memory");
 }
+/* Four floats side by side, on 16 bytes, added to memory; in no order. */
+DEVICE void red_add_v4(float *to, float x, float y, float z, float w) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x),
+                 "f"(y), "f"(z), "f"(w)
+                 : "memory");
+}
 DEVICE void cp_async_bulk_commit_group() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

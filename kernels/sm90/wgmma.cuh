@@ -50,6 +50,10 @@ DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int 
 template <int N>
 DEVICE void wgmma_tt(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
 
+/* wgmma_st<N>: A with k along its rows, B across. */
+template <int N>
+DEVICE void wgmma_st(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
+
 /* Ten operands: their numbers in the string, the registers themselves. */
 #define NUMBERS(t) \
     "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9"
@@ -91,6 +95,16 @@ DEVICE void wgmma_tt(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
                      : "l"(a), "l"(b), "r"(accumulate));                                     \
     }                                                                                        \
     template <>                                                                              \
+    __device__ __forceinline__ void wgmma_st<N>(float (&d)[N / 2], uint64_t a, uint64_t b,   \
+                                                int accumulate) {                            \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #n2                                \
+                     ", 0;\n"                                                                \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX_TYPE "." PTX_TYPE \
+                     " {" NAMES "}, %" #n0 ", %" #n1 ", p, 1, 1, 0, 1;\n}"                   \
+                     : LIST REGISTERS                                                        \
+                     : "l"(a), "l"(b), "r"(accumulate));                                     \
+    }                                                                                        \
+    template <>                                                                              \
     __device__ __forceinline__ void wgmma_rs<N>(float (&d)[N / 2], const uint32_t (&a)[4],   \
                                                 uint64_t b, int accumulate) {                \
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #n5                                \
@@ -103,6 +117,7 @@ DEVICE void wgmma_tt(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
     }
 
 #define LIST(...) __VA_ARGS__
+WGMMA(32, NUMBERS() ",%10,%11,%12,%13,%14,%15", (D10(), D6(1)), 16, 17, 18, 19, 20, 21)
 WGMMA(64, N30 "%30,%31", (D30, D2(3)), 32, 33, 34, 35, 36, 37)
 WGMMA(72, N30 "%30,%31,%32,%33,%34,%35", (D30, D6(3)), 36, 37, 38, 39, 40, 41)
 WGMMA(80, N30 NUMBERS(3), (D30, D10(3)), 40, 41, 42, 43, 44, 45)

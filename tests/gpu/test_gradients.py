@@ -86,10 +86,12 @@ SHAPES = [  # b, hq, hk, sq, sk
     (3, 2, 1, 65, 129),
     (1, 16, 4, 700, 300),
 ]
+ALIKE = [(d, d) for d in (8, 64, 96, 128, 192, 256)]
+SIZES = [*ALIKE, (192, 128), (96, 40), (80, 128), (33, 65), (160, 72), (40, 200), (250, 129)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (96, 40), (80, 128), (8, 8), (33, 65)])
+@pytest.mark.parametrize(("d", "dv"), SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values(dtype, d, dv, shape):
     b, hq, _, sq, sk = shape
@@ -108,7 +110,7 @@ def written_beside(x):
 
 
 @pytest.mark.parametrize("how", STRIDES)
-@pytest.mark.parametrize("d", [64, 128, 40, 33])
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256, 40, 33, 225])
 def test_strides_of_each_array(d, how):
     """Each array alone in other strides gives the bits that a dense one does, but for the order in
     which dq is summed; nothing is written beside a gradient."""
@@ -135,9 +137,10 @@ def test_a_sum_has_a_gradient_of_strides_0():
 
 
 @pytest.mark.parametrize("wanted", [(x,) for x in NAMES] + [("dq", "dv"), ()])
-def test_what_is_asked_alone(wanted):
-    q, k, v = gpu.inputs(2, 4, 2, 300, 200, 128)
-    dout = normal(2, 4, 300, 128, seed=9)
+@pytest.mark.parametrize("d", [64, 128, 192, 256])
+def test_what_is_asked_alone(d, wanted):
+    q, k, v = gpu.inputs(2, 4, 2, 300, 200, d)
+    dout = normal(2, 4, 300, d, seed=9)
     needs = {f"need_{name}": name in wanted for name in NAMES}
     out, lse = fastattn.attention(q, k, v, return_lse=True)
     found = fastattn.attention_backward(dout, q, k, v, out, lse, **needs)
@@ -176,9 +179,10 @@ def test_no_score_gives_zeros(sizes, layout):
     assert not any(x.isnan().any() or x.any() for x in found)
 
 
-def test_what_no_row_sees_reaches_nothing():
-    q, k, v = gpu.inputs(2, 4, 2, 200, 300, 64)
-    dout, clean = normal(2, 4, 200, 64, seed=9), [x.clone() for x in (q, k, v)]
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
+def test_what_no_row_sees_reaches_nothing(d):
+    q, k, v = gpu.inputs(2, 4, 2, 200, 300, d)
+    dout, clean = normal(2, 4, 200, d, seed=9), [x.clone() for x in (q, k, v)]
     lengths = {"q_lengths": [150, 0], "k_lengths": [130, 300], "k_start": [3, 0]}
     lengths = {n: torch.tensor(x, dtype=torch.int32, device="cuda") for n, x in lengths.items()}
     first = both_passes(*clean, dout, causal=True, **lengths)
@@ -195,10 +199,11 @@ def test_what_no_row_sees_reaches_nothing():
 
 
 @pytest.mark.parametrize("sk", [0, 1, 300])
-def test_sinks(sk):
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_sinks(d, sk):
     """Of rows that see nothing, too, whose dout may hold anything: lse is the sink there."""
-    q, k, v = gpu.inputs(2, 4, 2, 200, sk, 64)
-    dout, dlse = normal(2, 4, 200, 64, seed=9), normal(2, 4, 200, dtype=torch.float32, seed=8)
+    q, k, v = gpu.inputs(2, 4, 2, 200, sk, d)
+    dout, dlse = normal(2, 4, 200, d, seed=9), normal(2, 4, 200, dtype=torch.float32, seed=8)
     sink, seen = normal(4, dtype=torch.float32, seed=7), visible(200, sk, window=(-3, 50))
     out, lse = fastattn.attention(q, k, v, sink=sink, window=(-3, 50), return_lse=True)
     dout[:, :, ~seen.any(-1)] = torch.nan
@@ -214,7 +219,7 @@ def test_sinks(sk):
     assert torch.equal(found[4], again[4])
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
 def test_dk_and_dv_have_the_same_bits_every_time(d):
     q, k, v = gpu.inputs(2, 4, 2, 500, 700, d)
     dout = normal(2, 4, 500, d, seed=9)

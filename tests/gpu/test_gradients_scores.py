@@ -123,12 +123,15 @@ def on_host(x):
     return NUMPY(x.cpu()) if isinstance(x, torch.Tensor) else x
 
 
-@pytest.mark.parametrize("d", [64, 128, 33])
+SIZES = [*((d, d) for d in (64, 96, 128, 192, 256, 33, 225)), (192, 128)]
+
+
+@pytest.mark.parametrize(("d", "dv"), SIZES)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_changed_scores(dtype, change, d):
-    q, k, v = gpu.inputs(2, 4, 2, 200, 300, d, d, DTYPES[dtype])
-    dout = normal(2, 4, 200, d, dtype=DTYPES[dtype], seed=9)
+def test_changed_scores(dtype, change, d, dv):
+    q, k, v = gpu.inputs(2, 4, 2, 200, 300, d, dv, DTYPES[dtype])
+    dout = normal(2, 4, 200, dv, dtype=DTYPES[dtype], seed=9)
     asked = arguments(2, 4, 200, 300, **CHANGES[change])
     out, lse = fastattn.attention(q, k, v, return_lse=True, **asked)
     found = fastattn.attention_backward(dout, q, k, v, out, lse, **asked)
@@ -145,7 +148,7 @@ KEYWORDS = ({"causal": True}, {"window": (60, 5)}, {"softcap": 4.0})
 
 
 @pytest.mark.parametrize("keywords", KEYWORDS)
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
 def test_packed_sequences(d, keywords):
     """Each has the gradients that it has alone; rows of no sequence have 0."""
     ends = np.cumsum([0, *LENGTHS])

@@ -95,7 +95,7 @@ extern "C" int backward(const fa_tensor *const *arrays, double scale, const int3
         p.dropout.threshold = (uint32_t)(scores->dropout * 65536 + 0.5);
         p.dropout.gain = scores->dropout < 1 ? 1 / (1 - scores->dropout) : 0;
     }
-    const fa_backward_workspace at = fa_lay_out_backward(&p, BLOCK_M, D);
+    const fa_backward_workspace at = fa_lay_out_backward(&p, BLOCK_M, SUM_COLUMNS);
     std::vector<float4> workspace(at.floats / 4 + 1, make_float4(NAN, NAN, NAN, NAN));
     const fa_device device = {3, 0, encode_host}; /* few SMs: more tiles than blocks */
     fa_error error = {};

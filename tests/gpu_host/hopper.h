@@ -198,6 +198,9 @@ static void cp_async_bulk_commit_group() {
 }
 static void cp_async_bulk_wait_group_read() { make_bulk_sums(); }
 static void cp_async_bulk_wait_group() { make_bulk_sums(); }
+static void red_add_v4(float *to, float x, float y, float z, float w) {
+    to[0] += x, to[1] += y, to[2] += z, to[3] += w;
+}
 static void prefetch_tensormap(const void *) {}
 static int64_t bulk_loads; /* so many so far */
 static void cp_async_bulk_load(uint32_t smem, const void *from, uint32_t bytes, uint32_t barrier) {
@@ -426,6 +429,10 @@ static void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) 
 template <int N>
 static void wgmma_tt(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
     issue({d, NULL, a, b, N, true, true, accumulate != 0});
+}
+template <int N>
+static void wgmma_st(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
+    issue({d, NULL, a, b, N, false, true, accumulate != 0});
 }
 template <int N>
 static void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {

@@ -38,6 +38,19 @@ void lay_out(int b, int h, int sq, int sk, int block_m, int d, int64_t *got) {
     const fa_backward_workspace n = fa_lay_out_backward(&p, block_m, d);
     got[0] = n.head, got[1] = n.delta, got[2] = n.sums, got[3] = n.floats;
 }
+
+void place_mask(int sq, int sk, int64_t *got) {
+    const fa_tensor mask = {.data = got, .shape = {1, 1, sq, sk}, .stride = {0, 0, sk, 1}};
+    fa_params p = {.what = {.b = 1, .hq = 1, .sq = sq, .sk = sk}};
+    p.what.q.shape[2] = sq, p.what.k.shape[2] = sk;
+    got[0] = fa_lay_out_backward(&p, 64, 64).floats;
+    p.scores.mask = mask, p.scores.mask_dtype = FA_BOOL;
+    const fa_backward_workspace n = fa_lay_out_backward(&p, 64, 64);
+    got[1] = n.mask, got[2] = n.floats;
+    got[3] = fa_mask_bits_make(&p.what, &p.masks, &p.varlen, &mask).bytes;
+}
+
+int sum_columns(int variant) { return fa_bwd_sum_columns(&fa_bwd_variants[variant]); }
 """
 
 
@@ -56,14 +69,16 @@ def chosen(library, dtype, d, dv, which=-1, odd=0, softcap=0):
 
 def test_every_head_size_has_the_variant_of_the_least_padding(library):
     dtypes = {"FA_F16": F16, "FA_BF16": BF16}
-    for (name, dtype), d, dv in itertools.product(dtypes.items(), range(1, 129), (1, 64, 65, 128)):
+    for (name, dtype), d, dv in itertools.product(
+        dtypes.items(), range(1, 257), (1, 64, 65, 128, 256)
+    ):
         strided = d % 8 > 0 or dv % 8 > 0
         of = [v for v in VARIANTS if v["dtype"] == name and v["strided"] == strided]
         least = min(v["d"] + v["dv"] for v in of if v["d"] >= d and v["dv"] >= dv)
         got = chosen(library, dtype, d, dv)
         assert got["dtype"] == name and got["strided"] == strided
         assert got["d"] >= d and got["dv"] >= dv and got["d"] + got["dv"] == least
-    assert chosen(library, BF16, 129, 64) is chosen(library, BF16, 64, 129) is None
+    assert chosen(library, BF16, 257, 64) is chosen(library, BF16, 64, 257) is None
     assert chosen(library, 2, 64, 64) is None
 
 
@@ -77,11 +92,17 @@ def test_what_the_copy_engine_does_not_take_is_strided(library, which):
 
 
 def test_what_changes_scores_has_general_variants(library):
-    for dtype, d, which in itertools.product((F16, BF16), (1, 64, 65, 128), (-1, 3)):
+    for dtype, d, which in itertools.product((F16, BF16), (1, 64, 65, 128, 256), (-1, 3)):
         kind = [chosen(library, dtype, 8 * -(-d // 8), 64, which, 2, softcap) for softcap in (0, 5)]
         assert [v["general"] for v in kind] == [0, 1]
         assert all(v["strided"] == (which == 3) for v in kind)
         assert kind[0]["d"] == kind[1]["d"] and kind[0]["dtype"] == kind[1]["dtype"]
+
+
+def test_columns_of_dqs_sums(library):
+    """Those that two warpgroups compute, whole panels of 64 each, where they do not share rows."""
+    found = {v["d"]: library.sum_columns(i) for i, v in enumerate(VARIANTS)}
+    assert found == {64: 64, 96: 128, 128: 128, 192: 256, 256: 256}
 
 
 def test_workspace(library):
@@ -100,3 +121,11 @@ def test_workspace(library):
         assert list(got) == [0] * 4
     library.lay_out(1, 1, (1 << 30) - 1, 9, 128, 128, got)
     assert list(got) == [1 << 30, 1 << 30, 1 << 31, 130 << 30]
+
+
+@pytest.mark.parametrize(("sq", "sk"), [(1, 9), (65, 200), (700, 129)])
+def test_a_packed_mask_lies_behind_on_256_bytes(library, sq, sk):
+    got = (ctypes.c_int64 * 4)()
+    library.place_mask(sq, sk, got)
+    end, mask, floats, size = got
+    assert mask == -(-end // 64) * 64 and floats == mask + size // 4 and size > 0

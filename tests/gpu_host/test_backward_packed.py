@@ -16,7 +16,11 @@ from gpu_host.test_backward_kernel import HERE, VARIANTS, backward, rows
 from gpu_host.test_backward_scores import DTYPES, Scores
 from gpu_host.test_merging import described
 
-TESTED = ["sm90_bwd_bf16_d64_general", "sm90_bwd_bf16_d128_64x128_strided"]
+TESTED = [
+    "sm90_bwd_bf16_d64_general",
+    "sm90_bwd_bf16_d128_64x128",
+    "sm90_bwd_bf16_d256_64x64_strided",
+]
 CU_Q, CU_K = [0, 70, 70, 205, 215, 220], [0, 9, 140, 290, 290, 300]
 TOTALS = 230, 310  # the last rows belong to none
 CASES = {

@@ -15,7 +15,11 @@ from gpu_host import BF16, F16, HAS_LEFT, HAS_RIGHT
 from gpu_host.test_backward_kernel import HERE, VARIANTS, backward, rows
 from gpu_host.test_merging import Tensor, described
 
-TESTED = ["sm90_bwd_f16_d64_general", "sm90_bwd_bf16_d128_general_strided"]
+TESTED = [
+    "sm90_bwd_f16_d64_general",
+    "sm90_bwd_bf16_d128_general_strided",
+    "sm90_bwd_bf16_d192_128_general",
+]
 DTYPES = {"bool": 5, "blocks": 5, "float32": 2, "float16": F16, "bfloat16": BF16}
 CASES = {
     "softcap": {"softcap": 2.0, "causal": True, "hq": 2},
@@ -83,11 +87,18 @@ def random_mask(rng, kind, b, hq, sq, sk, of):
     return mask
 
 
-def blocks_seen(seen, block_m):
-    """How many blocks of rows and of 128 keys hold a score that is seen."""
+def any_of_blocks(seen, block_m, block_n):
     b, h, sq, sk = seen.shape
-    padded = np.pad(seen, ((0, 0), (0, 0), (0, -sq % block_m), (0, -sk % 128)))
-    return padded.reshape(b, h, -1, block_m, padded.shape[3] // 128, 128).any((3, 5)).sum()
+    padded = np.pad(seen, ((0, 0), (0, 0), (0, -sq % block_m), (0, -sk % block_n)))
+    return padded.reshape(b, h, -1, block_m, padded.shape[3] // block_n, block_n).any((3, 5))
+
+
+def blocks_walked(seen, inside, variant):
+    """How many blocks of rows all tiles walk over: inside their keys' intervals, where the mask
+    shows one of the 128 keys that these are among."""
+    mine = any_of_blocks(inside, variant["block_m"], variant["block_n"])
+    shown = any_of_blocks(seen, variant["block_m"], 128).repeat(128 // variant["block_n"], 3)
+    return (mine & shown[..., : mine.shape[3]]).sum()
 
 
 def run(
@@ -157,7 +168,8 @@ def run(
     got |= {"dsink": sinks[1]} if sink else {}
     got |= {"dmask": made} if dmask else {}
     if mask == "blocks":
-        want = blocks_seen(exact.seen, variant["block_m"])
+        inside = reference.visible(b, hq, sq, sk, causal=asked.get("causal", False))
+        want = blocks_walked(exact.seen, inside, variant)
         assert library.walked() == want, (library.walked(), want)
     return reference_backward.check(got, *given, dlse=dlse, lse=lse, **asked)
 

@@ -1,0 +1,161 @@
+/* bwd_block.cuh - what a warpgroup of the backward does with a block of rows besides products:
+ * weights and slopes, dS and dQ on their ways, and at the end its keys' gradients.
+ */
+#ifndef FASTATTN_SM90_BWD_BLOCK_CUH
+#define FASTATTN_SM90_BWD_BLOCK_CUH
+
+#include "common/compiler.cuh"
+#include "sm90/bwd_args.cuh"
+#include "sm90/bwd_smem.h"
+#include "sm90/bwd_store.cuh"
+#include "sm90/ptx.cuh"
+#include "sm90/wgmma.cuh"
+
+/* ---- weights and slopes; bwd_scores.cuh has what changes scores -------------------------------*/
+
+/* Columns (rows of Q) from `low` on and before `high`, of this thread's two keys. */
+struct seen_rows {
+    int32_t low[2], high[2];
+};
+
+DEVICE seen_rows seen_rows_of(const work_tile &t, int32_t key, int32_t row) {
+    seen_rows s;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int32_t k = key + 8 * r;
+        const fa_row_range rows = fa_rows_seeing_some(t.lengths, fa_interval{k, k + 1});
+        s.low[r] = rows.begin - row;
+        s.high[r] = rows.end - row;
+    }
+    return s;
+}
+
+template <int N>
+DEVICE void mask_columns(const seen_rows &seen, float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const int32_t column = i / 4 * 8 + i % 2, r = i / 2 % 2;
+        if (column < seen.low[r] || column >= seen.high[r]) x[i] = 0.f;
+    }
+}
+
+/* P^T of S^T, in place. */
+DEVICE void exponentials(float (&s)[ROWS / 2], const float *lse, float scale) {
+    const uint32_t from = smem_address(lse) + threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < ROWS / 8; ++j) {
+        const float2 l = ld_shared_v2(from + 32 * j);
+        s[4 * j] = ex2_approx(fmaf(s[4 * j], scale, -l.x));
+        s[4 * j + 1] = ex2_approx(fmaf(s[4 * j + 1], scale, -l.y));
+        s[4 * j + 2] = ex2_approx(fmaf(s[4 * j + 2], scale, -l.x));
+        s[4 * j + 3] = ex2_approx(fmaf(s[4 * j + 3], scale, -l.y));
+    }
+}
+
+/* dS^T of P^T, in place of dP^T. */
+DEVICE void slopes(const float (&p)[ROWS / 2], float (&dp)[ROWS / 2], const float *delta) {
+    const uint32_t from = smem_address(delta) + threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < ROWS / 8; ++j) {
+        const float2 d = ld_shared_v2(from + 32 * j);
+        dp[4 * j] = p[4 * j] * (dp[4 * j] - d.x);
+        dp[4 * j + 1] = p[4 * j + 1] * (dp[4 * j + 1] - d.y);
+        dp[4 * j + 2] = p[4 * j + 2] * (dp[4 * j + 2] - d.x);
+        dp[4 * j + 3] = p[4 * j + 3] * (dp[4 * j + 3] - d.y);
+    }
+}
+
+/* Zeros where a row of block m does not see this thread's keys; `plain`: blocks that see all. */
+DEVICE void mask_block(float (&x)[ROWS / 2], const work_tile &t, const fa_row_range &plain,
+                       int32_t m, int32_t warpgroup) {
+    if (m >= plain.begin && m < plain.end) return;
+    const int32_t thread = threadIdx.x % 128;
+    const int32_t key = t.key + own_key(warpgroup) + thread / 32 * 16 + thread % 32 / 4;
+    mask_columns(seen_rows_of(t, key, m * BLOCK_M + own_row(warpgroup) + thread % 4 * 2), x);
+}
+
+/* Rounded pairs: four registers of 16 columns are wgmma's A fragment as they come. */
+DEVICE void pack(const float (&x)[ROWS / 2], uint32_t (&y)[ROWS / 16][4]) {
+#pragma unroll
+    for (int i = 0; i < ROWS / 4; ++i) y[i / 4][i % 4] = cvt_pack(x[2 * i], x[2 * i + 1]);
+}
+
+/* ---- what goes through shared memory ----------------------------------------------------------*/
+
+/* This warp's 16 keys of dS^T, for dQ; of SHARED_KEYS of P^T, too. */
+DEVICE void store_ds(const uint32_t (&ds)[ROWS / 16][4], uint8_t (&to)[BLOCK_M / 64][PANEL_N],
+                     int32_t warpgroup) {
+    const int32_t thread = threadIdx.x % (SHARED_KEYS ? 128 : MMA_THREADS), lane = thread % 32;
+    const int32_t key = thread / 32 * 16 + lane % 16; /* matrices 0, 2 and 1, 3 */
+    const int32_t first = own_row(warpgroup) / 8;
+#pragma unroll
+    for (int i = 0; i < ROWS / 16; ++i) {
+        const int32_t eight = first + 2 * i, chunk = eight % 8 + lane / 16;
+        stmatrix_x4(smem_address(to[eight / 8]) + key * 128 + ((chunk ^ key % 8) << 4), ds[i][0],
+                    ds[i][1], ds[i][2], ds[i][3]);
+    }
+}
+
+/* This warp's share of dQ, put where the copy engine has read the one before, */
+DEVICE void store_dq(const float (&dq)[DQ_COLUMNS / 2], smem_layout &smem) {
+    const int32_t lane = threadIdx.x % 32;
+    if (lane == 0) cp_async_bulk_wait_group_read();
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < DQ_COLUMNS / 8; ++i)
+        *(float4 *)smem.dq[threadIdx.x / 32][i][lane] =
+            make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+}
+/* and, after a fence, added to the sums of a block of rows. */
+DEVICE void add_dq(smem_layout &smem, float *sums, int32_t block, int32_t warp) {
+    if (threadIdx.x % 32 == 0 && sums) {
+        const int32_t columns = DQ_BY_ROWS ? D : min(DQ_COLUMNS, D - warp / 4 * DQ_COLUMNS);
+        cp_reduce_async_bulk_add(
+            sums + (int64_t)block * (BLOCK_M * SUM_COLUMNS) + warp * (16 * DQ_COLUMNS),
+            smem_address(smem.dq[warp]), 16 * 4 * columns);
+        cp_async_bulk_commit_group();
+    }
+}
+
+/* Or from registers, four side by side. */
+DEVICE void add_dq(const float (&dq)[DQ_COLUMNS / 2], float *sums, int32_t block, int32_t warp) {
+    if (!sums) return;
+    float *to = sums + (int64_t)block * (BLOCK_M * SUM_COLUMNS) + warp * (16 * DQ_COLUMNS) +
+                threadIdx.x % 32 * 4;
+#pragma unroll
+    for (int i = 0; i < DQ_COLUMNS / 8; ++i)
+        red_add_v4(to + 128 * i, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+}
+
+/* What this warp has stored, dS and dQ, may be read by the tensor cores and the copy engine. */
+DEVICE void hand_over(uint64_t &full) {
+    fence_proxy_async();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&full));
+}
+
+/* ---- the end ----------------------------------------------------------------------------------*/
+
+/* 64 keys of dK or dV, `factor` times, to their rows. */
+template <int COLUMNS>
+DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, const work_tile &t,
+                       int32_t warpgroup, float factor) {
+    const int32_t thread = threadIdx.x % 128, lane = thread % 32;
+    const int32_t first = t.key + own_key(warpgroup) + thread / 32 * 16 + lane / 4;
+    const int32_t column = (SHARED_KEYS ? COLUMNS * warpgroup : 0) + lane % 4 * 2;
+    if (!to.data) return;
+    uint16_t *head = (uint16_t *)to.data + t.batch * to.stride[0] + t.h_k * to.stride[1];
+    const bool words = has_words(to);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int32_t key = first + 8 * r;
+        if (key >= t.k_rows) continue;
+        uint16_t *row = head + (t.k + key) * to.stride[2];
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 8; ++j)
+            store_pair(to, row, column + 8 * j, x[4 * j + 2 * r] * factor,
+                       x[4 * j + 2 * r + 1] * factor, words);
+    }
+}
+
+#endif

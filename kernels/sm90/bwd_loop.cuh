@@ -1,0 +1,203 @@
+/* bwd_loop.cuh - the backward's loop over blocks of rows, in two orders of its products.
+ *
+ * walk() of any variant has each block's products to itself. walk_ahead() issues S^T of the next
+ * block behind dV, and leaves dK in flight over the loop's end: that is what the tensor cores have
+ * while exponentials are worked out.
+ *
+ * Both return where dQ's sums of the last block of rows lie, or -1 if there was none.
+ */
+#ifndef FASTATTN_SM90_BWD_LOOP_CUH
+#define FASTATTN_SM90_BWD_LOOP_CUH
+
+#include "common/compiler.cuh"
+#include "sm90/bwd_args.cuh"
+#include "sm90/bwd_block.cuh"
+#include "sm90/bwd_products.cuh"
+#include "sm90/bwd_smem.h"
+#include "sm90/bwd_waits.cuh"
+#include "sm90/bwd_walk.cuh"
+#include "sm90/ptx.cuh"
+#include "sm90/wgmma.cuh"
+#if VARIANT_GENERAL
+#include "sm90/bwd_scores.cuh"
+#endif
+
+/* How much further on dQ's sums of block m lie than those of the block before, where none is
+ * passed by. */
+DEVICE int32_t next_sums(const bwd_args &a, int32_t m, int32_t begin, int32_t end) {
+    return m == begin ? a.m_blocks - (end - begin) + 1 : 1;
+}
+
+/* A block of rows, as a warpgroup comes to it. */
+struct row_step {
+    walk_step block;
+    int32_t warpgroup;
+    uint32_t n; /* blocks before it */
+};
+
+/* P^T and dS^T of a block of rows, in place of S^T and dP^T. */
+#if VARIANT_GENERAL
+/* dV is begun, for P^T makes room for dP^T. */
+DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const row_step &at,
+                            const fa_row_range &, float (&dv)[DV_COLUMNS / 2], float (&s)[ROWS / 2],
+                            uint32_t (&p)[ROWS / 16][4], float (&dp)[ROWS / 2]) {
+    const work_tile &t = smem.tile;
+    const uint32_t stage = at.n % STAGES;
+    clear_empty_rows(smem, stage);
+    const score_bits bits = bits_of(a, t, at.block, at.warpgroup);
+    issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[stage], at.warpgroup);
+    wgmma_wait_group<0>();
+    wgmma_accumulators(s);
+    weigh(a, t, at.block, at.warpgroup, smem.lse[stage], bits, s, p);
+    if (SHARED_KEYS) {
+        store_ds(p, smem.p[at.n % 2], at.warpgroup);
+    } else {
+        issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], at.n == 0);
+        wgmma_wait_group<0>();
+        wgmma_accumulators(dv);
+    }
+    issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[stage], at.warpgroup);
+    wgmma_wait_group<0>();
+    wgmma_accumulators(dp);
+    bit_slopes(bits, a.scores.gain, s, dp, smem.delta[stage] + own_row(at.warpgroup));
+}
+#else
+DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const row_step &at,
+                            const fa_row_range &plain, float (&)[DV_COLUMNS / 2],
+                            float (&s)[ROWS / 2], uint32_t (&p)[ROWS / 16][4],
+                            float (&dp)[ROWS / 2]) {
+    const work_tile &t = smem.tile;
+    const uint32_t stage = at.n % STAGES;
+    issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[stage], at.warpgroup);
+    issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[stage], at.warpgroup);
+    wgmma_wait_group<1>();
+    wgmma_accumulators(s);
+    exponentials(s, smem.lse[stage] + own_row(at.warpgroup), a.scale_log2);
+    mask_block(s, t, plain, at.block.m, at.warpgroup);
+    pack(s, p);
+    if (SHARED_KEYS) store_ds(p, smem.p[at.n % 2], at.warpgroup);
+    wgmma_wait_group<0>();
+    wgmma_accumulators(dp);
+    slopes(s, dp, smem.delta[stage] + own_row(at.warpgroup));
+    mask_block(dp, t, plain, at.block.m, at.warpgroup);
+}
+#endif
+
+DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, int32_t warpgroup,
+                    float (&dk)[DK_COLUMNS / 2], float (&dv)[DV_COLUMNS / 2]) {
+    const work_tile &t = smem.tile; /* read again where it is needed: registers are scarce */
+    const bool first = threadIdx.x % 128 == 0;
+    const int32_t warp = uniform(threadIdx.x / 32);
+    const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
+    const int32_t begin = uniform(t.begin), end = uniform(t.end);
+    const uint32_t blocks = a.group * (end - begin); /* of rows, where none is passed by */
+    walk_step at = {t.h_k * a.group, begin, 0};
+    int32_t sums = sums_of(a, t, at);
+    uint32_t n = 0;
+    for (; GENERAL || n < blocks; ++n) {
+        const uint32_t stage = n % STAGES, parity = n / STAGES % 2;
+#if VARIANT_GENERAL
+        at = next_step(smem, stage, parity);
+        if (at.m < 0) break;
+#endif
+        const int32_t m = at.m;
+        float s[ROWS / 2], dp[ROWS / 2], dq[DQ_COLUMNS / 2];
+        uint32_t p[ROWS / 16][4], ds[ROWS / 16][4];
+        wait_for_rows(smem.q[stage], smem.q_full[stage], parity, t,
+                      GENERAL ? whole_blocks(t.rows) : clean, m);
+        wait_for_rows(smem.dout[stage], smem.dout_full[stage], parity, t,
+                      GENERAL ? whole_blocks(t.rows) : clean, m);
+        scores_of_block(a, smem, {at, warpgroup, n}, plain, dv, s, p, dp);
+        pack(dp, ds);
+        store_ds(ds, smem.ds[n % 2], warpgroup);
+        hand_over(smem.ds_full[n % 2]);
+        if (n > 0 && !DIRECT_DQ) add_dq(smem, a.dq, sums, warp);
+        if (GENERAL)
+            sums = sums_of(a, t, at);
+        else if (n > 0)
+            sums += next_sums(a, m, begin, end);
+        if (!GENERAL && !SHARED_KEYS)
+            issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], n == 0);
+        mbarrier_wait(smem_address(&smem.ds_full[n % 2]), n / 2 % 2);
+        if (SHARED_KEYS) issue_shared_sum(dv, smem.p[n % 2], smem.dout[stage], warpgroup, n == 0);
+        issue_dq(dq, smem, smem.ds[n % 2], warpgroup);
+        if (SHARED_KEYS)
+            issue_shared_sum(dk, smem.ds[n % 2], smem.q[stage], warpgroup, n == 0);
+        else
+            issue_sum<QK_PANELS, DK_COLUMNS>(dk, ds, smem.q[stage], n == 0);
+        wgmma_wait_group<1>();
+        wgmma_accumulators(dq);
+        wgmma_accumulators(dv);
+        if (first) mbarrier_arrive(smem_address(&smem.dout_empty[stage]));
+        if (DIRECT_DQ)
+            add_dq(dq, a.dq, sums, warp);
+        else
+            store_dq(dq, smem);
+        wgmma_wait_group<0>();
+        wgmma_accumulators(dk);
+        if (first) mbarrier_arrive(smem_address(&smem.q_empty[stage]));
+        if (!GENERAL) at.m = m + 1 == end ? begin : m + 1;
+    }
+    return n ? sums : -1;
+}
+
+#if !VARIANT_GENERAL
+DEVICE int32_t walk_ahead(const bwd_args &a, smem_layout &smem, int32_t warpgroup,
+                          float (&dk)[DK_COLUMNS / 2], float (&dv)[DV_COLUMNS / 2]) {
+    const work_tile &t = smem.tile;
+    const bool first = threadIdx.x % 128 == 0;
+    const int32_t warp = uniform(threadIdx.x / 32);
+    const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
+    const uint32_t blocks = uniform(a.group * (t.end - t.begin)); /* of rows */
+    int32_t m = uniform(t.begin), sums = sums_of(a, t, {t.h_k * a.group, m, 0});
+    if (blocks == 0) return -1;
+    float s[ROWS / 2];
+    wait_for_rows(smem.q[0], smem.q_full[0], 0, t, clean, m);
+    issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[0], warpgroup);
+    wgmma_wait_group<0>();
+    wgmma_accumulators(s);
+    for (uint32_t n = 0; n < blocks; ++n) {
+        const uint32_t q = n % Q_STAGES, stage = n % STAGES;
+        float dp[ROWS / 2], dq[DQ_COLUMNS / 2];
+        uint32_t p[ROWS / 16][4], ds[ROWS / 16][4];
+        wait_for_rows(smem.dout[stage], smem.dout_full[stage], n / STAGES % 2, t, clean, m);
+        issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[stage], warpgroup);
+        exponentials(s, smem.lse[q], a.scale_log2);
+        mask_block(s, t, plain, m, warpgroup);
+        pack(s, p);
+        wgmma_wait_group<0>(); /* dK of the block before, too */
+        wgmma_accumulators(dp);
+        wgmma_accumulators(dk);
+        if (first && n > 0) mbarrier_arrive(smem_address(&smem.q_empty[(n - 1) % Q_STAGES]));
+        slopes(s, dp, smem.delta[stage]);
+        mask_block(dp, t, plain, m, warpgroup);
+        pack(dp, ds);
+        store_ds(ds, smem.ds[n % 2], warpgroup);
+        hand_over(smem.ds_full[n % 2]);
+        if (n > 0) add_dq(smem, a.dq, sums, warp);
+        if (n > 0) sums += next_sums(a, m, t.begin, t.end);
+        issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], n == 0);
+        /* Of the last block once more, which nobody reads, rather than products in a branch. */
+        const uint32_t ahead = n + 1 < blocks ? n + 1 : n, next = ahead % Q_STAGES;
+        m = m + 1 == t.end ? t.begin : m + 1;
+        if (n + 1 < blocks)
+            wait_for_rows(smem.q[next], smem.q_full[next], ahead / Q_STAGES % 2, t, clean, m);
+        mbarrier_wait(smem_address(&smem.ds_full[n % 2]), n / 2 % 2);
+        wgmma_wait_group<0>();
+        wgmma_accumulators(dv);
+        if (first) mbarrier_arrive(smem_address(&smem.dout_empty[stage]));
+        issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[next], warpgroup);
+        issue_dq(dq, smem, smem.ds[n % 2], warpgroup);
+        issue_sum<QK_PANELS, DK_COLUMNS>(dk, ds, smem.q[q], n == 0);
+        wgmma_wait_group<1>();
+        wgmma_accumulators(s);
+        wgmma_accumulators(dq);
+        store_dq(dq, smem);
+    }
+    wgmma_wait_group<0>();
+    wgmma_accumulators(dk);
+    return sums;
+}
+#endif
+
+#endif
