@@ -56,7 +56,37 @@ DEVICE work_tile describe(const bwd_args &a, int32_t number) {
     return t;
 }
 
-/* ---- the producer: a thread, or a warpgroup ---------------------------------------------------*/
+/* The first tile from `number` on that its sequence has keys for. */
+DEVICE work_tile find_tile(const bwd_args &a, int32_t number) {
+    work_tile t;
+    for (; number < a.tiles; number = gridDim.x + atomicAdd(a.taken, 1)) {
+        t = describe(a, number);
+        if (t.key < t.k_rows) return t;
+    }
+    t.key = -1;
+    return t;
+}
+
+/* Tells the others of tiles, where they stay: the next is taken when the loads of the one before
+ * are under way, for who is free first is to have it. */
+DEVICE void schedule(const bwd_args &a, smem_layout &smem) {
+    int32_t number = blockIdx.x;
+    for (uint32_t i = 0;; ++i) {
+        work_tile &t = smem.tile[i % 2];
+        mbarrier_wait(smem_address(&smem.tile_empty[i % 2]), i / 2 % 2 ^ 1);
+        t = find_tile(a, number);
+        mbarrier_arrive(smem_address(&smem.tile_full[i % 2]));
+        if (t.key < 0) return;
+        mbarrier_wait(smem_address(&smem.tile_loaded), i % 2);
+        number = gridDim.x + atomicAdd(a.taken, 1);
+    }
+}
+
+/* Tile i, once it is known; place: i % 2. */
+DEVICE const work_tile &next_tile(smem_layout &smem, uint32_t i, uint32_t place) {
+    if (STAYS) mbarrier_wait(smem_address(&smem.tile_full[place]), i / 2 % 2);
+    return smem.tile[place];
+}
 
 DEVICE void bring_keys(const bwd_args &a, smem_layout &smem, const work_tile &t) {
     const int32_t b = t.batch, key = t.k + t.key;
@@ -66,7 +96,7 @@ DEVICE void bring_keys(const bwd_args &a, smem_layout &smem, const work_tile &t)
 
 /* Block n of those that the tile walks over. */
 DEVICE void bring_rows(const bwd_args &a, smem_layout &smem, const work_tile &t, int32_t h,
-                       int64_t rows, int32_t row, uint32_t n) {
+                       int32_t rows, int32_t row, uint32_t n) {
     const uint32_t q = n % Q_STAGES, stage = n % STAGES;
     mbarrier_wait(smem_address(&smem.q_empty[q]), n / Q_STAGES % 2 ^ 1);
     bring(a.q, a.moves[0], smem.q[q], t.q + row, h, t.batch, a.lse + rows + row, smem.lse[q],
@@ -77,7 +107,10 @@ DEVICE void bring_rows(const bwd_args &a, smem_layout &smem, const work_tile &t,
 }
 
 #if VARIANT_GENERAL
-DEVICE void produce(const bwd_args &a, smem_layout &smem, const work_tile &t) {
+/* One tile. */
+DEVICE void produce(const bwd_args &a, smem_layout &smem) {
+    const work_tile &t = next_tile(smem, 0, 0);
+    if (t.key < 0) return;
     const bool brings = threadIdx.x < MMA_THREADS + PRODUCERS;
     if (brings) bring_keys(a, smem, t);
     uint32_t n = 0; /* blocks of rows so far */
@@ -102,56 +135,79 @@ DEVICE void produce(const bwd_args &a, smem_layout &smem, const work_tile &t) {
     mbarrier_arrive(smem_address(&smem.q_full[n % STAGES]));
 }
 #else
-DEVICE void produce(const bwd_args &a, smem_layout &smem, const work_tile &t) {
-    bring_keys(a, smem, t);
+/* Tile after tile. What is asked for once the last block is there is kept: the tile may be gone. */
+DEVICE void produce(const bwd_args &a, smem_layout &smem) {
     uint32_t n = 0; /* blocks of rows so far */
-    for (int32_t g = 0; g < a.group; ++g) {
-        const int32_t h = t.h_k * a.group + g;
-        const int64_t rows = first_row_of(a, t, h);
-        for (int32_t m = t.begin; m < t.end; ++m, ++n)
-            bring_rows(a, smem, t, h, rows, m * BLOCK_M, n);
+    for (uint32_t i = 0;; ++i) {
+        const work_tile &t = next_tile(smem, i, i % 2);
+        const int32_t begin = t.begin, end = t.end;
+        if (t.key < 0) return;
+        mbarrier_wait(smem_address(&smem.kv_empty), i % 2 ^ 1);
+        bring_keys(a, smem, t);
+#pragma unroll 1
+        for (int32_t g = 0; g < a.group; ++g) {
+#pragma unroll 1
+            for (int32_t m = begin; m < end; ++m, ++n) {
+                const int32_t h = t.h_k * a.group + g;
+                bring_rows(a, smem, t, h, first_row_of(a, t, h), m * BLOCK_M, n);
+            }
+        }
+        if (!STAYS) return;
+        mbarrier_arrive(smem_address(&smem.tile_loaded));
     }
 }
 #endif
 
 /* ---- the MMA warpgroups -----------------------------------------------------------------------*/
 
-template <int N>
-DEVICE void set_zero(float (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = 0.f;
-}
-
 DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
-    const work_tile &t = smem.tile;
-    float dk[DK_COLUMNS / 2], dv[DV_COLUMNS / 2];
-    wait_for_keys(a, smem, t);
+    const int32_t warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
+    uint32_t n = 0; /* blocks of rows so far */
+    for (uint32_t i = 0;; ++i) {
+        const work_tile &t = next_tile(smem, i, uniform(i % 2));
+        if (t.key < 0) break;
+        float dk[DK_COLUMNS / 2], dv[DV_COLUMNS / 2];
+        wait_for_keys(a, smem, t, i % 2);
 #if VARIANT_GENERAL
-    const float gain = a.scores.gain;
-    const int32_t sums = walk(a, smem, warpgroup, dk, dv);
+        const float gain = a.scores.gain;
+        const int32_t sums = walk(a, smem, t, warpgroup, n, dk, dv);
 #else
-    const float gain = 1.f;
-    const int32_t sums =
-        AHEAD ? walk_ahead(a, smem, warpgroup, dk, dv) : walk(a, smem, warpgroup, dk, dv);
+        const float gain = 1.f;
+        const int32_t sums = AHEAD ? walk_ahead(a, smem, t, warpgroup, n, dk, dv)
+                                   : walk(a, smem, t, warpgroup, n, dk, dv);
 #endif
-    if (sums < 0) {
-        set_zero(dk);
-        set_zero(dv);
-    } else if (!DIRECT_DQ) {
-        fence_proxy_async();
+        n += a.group * (t.end - t.begin);
+        if (threadIdx.x % 128 == 0) mbarrier_arrive(smem_address(&smem.kv_empty));
+        if (sums < 0) {
+            clear_keys<DK_COLUMNS>(a.dk, t, warpgroup);
+            clear_keys<DV_COLUMNS>(a.dv, t, warpgroup);
+        } else {
+            if (!DIRECT_DQ) {
+                fence_proxy_async();
+                __syncwarp();
+                add_dq(smem, a.dq, sums, warp);
+            }
+            store_keys<DK_COLUMNS>(dk, a.dk, smem, t, warpgroup, a.scale);
+            store_keys<DV_COLUMNS>(dv, a.dv, smem, t, warpgroup, gain);
+        }
+        if (!STAYS) break;
         __syncwarp();
-        add_dq(smem, a.dq, sums, uniform(threadIdx.x / 32));
+        if (lane == 0) mbarrier_arrive(smem_address(&smem.tile_empty[i % 2]));
     }
-    store_keys<DK_COLUMNS>(dk, a.dk, t, warpgroup, a.scale);
-    store_keys<DV_COLUMNS>(dv, a.dv, t, warpgroup, gain);
-    if (threadIdx.x % 32 == 0) cp_async_bulk_wait_group(); /* shared memory ends with the block */
+    if (lane == 0) cp_async_bulk_wait_group(); /* shared memory ends with the block */
 }
 
 __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant__ bwd_args a) {
     extern __shared__ uint8_t raw[];
     smem_layout &smem = *(smem_layout *)(raw + (-smem_address(raw) & 1023));
     if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; ++i) {
+            mbarrier_init(smem_address(&smem.tile_full[i]), 1);
+            mbarrier_init(smem_address(&smem.tile_empty[i]), MMA_THREADS / 32);
+        }
+        mbarrier_init(smem_address(&smem.tile_loaded), PRODUCERS);
         mbarrier_init(smem_address(&smem.kv_full), 2 * PRODUCERS);
+        mbarrier_init(smem_address(&smem.kv_empty), WARPGROUPS);
         for (int i = 0; i < Q_STAGES; ++i) {
             mbarrier_init(smem_address(&smem.q_full[i]), PRODUCERS);
             mbarrier_init(smem_address(&smem.q_empty[i]), WARPGROUPS);
@@ -164,13 +220,14 @@ __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant
         fence_mbarrier_init();
     }
     wait_for_stream();
-    if (threadIdx.x == 0) smem.tile = describe(a, blockIdx.x);
+    let_next_start();
+    if (!STAYS && threadIdx.x == 0) smem.tile[0] = find_tile(a, blockIdx.x);
     __syncthreads();
-    if (smem.tile.key >= smem.tile.k_rows) return; /* a block that its sequence has no keys for */
     const int32_t warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == WARPGROUPS) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();
-        if (threadIdx.x < MMA_THREADS + SEEKERS) produce(a, smem, smem.tile);
+        if (threadIdx.x < MMA_THREADS + SEEKERS) produce(a, smem);
+        if (STAYS && threadIdx.x == MMA_THREADS + 96) schedule(a, smem);
     } else {
         setmaxnreg_inc<MMA_REGISTERS>();
         consume(a, smem, warpgroup);

@@ -27,22 +27,25 @@ struct bwd_args {
     fa_varlen varlen;
     int32_t b, sq, sk, hq, hk, group;
     int32_t m_blocks, n_blocks; /* of a query head's rows, of a key head's keys */
-    float scale, scale_log2;    /* of the scores; times log2(e) */
-    const float *lse;           /* times log2(e); +inf: the row has no weights */
-    const float *delta;         /* dout . out - dlse */
-    float *dq;                  /* sums, a block of rows after another; NULL: not wanted */
+    int32_t tiles;
+    int32_t *taken;          /* tiles, but for those that blocks begin with */
+    float scale, scale_log2; /* of the scores; times log2(e) */
+    const float *lse;        /* times log2(e); +inf: the row has no weights */
+    const float *delta;      /* dout . out - dlse */
+    float *dq;               /* sums, a block of rows after another; NULL: not wanted */
 #if VARIANT_GENERAL
     score_args scores;
 #endif
 };
 
-/* Before it: lse, delta, and zeros in dq. */
+/* Before it: lse, delta, and zeros in dq and `taken`. */
 struct bwd_rows_args {
     fa_tensor out, dout, lse, dlse; /* dlse.data, dout.data NULL: zeros */
     fa_varlen varlen;
     int32_t b, hq, sq, dv, rows; /* rows: m_blocks * BLOCK_M */
     float *scaled_lse, *delta;
-    float4 *dq;   /* NULL: not wanted */
+    float4 *dq; /* NULL: not wanted */
+    int32_t *taken;
     int32_t wide; /* columns of out and dout lie side by side, rows on 16 bytes */
 #if VARIANT_GENERAL
     fa_masks masks;

@@ -138,23 +138,64 @@ DEVICE void hand_over(uint64_t &full) {
 
 /* 64 keys of dK or dV, `factor` times, to their rows. */
 template <int COLUMNS>
-DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, const work_tile &t,
-                       int32_t warpgroup, float factor) {
-    const int32_t thread = threadIdx.x % 128, lane = thread % 32;
-    const int32_t first = t.key + own_key(warpgroup) + thread / 32 * 16 + lane / 4;
-    const int32_t column = (SHARED_KEYS ? COLUMNS * warpgroup : 0) + lane % 4 * 2;
+DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, smem_layout &smem,
+                       const work_tile &t, int32_t warpgroup, float factor) {
+    const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int32_t first = t.key + own_key(warpgroup) + warp % 4 * 16;
+    const int32_t left = SHARED_KEYS ? COLUMNS * warpgroup : 0;
+    if (!to.data) return;
+    uint16_t *head = (uint16_t *)to.data + t.batch * to.stride[0] + t.h_k * to.stride[1] +
+                     (int64_t)(t.k + first) * to.stride[2];
+    if (DIRECT_DQ || !has_eights(to)) {
+        const bool words = has_words(to);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int32_t key = lane / 4 + 8 * r;
+            if (first + key >= t.k_rows) continue;
+#pragma unroll
+            for (int j = 0; j < COLUMNS / 8; ++j)
+                store_pair(to, head + key * to.stride[2], left + lane % 4 * 2 + 8 * j,
+                           x[4 * j + 2 * r] * factor, x[4 * j + 2 * r + 1] * factor, words);
+        }
+        return;
+    }
+    /* Through this warp's place for dQ: sixteen rows, so that threads side by side have columns
+     * side by side. */
+    constexpr int EIGHTS = COLUMNS / 8, PITCH = (COLUMNS + 63) / 64 * 128;
+    const uint32_t place = smem_address(smem.dq[DIRECT_DQ ? 0 : warp]);
+    if (lane == 0) cp_async_bulk_wait_group_read();
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < EIGHTS / 2; ++j) {
+        uint32_t y[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+            y[r] = cvt_pack(x[8 * j + 2 * r] * factor, x[8 * j + 2 * r + 1] * factor);
+        stmatrix_x4(place + lane % 16 * PITCH + ((2 * j + lane / 16 ^ lane % 8) << 4), y[0], y[1],
+                    y[2], y[3]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < EIGHTS / 2; ++j) {
+        const int32_t eight = (32 * j + lane) % EIGHTS, key = (32 * j + lane) / EIGHTS;
+        const float4 y = ld_shared_v4(place + key * PITCH + ((eight ^ key % 8) << 4));
+        const int32_t column = left + 8 * eight;
+        if (first + key < t.k_rows && column < to.shape[3])
+            *(float4 *)(head + key * to.stride[2] + column) = y;
+    }
+    __syncwarp();
+}
+
+/* Zeros there: no row sees the keys. */
+template <int COLUMNS>
+DEVICE void clear_keys(const fa_tensor &to, const work_tile &t, int32_t warpgroup) {
+    const int32_t left = SHARED_KEYS ? COLUMNS * warpgroup : 0;
     if (!to.data) return;
     uint16_t *head = (uint16_t *)to.data + t.batch * to.stride[0] + t.h_k * to.stride[1];
-    const bool words = has_words(to);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const int32_t key = first + 8 * r;
-        if (key >= t.k_rows) continue;
-        uint16_t *row = head + (t.k + key) * to.stride[2];
-#pragma unroll
-        for (int j = 0; j < COLUMNS / 8; ++j)
-            store_pair(to, row, column + 8 * j, x[4 * j + 2 * r] * factor,
-                       x[4 * j + 2 * r + 1] * factor, words);
+    for (int32_t i = threadIdx.x % 128; i < 64 * COLUMNS; i += 128) {
+        const int32_t key = t.key + own_key(warpgroup) + i / COLUMNS, column = left + i % COLUMNS;
+        if (key < t.k_rows && column < to.shape[3])
+            head[(t.k + key) * to.stride[2] + column * to.stride[3]] = 0;
     }
 }
 

@@ -64,6 +64,7 @@ static __global__ void __launch_bounds__(ENDS_THREADS)
     bwd_rows(const __grid_constant__ bwd_rows_args a) {
     wait_for_stream();
     let_next_start();
+    if (blockIdx.x == 0 && threadIdx.x == 0) *a.taken = 0;
     const int64_t number = (int64_t)blockIdx.x * ROWS_OF_BLOCK + threadIdx.x / LANES;
     const int64_t head = number / a.rows, h = head % a.hq, b = head / a.hq;
     const int32_t place = (int32_t)(number % a.rows);

@@ -88,6 +88,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     before.b = w->b, before.hq = w->hq, before.sq = w->sq, before.dv = w->dv;
     before.rows = m_blocks * BLOCK_M;
     before.scaled_lse = lse, before.delta = delta, before.dq = r->dq.data ? (float4 *)sums : NULL;
+    before.taken = (int32_t *)lse + at.taken;
     before.wide = is_wide(&w->out) && is_wide(&r->dout);
 #if VARIANT_GENERAL
     const score_args scores = make_scores(&r->forward, (const char *)(lse + at.mask));
@@ -111,11 +112,13 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     a.m_blocks = m_blocks, a.n_blocks = n_blocks;
     a.scale = w->scale == 0 ? 0.f : (float)usable_scale(w->scale);
     a.scale_log2 = (float)(usable_scale(w->scale) * 1.4426950408889634);
+    a.tiles = (int32_t)batches * w->hk * n_blocks, a.taken = before.taken;
     a.lse = lse, a.delta = delta, a.dq = r->dq.data ? sums : NULL;
 #if VARIANT_GENERAL
     a.scores = scores;
 #endif
-    status = launch_main(a, r, device, (int32_t)batches * w->hk * n_blocks, error);
+    const int32_t launched = STAYS && a.tiles > device->sms ? device->sms : a.tiles;
+    status = launch_main(a, r, device, launched, error);
     if (status != FA_OK || !r->dq.data) return status;
 
     const bwd_dq_args behind = {r->dq,           sums,   *v, w->b, w->hq, w->sq, m_blocks,

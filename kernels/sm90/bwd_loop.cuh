@@ -32,16 +32,17 @@ DEVICE int32_t next_sums(const bwd_args &a, int32_t m, int32_t begin, int32_t en
 struct row_step {
     walk_step block;
     int32_t warpgroup;
-    uint32_t n; /* blocks before it */
+    uint32_t n; /* blocks before it, of all tiles */
+    bool fresh; /* the tile's first */
 };
 
 /* P^T and dS^T of a block of rows, in place of S^T and dP^T. */
 #if VARIANT_GENERAL
 /* dV is begun, for P^T makes room for dP^T. */
-DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const row_step &at,
-                            const fa_row_range &, float (&dv)[DV_COLUMNS / 2], float (&s)[ROWS / 2],
-                            uint32_t (&p)[ROWS / 16][4], float (&dp)[ROWS / 2]) {
-    const work_tile &t = smem.tile;
+DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const work_tile &t,
+                            const row_step &at, const fa_row_range &, float (&dv)[DV_COLUMNS / 2],
+                            float (&s)[ROWS / 2], uint32_t (&p)[ROWS / 16][4],
+                            float (&dp)[ROWS / 2]) {
     const uint32_t stage = at.n % STAGES;
     clear_empty_rows(smem, stage);
     const score_bits bits = bits_of(a, t, at.block, at.warpgroup);
@@ -52,7 +53,7 @@ DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const row_step
     if (SHARED_KEYS) {
         store_ds(p, smem.p[at.n % 2], at.warpgroup);
     } else {
-        issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], at.n == 0);
+        issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], at.fresh);
         wgmma_wait_group<0>();
         wgmma_accumulators(dv);
     }
@@ -62,11 +63,10 @@ DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const row_step
     bit_slopes(bits, a.scores.gain, s, dp, smem.delta[stage] + own_row(at.warpgroup));
 }
 #else
-DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const row_step &at,
-                            const fa_row_range &plain, float (&)[DV_COLUMNS / 2],
-                            float (&s)[ROWS / 2], uint32_t (&p)[ROWS / 16][4],
-                            float (&dp)[ROWS / 2]) {
-    const work_tile &t = smem.tile;
+DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const work_tile &t,
+                            const row_step &at, const fa_row_range &plain,
+                            float (&)[DV_COLUMNS / 2], float (&s)[ROWS / 2],
+                            uint32_t (&p)[ROWS / 16][4], float (&dp)[ROWS / 2]) {
     const uint32_t stage = at.n % STAGES;
     issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[stage], at.warpgroup);
     issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[stage], at.warpgroup);
@@ -83,9 +83,8 @@ DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const row_step
 }
 #endif
 
-DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, int32_t warpgroup,
-                    float (&dk)[DK_COLUMNS / 2], float (&dv)[DV_COLUMNS / 2]) {
-    const work_tile &t = smem.tile; /* read again where it is needed: registers are scarce */
+DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, const work_tile &t, int32_t warpgroup,
+                    uint32_t before, float (&dk)[DK_COLUMNS / 2], float (&dv)[DV_COLUMNS / 2]) {
     const bool first = threadIdx.x % 128 == 0;
     const int32_t warp = uniform(threadIdx.x / 32);
     const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
@@ -93,8 +92,8 @@ DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, int32_t warpgroup,
     const uint32_t blocks = a.group * (end - begin); /* of rows, where none is passed by */
     walk_step at = {t.h_k * a.group, begin, 0};
     int32_t sums = sums_of(a, t, at);
-    uint32_t n = 0;
-    for (; GENERAL || n < blocks; ++n) {
+    uint32_t i = 0, n = uniform(before);
+    for (; GENERAL || i < blocks; ++i, ++n) {
         const uint32_t stage = n % STAGES, parity = n / STAGES % 2;
 #if VARIANT_GENERAL
         at = next_step(smem, stage, parity);
@@ -107,24 +106,24 @@ DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, int32_t warpgroup,
                       GENERAL ? whole_blocks(t.rows) : clean, m);
         wait_for_rows(smem.dout[stage], smem.dout_full[stage], parity, t,
                       GENERAL ? whole_blocks(t.rows) : clean, m);
-        scores_of_block(a, smem, {at, warpgroup, n}, plain, dv, s, p, dp);
+        scores_of_block(a, smem, t, {at, warpgroup, n, i == 0}, plain, dv, s, p, dp);
         pack(dp, ds);
         store_ds(ds, smem.ds[n % 2], warpgroup);
         hand_over(smem.ds_full[n % 2]);
-        if (n > 0 && !DIRECT_DQ) add_dq(smem, a.dq, sums, warp);
+        if (i > 0 && !DIRECT_DQ) add_dq(smem, a.dq, sums, warp);
         if (GENERAL)
             sums = sums_of(a, t, at);
-        else if (n > 0)
+        else if (i > 0)
             sums += next_sums(a, m, begin, end);
         if (!GENERAL && !SHARED_KEYS)
-            issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], n == 0);
+            issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], i == 0);
         mbarrier_wait(smem_address(&smem.ds_full[n % 2]), n / 2 % 2);
-        if (SHARED_KEYS) issue_shared_sum(dv, smem.p[n % 2], smem.dout[stage], warpgroup, n == 0);
+        if (SHARED_KEYS) issue_shared_sum(dv, smem.p[n % 2], smem.dout[stage], warpgroup, i == 0);
         issue_dq(dq, smem, smem.ds[n % 2], warpgroup);
         if (SHARED_KEYS)
-            issue_shared_sum(dk, smem.ds[n % 2], smem.q[stage], warpgroup, n == 0);
+            issue_shared_sum(dk, smem.ds[n % 2], smem.q[stage], warpgroup, i == 0);
         else
-            issue_sum<QK_PANELS, DK_COLUMNS>(dk, ds, smem.q[stage], n == 0);
+            issue_sum<QK_PANELS, DK_COLUMNS>(dk, ds, smem.q[stage], i == 0);
         wgmma_wait_group<1>();
         wgmma_accumulators(dq);
         wgmma_accumulators(dv);
@@ -138,25 +137,27 @@ DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, int32_t warpgroup,
         if (first) mbarrier_arrive(smem_address(&smem.q_empty[stage]));
         if (!GENERAL) at.m = m + 1 == end ? begin : m + 1;
     }
-    return n ? sums : -1;
+    return i ? sums : -1;
 }
 
 #if !VARIANT_GENERAL
-DEVICE int32_t walk_ahead(const bwd_args &a, smem_layout &smem, int32_t warpgroup,
-                          float (&dk)[DK_COLUMNS / 2], float (&dv)[DV_COLUMNS / 2]) {
-    const work_tile &t = smem.tile;
+DEVICE int32_t walk_ahead(const bwd_args &a, smem_layout &smem, const work_tile &t,
+                          int32_t warpgroup, uint32_t before, float (&dk)[DK_COLUMNS / 2],
+                          float (&dv)[DV_COLUMNS / 2]) {
     const bool first = threadIdx.x % 128 == 0;
     const int32_t warp = uniform(threadIdx.x / 32);
     const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
-    const uint32_t blocks = uniform(a.group * (t.end - t.begin)); /* of rows */
+    if (t.begin == t.end) return -1;
+    const uint32_t first_n = uniform(before),
+                   last = uniform(before + a.group * (t.end - t.begin) - 1);
     int32_t m = uniform(t.begin), sums = sums_of(a, t, {t.h_k * a.group, m, 0});
-    if (blocks == 0) return -1;
     float s[ROWS / 2];
-    wait_for_rows(smem.q[0], smem.q_full[0], 0, t, clean, m);
-    issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[0], warpgroup);
+    uint32_t n = first_n;
+    wait_for_rows(smem.q[n % Q_STAGES], smem.q_full[n % Q_STAGES], n / Q_STAGES % 2, t, clean, m);
+    issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[n % Q_STAGES], warpgroup);
     wgmma_wait_group<0>();
     wgmma_accumulators(s);
-    for (uint32_t n = 0; n < blocks; ++n) {
+    for (;; ++n) {
         const uint32_t q = n % Q_STAGES, stage = n % STAGES;
         float dp[ROWS / 2], dq[DQ_COLUMNS / 2];
         uint32_t p[ROWS / 16][4], ds[ROWS / 16][4];
@@ -168,19 +169,19 @@ DEVICE int32_t walk_ahead(const bwd_args &a, smem_layout &smem, int32_t warpgrou
         wgmma_wait_group<0>(); /* dK of the block before, too */
         wgmma_accumulators(dp);
         wgmma_accumulators(dk);
-        if (first && n > 0) mbarrier_arrive(smem_address(&smem.q_empty[(n - 1) % Q_STAGES]));
+        if (first && n > first_n) mbarrier_arrive(smem_address(&smem.q_empty[(n - 1) % Q_STAGES]));
         slopes(s, dp, smem.delta[stage]);
         mask_block(dp, t, plain, m, warpgroup);
         pack(dp, ds);
         store_ds(ds, smem.ds[n % 2], warpgroup);
         hand_over(smem.ds_full[n % 2]);
-        if (n > 0) add_dq(smem, a.dq, sums, warp);
-        if (n > 0) sums += next_sums(a, m, t.begin, t.end);
-        issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], n == 0);
+        if (n > first_n) add_dq(smem, a.dq, sums, warp);
+        if (n > first_n) sums += next_sums(a, m, t.begin, t.end);
+        issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], n == first_n);
         /* Of the last block once more, which nobody reads, rather than products in a branch. */
-        const uint32_t ahead = n + 1 < blocks ? n + 1 : n, next = ahead % Q_STAGES;
+        const uint32_t ahead = n < last ? n + 1 : n, next = ahead % Q_STAGES;
         m = m + 1 == t.end ? t.begin : m + 1;
-        if (n + 1 < blocks)
+        if (n < last)
             wait_for_rows(smem.q[next], smem.q_full[next], ahead / Q_STAGES % 2, t, clean, m);
         mbarrier_wait(smem_address(&smem.ds_full[n % 2]), n / 2 % 2);
         wgmma_wait_group<0>();
@@ -188,14 +189,16 @@ DEVICE int32_t walk_ahead(const bwd_args &a, smem_layout &smem, int32_t warpgrou
         if (first) mbarrier_arrive(smem_address(&smem.dout_empty[stage]));
         issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[next], warpgroup);
         issue_dq(dq, smem, smem.ds[n % 2], warpgroup);
-        issue_sum<QK_PANELS, DK_COLUMNS>(dk, ds, smem.q[q], n == 0);
+        issue_sum<QK_PANELS, DK_COLUMNS>(dk, ds, smem.q[q], n == first_n);
         wgmma_wait_group<1>();
         wgmma_accumulators(s);
         wgmma_accumulators(dq);
         store_dq(dq, smem);
+        if (n == last) break;
     }
     wgmma_wait_group<0>();
     wgmma_accumulators(dk);
+    if (first) mbarrier_arrive(smem_address(&smem.q_empty[last % Q_STAGES]));
     return sums;
 }
 #endif

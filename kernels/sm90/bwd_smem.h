@@ -1,8 +1,8 @@
 /* bwd_smem.h - the backward's variant, and the shared memory of a block.
  *
- * A block has one work tile: BLOCK_N keys of one key head, 64 for each MMA warpgroup, or the same
- * 64 for all. It walks over the blocks of BLOCK_M query rows that see one of them, of all query
- * heads that share the key head.
+ * A work tile has BLOCK_N keys of one key head, 64 for each MMA warpgroup, or the same 64 for all.
+ * It walks over the blocks of BLOCK_M query rows that see one of them, of all query heads that
+ * share the key head.
  */
 #ifndef FASTATTN_SM90_BWD_SMEM_H
 #define FASTATTN_SM90_BWD_SMEM_H
@@ -19,6 +19,9 @@ static constexpr int D = VARIANT_D, DV = VARIANT_DV, BLOCK_M = VARIANT_BLOCK_M,
 static constexpr int MMA_REGISTERS = VARIANT_MMA_REGISTERS;
 static constexpr int THREADS = 128 * (WARPGROUPS + 1), MMA_THREADS = 128 * WARPGROUPS;
 static constexpr int POOL = 65536 / THREADS / 8 * 8 * (WARPGROUPS + 1);
+/* A block of threads stays and takes one work tile after the other, or has one. (Others spill when
+ * they stay: the tile's end has too few registers.) */
+static constexpr bool STAYS = !GENERAL && !VARIANT_STRIDED && VARIANT_DV != 192;
 /* Threads that bring Q, K, V and dO: one, where the copy engine does. */
 static constexpr int PRODUCERS = VARIANT_STRIDED ? 128 : 1;
 /* And those that look for what to bring: warps. */
@@ -59,9 +62,9 @@ static constexpr bool DIRECT_DQ = D > 192;
 static constexpr bool AHEAD = BLOCK_M == 64 && !SHARED_KEYS && !VARIANT_STRIDED && !GENERAL;
 static constexpr int Q_STAGES = AHEAD ? 2 * STAGES : STAGES;
 
-/* The work tile of a block, and the rows that it walks over. */
+/* A work tile, and the rows that it walks over. */
 struct work_tile {
-    int32_t b, h_k, key; /* its first key */
+    int32_t b, h_k, key; /* its first key; -1: there are no more tiles */
     int32_t batch;       /* of the arrays: 0 of packed sequences, else b */
     int32_t q, k;        /* the sequence's first rows in the arrays */
     int32_t k_rows;      /* of its K and V, what no row sees included */
@@ -87,13 +90,14 @@ struct smem_layout {
     /* Each warp's share, as its lanes hold it. */
     float dq[DIRECT_DQ ? 0 : MMA_THREADS / 32][DQ_COLUMNS / 8][32][4];
     float lse[Q_STAGES][BLOCK_M], delta[STAGES][BLOCK_M];
-    uint64_t kv_full, q_full[Q_STAGES], q_empty[Q_STAGES], dout_full[STAGES], dout_empty[STAGES];
+    uint64_t tile_full[2], tile_empty[2], tile_loaded, kv_full, kv_empty;
+    uint64_t q_full[Q_STAGES], q_empty[Q_STAGES], dout_full[STAGES], dout_empty[STAGES];
     uint64_t ds_full[2];
 #if VARIANT_GENERAL
     walk_step steps[STAGES];
     uint8_t seen[BLOCK_N]; /* keys that some row sees, of a bool mask */
 #endif
-    work_tile tile;
+    work_tile tile[2]; /* this one, and the next */
 };
 static constexpr int SMEM_BYTES = sizeof(smem_layout) + 1024;
 static_assert(SMEM_BYTES <= 227 * 1024, "a block has no more");

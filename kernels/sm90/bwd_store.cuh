@@ -15,6 +15,13 @@ DEVICE bool has_words(const fa_tensor &t) {
     return t.stride[3] == 1 && odd % 2 == 0;
 }
 
+/* Whether all its eights of columns lie side by side, on 16 bytes. */
+DEVICE bool has_eights(const fa_tensor &t) {
+    const int64_t odd =
+        (int64_t)((uintptr_t)t.data / 2) | t.stride[0] | t.stride[1] | t.stride[2] | t.shape[3];
+    return t.stride[3] == 1 && odd % 8 == 0;
+}
+
 /* x and y to `column`, an even one, and the next; `row` is column 0. What is past the last column
  * is left out. */
 DEVICE void store_pair(const fa_tensor &to, uint16_t *row, int32_t column, float x, float y,

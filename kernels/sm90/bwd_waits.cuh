@@ -67,9 +67,9 @@ DEVICE void clear_unseen_keys(const bwd_args &a, smem_layout &smem, const work_t
 #endif
 
 /* Waits for K and V. */
-DEVICE void wait_for_keys([[maybe_unused]] const bwd_args &a, smem_layout &smem,
-                          const work_tile &t) {
-    mbarrier_wait(smem_address(&smem.kv_full), 0);
+DEVICE void wait_for_keys([[maybe_unused]] const bwd_args &a, smem_layout &smem, const work_tile &t,
+                          uint32_t parity) {
+    mbarrier_wait(smem_address(&smem.kv_full), parity);
 #if VARIANT_GENERAL
     clear_unseen_keys(a, smem, t);
 #endif

@@ -28,8 +28,8 @@ DEVICE void find_seen(work_tile &t) {
 }
 
 /* Where rows of a query head are in the workspace. */
-DEVICE int64_t first_row_of(const bwd_args &a, const work_tile &t, int32_t h) {
-    return (((int64_t)t.batch * a.hq + h) * a.m_blocks + t.first_block) * BLOCK_M;
+DEVICE int32_t first_row_of(const bwd_args &a, const work_tile &t, int32_t h) {
+    return ((t.batch * a.hq + h) * a.m_blocks + t.first_block) * BLOCK_M;
 }
 
 /* The number of its block among dQ's sums. */

@@ -169,6 +169,15 @@ DEVICE float2 ld_shared_v2(uint32_t smem) {
     return x;
 }
 
+DEVICE float4 ld_shared_v4(uint32_t smem) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(smem)
+                 : "memory");
+    return x;
+}
+
 DEVICE void stmatrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem),
                  "r"(a), "r"(b), "r"(c), "r"(d)

@@ -223,6 +223,11 @@ static float2 ld_shared_v2(uint32_t smem) {
     memcpy(&x, shared_at(smem), 8);
     return x;
 }
+static float4 ld_shared_v4(uint32_t smem) {
+    float4 x;
+    memcpy(&x, shared_at(smem), 16);
+    return x;
+}
 static float ex2_approx(float x) { return exp2f(x); }
 static float rcp_approx(float x) { return 1.f / x; }
 static uint32_t bit_mask(int32_t first, int32_t count) {
