@@ -52,6 +52,13 @@ int torch_is_transformed(const module_state *state) {
     return answer ? answer == Py_True : -1;
 }
 
+PyObject *torch_resolve(const module_state *state, PyObject *gradient) {
+    if (!torch_owns(state, gradient) ||
+        (state->abi.offset && !state->abi.is_neg((const char *)gradient + state->abi.offset)))
+        return Py_NewRef(gradient);
+    return PyObject_CallMethod(gradient, "resolve_neg", NULL);
+}
+
 static fa_status ask_torch(module_state *state, torch_now *now) {
     const torch_abi *abi = &state->abi;
     if (abi->offset) {
