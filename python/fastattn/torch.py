@@ -37,6 +37,7 @@ from ._transforms import (
     is_recorded,
     leave_in_graph,
     primal,
+    unwrapped,
 )
 
 __all__ = [
@@ -100,6 +101,13 @@ class _Call(NamedTuple):
     values: tuple[Any, ...]  # its arguments in order, None for tensors
     places: str  # where those stand, a character each
 
+    def whole(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        """The values, the arrays among them again."""
+        values = list(self.values)
+        for place, x in zip(self.places, arrays, strict=True):
+            values[ord(place)] = values[ord(place)] if x is None else x
+        return tuple(values)
+
     def problem(self, side: Sequence[Any]) -> Problem:
         """Of attention and attention_varlen; side: the tensors after the five with gradients."""
         function = _FUNCTIONS[self.name]
@@ -147,6 +155,8 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(call: _Call, *arrays: Any) -> Any:
+        if is_recorded(arrays):  # inside of a graph's making, as by torch.compile
+            return (*_operators.record(call.name, call.whole(arrays)), None)
         return _C.forward(None, call, *arrays)
 
     @staticmethod
@@ -422,6 +432,7 @@ def _call_kvcache(name: str, values: tuple[Any, ...]) -> Any:
 
 def record(name: str, values: tuple[Any, ...]) -> Any:
     """A public function that was given what torch transforms, or records into a graph."""
+    values = tuple(map(unwrapped, values))
     if has_proxy(values):
         return leave_in_graph(_PUBLIC[name], values)
     if name != "scaled_dot_product_attention" and is_recorded(values):
