@@ -50,3 +50,10 @@ def test_as_without_a_graph(name, make):
     function = FUNCTIONS[name]
     x = torch.randn(3, 2, 2, 4, 3, dtype=torch.float64)
     torch.testing.assert_close(make(function)(x), function(x), rtol=1e-10, atol=1e-10)
+
+
+def test_out_is_refused_in_a_graph():
+    x = torch.ones(1, 1, 2, 3)
+    function = compiled(lambda x: fastattn.attention(x, x, x, out=torch.empty_like(x)))
+    with pytest.raises(Exception, match="`out` must be None where torch records the call"):
+        function(x)

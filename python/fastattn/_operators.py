@@ -251,7 +251,9 @@ def record(name: str, values: tuple[Any, ...]) -> Any:
     given = dict(zip(inspect.signature(function).parameters, values, strict=True))
     if name.endswith("_backward"):
         return _record_backward(given)
-    ours._refuse(given["out"], given["alibi_slopes"])
+    if given["out"] is not None:
+        raise ValueError("`out` must be None where torch records the call, got an array")
+    ours._refuse(None, given["alibi_slopes"])
     is_followed = any(getattr(x, "requires_grad", False) for x in values)
     if given.get("page_table") is not None and torch.is_grad_enabled() and is_followed:
         raise NotImplementedError(
