@@ -51,6 +51,7 @@ typedef struct fa_request {
     const fa_array *mask, *q_lengths, *k_lengths, *k_start, *alibi_slopes, *sink;
     /* Of attention_varlen: q, k, v are (total, h, d), layout FA_BSHD. */
     const fa_array *cu_q, *cu_k; /* cu_k NULL: only queries are packed, the keys are a cache's */
+    const fa_array *page_table;  /* of attention_varlen: k and v are (pages, page_size, hk, d) */
     int64_t max_sq, max_sk;      /* of attention_varlen: the longest that a sequence may be */
     double dropout_p;
     const fa_array *seed; /* one integer, or NULL: seed_value */

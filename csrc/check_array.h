@@ -26,15 +26,8 @@ const char *fa_size_mend(const fa_array *a, fa_any_dtype want, char buffer[80]);
 fa_status fa_check_written(const fa_array *a, int32_t ndim, const int64_t *shape,
                            const fa_array *like, int32_t n, const fa_array *const *inputs,
                            fa_error *error);
-enum { FA_MAX_INPUTS = 13 };
+enum { FA_MAX_INPUTS = 14 };
 void fa_list_inputs(const fa_request *r, const fa_array *inputs[FA_MAX_INPUTS]);
-
-/* check_pages.c: the table, of page numbers or of one entry each, into the request, whose lengths
- * are those before the new keys. axis: of `keys`, in their shape. On the CPU pages that are read,
- * by what the rows see, exist, and those that are written, too, each in one place; what else the
- * table holds is not looked at. */
-fa_status fa_check_pages(const fa_array *table, const fa_array *keys, int axis, fa_kvcache *c,
-                         fa_error *error);
 
 fa_status fa_check_shape(const fa_array *a, int32_t ndim, const int64_t *shape, fa_error *error);
 /* One of the four that operations compute in, as the contract's. */

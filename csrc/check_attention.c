@@ -8,6 +8,8 @@
 
 #include <math.h>
 
+#include "check_pages.h"
+
 static fa_status check_what(const fa_request *r, const fa_view *q, const fa_view *k,
                             const fa_view *v, fa_plan *plan, fa_error *error) {
     fa_what *w = &plan->params.what;
@@ -124,6 +126,7 @@ static fa_status check_lead(const fa_request *r, int32_t n, int64_t *lead, fa_vi
 
 fa_status fa_check_attention(const fa_request *r, fa_plan *plan, fa_error *error) {
     fa_what *w = &plan->params.what;
+    if (r->page_table) return fa_check_paged(r, plan, error);
     fa_clear(plan, sizeof *plan);
     plan->layout = r->layout;
     TRY(check_operands(r, plan, error));

@@ -4,7 +4,7 @@
  * A sequence's keys, gathered, are what fa_check_attention() sees as k and v; here is what they are
  * gathered from, and what is written there.
  */
-#include "check_array.h"
+#include "check_pages.h"
 #include "mask.h"
 #include "views.h"
 
@@ -19,16 +19,6 @@ static void list_read(const fa_request *r, const fa_kvcache_request *q,
     memcpy(read, all, sizeof all);
 }
 
-/* The axis of a cache, or of new keys, that counts keys. */
-static int key_axis(const fa_request *r) { return r->layout == FA_BSHD ? 1 : 2; }
-
-/* How many sequences there are, and the argument that says it. */
-static int64_t batch(const fa_request *r) {
-    return r->cu_q ? r->cu_q->shape[0] - 1 : r->q->shape[0];
-}
-
-static const fa_array *batch_of(const fa_request *r) { return r->cu_q ? r->cu_q : r->q; }
-
 /* Packed or not; what else there is to say of cu_seqlens_q is fa_check_varlen()'s. */
 static fa_status check_queries(const fa_request *r, fa_error *error) {
     if (!r->cu_q)
@@ -39,40 +29,11 @@ static fa_status check_queries(const fa_request *r, fa_error *error) {
     return fa_check_range(r->cu_q, r->cu_q->shape[0], "b + 1", 1, INT32_MAX, error);
 }
 
-/* The shapes of the caches, and of what says where in them a sequence is. */
-static fa_status check_caches(const fa_request *r, const fa_kvcache_request *q, fa_error *error) {
-    static const char *const dimensions[2][2] = {
-        {"(b_cache, hk, s_max, d)", "(b_cache, s_max, hk, d)"},
-        {"(num_pages, hk, page_size, d)", "(num_pages, page_size, hk, d)"}};
-    const int paged = q->page_table != NULL, axis = key_axis(r);
-    const char *const wanted = dimensions[paged][r->layout == FA_BSHD];
-    const fa_array *table = paged ? q->page_table : q->batch_idx;
-    TRY(check_queries(r, error));
-    TRY(fa_check_rank(r->k, 4, wanted, error));
-    TRY(fa_check_rank(r->v, 4, wanted, error));
-    TRY(fa_check_equal(r->v, r->v->shape[0], paged ? "num_pages" : "b_cache", r->k, r->k->shape[0],
-                       error));
-    TRY(fa_check_equal(r->v, r->v->shape[axis], paged ? "page_size" : "s_max", r->k,
-                       r->k->shape[axis], error));
-    TRY(fa_check_range(r->k, r->k->shape[0], paged ? "num_pages" : "b_cache", 0, INT32_MAX, error));
-    TRY(fa_check_range(r->k, r->k->shape[axis], paged ? "page_size" : "s_max", paged, FA_MAX_LENGTH,
-                       error));
-    if (paged && q->batch_idx)
-        return fa_fail(error, FA_VALUE, "`%s` must be None with `%s`, got both", q->batch_idx->name,
-                       table->name);
-    if (!table)
-        return fa_check_equal(r->k, r->k->shape[0], "b_cache", batch_of(r), batch(r), error);
-    TRY(fa_check_dtype(table, fa_int32, NULL, error));
-    TRY(fa_check_rank(table, paged ? 2 : 1, paged ? "(b, pages)" : "(b,)", error));
-    TRY(fa_check_equal(table, table->shape[0], "b", batch_of(r), batch(r), error));
-    return fa_check_place(table, r->q, error);
-}
-
 /* New keys and values, both or none; how many of them. */
 static fa_status count_new(const fa_request *r, const fa_kvcache_request *q, int32_t *s_new,
                            fa_error *error) {
     const fa_array *const of[2] = {q->k_new, q->v_new};
-    const int axis = key_axis(r);
+    const int axis = fa_key_axis(r);
     if (!of[0] && !of[1]) return FA_OK;
     if (!of[0] || !of[1])
         return fa_fail(error, FA_VALUE, "`k` and `v` must come together, got `%s` alone",
@@ -91,8 +52,8 @@ static fa_status check_new(const fa_request *r, const fa_kvcache_request *q, fa_
     const fa_array *const of[2] = {q->k_new, q->v_new}, *const into[2] = {r->k, r->v};
     fa_tensor *const to[2] = {&c->k_new, &c->v_new};
     for (int i = 0; i < 2 && of[i]; i++) {
-        int64_t shape[4] = {batch(r), into[i]->shape[1], into[i]->shape[2], into[i]->shape[3]};
-        shape[key_axis(r)] = c->s_new;
+        int64_t shape[4] = {fa_batch(r), into[i]->shape[1], into[i]->shape[2], into[i]->shape[3]};
+        shape[fa_key_axis(r)] = c->s_new;
         TRY(fa_check_shape(of[i], 4, shape, error));
         TRY(fa_check_dtype(of[i], r->q->dtype, r->q, error));
         TRY(fa_check_place(of[i], r->q, error));
@@ -105,7 +66,7 @@ static fa_status check_new(const fa_request *r, const fa_kvcache_request *q, fa_
 static fa_status check_lengths(const fa_request *r, const fa_kvcache_request *q, int64_t room,
                                fa_kvcache *c, fa_error *error) {
     fa_masks *m = &c->forward.masks;
-    const int64_t most = room - c->s_new, b = batch(r);
+    const int64_t most = room - c->s_new, b = fa_batch(r);
     if (most < 0)
         return fa_fail(error, FA_VALUE,
                        "`%s` must have s_new of at most the %lld keys of `%s`, got %d",
@@ -210,38 +171,25 @@ void fa_expect_kvcache(const fa_plan *plan, const int64_t mass_shape[3], int wan
     if (wants_mass) fa_expect_lse(&c->mass, 3, mass_shape);
 }
 
-/* A cache as if its keys were gathered: sk of each sequence, or of all where queries are packed. */
-static void gather(const fa_request *r, const fa_array *cache, int64_t sk, fa_array *to) {
-    const int axis = key_axis(r);
-    *to = *cache;
-    to->shape[0] = batch(r), to->shape[axis] = sk;
-    if (!r->cu_q) return;
-    to->ndim = 3;
-    to->shape[0] = sk, to->shape[1] = cache->shape[3 - axis], to->shape[2] = cache->shape[3];
-}
-
 fa_status fa_check_kvcache(const fa_request *r, const fa_kvcache_request *q, fa_plan *plan,
                            fa_kvcache *c, int64_t mass_shape[3], fa_error *error) {
-    const int axis = key_axis(r);
+    const int axis = fa_key_axis(r);
+    const fa_array *table = q->page_table ? q->page_table : q->batch_idx;
     fa_clear(c, sizeof *c);
-    TRY(check_caches(r, q, error));
+    TRY(check_queries(r, error));
+    TRY(fa_check_caches(r, table, q->page_table != NULL, error));
+    if (q->page_table && q->batch_idx)
+        return fa_fail(error, FA_VALUE, "`%s` must be None with `%s`, got both", q->batch_idx->name,
+                       table->name);
     TRY(count_new(r, q, &c->s_new, error));
-    int64_t room = r->k->shape[axis];
-    if (q->page_table &&
-        (__builtin_mul_overflow(room, q->page_table->shape[1], &room) || room > FA_MAX_LENGTH))
-        return fa_fail(error, FA_VALUE, "`%s` must name at most %d keys of a sequence",
-                       q->page_table->name, FA_MAX_LENGTH);
-    if (!r->k->shape[0] && batch(r)) room = 0; /* there is no page */
+    int64_t room;
+    TRY(fa_count_room(r, q->page_table, &room, error));
     TRY(check_lengths(r, q, room, c, error));
     const fa_masks lengths = c->forward.masks;
 
     fa_array k, v;
-    fa_request gathered = *r;
     const int64_t sk = q->lengths ? room : q->length + c->s_new;
-    gather(r, r->k, sk, &k);
-    gather(r, r->v, sk, &v);
-    gathered.k = &k, gathered.v = &v, gathered.max_sk = sk;
-    if (r->cu_q) gathered.layout = FA_BSHD;
+    const fa_request gathered = fa_gather(r, sk, &k, &v);
     TRY(fa_check_attention(&gathered, plan, error));
 
     c->forward = plan->params;
@@ -250,9 +198,8 @@ fa_status fa_check_kvcache(const fa_request *r, const fa_kvcache_request *q, fa_
     fa_bind(&c->forward.what.k, r->k, r->layout);
     fa_bind(&c->forward.what.v, r->v, r->layout);
     TRY(check_new(r, q, c, error));
-    mass_shape[0] = batch(r), mass_shape[1] = r->k->shape[3 - axis], mass_shape[2] = room;
+    mass_shape[0] = fa_batch(r), mass_shape[1] = r->k->shape[3 - axis], mass_shape[2] = room;
     TRY(check_rotary(r, q, c, error));
-    const fa_array *table = q->page_table ? q->page_table : q->batch_idx;
     if (table) TRY(fa_check_pages(table, r->k, axis, c, error));
     return check_written(r, q, error);
 }

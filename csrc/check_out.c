@@ -102,9 +102,9 @@ static int overlap(const fa_array *a, const fa_array *b) {
 
 void fa_list_inputs(const fa_request *r, const fa_array *inputs[FA_MAX_INPUTS]) {
     const fa_array *const all[FA_MAX_INPUTS] = {
-        r->q,    r->k,         r->v,         r->mask,    r->cu_q,
-        r->cu_k, r->q_lengths, r->k_lengths, r->k_start, r->alibi_slopes,
-        r->sink, r->seed,      r->q_offset};
+        r->q,    r->k,         r->v,         r->mask,      r->cu_q,
+        r->cu_k, r->q_lengths, r->k_lengths, r->k_start,   r->alibi_slopes,
+        r->sink, r->seed,      r->q_offset,  r->page_table};
     memcpy(inputs, all, sizeof all);
 }
 

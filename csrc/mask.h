@@ -77,13 +77,11 @@ FA_INLINE fa_sequence fa_find_sequence(const fa_varlen *v, const fa_masks *m, in
 /* The same where the keys are a cache's, from its row 0 on: the queries alone may be packed. */
 FA_INLINE fa_sequence fa_find_cached(const fa_varlen *v, const fa_masks *m, int64_t b, int32_t sq,
                                      int32_t sk) {
-    fa_sequence s = {{0, 0, 0, 0, 0, 0}, 0, sq, 0};
-    if (v->cu_q) {
-        s.q = fa_first_row(v->cu_q, v->cu_q_stride, b, v->total_q);
-        s.q_end = fa_clamp(v->cu_q[(b + 1) * v->cu_q_stride], s.q, v->total_q);
-        sq = fa_clamp(s.q_end - s.q, 0, sq);
-    }
-    s.lengths = fa_sequence_lengths(m, b, sq, sk);
+    fa_sequence s;
+    s.q = v->cu_q ? fa_first_row(v->cu_q, v->cu_q_stride, b, v->total_q) : 0;
+    s.q_end = v->cu_q ? fa_clamp(v->cu_q[(b + 1) * v->cu_q_stride], s.q, v->total_q) : sq;
+    s.k = 0;
+    s.lengths = fa_sequence_lengths(m, b, fa_clamp(s.q_end - s.q, 0, sq), sk);
     return s;
 }
 

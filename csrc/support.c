@@ -20,14 +20,15 @@ enum { FLOATS = 1 << FA_F64 | 1 << FA_F32 | 1 << FA_F16 | 1 << FA_BF16 };
  * of backends that this build does not have, too. */
 const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
     [FA_CPU_FORWARD] = {"cpu", "forward", FLOATS, FA_ALL_FEATURES, {0}, 0, FA_MAX_LENGTH},
-    [FA_CPU_BACKWARD] = {"cpu", "backward", FLOATS, FA_ALL_FEATURES, {0}, 0, FA_MAX_LENGTH},
+    [FA_CPU_BACKWARD] =
+        {"cpu", "backward", FLOATS, FA_ALL_FEATURES & ~FA_PAGES, {0}, 0, FA_MAX_LENGTH},
     [FA_CPU_MERGE] = {"cpu", "merge", FLOATS, 0, {0}, 0, INT32_MAX},
     [FA_CPU_KVCACHE] = {"cpu", "kvcache", FLOATS, FA_ALL_FEATURES, {0}, 0, FA_MAX_LENGTH},
     /* One launch for each pair of a key head and a value head: random bits count heads. */
     [FA_SM90_FORWARD] = {"sm90",
                          "forward",
                          DTYPE(F16) | DTYPE(BF16),
-                         FA_ALL_FEATURES,
+                         FA_ALL_FEATURES & ~FA_PAGES,
                          {FA_DROPOUT | FA_KV_HEADS},
                          1,
                          256},
@@ -53,6 +54,7 @@ fa_demand fa_forward_demand(const fa_params *p) {
     if (m->flags & FA_HAS_OFFSET || m->q_offset) asked |= FA_Q_OFFSET;
     if (m->q_lengths || m->k_lengths || m->k_start) asked |= FA_LENGTHS;
     if (p->varlen.cu_q) asked |= FA_VARLEN;
+    if (p->pages.table || (p->varlen.cu_q && !p->varlen.cu_k)) asked |= FA_PAGES;
     if (s->mask.data) asked |= s->mask_dtype == FA_BOOL ? FA_BOOL_MASK : FA_FLOAT_MASK;
     if (s->softcap != 0) asked |= FA_SOFTCAP;
     if (s->alibi_slopes) asked |= FA_ALIBI;

@@ -26,6 +26,7 @@
     X(DV, dv, "dv other than d")                                                              \
     X(LSE, lse, "lse")                                                                        \
     X(BATCH_INVARIANT, batch_invariant, "batch_invariant")                                    \
+    X(PAGES, pages, "keys in pages") /* of a cache, whose queries may be packed */            \
     X(DETERMINISTIC, deterministic, "deterministic gradients")                                \
     X(DMASK, dmask, "gradients of float masks")
 

@@ -12,7 +12,9 @@ class Place(NamedTuple):
     builds: bool = True
 
 
-MASK = " ".join(f"tests/test_mask_{name}.py" for name in ("sequences", "h", "rows", "positions"))
+MASK = " ".join(
+    f"tests/test_mask_{name}.py" for name in ("sequences", "h", "rows", "positions", "cached")
+)
 HOST = "tests/gpu_host"
 FORWARD = f"{HOST}/test_forward_kernel.py"
 BACKWARD = f"{HOST}/test_backward_kernel.py"
@@ -29,6 +31,7 @@ PLACES = (
         2,
         "tests/test_errors_varlen.py tests/test_positions.py tests/test_varlen.py",
     ),
+    Place("csrc/check_pages.c", 1, "tests/test_errors_kvcache.py tests/test_varlen_pages.py"),
     Place("csrc/check_out.c", 2, "tests/test_memory.py tests/test_messages.py"),
     Place(
         "csrc/check_scores.c",
@@ -153,8 +156,8 @@ FAULTS = (
     ),
     (
         "csrc/check_out.c",
-        "r->seed,      r->q_offset};",
-        "r->q_offset};",
+        "r->seed,      r->q_offset,",
+        "r->q_offset,",
         "tests/test_overlaps.py",
     ),
     (

@@ -252,6 +252,8 @@ def test_inference_tensors_beside_a_gradient(call):
     with torch.inference_mode():
         k = torch.ones(2, 4, 5, 8).double()
         assert not CALLS[call](*tensors).requires_grad
+        with torch.enable_grad():  # records nothing here, torch's operators neither
+            assert not CALLS[call](*tensors).requires_grad
     with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
         CALLS[call](tensors[0], k, tensors[2])
     assert CALLS[call](tensors[0], k.clone(), tensors[2]).requires_grad

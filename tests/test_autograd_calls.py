@@ -165,6 +165,38 @@ def test_a_call_within_a_call():
     torch.testing.assert_close(inner[0], again, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("call", ["eager", "create_graph", "in torch.func", "compiled"])
+def test_gradients_that_torch_negates_lazily(call):
+    """That of conj() is a conjugate, whose imaginary part is a lazily negated view."""
+
+    def function(q, k, v):
+        return fastattn.attention(q, k, v, return_lse=True)
+
+    def loss(*tensors):
+        both = function(*tensors)
+        return sum(torch.complex(torch.ones_like(x), x).conj().abs().sum() for x in both)
+
+    tensors = qkv()
+    plain = sum((1 + x * x).sqrt().sum() for x in function(*tensors))
+    want = torch.autograd.grad(plain, tensors)
+    if call == "in torch.func":
+        found = torch.func.grad(loss, (0, 1, 2))(*tensors)
+    else:
+        if call == "compiled":
+            function = torch.compile(function, backend="aot_eager", fullgraph=True)
+        found = torch.autograd.grad(loss(*tensors), tensors, create_graph=call == "create_graph")
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10)
+
+
+def test_no_signature_is_read_again(monkeypatch):
+    """It takes milliseconds, of a builtin whose text is parsed each time."""
+    q, k, v = qkv()
+    out, lse = (x.detach() for x in fastattn.attention(q, k, v, return_lse=True))
+    monkeypatch.delattr("inspect.signature")
+    dq = fastattn.attention_backward(out, q, k, v, out, lse)[0]
+    assert dq.requires_grad
+
+
 def refused(q, k, v):
     with pytest.raises(ValueError, match="`k` must have d = 3"):
         fastattn.attention(q, k[..., :2], v)

@@ -210,7 +210,11 @@ def packed(**given):
     [
         ({"lse": np.zeros((6, HQ), "f4")}, ValueError, "`lse` must have shape (4, 6), got (6, 4)"),
         ({"dout": np.zeros((6, HK, D), "f4")}, ValueError, "`dout` must have shape (6, 4, 8)"),
-        ({"page_table": 1}, NotImplementedError, "`page_table` is not built yet"),
+        (
+            {"page_table": 1},
+            NotImplementedError,
+            "`page_table` must be None: keys in pages have no gradient",
+        ),
         ({"need_dsink": True}, ValueError, "`need_dsink` must be False without a sink"),
     ],
 )

@@ -168,6 +168,18 @@ def packs(**keywords):
     fastattn.attention_varlen(q, k, v, cu, cu, 6, 6, backend="cpu", **keywords)
 
 
+def pages():
+    rng, cu = np.random.default_rng(0), np.array([0, 4, 4, 10], np.int32)
+    q, k, v = (rng.standard_normal(shape) for shape in ((10, 2, 64), (5, 4, 2, 64), (5, 4, 2, 64)))
+    table, n = np.array([[4, 0], [9, 9], [1, 2]], np.int32), np.array([8, 0, 5], np.int32)
+    given = {"page_table": table, "seqused_k": n, "causal": True, "backend": "cpu"}
+    out = fastattn.attention_varlen(q, k, v, cu, None, 6, 8, **given)
+    for a, b, keys in ((0, 4, [4, 0]), (4, 10, [1, 2])):
+        own = (x[keys].reshape(1, 8, 2, 64)[:, : 8 if a == 0 else 5] for x in (k, v))
+        want = fastattn.attention(q[None, a:b], *own, causal=True, layout="bshd")
+        assert np.array_equal(out[a:b], want[0])
+
+
 def merges(dtype):
     """Parts of the keys give, merged, what all of them give."""
     q, k, v = arrays(hq=4, hk=2, sk=13, d=64, dtype=dtype)
@@ -239,9 +251,7 @@ CALLS = {  # line of the matrix -> calls
         *(functools.partial(computes, d=d, dv=dv) for d, dv in ((512, 512), (576, 512), (64, 300))),
     ],
     "caches of keys: pages, new keys written, rotary positions, the mass": [caches],
-    "page_table of packed sequences": [
-        functools.partial(packs, page_table=np.zeros((3, 1), np.int32))
-    ],
+    "page_table of packed sequences": [pages],
 }
 
 

@@ -130,11 +130,6 @@ VARLEN_WRONG = {
         "`seqused_k` must be int32, got float32",
         {"seqused_k": a(2)},
     ),
-    "pages": (
-        NotImplementedError,
-        "`page_table` is not built yet: no backend reads keys from pages",
-        {"page_table": a(2, 3, dtype=I32)},
-    ),
     "mask shape": (
         ValueError,
         r"`mask` must broadcast to \(2, 4, 5, 7\), got \(9, 12\)",

@@ -189,11 +189,6 @@ REFUSED = {
         "return_attn_probs",
     ),
     "slopes": (flash_attn_func, {"alibi_slopes": torch.zeros(4).requires_grad_()}, "alibi_slopes"),
-    "pages": (
-        lambda *x, **y: flash_attn.flash_attn_varlen_func(*x, *ENDS, 7, 5, **y),
-        {"block_table": torch.zeros(2, 2, dtype=torch.int32)},
-        "block_table",
-    ),
 }
 
 

@@ -137,3 +137,19 @@ def test_in_a_graph(module):
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(q, k_cache, v_cache, k, v), step(q, *copies, k, v))
     assert torch.equal(k_cache, copies[0]) and torch.equal(v_cache, copies[1])
+
+
+def test_blocks_of_packed_sequences():
+    """flash_attn_varlen_func's block_table, against the keys themselves."""
+    q, k, v = (torch.randn(n, h, 8) for n, h in ((7, 4), (12, 2), (12, 2)))
+    ends = [torch.tensor(x).int() for x in ([0, 3, 7], [0, 9, 12])]
+    cache = torch.full((2, 4, 5, 2, 8), torch.nan)
+    for pages, x in zip(cache, (k, v), strict=True):
+        pages[2], pages[0, :4], pages[3, :3] = x[:5], x[5:9], x[9:]
+    table = torch.tensor([[2, 0], [3, -1]]).int()
+    rest = {"causal": True, "window_size": (6, -1)}
+    want = flash_attn.flash_attn_varlen_func(q, k, v, *ends, 4, 9, **rest)
+    got = flash_attn.flash_attn_varlen_func(q, *cache, *ends, 4, 9, block_table=table, **rest)
+    assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="`block_table` must name pages from 0 to 3, got -1"):
+        flash_attn.flash_attn_varlen_func(q, *cache, *ends, 4, 9, block_table=table.flip(1))

@@ -45,7 +45,9 @@ uint32_t demand(int flags, int left, int right, int lengths, int cu, int mask, d
     if (lengths & 2) r.masks.k_lengths = &x;
     if (lengths & 4) r.masks.k_start = &x;
     if (lengths & 8) r.masks.q_offset = &x;
-    if (cu) r.varlen.cu_q = r.varlen.cu_k = &x;
+    if (cu & 1) r.varlen.cu_q = &x;
+    if (cu & 2) r.varlen.cu_k = &x;
+    if (cu & 4) r.pages.table = &x;
     if (mask) r.scores.mask.data = &x, r.scores.mask_dtype = (fa_dtype)mask;
     r.scores.softcap = softcap;
     if (alibi) r.scores.alibi_slopes = &f;
@@ -95,7 +97,7 @@ def test_what_is_not_declared_is_refused_with_its_name(library, backend, operati
         if want == "head size":
             assert f"d = {d} and dv = {dv}" in text.value.decode()
         refused += want is not None
-    complete = backend == "cpu" and operation != "merge"  # declares all that there is
+    complete = backend == "cpu" and operation in ("forward", "kvcache")  # all that there is
     assert refused == 0 if complete else refused > 0
 
 
@@ -113,7 +115,10 @@ DEMANDS = [
     ({"right": 5, "left": 5}, set()),
     *(({"lengths": bit}, {"lengths"}) for bit in (1, 2, 4)),
     ({"lengths": 8}, {"q_offset"}),
-    ({"cu": 1}, {"varlen"}),
+    ({"cu": 1 | 2}, {"varlen"}),
+    ({"cu": 1}, {"varlen", "pages"}),
+    ({"cu": 1 | 4}, {"varlen", "pages"}),
+    ({"cu": 4}, {"pages"}),
     ({"mask": 5}, {"bool_mask"}),
     *(({"mask": dtype}, {"float_mask"}) for dtype in (1, 2, 3, 4)),
     ({"softcap": 1e-300}, {"softcap"}),

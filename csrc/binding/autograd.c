@@ -221,11 +221,14 @@ PyObject *autograd_gradients(PyObject *module, PyObject *const *given, Py_ssize_
     }
     PyObject *const seed = PyTuple_GetItem(saved, 2);
     a.out = PyTuple_GetItem(saved, 0), a.lse = PyTuple_GetItem(saved, 1);
-    a.dout = given[3], a.dlse = given[4];
+    PyObject *const dout = torch_resolve(state, given[3]), *const dlse =
+                                                               dout ? torch_resolve(state, given[4])
+                                                                    : NULL;
+    a.dout = dout, a.dlse = dlse;
     a.dq = a.dk = a.dv = Py_None;
     if (seed != Py_None) a.seed = seed;
     if (given[5] == Py_True) a.deterministic = Py_True;
-    PyObject *found = NULL, *result = PyTuple_New(1 + n);
+    PyObject *found = NULL, *result = dout && dlse ? PyTuple_New(1 + n) : NULL;
     if (result && (a.dout != Py_None || a.dlse != Py_None)) {
         found = backward_compute(state, &a, which == VARLEN ? VARLEN_BACKWARD : BACKWARD);
         if (!found) Py_CLEAR(result);
@@ -235,5 +238,7 @@ PyObject *autograd_gradients(PyObject *module, PyObject *const *given, Py_ssize_
         if (!one || PyTuple_SetItem(result, 1 + i, Py_NewRef(one)) < 0) Py_CLEAR(result);
     }
     Py_XDECREF(found);
+    Py_XDECREF(dout);
+    Py_XDECREF(dlse);
     return result;
 }

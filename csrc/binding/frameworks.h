@@ -29,6 +29,10 @@ static inline int torch_owns(const module_state *state, PyObject *object) {
     return type == state->tensor || type == state->parameter;
 }
 
+/* What autograd hands on, as memory holds it: it may be a lazily negated view, which no caller
+ * chose. A new reference, or NULL with an exception. */
+PyObject *torch_resolve(const module_state *state, PyObject *gradient);
+
 /* Whether torch.func transforms what runs; -1 with an exception. */
 int torch_is_transformed(const module_state *state);
 

@@ -147,6 +147,11 @@ static fa_status get_rest(call *c, const arguments *a) {
     TRY(option_bool(c->state, a->batch_invariant, "batch_invariant", &c->request.batch_invariant,
                     &c->error));
     TRY(option_backend(a->backend, &c->backend, &c->error));
+    if (c->request.page_table && c->is_followed)
+        return fa_fail(
+            &c->error, FA_UNSUPPORTED,
+            "`page_table` must be None where a gradient is asked for: keys in pages have "
+            "none");
     TRY(fa_check_attention(&c->request, &c->plan, &c->error));
     if (c->is_backward || a->out == Py_None) return FA_OK;
     if (c->is_followed)
@@ -172,6 +177,22 @@ static fa_status prepare_attention(call *c, const arguments *a) {
     return get_rest(c, a);
 }
 
+/* page_table=: keys and values lie in pages, as many as seqused_k says. */
+static fa_status get_pages(call *c, const arguments *a) {
+    fa_error *error = &c->error;
+    if (a->page_table == Py_None) return FA_OK;
+    if (c->is_backward)
+        return fa_fail(error, FA_UNSUPPORTED,
+                       "`page_table` must be None: keys in pages have no gradient");
+    if (a->cu_seqlens_k != Py_None)
+        return fa_fail(error, FA_VALUE,
+                       "`cu_seqlens_k` must be None with `page_table`, where `seqused_k` says how "
+                       "many keys there are");
+    if (a->seqused_k == Py_None)
+        return fa_fail(error, FA_VALUE, "`seqused_k` must be given with `page_table`, got None");
+    return borrow(c, a->page_table, "page_table", &c->request.page_table);
+}
+
 static fa_status prepare_varlen(call *c, const arguments *a) {
     fa_request *r = &c->request;
     fa_error *error = &c->error;
@@ -181,15 +202,13 @@ static fa_status prepare_varlen(call *c, const arguments *a) {
     TRY(borrow_operand(c, a->k, "k", &r->k));
     TRY(borrow_operand(c, a->v, "v", &r->v));
     TRY(borrow(c, a->cu_seqlens_q, "cu_seqlens_q", &r->cu_q));
-    TRY(borrow(c, a->cu_seqlens_k, "cu_seqlens_k", &r->cu_k));
+    if (a->page_table == Py_None) TRY(borrow(c, a->cu_seqlens_k, "cu_seqlens_k", &r->cu_k));
     TRY(option_int(a->max_seqlen_q, "max_seqlen_q", "be an int", &r->max_sq, &overflow, error));
     TRY(option_int(a->max_seqlen_k, "max_seqlen_k", "be an int", &r->max_sk, &overflow, error));
     TRY(borrow_some(c, a->seqused_q, "seqused_q", &r->q_lengths));
     TRY(borrow_some(c, a->seqused_k, "seqused_k", &r->k_lengths));
     TRY(get_offset(c, a->q_offset));
-    if (a->page_table != Py_None)
-        return fa_fail(error, FA_UNSUPPORTED,
-                       "`page_table` is not built yet: no backend reads keys from pages");
+    TRY(get_pages(c, a));
     TRY(option_causal(c->state, a->causal, r, error));
     TRY(option_window(a->window, r, error));
     TRY(get_scores(c, a));

@@ -52,10 +52,18 @@ int torch_is_transformed(const module_state *state) {
     return answer ? answer == Py_True : -1;
 }
 
+PyObject *torch_resolve(const module_state *state, PyObject *gradient) {
+    if (!torch_owns(state, gradient) ||
+        (state->abi.offset && !state->abi.is_neg((const char *)gradient + state->abi.offset)))
+        return Py_NewRef(gradient);
+    return PyObject_CallMethod(gradient, "resolve_neg", NULL);
+}
+
 static fa_status ask_torch(module_state *state, torch_now *now) {
     const torch_abi *abi = &state->abi;
     if (abi->offset) {
-        now->grad_enabled = abi->grad_mode_is_enabled();
+        /* Nothing is recorded in inference mode, whatever enable_grad() in it says. */
+        now->grad_enabled = abi->grad_mode_is_enabled() && !abi->inference_mode_is_enabled();
         now->dispatch_modes = abi->dispatch_modes() > 0;
         now->is_seen = now->dispatch_modes || abi->function_modes() || *abi->tracing_state();
     } else {

@@ -30,6 +30,7 @@ torch_abi torch_abi_find(PyObject *sample, uintptr_t impl) {
         {&abi.autocast_is_enabled, "_ZN2at8autocast19is_autocast_enabledEN3c1010DeviceTypeE"},
         {&abi.autocast_dtype, "_ZN2at8autocast18get_autocast_dtypeEN3c1010DeviceTypeE"},
         {&abi.grad_mode_is_enabled, "aoti_torch_grad_mode_is_enabled"},
+        {&abi.inference_mode_is_enabled, "_ZN3c1013InferenceMode10is_enabledEv"},
         {&abi.empty_strided, "aoti_torch_empty_strided"},
         {&abi.get_data_ptr, "aoti_torch_get_data_ptr"},
         {&abi.get_dim, "aoti_torch_get_dim"},

@@ -13,6 +13,7 @@ typedef struct torch_abi {
     bool (*is_neg)(const void *tensor);
     bool (*requires_grad)(const void *impl); /* what an at::Tensor points to */
     bool (*grad_mode_is_enabled)(void);
+    bool (*inference_mode_is_enabled)(void);
     int64_t (*dispatch_modes)(void);
     int64_t (*function_modes)(void);
     void *const *(*tracing_state)(void); /* of torch.jit.trace; points to NULL where none runs */

@@ -173,7 +173,7 @@ static int64_t draw(call *c, int64_t *at) {
 static void work(void *argument) {
     call *c = argument;
     const fa_what *what = &c->p->what;
-    char small[16384]; /* a tiny call does without malloc */
+    char small[1 << 16]; /* a tiny call does without malloc */
     size_t bytes = c->kernel->scratch(c->p, c->rows) + 63;
     char *memory = bytes <= sizeof small ? small : malloc(bytes);
     if (!memory) return; /* the other threads do the work */

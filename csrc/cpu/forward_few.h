@@ -49,6 +49,12 @@ FA_FAST void fetch(const char *row, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
 }
 
+/* A key and its value, of the next block. */
+FA_FAST void fetch_next(const block *keys, int at) {
+    fetch(keys->next_k + at * keys->next_k_row, keys->next_k_bytes);
+    fetch(keys->next_v + at * keys->next_v_row, keys->next_v_bytes);
+}
+
 /* One vector of S^T: `key` is its first, n the keys of the block. */
 FA_FAST vec score_few(const context *c, const panel *p, const block *keys, int key, int n, int R) {
     const int width = whole(c->units) / LANES;

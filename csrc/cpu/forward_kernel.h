@@ -44,6 +44,7 @@
 #define drop FN(drop)
 #define drop_few FN(drop_few)
 #define fetch FN(fetch)
+#define fetch_next FN(fetch_next)
 #define fold FN(fold)
 #define has_one_key FN(has_one_key)
 #define is_one_piece FN(is_one_piece)
@@ -82,6 +83,7 @@
 #define PANEL (NV * LANES)   /* rows in a panel */
 #define PANELS (128 / PANEL) /* that share a packed block */
 #define FEW (LANES / 2)      /* rows in a panel of few */
+#define FEW_KEYS 16          /* with fewer, few rows are faster in vectors of rows, too */
 /* Of the register tile: with `nv` vectors of rows, so many numbers of K or V. */
 #define HEIGHT(nv) (FA_ACCUMULATORS / (nv) < 8 ? FA_ACCUMULATORS / (nv) : 8)
 
@@ -128,7 +130,7 @@ typedef struct block {
     int begin, end;
     const unit *k, *v;
     int64_t k_row, v_row;        /* units from key to key, from step to step */
-    const char *next_k, *next_v; /* the next block in the caller's arrays, of few rows */
+    const char *next_k, *next_v; /* the next block in the caller's arrays, of no bytes if none */
     int64_t next_k_row, next_v_row, next_k_bytes, next_v_bytes;
 } block;
 
@@ -147,6 +149,8 @@ FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, in
     for (int i = 0; i < n;) {
         if (n >= height) { /* at the end some of the last keys once more */
             if (i > n - height) i = n - height;
+            if (nv <= 2) /* of more vectors memory is not the limit */
+                for (int j = i; j < i + height; j++) fetch_next(keys, begin - keys->begin + j);
             score(s + i * nv, top, height, nv, p->q, k + i * keys->k_row, keys->k_row, c->units);
             i += height;
         } else {

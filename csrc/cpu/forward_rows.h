@@ -22,8 +22,7 @@ static void open_scores(context *c) {
     const fa_what *what = &p->what;
     const fa_scores *scores = &p->scores;
     const int native = FA_PAIRS || (what->dtype == (DOUBLE ? FA_F64 : FA_F32));
-    /* So many rows in vectors of their own took twice as long; of short vectors, no longer. */
-    c->few = c->group->sequence.lengths.sq <= (LANES < 8 ? LANES : 16);
+    c->few = c->group->sequence.lengths.sq <= FEW && c->group->sequence.lengths.sk >= FEW_KEYS;
     c->seed = p->dropout.p > 0 ? fa_dropout_seed(&p->dropout) : 0;
     c->bias = NULL;
     c->mask = scores->mask.data;
@@ -191,12 +190,13 @@ static void load_block(const context *c, block *keys, int visible, const uint8_t
     const int whole_rows = is_one_piece(&c->p->pages, keys);
     const char *k = key_row(c, c->k, &what->k, keys->begin);
     const char *v = key_row(c, c->v, &what->v, keys->begin);
-    const int next = keys->begin + KEYS < what->sk ? keys->begin + KEYS : keys->begin;
+    const int is_last = keys->begin + KEYS >= c->group->sequence.lengths.sk;
+    const int next = keys->begin + (is_last ? 0 : KEYS), fetches = whole_rows && !is_last;
     keys->next_k = key_row(c, c->k, &what->k, next);
     keys->next_v = key_row(c, c->v, &what->v, next);
     keys->next_k_row = what->k.stride[2] * size, keys->next_v_row = what->v.stride[2] * size;
-    keys->next_k_bytes = what->k.stride[3] == 1 && whole_rows ? what->d * size : 0;
-    keys->next_v_bytes = what->v.stride[3] == 1 && whole_rows ? dv * size : 0;
+    keys->next_k_bytes = what->k.stride[3] == 1 && fetches ? what->d * size : 0;
+    keys->next_v_bytes = what->v.stride[3] == 1 && fetches ? dv * size : 0;
     keys->k = (const unit *)k;
     keys->k_row = what->k.stride[2] / STEP;
     if (!c->unit_k || !whole_rows) {

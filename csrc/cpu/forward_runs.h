@@ -9,11 +9,11 @@ static size_t state_bytes(const fa_params *p, int rows) {
     return (vectors * sizeof(vec) + 63) / 64 * 64;
 }
 
-/* Of a thread, for `rows` rows of any sequence. */
 /* Room for `rows` rows of any sequence, and for what their keys up to a split's end gave. */
 static size_t scratch_bytes(const fa_params *p, int rows) {
     context many = {.few = 0}, few = {.few = 1};
     const size_t a = lay_out(&many, NULL, &p->what, p->scores.mask.data != NULL, rows);
+    if (p->what.sk < FEW_KEYS) return a;
     const size_t b = lay_out(&few, NULL, &p->what, p->scores.mask.data != NULL, rows);
     return (a > b ? a : b) + state_bytes(p, rows);
 }

@@ -28,7 +28,7 @@ def loaded() -> tuple[tuple[Any, ...] | None, Any]:
             torch.Tensor,
             torch.nn.Parameter,
             sample.is_neg,
-            torch.is_grad_enabled,
+            _is_grad_enabled,
             vars(torch.autograd.forward_ad),
             torch._C._are_functorch_transforms_active,
             getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
@@ -37,6 +37,12 @@ def loaded() -> tuple[tuple[Any, ...] | None, Any]:
     except AttributeError:  # not imported, or only half by now
         parts = None
     return parts, getattr(numpy, "ndarray", None)
+
+
+def _is_grad_enabled() -> bool:
+    """Whether torch's operators are recorded for autograd: never in inference mode."""
+    torch = sys.modules["torch"]
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def _is_jax(array: Any) -> bool:

@@ -330,7 +330,10 @@ def attention_varlen(
             are a ValueError, on a GPU the nearest counts.
         seqused_k: (b,) int32, likewise true key lengths; i' counts from the true lengths.
         q_offset: as in attention: an int, or (b,) int32, one for each sequence.
-        page_table: not built yet: NotImplementedError.
+        page_table: (b, pages) int32, as in attention_kvcache: k is (num_pages, page_size, hk, d), v
+            likewise, and key j of sequence n is row j % page_size of page page_table[n, j //
+            page_size]. Then cu_seqlens_k must be None, seqused_k is required, max_seqlen_k is at
+            most pages * page_size, and there is no gradient. Not on a GPU, nor in JAX's programs.
         causal: as in attention, by each sequence's own lengths.
         window: likewise.
         mask: broadcastable to (b, hq, max_seqlen_q, max_seqlen_k), where i and j are positions in
@@ -545,7 +548,7 @@ def attention_varlen_backward(
         seqused_q: the forward's.
         seqused_k: the forward's.
         q_offset: the forward's.
-        page_table: not built yet: NotImplementedError.
+        page_table: None: keys in pages have no gradient.
         dlse: as in attention_backward.
         need_dq: as in attention_backward.
         need_dk: likewise.

@@ -11,7 +11,8 @@ from ._renaming import renaming
 
 _NAMES = {"scale": "softmax_scale", "window": "window_size", "sink": "s_aux"}
 attention = renaming(_attention.attention, _NAMES)
-attention_varlen = renaming(_attention.attention_varlen, _NAMES)
+_BLOCKS = _NAMES | {"page_table": "block_table"}
+attention_varlen = renaming(_attention.attention_varlen, _BLOCKS)
 attention_kvcache = renaming(_attention.attention_kvcache, _NAMES)
 attention_in_blocks = renaming(_attention.attention_kvcache, _NAMES | {"page_table": "block_table"})
 

@@ -22,7 +22,8 @@ from ._derivatives import Problem, are_deterministic, gradients_of_gradients
 # which each call has one kind. None where Python's None means a default; a window is two.
 _ARRAYS = (
     *("q", "k", "v", "mask", "sink", "alibi_slopes", "q_offset", "q_lengths", "k_lengths"),
-    *("k_start", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "seed"),
+    *("k_start", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table"),
+    "seed",
 )
 _OPTIONS = {
     "max_seqlen_q": "SymInt?",
@@ -91,6 +92,7 @@ def _keywords(values: Sequence[Any]) -> dict[str, Any]:
             "seqused_k",
             "max_seqlen_q",
             "max_seqlen_k",
+            "page_table",
         )
     )
     return {n: x for n, x in given.items() if n not in elsewhere}
@@ -249,7 +251,14 @@ def record(name: str, values: tuple[Any, ...]) -> Any:
     given = dict(zip(inspect.signature(function).parameters, values, strict=True))
     if name.endswith("_backward"):
         return _record_backward(given)
-    ours._refuse(given["out"], given["alibi_slopes"])
+    if given["out"] is not None:
+        raise ValueError("`out` must be None where torch records the call, got an array")
+    ours._refuse(None, given["alibi_slopes"])
+    is_followed = any(getattr(x, "requires_grad", False) for x in values)
+    if given.get("page_table") is not None and torch.is_grad_enabled() and is_followed:
+        raise NotImplementedError(
+            "`page_table` must be None where a gradient is asked for: keys in pages have none"
+        )
     cast = ours._cast(*(given[x] for x in ("q", "k", "v", "mask")))
     given |= zip(("q", "k", "v", "mask"), cast, strict=True)
     ours._draw(given)

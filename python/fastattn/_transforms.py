@@ -44,6 +44,11 @@ def primal(x: Any) -> Any:
     return forward_ad.unpack_dual(x).primal if has_tangent(x) else x
 
 
+def unwrapped(x: Any) -> Any:
+    """x itself where a transform that has ended wrapped it, as one that vjp's pullback saved."""
+    return torch._C._functorch.unwrap_if_dead(x) if isinstance(x, torch.Tensor) else x
+
+
 def is_pushed_forward() -> bool:
     """Whether torch.func.jvp is around, whose tangents other transforms may hide."""
     functorch = torch._C._functorch

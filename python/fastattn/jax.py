@@ -407,6 +407,8 @@ def call(name: str, values: Sequence[Any]) -> Any:
     for written in ("dq", "dk", "dv") if is_backward else ("out",):
         if given[written] is not None:
             raise TypeError(f"`{written}` must be None: JAX arrays are never written")
+    if given.get("page_table") is not None:
+        raise NotImplementedError("`page_table` must be None in JAX's programs")
     described = tuple(_describe(key, value) for key, value in given.items())
     operands, options, results = _C.jax_plan(name, described)
     arrays = {key: array.array for key, array in operands}

@@ -5,6 +5,7 @@ csrc/binding/ hands such calls to call(): the functions of this module's name ar
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from ._transforms import (
     is_recorded,
     leave_in_graph,
     primal,
+    unwrapped,
 )
 
 __all__ = [
@@ -55,7 +57,7 @@ class _Function(NamedTuple):
     names: tuple[str, ...]
     arrays: tuple[int, ...]  # q, k, v, mask and sink first; those of the drop-in are fewer
     options: tuple[tuple[str, int], ...]  # what the backward pass takes of the others, and where
-    backward: Any
+    of_backward: tuple[str, ...]  # the arguments of its backward pass
     side: tuple[str, ...]  # the names of the arrays after the first five
     out: int
     return_lse: int
@@ -78,7 +80,8 @@ def _describe(function: Any, backward: Any) -> _Function:
     ]
     places = tuple(map(names.index, arrays))
     ends = names.index("out"), names.index("return_lse")
-    return _Function(names, places, tuple(options), backward, side, *ends)
+    of_backward = tuple(inspect.signature(backward).parameters)
+    return _Function(names, places, tuple(options), of_backward, side, *ends)
 
 
 _FUNCTIONS = {
@@ -97,6 +100,13 @@ class _Call(NamedTuple):
     name: str
     values: tuple[Any, ...]  # its arguments in order, None for tensors
     places: str  # where those stand, a character each
+
+    def whole(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        """The values, the arrays among them again."""
+        values = list(self.values)
+        for place, x in zip(self.places, arrays, strict=True):
+            values[ord(place)] = values[ord(place)] if x is None else x
+        return tuple(values)
 
     def problem(self, side: Sequence[Any]) -> Problem:
         """Of attention and attention_varlen; side: the tensors after the five with gradients."""
@@ -145,6 +155,8 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(call: _Call, *arrays: Any) -> Any:
+        if is_recorded(arrays):  # inside of a graph's making, as by torch.compile
+            return (*_operators.record(call.name, call.whole(arrays)), None)
         return _C.forward(None, call, *arrays)
 
     @staticmethod
@@ -364,6 +376,7 @@ def _is_plain(query: Any, key: Any, value: Any, enable_gqa: Any) -> bool:
 
 def _as_rank_4(q: Any, k: Any, v: Any, mask: Any) -> tuple[Any, Any, Any, Any, Any]:
     """(b, h, s, d) of what the drop-in has checked, and the result's shape."""
+    has_heads = max(q.dim(), k.dim(), v.dim()) > 2
     rank = max(q.dim(), k.dim(), v.dim(), 3)
     q, k, v = (x[(None,) * (rank - x.dim())] if x.dim() < rank else x for x in (q, k, v))
     lead = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
@@ -372,19 +385,20 @@ def _as_rank_4(q: Any, k: Any, v: Any, mask: Any) -> tuple[Any, Any, Any, Any, A
     heads = max(x.shape[-3] for x in (q, k, v))
     if not heads or not q.shape[-3]:
         heads = q.shape[-3]
-    shape = (*lead, heads, q.shape[-2], v.shape[-1])
+    shape = (*lead, *((heads,) if has_heads else ()), q.shape[-2], v.shape[-1])
+    b = math.prod(lead)
 
     def rank_4(x: Any) -> Any:
         if x.shape[-3] not in (1, heads) or k.shape[-3] != v.shape[-3]:
-            x = x.repeat_interleave(heads // x.shape[-3], -3)
+            x = x.repeat_interleave(heads // max(1, x.shape[-3]), -3)
         elif x is q or x.shape[-3] != k.shape[-3]:
             x = x.expand(*x.shape[:-3], heads, *x.shape[-2:])
-        return x.expand(*lead, *x.shape[-3:]).reshape(-1, *x.shape[-3:])
+        return x.expand(*lead, *x.shape[-3:]).reshape(b, *x.shape[-3:])
 
     if mask is not None:
         mask = mask[(None,) * (rank - mask.dim())] if mask.dim() < rank else mask
         if any(n != 1 for n in mask.shape[:-3]):
-            mask = mask.expand(*lead, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
+            mask = mask.expand(*lead, *mask.shape[-3:]).reshape(b, *mask.shape[-3:])
         else:
             mask = mask.reshape(mask.shape[-3:])
     return rank_4(q), rank_4(k), rank_4(v), mask, shape
@@ -394,8 +408,7 @@ def _call_backward(name: str, values: tuple[Any, ...]) -> Any:
     """attention_backward of arrays that have a gradient themselves."""
     forward = name.removesuffix("_backward")
     function = _FUNCTIONS[forward]
-    names = inspect.signature(function.backward).parameters
-    given = dict(zip(names, map(_as_tensor, values), strict=True))
+    given = dict(zip(function.of_backward, map(_as_tensor, values), strict=True))
     _check_queries(given["q"])
     _refuse(None, given["alibi_slopes"])
     for x in ("dq", "dk", "dv"):
@@ -419,6 +432,7 @@ def _call_kvcache(name: str, values: tuple[Any, ...]) -> Any:
 
 def record(name: str, values: tuple[Any, ...]) -> Any:
     """A public function that was given what torch transforms, or records into a graph."""
+    values = tuple(map(unwrapped, values))
     if has_proxy(values):
         return leave_in_graph(_PUBLIC[name], values)
     if name != "scaled_dot_product_attention" and is_recorded(values):

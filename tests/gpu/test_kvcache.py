@@ -32,3 +32,16 @@ def test_nor_does_its_operator():
     with pytest.raises(NotImplementedError, match="sm90: it reads and writes no caches of keys"):
         torch.compile(step, backend="aot_eager", fullgraph=True)(q, *cache)
     assert not cache.any()
+
+
+def test_nor_do_kernels_read_pages_of_packed_sequences():
+    q = torch.ones(5, 4, 64, dtype=torch.bfloat16, device="cuda")
+    cache = torch.zeros(2, 7, 16, 2, 64, dtype=q.dtype, device="cuda")
+    ends, n = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 2, 5], [9, 3]))
+    table, out = torch.zeros(2, 1, dtype=torch.int32, device="cuda"), torch.zeros_like(q)
+    for m in (n, n * 0):
+        rest = {"page_table": table, "seqused_k": m, "out": out}
+        for most in (9, 0):
+            with pytest.raises(NotImplementedError, match="sm90: it takes no keys in pages"):
+                fastattn.attention_varlen(q, *cache, ends, None, 3, most, **rest)
+    assert not out.any()

@@ -118,7 +118,8 @@ def flash_attn_varlen_func(
         cu_seqlens_k: likewise, of k and v.
         max_seqlen_q: no sequence has more queries.
         max_seqlen_k: no sequence has more keys.
-        block_table: pages of a cache are not served yet: NotImplementedError.
+        block_table: (b, blocks) int32, attention_varlen's page_table; k and v are (num_blocks,
+            block_size, hk, d), of any block_size, of which cu_seqlens_k says how many rows count.
         return_attn_probs: return (out, lse, None), lse (hq, total_q).
 
     All others as in flash_attn_func, by each sequence's own lengths.
@@ -126,11 +127,12 @@ def flash_attn_varlen_func(
     Returns:
         out (total_q, hq, dv), or (out, lse, None).
     """
-    if block_table is not None:
-        raise NotImplementedError("`block_table` must be None: keys in pages are not served yet")
     keywords = _options(dropout_p, alibi_slopes, return_attn_probs) | _flash.options(
         softmax_scale, causal, window_size, softcap, deterministic, s_aux
     )
+    if block_table is not None:
+        keywords |= {"page_table": block_table, "seqused_k": cu_seqlens_k.diff()}
+        cu_seqlens_k = None
     places = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     found = _flash.attend_varlen((q, k, v), *places, return_attn_probs, keywords)
     return _result(found, return_attn_probs)
