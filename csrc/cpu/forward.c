@@ -79,13 +79,13 @@ static void run_block(const call *c, const fa_group *g, int64_t first, int64_t e
 }
 
 /* Sequence b and the heads from h on; the one past the last has the packed rows of none. */
-static fa_group find_group(const call *c, int64_t b, int64_t h) {
+static inline fa_group find_group(const call *c, int64_t b, int64_t h) {
     const fa_what *what = &c->p->what;
     const fa_varlen *v = &c->p->varlen;
     fa_group g = {.sequence.q_end = v->total_q, .b = b, .h = h, .heads = c->heads};
     if (b < what->b)
-        g.sequence =
-            (v->cu_k ? fa_find_sequence : fa_find_cached)(v, &c->p->masks, b, what->sq, what->sk);
+        g.sequence = v->cu_k ? fa_find_sequence(v, &c->p->masks, b, what->sq, what->sk)
+                             : fa_find_cached(v, &c->p->masks, b, what->sq, what->sk);
     else
         g.sequence.q = fa_first_row(v->cu_q, v->cu_q_stride, b, v->total_q);
     return g;

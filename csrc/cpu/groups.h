@@ -44,6 +44,7 @@ static int fa_split_keys(fa_lengths n) {
 /* The splits that rows of a group, which see some key, see some of. */
 static fa_interval find_splits(const fa_group *g, int64_t first, int count) {
     const int keys = fa_split_keys(g->sequence.lengths);
+    if (g->sequence.lengths.sk <= keys) return (fa_interval){0, 1}; /* mostly: no divisions */
     return (fa_interval){row_keys(g, first).begin / keys,
                          (row_keys(g, first + count - 1).end - 1) / keys + 1};
 }
