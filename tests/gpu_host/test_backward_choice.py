@@ -36,7 +36,7 @@ void lay_out(int b, int h, int sq, int sk, int block_m, int d, int64_t *got) {
     fa_params p = {.what = {.b = b, .hq = h, .sq = sq, .sk = sk}};
     p.what.q.shape[2] = sq, p.what.k.shape[2] = sk;
     const fa_backward_workspace n = fa_lay_out_backward(&p, block_m, d);
-    got[0] = n.head, got[1] = n.delta, got[2] = n.sums, got[3] = n.floats;
+    got[0] = n.head, got[1] = n.delta, got[2] = n.sums, got[3] = n.taken, got[4] = n.floats;
 }
 
 void place_mask(int sq, int sk, int64_t *got) {
@@ -106,21 +106,22 @@ def test_columns_of_dqs_sums(library):
 
 
 def test_workspace(library):
-    got = (ctypes.c_int64 * 4)()
+    got = (ctypes.c_int64 * 5)()
     for b, h, sq, block_m, d in itertools.product(
         (1, 3), (1, 5), (1, 64, 65, 700), (64, 128), (64, 128)
     ):
         library.lay_out(b, h, sq, 9, block_m, d, got)
         head = -(-sq // block_m) * block_m
         rows = b * h * head
-        assert list(got) == [head, rows, 2 * rows, rows * (2 + d)]
+        taken = rows * (2 + d)
+        assert list(got) == [head, rows, 2 * rows, taken, taken + 4]
     for empty in range(4):
         sizes = [2, 3, 100, 200]
         sizes[empty] = 0
         library.lay_out(*sizes, 64, 64, got)
-        assert list(got) == [0] * 4
+        assert list(got) == [0] * 5
     library.lay_out(1, 1, (1 << 30) - 1, 9, 128, 128, got)
-    assert list(got) == [1 << 30, 1 << 30, 1 << 31, 130 << 30]
+    assert list(got) == [1 << 30, 1 << 30, 1 << 31, 130 << 30, (130 << 30) + 4]
 
 
 @pytest.mark.parametrize(("sq", "sk"), [(1, 9), (65, 200), (700, 129)])
