@@ -219,6 +219,7 @@ def commands(part, options, out, name):
         for tool in options.tools.split(",") if sanitizer() else []:
             for i in range(options.shards):
                 part = ["--part", f"{i}/{options.shards}"]
+                part += shlex.split(options.calls)
                 yield f"{tool}-{i}", [sanitizer(), *flags, tool, *python, cases, *part]
     elif part == "campaign":
         flags = shlex.split("--framework torch:cuda --backend sm90")
@@ -372,6 +373,7 @@ def main():
     verb.add_argument(
         "--tools", default=",".join(TOOLS), help="of the sanitizer; default: %(default)s"
     )
+    verb.add_argument("--calls", default="", help="more arguments for tests/gpu/small_calls.py")
     verb.add_argument(
         "--shards", type=int, default=14, help="processes a tool, each with some of the variants"
     )

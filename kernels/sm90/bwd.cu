@@ -177,7 +177,7 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
                                    : walk(a, smem, t, warpgroup, n, dk, dv);
 #endif
         n += a.group * (t.end - t.begin);
-        if (threadIdx.x % 128 == 0) mbarrier_arrive(smem_address(&smem.kv_empty));
+        if (lane == 0) mbarrier_arrive(smem_address(&smem.kv_empty));
         if (sums < 0) {
             clear_keys<DK_COLUMNS>(a.dk, t, warpgroup);
             clear_keys<DV_COLUMNS>(a.dv, t, warpgroup);
@@ -207,14 +207,14 @@ __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant
         }
         mbarrier_init(smem_address(&smem.tile_loaded), PRODUCERS);
         mbarrier_init(smem_address(&smem.kv_full), 2 * PRODUCERS);
-        mbarrier_init(smem_address(&smem.kv_empty), WARPGROUPS);
+        mbarrier_init(smem_address(&smem.kv_empty), MMA_THREADS / 32);
         for (int i = 0; i < Q_STAGES; ++i) {
             mbarrier_init(smem_address(&smem.q_full[i]), PRODUCERS);
-            mbarrier_init(smem_address(&smem.q_empty[i]), WARPGROUPS);
+            mbarrier_init(smem_address(&smem.q_empty[i]), MMA_THREADS / 32);
         }
         for (int i = 0; i < STAGES; ++i) {
             mbarrier_init(smem_address(&smem.dout_full[i]), PRODUCERS);
-            mbarrier_init(smem_address(&smem.dout_empty[i]), WARPGROUPS);
+            mbarrier_init(smem_address(&smem.dout_empty[i]), MMA_THREADS / 32);
         }
         for (int i = 0; i < 2; ++i) mbarrier_init(smem_address(&smem.ds_full[i]), MMA_THREADS / 32);
         fence_mbarrier_init();

@@ -85,7 +85,7 @@ DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const work_til
 
 DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, const work_tile &t, int32_t warpgroup,
                     uint32_t before, float (&dk)[DK_COLUMNS / 2], float (&dv)[DV_COLUMNS / 2]) {
-    const bool first = threadIdx.x % 128 == 0;
+    const bool first = threadIdx.x % 32 == 0;
     const int32_t warp = uniform(threadIdx.x / 32);
     const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
     const int32_t begin = uniform(t.begin), end = uniform(t.end);
@@ -144,7 +144,7 @@ DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, const work_tile &t, in
 DEVICE int32_t walk_ahead(const bwd_args &a, smem_layout &smem, const work_tile &t,
                           int32_t warpgroup, uint32_t before, float (&dk)[DK_COLUMNS / 2],
                           float (&dv)[DV_COLUMNS / 2]) {
-    const bool first = threadIdx.x % 128 == 0;
+    const bool first = threadIdx.x % 32 == 0;
     const int32_t warp = uniform(threadIdx.x / 32);
     const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
     if (t.begin == t.end) return -1;

@@ -199,9 +199,10 @@ def command_buffer():
 def refusals():
     """A call that no kernel serves is refused while JAX compiles, by each backend's reason."""
     q, k, v = inputs()
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
     for call, arrays in (
-        (jax.grad(lambda q: fastattn.attention(q, k, v, softcap=5.0).sum()), (q,)),
-        (fastattn.attention, [x.astype(jnp.float32) for x in (q, k, v)]),
+        (jax.grad(lambda *of: fastattn.attention(*of).sum()), wide),
+        (fastattn.attention, wide),
     ):
         for wrap in (lambda f: f, jax.jit):
             try:

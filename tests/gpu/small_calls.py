@@ -1,6 +1,6 @@
 """One small call per variant and feature, for `compute-sanitizer` and as a first smoke test.
 
-python tests/gpu/small_calls.py [--smoke] [--part I/N]   # variants I, I + N, I + 2N ...
+python tests/gpu/small_calls.py [--smoke] [--gradients] [--part I/N]   # variants I, I + N, ...
 
 Inputs are made on the host and judged there, so that ours are the only kernels that run.
 """
@@ -272,15 +272,24 @@ def backward_features(b, hq, sq, sk):
     yield "lse alone", {"dlse": True}, {"causal": True}
     yield "sink", {}, {"sink": torch.linspace(-3, 3, hq), **limits}
     yield "dk alone", {"only": "dk"}, {}
+    yield "more tiles than blocks", {"heads": 50, "hk": 50}, {"causal": True}
+    some = gpu.normal(hq, sq, sk, dtype=torch.float32, seed=5, device="cpu")
+    seen = (some > 0) & (torch.arange(sk) // 64 % 3 != 1)
+    slopes = 0.5 ** torch.arange(1.0, hq + 1)
+    yield "softcap and alibi", {}, {"softcap": 5.0, "alibi_slopes": slopes, "causal": True}
+    yield "bool mask", {}, {"mask": seen, **limits}
+    yield "dmask of all batches", {}, {"mask": some.to(torch.bfloat16), "window": (90, 30)}
+    yield "dmask of all heads", {"move": odd}, {"mask": some[:1].to(torch.float16)}
+    yield "dropout", {}, {"dropout_p": 0.3, "seed": 2**40 + 3}
 
 
-def run_backward(size, dtype, feature, change, keywords):
+def run_backward(sizes, dtype, feature, change, keywords):
     """Of one variant or the other: judged on the host, with the forward's results from there."""
-    b, hq, sq, sk = 2, 4, 200, 300
-    hk, d = change.get("hk", 2), size - change.get("less", 0)
-    q, k, v = (numpy(x) for x in arrays(b, hq, hk, sq, sk, d, d, dtype))
+    b, hq, sq, sk = 2, change.get("heads", 4), 200, 300
+    hk, (d, dv) = change.get("hk", 2), (x - change.get("less", 0) for x in sizes)
+    q, k, v = (numpy(x) for x in arrays(b, hq, hk, sq, sk, d, dv, dtype))
     lse_only = "dlse" in change
-    dout = None if lse_only else numpy(gpu.normal(b, hq, sq, d, dtype=dtype, seed=7, device="cpu"))
+    dout = None if lse_only else numpy(gpu.normal(b, hq, sq, dv, dtype=dtype, seed=7, device="cpu"))
     dlse = np.ones((b, hq, sq), np.float32) if lse_only else None
     given = {n: numpy(x) if isinstance(x, torch.Tensor) else x for n, x in keywords.items()}
     exact = reference.attention(q, k, v, **given)
@@ -291,7 +300,7 @@ def run_backward(size, dtype, feature, change, keywords):
 
     out, lse = exact.out.astype(q.dtype), exact.lse.astype(np.float32)
     needs = {f"need_{x}": change.get("only", x) == x for x in ("dq", "dk", "dv")}
-    needs["need_dsink"] = "sink" in keywords
+    needs |= {"need_dsink": "sink" in keywords, "need_dmask": feature.startswith("dmask")}
     call = functools.partial(
         fastattn.attention_backward,
         *(*map(moved, (dout, q, k, v, out)), tensor_of(lse).cuda()),
@@ -303,6 +312,38 @@ def run_backward(size, dtype, feature, change, keywords):
     got = {name: numpy(x.cpu()) for name, x in found if x is not None}
     wrong = reference_backward.check(got, dout, q, k, v, dlse=dlse, lse=lse, **given)
     return report(call, "", f"gradients, {feature}", wrong)
+
+
+def run_packed_backward(sizes, dtype):
+    """Sequences side by side, one of no rows and one of no keys, each judged by itself."""
+    d, dv = sizes
+    lengths, heads = [(120, 130), (0, 50), (80, 0), (70, 120)], (4, 2)
+    rows, keys = (sum(x) for x in zip(*lengths, strict=True))
+    sent = arrays(1, *heads, rows, keys, d, dv, dtype)
+    q, k, v = (numpy(x) for x in sent)
+    dout = gpu.normal(1, heads[0], rows, dv, dtype=dtype, seed=7, device="cpu")
+    ends = np.cumsum([(0, 0), *lengths], axis=0)
+    parts = [(slice(*ends[i : i + 2, 0]), slice(*ends[i : i + 2, 1])) for i in range(len(lengths))]
+    out, lse = np.zeros(dout.shape, q.dtype), np.full((1, heads[0], rows), -np.inf, np.float32)
+    of = [(q[:, :, i], k[:, :, j], v[:, :, j]) for i, j in parts]
+    for (i, _), one in zip(parts, of, strict=True):
+        exact = reference.attention(*one, causal=True)
+        out[:, :, i], lse[:, :, i] = exact.out.astype(q.dtype), exact.lse
+    packed = [x[0].transpose(0, 1).cuda() for x in (dout, *sent, tensor_of(out))]
+    call = functools.partial(
+        fastattn.attention_varlen_backward,
+        *(*packed, tensor_of(lse)[0].cuda(), *gpu.offsets(lengths)),
+        causal=True,
+    )
+    found = [numpy(x.cpu().transpose(0, 1)[None]) for x in call()[:3]]
+    wrong = []
+    for (i, j), one in zip(parts, of, strict=True):
+        got = {
+            n: x[:, :, of] for n, x, of in zip(("dq", "dk", "dv"), found, (i, j, j), strict=True)
+        }
+        given = {"lse": lse[:, :, i], "causal": True}
+        wrong += reference_backward.check(got, numpy(dout[:, :, i]), *one, **given)
+    return report(call, "", "gradients, packed", wrong)
 
 
 numpy = Torch("cpu").numpy
@@ -322,13 +363,7 @@ def report(call, name, feature, wrong):
     return not wrong
 
 
-def main():
-    smoke = "--smoke" in sys.argv
-    part, parts = 0, 1
-    if "--part" in sys.argv:
-        part, parts = map(int, sys.argv[sys.argv.index("--part") + 1].split("/"))
-        torch.set_num_threads(max(1, os.cpu_count() // parts))
-    print(f"{torch.cuda.get_device_name()}; {fastattn.info()}")
+def run_forward(part, parts, smoke):
     right = []
     for name, (sizes, dtype, shape) in itertools.islice(variants().items(), part, None, parts):
         for feature, change, keywords in (changes if "general" in name else features)(*shape):
@@ -342,13 +377,30 @@ def main():
             ):
                 right.append(run(name, feature, sizes, dtype, shape, change, keywords))
     merges = itertools.product((2, 4, 8, 20, 60), merging.DTYPES, (64, 50), (False, True))
-    right += [run_merge(*merge) for merge in itertools.islice(merges, part, None, parts)]
+    return right + [run_merge(*merge) for merge in itertools.islice(merges, part, None, parts)]
+
+
+def main():
+    smoke = "--smoke" in sys.argv
+    part, parts = 0, 1
+    if "--part" in sys.argv:
+        part, parts = map(int, sys.argv[sys.argv.index("--part") + 1].split("/"))
+        torch.set_num_threads(max(1, os.cpu_count() // parts))
+    print(f"{torch.cuda.get_device_name()}; {fastattn.info()}")
+    right = []
+    if "--gradients" not in sys.argv:
+        right += run_forward(part, parts, smoke)
     backward = [
-        (size, dtype, *feature)
-        for size, dtype in itertools.product((64, 128), DTYPES.values())
+        functools.partial(run_backward, sizes, dtype, *feature)
+        for sizes, dtype in itertools.product(SIZES, DTYPES.values())
         for feature in backward_features(2, 4, 200, 300)
+        if not smoke or sizes in ((64, 64), (128, 128))
     ]
-    right += [run_backward(*one) for one in itertools.islice(backward, part, None, parts)]
+    backward += [
+        functools.partial(run_packed_backward, *of)
+        for of in itertools.product(SIZES, DTYPES.values())
+    ]
+    right += [one() for one in itertools.islice(backward, part, None, parts)]
     print(f"{sum(right)} of {len(right)} right")
     sys.exit(not right or not all(right))
 

@@ -55,8 +55,9 @@ def complaints(found, dout, q, k, v, seen):
         limit += 4e-6  # sums of float32 whose terms are some units large, and cancel
         if not error.max() <= limit:
             said.append(f"{name}: max {error.max():.2e}, above {limit:.2e}")
-        if error.numel() >= 1024 and not error.mean() <= 1.5 * errors.mean() + 1e-7:
-            said.append(f"{name}: mean {error.mean():.2e}, above {1.5 * errors.mean():.2e}")
+        most = 1.5 * errors.mean() + 4e-7  # likewise: where a row sees one key, dq is nothing else
+        if error.numel() >= 1024 and not error.mean() <= most:
+            said.append(f"{name}: mean {error.mean():.2e}, above {most:.2e}")
     return said
 
 
