@@ -160,6 +160,8 @@ DEVICE void produce(const bwd_args &a, smem_layout &smem) {
 
 /* ---- the MMA warpgroups -----------------------------------------------------------------------*/
 
+/* PLAIN: nothing but what is seen changes a score. */
+template <bool PLAIN>
 DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
     const int32_t warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
     uint32_t n = 0; /* blocks of rows so far */
@@ -170,11 +172,11 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
         wait_for_keys(a, smem, t, i % 2);
 #if VARIANT_GENERAL
         const float gain = a.scores.gain;
-        const int32_t sums = walk(a, smem, t, warpgroup, n, dk, dv);
+        const int32_t sums = walk<PLAIN>(a, smem, t, warpgroup, n, dk, dv);
 #else
         const float gain = 1.f;
         const int32_t sums = AHEAD ? walk_ahead(a, smem, t, warpgroup, n, dk, dv)
-                                   : walk(a, smem, t, warpgroup, n, dk, dv);
+                                   : walk<PLAIN>(a, smem, t, warpgroup, n, dk, dv);
 #endif
         n += a.group * (t.end - t.begin);
         if (lane == 0) mbarrier_arrive(smem_address(&smem.kv_empty));
@@ -230,6 +232,11 @@ __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant
         if (STAYS && threadIdx.x == MMA_THREADS + 96) schedule(a, smem);
     } else {
         setmaxnreg_inc<MMA_REGISTERS>();
-        consume(a, smem, warpgroup);
+#if VARIANT_GENERAL
+        if (VARIANT_STRIDED || a.scores.only != WORDS)
+            consume<false>(a, smem, warpgroup);
+        else
+#endif
+            consume<true>(a, smem, warpgroup);
     }
 }

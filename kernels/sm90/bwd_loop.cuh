@@ -36,16 +36,12 @@ struct row_step {
     bool fresh; /* the tile's first */
 };
 
-/* P^T and dS^T of a block of rows, in place of S^T and dP^T. */
 #if VARIANT_GENERAL
-/* dV is begun, for P^T makes room for dP^T. */
-DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const work_tile &t,
-                            const row_step &at, const fa_row_range &, float (&dv)[DV_COLUMNS / 2],
-                            float (&s)[ROWS / 2], uint32_t (&p)[ROWS / 16][4],
-                            float (&dp)[ROWS / 2]) {
+/* What scores_of_block() does where scores change; dV is computed, for P^T makes room for dP^T. */
+DEVICE void weigh_block(const bwd_args &a, smem_layout &smem, const work_tile &t,
+                        const row_step &at, const score_bits &bits, float (&dv)[DV_COLUMNS / 2],
+                        float (&s)[ROWS / 2], uint32_t (&p)[ROWS / 16][4], float (&dp)[ROWS / 2]) {
     const uint32_t stage = at.n % STAGES;
-    clear_empty_rows(smem, stage);
-    const score_bits bits = bits_of(a, t, at.block, at.warpgroup);
     issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[stage], at.warpgroup);
     wgmma_wait_group<0>();
     wgmma_accumulators(s);
@@ -62,27 +58,41 @@ DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const work_til
     wgmma_accumulators(dp);
     bit_slopes(bits, a.scores.gain, s, dp, smem.delta[stage] + own_row(at.warpgroup));
 }
-#else
+#endif
+
+/* P^T and dS^T of a block of rows, in place of S^T and dP^T. PLAIN: nothing but what is seen
+ * changes a score; else weigh_block(). */
+template <bool PLAIN>
 DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const work_tile &t,
                             const row_step &at, const fa_row_range &plain,
-                            float (&)[DV_COLUMNS / 2], float (&s)[ROWS / 2],
+                            float (&dv)[DV_COLUMNS / 2], float (&s)[ROWS / 2],
                             uint32_t (&p)[ROWS / 16][4], float (&dp)[ROWS / 2]) {
     const uint32_t stage = at.n % STAGES;
+#if VARIANT_GENERAL
+    clear_empty_rows(smem, stage);
+    const score_bits bits = bits_of(a, t, at.block, at.warpgroup);
+    if (!PLAIN) return weigh_block(a, smem, t, at, bits, dv, s, p, dp);
+    const auto hide = [&](float (&x)[ROWS / 2]) { hide_scores(x, bits); };
+#else
+    const auto hide = [&](float (&x)[ROWS / 2]) {
+        mask_block(x, t, plain, at.block.m, at.warpgroup);
+    };
+#endif
     issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[stage], at.warpgroup);
     issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[stage], at.warpgroup);
     wgmma_wait_group<1>();
     wgmma_accumulators(s);
     exponentials(s, smem.lse[stage] + own_row(at.warpgroup), a.scale_log2);
-    mask_block(s, t, plain, at.block.m, at.warpgroup);
+    hide(s);
     pack(s, p);
     if (SHARED_KEYS) store_ds(p, smem.p[at.n % 2], at.warpgroup);
     wgmma_wait_group<0>();
     wgmma_accumulators(dp);
     slopes(s, dp, smem.delta[stage] + own_row(at.warpgroup));
-    mask_block(dp, t, plain, at.block.m, at.warpgroup);
+    hide(dp);
 }
-#endif
 
+template <bool PLAIN>
 DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, const work_tile &t, int32_t warpgroup,
                     uint32_t before, float (&dk)[DK_COLUMNS / 2], float (&dv)[DV_COLUMNS / 2]) {
     const bool first = threadIdx.x % 32 == 0;
@@ -106,7 +116,7 @@ DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, const work_tile &t, in
                       GENERAL ? whole_blocks(t.rows) : clean, m);
         wait_for_rows(smem.dout[stage], smem.dout_full[stage], parity, t,
                       GENERAL ? whole_blocks(t.rows) : clean, m);
-        scores_of_block(a, smem, t, {at, warpgroup, n, i == 0}, plain, dv, s, p, dp);
+        scores_of_block<PLAIN>(a, smem, t, {at, warpgroup, n, i == 0}, plain, dv, s, p, dp);
         pack(dp, ds);
         store_ds(ds, smem.ds[n % 2], warpgroup);
         hand_over(smem.ds_full[n % 2]);
@@ -115,8 +125,7 @@ DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, const work_tile &t, in
             sums = sums_of(a, t, at);
         else if (i > 0)
             sums += next_sums(a, m, begin, end);
-        if (!GENERAL && !SHARED_KEYS)
-            issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], i == 0);
+        if (PLAIN && !SHARED_KEYS) issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], i == 0);
         mbarrier_wait(smem_address(&smem.ds_full[n % 2]), n / 2 % 2);
         if (SHARED_KEYS) issue_shared_sum(dv, smem.p[n % 2], smem.dout[stage], warpgroup, i == 0);
         issue_dq(dq, smem, smem.ds[n % 2], warpgroup);

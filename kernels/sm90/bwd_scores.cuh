@@ -20,25 +20,26 @@
 #include "sm90/wgmma.cuh"
 
 enum { SCORES = 32, FEW = 8 }; /* of a thread, of 64 rows, and of 16 */
+/* Of 64 rows the scores that the warpgroup has. */
+static constexpr int OWN = ROWS < 64 ? ROWS / 2 : SCORES;
 
 /* tanh of the scores times their scale. Polynomial or not as the forward has it. */
-template <int N>
-DEVICE void cap_scores(const score_args &a, float (&s)[N]) {
+DEVICE void cap_scores(const score_args &a, float (&s)[OWN]) {
     uint32_t top = 0; /* as integers the greatest of |s|, NaN above it */
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
+    for (int i = 0; i < OWN; ++i) {
         const uint32_t size = __float_as_uint(s[i]) & 0x7fffffff;
         top = size > top ? size : top;
     }
     if (__all_sync(~0u, top <= a.cap_near)) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) s[i] = cap_near(a.cap_series, s[i], 0.f);
+        for (int i = 0; i < OWN; ++i) s[i] = cap_near(a.cap_series, s[i], 0.f);
     } else if (!a.cap_wide) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) s[i] = cap_far(a.cap_scale, s[i]);
+        for (int i = 0; i < OWN; ++i) s[i] = cap_far(a.cap_scale, s[i]);
     } else {
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
+        for (int i = 0; i < OWN; ++i) {
             if ((__float_as_uint(s[i]) & 0x7fffffff) <= a.cap_near) {
                 s[i] = cap_near(a.cap_series, s[i], 0.f);
             } else {
@@ -222,6 +223,14 @@ DEVICE score_bits bits_of(const bwd_args &a, const work_tile &t, const walk_step
     return bits;
 }
 
+/* Zeros where a score is not seen. */
+DEVICE void hide_scores(float (&x)[ROWS / 2], const score_bits &bits) {
+    if (!bits.some) return;
+#pragma unroll
+    for (int i = 0; i < ROWS / 2; i += OWN)
+        keep_scores(*(float (*)[OWN])(x + i), bits.seen[i / OWN]);
+}
+
 /* dS^T as slopes() has it, of what dropout keeps, and 0 of what is not seen. Without branches:
  * ptxas spills around them. */
 DEVICE void bit_slopes(const score_bits &bits, float gain, const float (&p)[ROWS / 2],
@@ -249,11 +258,10 @@ DEVICE void weigh(const bwd_args &a, const work_tile &t, const walk_step &at, in
                   uint32_t (&p)[ROWS / 16][4]) {
     const int32_t thread = thread_here() % 128;
     const int32_t key = t.key + own_key(warpgroup) + thread / 32 * 16 + thread % 32 / 4;
-    constexpr int CAPPED = ROWS < 64 ? ROWS / 2 : SCORES;
     const score_args &c = a.scores;
     if (c.caps)
 #pragma unroll
-        for (int i = 0; i < ROWS / 2; i += CAPPED) cap_scores(c, *(float (*)[CAPPED])(s + i));
+        for (int i = 0; i < ROWS / 2; i += OWN) cap_scores(c, *(float (*)[OWN])(s + i));
 #pragma unroll
     for (int i = 0; i < ROWS / 16; ++i) {
         const int32_t row = at.m * BLOCK_M + own_row(warpgroup) + 16 * i + thread % 4 * 2;

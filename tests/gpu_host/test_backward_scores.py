@@ -41,9 +41,9 @@ CASES = {
     "bool mask": {"mask": "bool", "hq": 2, "of": (0, 1, 0, 0), "dlse": True},
     "bool mask and sink": {"mask": "bool", "sink": True, "causal": True, "k_lengths": [130]},
     "hidden blocks": {"mask": "blocks", "hq": 2, "sq": 2200, "sk": 300, "of": (0, 1, 0, 0)},
-    "hidden blocks of heads": {"mask": "blocks", "b": 2, "hq": 3, "sq": 600, "causal": True},
-    "dropout": {"dropout_p": 0.3, "hq": 2, "b": 2, "causal": True},
     "everything dropped": {"dropout_p": 1.0, "dlse": True},
+    "dropout": {"dropout_p": 0.3, "hq": 2, "b": 2, "causal": True},
+    "hidden blocks of heads": {"mask": "blocks", "b": 2, "hq": 3, "sq": 600, "causal": True},
     "all": {
         "softcap": 5.0,
         "mask": "float32",
