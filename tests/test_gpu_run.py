@@ -81,7 +81,7 @@ def test_lines_that_tell(script):
 
 def test_sanitizers_are_told_to_say_little(script, monkeypatch):
     monkeypatch.setattr(script, "sanitizer", lambda: "compute-sanitizer")
-    options = SimpleNamespace(tools=",".join(script.TOOLS), shards=2, commit=None)
+    options = SimpleNamespace(tools=",".join(script.TOOLS), shards=2, commit=None, calls="")
     found = dict(script.commands("sanitize", options, ROOT, "x"))
     tools = dict.fromkeys(label.partition("-")[0] for label in found)
     assert list(tools) == ["memcheck", "racecheck", "synccheck", "initcheck"]

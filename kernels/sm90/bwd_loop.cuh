@@ -95,7 +95,6 @@ DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const work_til
 template <bool PLAIN>
 DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, const work_tile &t, int32_t warpgroup,
                     uint32_t before, float (&dk)[DK_COLUMNS / 2], float (&dv)[DV_COLUMNS / 2]) {
-    const bool first = threadIdx.x % 32 == 0;
     const int32_t warp = uniform(threadIdx.x / 32);
     const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
     const int32_t begin = uniform(t.begin), end = uniform(t.end);
@@ -136,14 +135,14 @@ DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, const work_tile &t, in
         wgmma_wait_group<1>();
         wgmma_accumulators(dq);
         wgmma_accumulators(dv);
-        if (first) mbarrier_arrive(smem_address(&smem.dout_empty[stage]));
+        mbarrier_arrive(smem_address(&smem.dout_empty[stage]));
         if (DIRECT_DQ)
             add_dq(dq, a.dq, sums, warp);
         else
             store_dq(dq, smem);
         wgmma_wait_group<0>();
         wgmma_accumulators(dk);
-        if (first) mbarrier_arrive(smem_address(&smem.q_empty[stage]));
+        mbarrier_arrive(smem_address(&smem.q_empty[stage]));
         if (!GENERAL) at.m = m + 1 == end ? begin : m + 1;
     }
     return i ? sums : -1;
@@ -153,7 +152,6 @@ DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, const work_tile &t, in
 DEVICE int32_t walk_ahead(const bwd_args &a, smem_layout &smem, const work_tile &t,
                           int32_t warpgroup, uint32_t before, float (&dk)[DK_COLUMNS / 2],
                           float (&dv)[DV_COLUMNS / 2]) {
-    const bool first = threadIdx.x % 32 == 0;
     const int32_t warp = uniform(threadIdx.x / 32);
     const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
     if (t.begin == t.end) return -1;
@@ -178,7 +176,7 @@ DEVICE int32_t walk_ahead(const bwd_args &a, smem_layout &smem, const work_tile 
         wgmma_wait_group<0>(); /* dK of the block before, too */
         wgmma_accumulators(dp);
         wgmma_accumulators(dk);
-        if (first && n > first_n) mbarrier_arrive(smem_address(&smem.q_empty[(n - 1) % Q_STAGES]));
+        if (n > first_n) mbarrier_arrive(smem_address(&smem.q_empty[(n - 1) % Q_STAGES]));
         slopes(s, dp, smem.delta[stage]);
         mask_block(dp, t, plain, m, warpgroup);
         pack(dp, ds);
@@ -195,7 +193,7 @@ DEVICE int32_t walk_ahead(const bwd_args &a, smem_layout &smem, const work_tile 
         mbarrier_wait(smem_address(&smem.ds_full[n % 2]), n / 2 % 2);
         wgmma_wait_group<0>();
         wgmma_accumulators(dv);
-        if (first) mbarrier_arrive(smem_address(&smem.dout_empty[stage]));
+        mbarrier_arrive(smem_address(&smem.dout_empty[stage]));
         issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[next], warpgroup);
         issue_dq(dq, smem, smem.ds[n % 2], warpgroup);
         issue_sum<QK_PANELS, DK_COLUMNS>(dk, ds, smem.q[q], n == first_n);
@@ -207,7 +205,7 @@ DEVICE int32_t walk_ahead(const bwd_args &a, smem_layout &smem, const work_tile 
     }
     wgmma_wait_group<0>();
     wgmma_accumulators(dk);
-    if (first) mbarrier_arrive(smem_address(&smem.q_empty[last % Q_STAGES]));
+    mbarrier_arrive(smem_address(&smem.q_empty[last % Q_STAGES]));
     return sums;
 }
 #endif

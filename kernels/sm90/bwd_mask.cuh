@@ -240,8 +240,7 @@ DEVICE void consume_mask(const bwd_mask_args &a, mask_smem &smem, int32_t warpgr
 #pragma unroll
             for (int i = 0; i < ROWS / 2; ++i) sums[i] = 0.f;
         }
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&smem.empty[stage]));
+        mbarrier_arrive(smem_address(&smem.empty[stage]));
     }
 }
 
@@ -252,7 +251,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x == 0) {
         for (int i = 0; i < MASK_STAGES; ++i) {
             mbarrier_init(smem_address(&smem.full[i]), 4 * PRODUCERS);
-            mbarrier_init(smem_address(&smem.empty[i]), MMA_THREADS / 32);
+            mbarrier_init(smem_address(&smem.empty[i]), MMA_THREADS);
         }
         fence_mbarrier_init();
     }
