@@ -17,7 +17,7 @@ import sys
 import tempfile
 import textwrap
 
-from fastattn.bench import cpu, decode, llama, merge, plot, training
+from fastattn.bench import cpu, decode, jax, llama, merge, plot, training
 from fastattn.bench.cells import GRIDS, UNITS
 from fastattn.bench.machine import caption
 from fastattn.bench.report import dump, geometric_mean, limits_of, markdown, own, shares
@@ -82,15 +82,15 @@ measurement still decays in it.
 
 def load():
     """[(file name, result)] of the benchmark, the newest first; the same of bench.cpu, of
-    bench.training, of bench.decode."""
+    bench.training, of bench.decode, of bench.jax."""
     found = [(p.name, json.loads(p.read_text())) for p in (HERE / "results").glob("*.json")]
     found.sort(key=lambda item: (item[1]["header"]["date"], item[0]), reverse=True)
-    ours, beside, steps, few = [], [], [], []
-    kinds = {training.SUITE: steps, decode.SUITE: few}
+    ours, beside, steps, few, jitted = [], [], [], [], []
+    kinds = {training.SUITE: steps, decode.SUITE: few, **dict.fromkeys(jax.SUITES, jitted)}
     for item in found:
-        kind = kinds.get(item[1]["rows"][0].get("suite"), beside)
-        (ours if "device" in item[1]["header"] else kind).append(item)
-    return ours, beside, steps, few
+        other = ours if "device" in item[1]["header"] else beside
+        kinds.get(item[1]["rows"][0].get("suite"), other).append(item)
+    return ours, beside, steps, few, jitted
 
 
 def card_of(header):
@@ -312,7 +312,17 @@ def few_rows(files):
         yield from by_columns(result["rows"], decode.columns, "x ")
 
 
-def results_text(cards, beside, steps, few):
+def programs_of_jax(files):
+    """What fastattn.bench.jax measured."""
+    for name, result in files:
+        header = result["header"]
+        yield from ("", f"## JAX's programs: {card_of(header)}", "")
+        yield from (f"- [{name}](results/{name}): {caption(header)}", f"  `{header['command']}`")
+        yield ""
+        yield from markdown(list(jax.lines(result["rows"])))
+
+
+def results_text(cards, beside, steps, few, jitted):
     lines = [HOW_TO_READ]
     for card, suites in cards.items():
         lines += [f"## {card}", ""]
@@ -326,7 +336,7 @@ def results_text(cards, beside, steps, few):
             lines += table(suites[suite][1], suite)
         lines.append("")
     lines = [*"\n".join(lines).rstrip().split("\n"), *beside_torch(beside)]
-    lines += [*training_steps(steps), *few_rows(few)]
+    lines += [*training_steps(steps), *few_rows(few), *programs_of_jax(jitted)]
     return "\n".join(lines) + "\n"
 
 
@@ -382,7 +392,9 @@ def gradient_words(cards):
     mean, losing = overall(served), slower(served, shape)
     if mean:
         yield f"Over {len(served)} cells the fastest other takes **{mean:.2f} times** as long. "
-        yield f"Slower are {'; '.join(losing)}. " if losing else "No cell is slower. "
+        many = f" {len(losing)} of them, the worst" if len(losing) > 6 else ""
+        listed = "; ".join(losing[:3] if many else losing)
+        yield f"Slower are{many} {listed}. " if losing else "No cell is slower. "
 
 
 def forward(cards):
@@ -464,7 +476,7 @@ def wrapped(text, width=100):
     return "\n".join(map(broken, text.split("\n")))
 
 
-def readme_text(cards, beside, steps, few):
+def readme_text(cards, beside, steps, few, _):
     blocks = {
         "gpu": gpu_words(cards),
         "cpu": cpu_words(cards, beside, steps, few),

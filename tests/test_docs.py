@@ -45,7 +45,7 @@ def test_readme_opens_with_what_it_is():
     """The limits of this version, both pictures and both commands, before any program."""
     first, commands = README.partition("## Two commands")[::2]
     for words in (
-        "gradients of everything on the CPU only",
+        "A CPU has gradients of everything",
         "Hopper",
         "CPU",
         "JAX",

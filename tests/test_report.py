@@ -214,7 +214,7 @@ def test_of_training_the_means_and_the_losers(report):
 
 def test_each_measurement_on_the_cpu_has_a_line(filled):
     few(filled, {"fp32 sk4096": 3.0, "bf16 sk4096": 0.9})
-    files, *others = filled.load()
+    files, *others, _ = filled.load()
     said = "".join(filled.cpu_words(filled.newest(files), *others)).split("\n")
     assert said[0].startswith("a machine; some CPU: time of torch 2.x over ours, geometric means, ")
     slower = "fp32 b1 h8 s512 d64 full 0.90; fp32 s512 d64 full 0.96; bf16 sk4096 0.90"
@@ -226,6 +226,19 @@ def test_each_measurement_on_the_cpu_has_a_line(filled):
         "- one new token, 4,096 to 131,072 keys, at least this part of memory's read rate",
     ]
     assert said[-1].endswith(": fp32 **0.75**, bf16 **0.50**")
+
+
+def test_programs_of_jax(filled):
+    """They have a device, but no implementation of each row."""
+    times = {"fastattn": 1e-3, "cudnn": 1.5e-3}
+    errors = {"fastattn": 1e-3, "cudnn": 2e-3}
+    row = {"suite": "jax-cuda", "label": "a case", "seconds": times, "alone": times}
+    write(filled, "jax", "cuda", [row | {"errors": errors}])
+    files, *_, jitted = filled.load()
+    assert [name for name, _ in jitted] == ["jax.json"]
+    assert "jax.json" not in [name for name, _ in files]
+    text = "\n".join(filled.programs_of_jax(jitted))
+    assert "| a case | 1.000 | 1.500 |" in text
 
 
 @pytest.mark.parametrize("slow", [3.0, 0.9])

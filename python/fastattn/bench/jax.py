@@ -29,6 +29,7 @@ from .report import aligned, geometric_mean
 
 ROUNDS = 6
 LAYERS = {"cpu": 1, "cuda": 4}
+SUITES = [f"jax-{device}" for device in LAYERS]
 
 
 @dataclasses.dataclass(frozen=True)
