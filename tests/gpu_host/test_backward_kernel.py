@@ -146,15 +146,20 @@ def run(
     return complaints + reference_backward.check(got, *given, dlse=dlse, lse=lse, **asked)
 
 
+def run_apart(module, name, folder):
+    """A module's main(), which judges a variant, in a process of its own."""
+    variant = next(v for v in VARIANTS if v.name == name)
+    flags = (*variant.defines(), f"-I{HERE}/include", "-w", "-O2")  # the build has nvcc warn
+    gpu_host.library(HERE / "backward_shim.cpp", folder, *flags)
+    code = f"from {module} import main; main({str(folder / 'backward_shim.so')!r}, {name!r})"
+    assert python("-c", code) == "right\n"
+
+
 @gpu_host.marks
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 @pytest.mark.parametrize("name", TESTED)
 def test_backward(name, tmp_path):
-    variant = next(v for v in VARIANTS if v.name == name)
-    flags = (*variant.defines(), f"-I{HERE}/include", "-w", "-O2")  # the build has nvcc warn
-    gpu_host.library(HERE / "backward_shim.cpp", tmp_path, *flags)
-    code = f"from {__name__} import main; main({str(tmp_path / 'backward_shim.so')!r}, {name!r})"
-    assert python("-c", code) == "right\n"
+    run_apart(__name__, name, tmp_path)
 
 
 def main(path, name):

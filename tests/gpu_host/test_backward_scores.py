@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import reference
 import reference_backward
-from conftest import python
 
 import gpu_host
 from gpu_host import BF16, F16, HAS_LEFT, HAS_RIGHT
-from gpu_host.test_backward_kernel import HERE, VARIANTS, backward, rows
+from gpu_host.test_backward_kernel import VARIANTS, backward, rows, run_apart
 from gpu_host.test_merging import Tensor, described
 
 TESTED = [
@@ -178,11 +177,7 @@ def run(
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 @pytest.mark.parametrize("name", TESTED)
 def test_changed_scores(name, tmp_path):
-    variant = next(v for v in VARIANTS if v.name == name)
-    flags = (*variant.defines(), f"-I{HERE}/include", "-w", "-O2")
-    gpu_host.library(HERE / "backward_shim.cpp", tmp_path, *flags)
-    code = f"from {__name__} import main; main({str(tmp_path / 'backward_shim.so')!r}, {name!r})"
-    assert python("-c", code) == "right\n"
+    run_apart(__name__, name, tmp_path)
 
 
 def main(path, name):
