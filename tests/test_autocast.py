@@ -157,7 +157,7 @@ def test_casts_are_let_go():
 
     q, k, v = qkv("fp32", "fp32", "fp32")
     made = []
-    from fastattn import _arrays
+    from fastattn import _frameworks
 
     class Seen(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), keywords=None):
@@ -166,7 +166,7 @@ def test_casts_are_let_go():
                 made.append(weakref.ref(result))
             return result
 
-    assert _arrays.autocast(q) is q
+    assert _frameworks.autocast(q) is q
     with torch.autocast("cpu", dtype=torch.bfloat16), Seen():
         fastattn.attention(q, k, v)
         with pytest.raises(ValueError, match="`k` must have d"):

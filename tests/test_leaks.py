@@ -10,7 +10,7 @@ import fastattn
 import numpy as np
 import pytest
 from conftest import has, python
-from fastattn import _arrays
+from fastattn import _frameworks
 from handmade import Tensor
 
 F32 = np.float32
@@ -38,7 +38,7 @@ def tensor(x):
 
 
 def steps():
-    """For each function of fastattn._arrays: a call that needs it, as (function, arguments)."""
+    """For each function of fastattn._frameworks: a call that needs it, as (function, arguments)."""
     here = {
         "export": (fastattn.attention, numbers(Tensor)),
         "empty": (fastattn.attention, numbers(Tensor)),
@@ -137,7 +137,7 @@ def test_a_step_in_python_that_fails(step, returns, monkeypatch):
     if not has(STEPS[step]):
         pytest.skip(f"{STEPS[step]} is not installed")
     function, arguments = steps()[step]
-    taken, itself = [], getattr(_arrays, step)
+    taken, itself = [], getattr(_frameworks, step)
 
     def fails(*given):
         taken.append(1)
@@ -147,7 +147,7 @@ def test_a_step_in_python_that_fails(step, returns, monkeypatch):
             return itself(*given)
         return 17 if returns == "an int" else None
 
-    monkeypatch.setattr(_arrays, step, fails)
+    monkeypatch.setattr(_frameworks, step, fails)
 
     expected = (
         StepError
@@ -167,9 +167,9 @@ def test_a_step_in_python_that_fails(step, returns, monkeypatch):
     assert taken, "the call does not need it"
 
 
-def test_every_function_of_arrays_is_a_step():
-    functions = inspect.getmembers(_arrays, inspect.isfunction)
-    called = {n for n, f in functions if n[0] != "_" and f.__module__ == _arrays.__name__}
+def test_every_function_of_frameworks_is_a_step():
+    functions = inspect.getmembers(_frameworks, inspect.isfunction)
+    called = {n for n, f in functions if n[0] != "_" and f.__module__ == _frameworks.__name__}
     assert called == {*STEPS, "loaded", "is_fake"}  # that one is called in Python alone
 
 

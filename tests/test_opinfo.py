@@ -9,7 +9,7 @@ import reference_backward
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("expecttest")  # torch's tests import it
-from fastattn import _arrays  # noqa: E402
+from fastattn import _frameworks  # noqa: E402
 from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
 
 (OPINFO,) = (x for x in op_db if x.name == "nn.functional.scaled_dot_product_attention")
@@ -29,7 +29,7 @@ def samples(dtype):
 def drawn_seed(seed):
     """What a call draws from torch's generator after manual_seed(seed)."""
     torch.manual_seed(seed)
-    drawn = int(_arrays.draw_seed(torch.empty(0)))
+    drawn = int(_frameworks.draw_seed(torch.empty(0)))
     torch.manual_seed(seed)
     return drawn
 

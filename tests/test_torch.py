@@ -124,12 +124,12 @@ def test_without_torchs_c_functions(concern):
     program = """
 import sys
 import pytest
-from fastattn import _arrays
-found = _arrays.loaded
+from fastattn import _frameworks
+found = _frameworks.loaded
 def without_address():
     torch, numpy = found()
     return torch and (*torch[:-1], 0), numpy
-_arrays.loaded = without_address
+_frameworks.loaded = without_address
 deselected = "not without_torchs_c_functions and not torchs_own_memory"
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", deselected, sys.argv[1]]))
 """

@@ -1,7 +1,7 @@
 /* dlpack.c - arrays of any framework that speaks DLPack, and a buffer of our own for those that
  * take one.
  *
- * By __dlpack__ as fastattn._arrays calls it: capsules of DLPack 1 and of before. Seen with JAX
+ * By __dlpack__ as fastattn._frameworks calls it: capsules of DLPack 1 and of before. Seen with JAX
  * 0.6 to 0.11, CuPy 14, MLX, Paddle 3.3, torch before 2.10.
  */
 #include "frameworks.h"

@@ -1,4 +1,5 @@
-/* frameworks.h - what tensor.c asks of each framework: torch.c, numpy.c, dlpack.c. */
+/* frameworks.h - what tensor.c asks of each framework: torch.c, numpy.c, and dlpack.c for all
+ * others. A new one goes into python/fastattn/_frameworks.py, by what it does differently. */
 #ifndef FASTATTN_FRAMEWORKS_H
 #define FASTATTN_FRAMEWORKS_H
 
@@ -20,7 +21,7 @@ struct torch_now {
     int32_t autocast_dtype;  /* torch's number; -1: no autocast there */
 };
 
-/* parts: what fastattn._arrays.loaded() says of torch. 0 with an exception. */
+/* parts: what fastattn._frameworks.loaded() says of torch. 0 with an exception. */
 int torch_learn(module_state *state, PyObject *parts);
 
 /* Whether it is a plain torch.Tensor or Parameter. */
@@ -40,8 +41,9 @@ int torch_is_transformed(const module_state *state);
 fa_status torch_borrow(module_state *state, torch_now *now, PyObject *object, borrowed *b,
                        fa_error *error);
 
-/* Refuses a tensor that is not what it seems to be by a sentence of fastattn._arrays; FA_TO_GRAPH
- * where it is transformed or operators are recorded; FA_OK where nothing speaks against it. */
+/* Refuses a tensor that is not what it seems to be by a sentence of fastattn._frameworks;
+ * FA_TO_GRAPH where it is transformed or operators are recorded; FA_OK where nothing speaks against
+ * it. */
 fa_status torch_refuse(module_state *state, PyObject *object, const char *name, fa_error *error);
 
 /* Inside an autocast region of its device a torch tensor becomes what torch's own operators would
@@ -85,7 +87,7 @@ int numpy_truth(module_state *state, PyObject *object);
 /* The newest table of our major version in a capsule, or NULL. */
 const DLExchangeAPI *dlpack_table(PyObject *capsule);
 
-/* By __dlpack__, through fastattn._arrays. */
+/* By __dlpack__, through fastattn._frameworks. */
 fa_status dlpack_borrow(module_state *state, PyObject *object, borrowed *b, fa_error *error);
 
 /* A buffer of our own, in a capsule. */

@@ -1,4 +1,4 @@
-/* state.c - what the module has learnt about the process, and the way to fastattn/_arrays.py.
+/* state.c - what the module has learnt about the process, and the way to _frameworks.py.
  *
  * No framework is ever imported from here: an array of one is the proof that it is in sys.modules.
  */
@@ -28,8 +28,9 @@ const char *state_type_name(PyObject *object, char buffer[128]) {
 }
 
 PyObject *state_call(module_state *state, const char *function, const char *format, ...) {
-    if (!state->arrays) state->arrays = PyImport_ImportModule("fastattn._arrays");
-    PyObject *callable = state->arrays ? PyObject_GetAttrString(state->arrays, function) : NULL;
+    if (!state->frameworks) state->frameworks = PyImport_ImportModule("fastattn._frameworks");
+    PyObject *callable =
+        state->frameworks ? PyObject_GetAttrString(state->frameworks, function) : NULL;
     if (!callable) return NULL;
     va_list values;
     va_start(values, format);
@@ -88,7 +89,7 @@ int state_traverse(module_state *state, visitproc visit, void *arg) {
     Py_VISIT(state->forward_ad);
     Py_VISIT(state->is_transformed);
     Py_VISIT(state->ndarray);
-    Py_VISIT(state->arrays);
+    Py_VISIT(state->frameworks);
     Py_VISIT(state->torch);
     Py_VISIT(state->jax);
     Py_VISIT(state->follow);
@@ -104,7 +105,7 @@ void state_clear(module_state *state) {
     Py_CLEAR(state->forward_ad);
     Py_CLEAR(state->is_transformed);
     Py_CLEAR(state->ndarray);
-    Py_CLEAR(state->arrays);
+    Py_CLEAR(state->frameworks);
     Py_CLEAR(state->torch);
     Py_CLEAR(state->jax);
     Py_CLEAR(state->follow);

@@ -1,4 +1,4 @@
-/* state.h - what the module has learnt about the process, and the way to fastattn/_arrays.py. */
+/* state.h - what the module has learnt about the process, and the way to _frameworks.py. */
 #ifndef FASTATTN_STATE_H
 #define FASTATTN_STATE_H
 
@@ -27,7 +27,7 @@ typedef struct module_state {
     PyCFunction is_neg; /* the C function of torch.Tensor.is_neg: half the time of a method call */
     torch_abi abi;
     PyTypeObject *ndarray; /* numpy.ndarray; NULL until NumPy is there */
-    PyObject *arrays;      /* fastattn._arrays: the frameworks without a C table */
+    PyObject *frameworks;  /* fastattn._frameworks: recognises them, serves those without a table */
     PyObject *torch;       /* fastattn.torch: gradients, transforms and graphs of torch */
     PyObject *follow;      /* its autograd function, as a function */
     PyObject *jax;         /* fastattn.jax: what JAX traces, and its arrays on a GPU */
@@ -46,7 +46,7 @@ void state_clear(module_state *state);
  * are set last and say that the rest is there. -1 with an exception. */
 int state_learn(module_state *state);
 
-/* Calls a function of fastattn._arrays, which is imported by the first call that needs it. */
+/* Calls a function of fastattn._frameworks, which is imported by the first call that needs it. */
 PyObject *state_call(module_state *state, const char *function, const char *format, ...);
 
 /* What the module that has a call of this status, FA_TO_..., calls so. */

@@ -3,7 +3,7 @@
  * Through torch_abi.c, or where that does not serve through DLPack's C exchange table and Python,
  * seen with torch 2.4 (no table: __dlpack__) to 2.14. Both ways see no more than memory: a
  * gradient, a negative bit, a tensor that is being traced are asked for here. What is not simply
- * numbers in memory gets its sentence from fastattn._arrays.
+ * numbers in memory gets its sentence from fastattn._frameworks.
  */
 #include "frameworks.h"
 
@@ -71,7 +71,7 @@ static fa_status ask_torch(module_state *state, torch_now *now) {
         if (!enabled) return FA_RAISED;
         Py_DECREF(enabled);
         now->grad_enabled = enabled == Py_True;
-        now->is_seen = 1; /* fastattn._arrays will know */
+        now->is_seen = 1; /* fastattn._frameworks will know */
     }
     PyObject *level = PyDict_GetItemWithError(state->forward_ad, state->current_level);
     now->dual_level = level && PyLong_AsLong(level) >= 0;

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import _arrays
+from . import _frameworks
 
 
 def apply(function: Any, *arguments: Any) -> Any:
@@ -35,7 +35,7 @@ def each(function: Any, info: Any, in_dims: Any, arguments: Sequence[Any]) -> tu
 
 
 def has_tangent(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and _arrays.has_tangent(x)
+    return isinstance(x, torch.Tensor) and _frameworks.has_tangent(x)
 
 
 def primal(x: Any) -> Any:
@@ -63,10 +63,10 @@ def is_recorded(values: Sequence[Any]) -> bool:
     tensors = [x for x in values if isinstance(x, torch.Tensor)]
     if any(functorch.is_batchedtensor(x) or functorch.is_gradtrackingtensor(x) for x in tensors):
         return False
-    return _arrays._is_recorded(torch) or any(
+    return _frameworks._is_recorded(torch) or any(
         functorch.is_functionaltensor(x)
         or functorch.is_legacy_batchedtensor(x)
-        or _arrays.is_fake(x)
+        or _frameworks.is_fake(x)
         for x in tensors
     )
 

@@ -15,7 +15,7 @@ need(__name__, "torch", "2.10")
 
 import torch
 
-from . import _C, _arrays, _operators, _operators_kvcache, _provider
+from . import _C, _frameworks, _operators, _operators_kvcache, _provider
 from ._attention import (
     attention,
     attention_backward,
@@ -271,7 +271,7 @@ def _draw(values: dict[str, Any]) -> None:
     """Draws the seed of dropout where C does not: a transform or a graph is to see it."""
     p = values["dropout_p"]
     if values["seed"] is None and isinstance(p, (int, float)) and 0 < p <= 1:
-        values["seed"] = _arrays.draw_seed(values["q"])
+        values["seed"] = _frameworks.draw_seed(values["q"])
 
 
 def _take_arrays(function: _Function, arguments: list[Any]) -> list[Any]:
@@ -291,7 +291,7 @@ def _call_attention(name: str, values: tuple[Any, ...]) -> Any:
     if torch.is_autocast_enabled(rest[0].device.type):
         for at in function.arrays[:4]:
             if isinstance(rest[at], torch.Tensor):
-                rest[at] = _arrays.autocast(rest[at])
+                rest[at] = _frameworks.autocast(rest[at])
     if torch._C._are_functorch_transforms_active():
         given = dict(zip(function.names, rest, strict=True))
         _draw(given)
@@ -312,7 +312,7 @@ def _cast(*arrays: Any) -> Sequence[Any]:
     """What autocast makes of them."""
     if not torch.is_autocast_enabled(arrays[0].device.type):
         return arrays
-    return [_arrays.autocast(x) if isinstance(x, torch.Tensor) else x for x in arrays]
+    return [_frameworks.autocast(x) if isinstance(x, torch.Tensor) else x for x in arrays]
 
 
 _DEFAULTS = {n: p.default for n, p in inspect.signature(attention).parameters.items()}
@@ -322,7 +322,7 @@ def _call_sdpa(name: str, values: tuple[Any, ...]) -> Any:
     _check_queries(values[0], "query")
     query, key, value, mask, dropout_p, is_causal, scale, enable_gqa = map(_as_tensor, values)
     query, key, value, mask = _cast(query, key, value, mask)
-    bias = _arrays.causal_bias(mask)
+    bias = _frameworks.causal_bias(mask)
     shape = None
     tensors = [x for x in (query, key, value, mask) if isinstance(x, torch.Tensor)]
     is_seen = torch._C._are_functorch_transforms_active() or is_recorded(tensors)
@@ -464,7 +464,7 @@ _PUBLIC = {
 def explain(name: str, values: tuple[Any, ...]) -> Any:
     """_C.explain() of tensors that have a gradient, so that a backward pass is to serve it, too."""
     tensors = [x for x in values if isinstance(x, torch.Tensor)]
-    if any(_arrays.refusal(x) is True for x in tensors):
+    if any(_frameworks.refusal(x) is True for x in tensors):
         raise NotImplementedError("explain needs tensors with values, outside of what is traced")
     if function := _FUNCTIONS.get(name):
         _refuse(values[function.out], values[function.arrays[5]])

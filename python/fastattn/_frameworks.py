@@ -1,4 +1,4 @@
-"""The frameworks, recognised without importing any of them.
+"""The frameworks, recognised without importing any of them; a new one goes here.
 
 Called by state_call() in csrc/binding/. Whatever an array's framework is, it is in sys.modules
 already; so each is looked up there.
