@@ -55,6 +55,7 @@
 #define tile FN(tile)
 #define tile_size FN(tile_size)
 #define is_alone FN(is_alone)
+#define is_coarse FN(is_coarse)
 #define weigh FN(weigh)
 #define weight FN(weight)
 #define write_panels FN(write_panels)

@@ -57,7 +57,7 @@ static void fill_tile(const backward *c, tile *r, int raw) {
         for (int j = 0; j < LANES; j++) at[j] = key + j;
         for (int i = begin; i < end; i++) {
             vec *x = (vec *)(s + i * width), *y = (vec *)(t + i * width);
-            const int cuts = i < r->all[p].begin || i >= r->all[p].end;
+            const int cuts = i < r->all[p].begin || i >= r->all[p].end || is_coarse(c, i);
             if (c->changed || raw)
                 change(c, r, i, key, (real *)x, (real *)y, width, raw);
             else if (width == WIDTH && !cuts)

@@ -1,15 +1,22 @@
 /* backward_scores.h - from S and dP to P and dS, element by element; included by backward_kernel.h
  * once per instance.
  */
-/* exp(x - lse). Of a row that sees one key the weight is 1: lse is not that exact where scores are
- * great. (dead rows: 0) */
+/* exp(x - lse), which is at most 1, though lse is rounded. Of a row that sees one key the weight is
+ * 1: lse is not that exact where scores are great. (dead rows: 0) */
 FA_FAST vec weight(const backward *c, vec x_less_lse, int i, int alone) {
-    if (!alone) return power(c->e, x_less_lse);
+    if (!alone) return power(c->e, min_(splat(0), x_less_lse));
     return splat(c->lse[i] == (real)INFINITY ? 0 : 1 + (c->lse[i] - c->lse[i]));
 }
 
 static int is_alone(const backward *c, fa_interval keys) {
     return keys.end - keys.begin == 1 && !c->p->scores.sink;
+}
+
+/* Whether scores are so great that an ulp of lse changes P by 1e-3. There the scaled score is
+ * rounded as lse is: of a row's greatest nothing is then left but what lse has beyond it. */
+FA_FAST int is_coarse(const backward *c, int i) {
+    const real limit = DOUBLE ? 0x1p42 : 0x1p13;
+    return c->lse[i] > limit || c->lse[i] < -limit;
 }
 
 /* S and dP of one row's vectors in a panel -> P and dS, where nothing changes the scores. As in the
@@ -18,10 +25,12 @@ static int is_alone(const backward *c, fa_interval keys) {
 FA_FAST void weigh(const backward *c, vec *s, vec *t, int nv, int i, fa_interval keys, ivec key,
                    int cuts) {
     const vec lse = splat(c->lse[i]), delta = splat(c->delta[i]), scale = splat(c->scale);
-    const int alone = cuts && is_alone(c, keys);
+    const int alone = cuts && is_alone(c, keys), coarse = cuts && is_coarse(c, i);
 #pragma GCC unroll 4
     for (int j = 0; j < nv; j++, key += LANES) {
-        vec p = weight(c, exponent(c->nats, s[j], -lse), i, alone), ds = {0};
+        const vec scaled = s[j] * scale; /* rounded */
+        const vec x = coarse ? scaled - lse : exponent(c->nats, s[j], -lse);
+        vec p = weight(c, x, i, alone), ds = {0};
         if (c->wants_ds) ds = p * fma_(t[j], scale, -delta);
         if (cuts) {
             const ivec visible = (key >= (FA_INT)keys.begin) & (key < (FA_INT)keys.end);
@@ -85,7 +94,10 @@ static void change(const backward *c, const tile *rows, int i, int key, real *s,
             const vec distance = __builtin_convertvector(position - at, vec);
             x -= max_(distance, -distance) * steep;
         }
-        x = c->rounds ? x - c->lse[i] : exponent(c->nats, ((vec *)s)[j], -splat(c->lse[i]));
+        if (c->rounds || is_coarse(c, i))
+            x -= c->lse[i];
+        else
+            x = exponent(c->nats, ((vec *)s)[j], -splat(c->lse[i]));
         const vec p = pick(visible, weight(c, x, i, is_alone(c, keys)), (vec){0});
         vec pz = p;
         if (c->p->dropout.p > 0) {

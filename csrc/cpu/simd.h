@@ -18,6 +18,7 @@
 #define fma_ FN(fma)
 #define log2_ FN(log2)
 #define max_ FN(max)
+#define min_ FN(min)
 #define pick FN(pick)
 #define power FN(power)
 #define power_parts FN(power_parts)
@@ -72,6 +73,19 @@ FA_FAST vec max_(vec a, vec b) {
                   : (vec)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return pick(a > b, a, b);
+#endif
+}
+
+/* The smaller; `b` where either is NaN. */
+FA_FAST vec min_(vec a, vec b) {
+#if FA_X86 == 512
+    return DOUBLE ? (vec)_mm512_min_pd((__m512d)a, (__m512d)b)
+                  : (vec)_mm512_min_ps((__m512)a, (__m512)b);
+#elif FA_X86 == 256
+    return DOUBLE ? (vec)_mm256_min_pd((__m256d)a, (__m256d)b)
+                  : (vec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return pick(a < b, a, b);
 #endif
 }
 
