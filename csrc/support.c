@@ -35,7 +35,7 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
     [FA_SM90_BACKWARD] = {"sm90",
                           "backward",
                           DTYPE(F16) | DTYPE(BF16),
-                          FA_ALL_FEATURES & ~(FA_KV_HEADS | FA_PAGES | FA_DETERMINISTIC),
+                          FA_ALL_FEATURES & ~(FA_KV_HEADS | FA_PAGES),
                           {0},
                           1,
                           256},

@@ -280,6 +280,13 @@ FAULTS = (
         False,
     ),
     (
+        "kernels/sm90/bwd_turns.cuh",
+        "while (load_acquire(counter) < turn) {}",
+        "",
+        f"{HOST}/test_backward_turns.py -k bf16_d64_128x128",
+        False,
+    ),
+    (
         "kernels/sm90/bwd_smem.h",
         "return SHARED_KEYS ? ROWS * warpgroup : 0;",
         "return 0;",

@@ -237,15 +237,15 @@ CALLS = {  # line of the matrix -> calls
         functools.partial(computes, hq=8),
         packs,
     ],
-    "gradients of all the above but merging": [
+    "gradients of all the above but merging, deterministic ones too": [
         grades,
         functools.partial(grades, causal=True, q_offset=3),
         functools.partial(grades, window=(2, 1)),
         functools.partial(grades, hk=1),
         functools.partial(grades, softcap=5.0),
-    ],
-    "deterministic gradients; float64, float32; d and dv above 256": [
         functools.partial(grades, deterministic=True),
+    ],
+    "float64, float32; d and dv above 256": [
         functools.partial(computes, np.float64),
         functools.partial(computes, np.float32),
         *(functools.partial(computes, d=d, dv=dv) for d, dv in ((512, 512), (576, 512), (64, 300))),
@@ -269,17 +269,17 @@ ASKS = {  # line of the matrix -> what it asks a backend to declare, in 16 bits 
     "softcap, ALiBi, sink, dropout, grouped heads, any strides, lse, packed sequences": (
         {"features": ("softcap", "alibi", "sink", "dropout", "gqa", "lse", "varlen")},
     ),
-    "gradients of all the above but merging": (
+    "gradients of all the above but merging, deterministic ones too": (
         {"operation": "backward", "features": (*POSITIONS, "q_offset", "gqa", "lse", "sink")},
         {"operation": "backward", "features": ("varlen", "softcap", "alibi", "dropout")},
         {"operation": "backward", "features": ("bool_mask",)},
         {"operation": "backward", "features": ("float_mask", "dmask")},
         {"operation": "backward", "d": 256, "dv": 1},
+        {"operation": "backward", "features": ("deterministic", "varlen", "gqa", "bool_mask")},
     ),
-    "deterministic gradients; float64, float32; d and dv above 256": (
+    "float64, float32; d and dv above 256": (
         *({"dtype": dtype} for dtype in ("float64", "float32")),
         *({"d": d, "dv": dv} for d, dv in ((257, 257), (576, 512), (64, 257))),
-        {"operation": "backward", "features": ("deterministic",)},
     ),
     "caches of keys: pages, new keys written, rotary positions, the mass": (
         {"operation": "kvcache"},

@@ -26,6 +26,7 @@
 #include "sm90/bwd_load.cuh"
 #include "sm90/bwd_loop.cuh"
 #include "sm90/bwd_smem.h"
+#include "sm90/bwd_turns.cuh"
 #include "sm90/bwd_waits.cuh"
 #include "sm90/bwd_walk.cuh"
 #include "sm90/ptx.cuh"
@@ -34,7 +35,10 @@
 
 DEVICE work_tile describe(const bwd_args &a, int32_t number) {
     work_tile t;
-    const int32_t head = number / a.n_blocks, block = number % a.n_blocks;
+    const int32_t of_section = a.section * a.n_blocks;
+    const int32_t first = number / of_section * a.section, place = number % of_section;
+    const int32_t heads = min(a.section, a.heads - first), head = first + place % heads;
+    const int32_t block = a.turns ? a.n_blocks - 1 - place / heads : place / heads;
     const fa_varlen &v = a.varlen;
     t.b = t.batch = head / a.hk; /* 0 of packed sequences, until their sequence is known */
     t.h_k = head % a.hk;
@@ -52,14 +56,19 @@ DEVICE work_tile describe(const bwd_args &a, int32_t number) {
         const fa_sequence s = fa_find_sequence(&v, &a.masks, t.b, a.sq, a.sk);
         t.q = s.q, t.lengths = s.lengths;
     }
+    t.turn = turn_of(t.key, a.sk);
     find_seen(t);
     return t;
 }
 
+/* The number of a tile that nobody has. */
+DEVICE int32_t take_number(const bwd_args &a) { return a.begun + atomicAdd(a.taken, 1); }
+DEVICE int32_t first_number(const bwd_args &a) { return a.turns ? take_number(a) : blockIdx.x; }
+
 /* The first tile from `number` on that its sequence has keys for. */
 DEVICE work_tile find_tile(const bwd_args &a, int32_t number) {
     work_tile t;
-    for (; number < a.tiles; number = gridDim.x + atomicAdd(a.taken, 1)) {
+    for (; number < a.tiles; number = take_number(a)) {
         t = describe(a, number);
         if (t.key < t.k_rows) return t;
     }
@@ -70,7 +79,7 @@ DEVICE work_tile find_tile(const bwd_args &a, int32_t number) {
 /* Tells the others of tiles, where they stay: the next is taken when the loads of the one before
  * are under way, for who is free first is to have it. */
 DEVICE void schedule(const bwd_args &a, smem_layout &smem) {
-    int32_t number = blockIdx.x;
+    int32_t number = first_number(a);
     for (uint32_t i = 0;; ++i) {
         work_tile &t = smem.tile[i % 2];
         mbarrier_wait(smem_address(&smem.tile_empty[i % 2]), i / 2 % 2 ^ 1);
@@ -78,14 +87,8 @@ DEVICE void schedule(const bwd_args &a, smem_layout &smem) {
         mbarrier_arrive(smem_address(&smem.tile_full[i % 2]));
         if (t.key < 0) return;
         mbarrier_wait(smem_address(&smem.tile_loaded), i % 2);
-        number = gridDim.x + atomicAdd(a.taken, 1);
+        number = take_number(a);
     }
-}
-
-/* Tile i, once it is known; place: i % 2. */
-DEVICE const work_tile &next_tile(smem_layout &smem, uint32_t i, uint32_t place) {
-    if (STAYS) mbarrier_wait(smem_address(&smem.tile_full[place]), i / 2 % 2);
-    return smem.tile[place];
 }
 
 DEVICE void bring_keys(const bwd_args &a, smem_layout &smem, const work_tile &t) {
@@ -187,9 +190,10 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
             if (!DIRECT_DQ) {
                 fence_proxy_async();
                 __syncwarp();
-                add_dq(smem, a.dq, sums, warp);
+                add_dq(smem, a, t, sums, n - 1, warp);
             }
             store_keys<DK_COLUMNS>(dk, a.dk, smem, t, warpgroup, a.scale);
+            if (!DIRECT_DQ) end_turn(a, smem, n - 1, true);
             store_keys<DV_COLUMNS>(dv, a.dv, smem, t, warpgroup, gain);
         }
         if (!STAYS) break;
@@ -205,7 +209,7 @@ __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant
         /* What is empty every thread that has read it says itself, for racecheck sees no other. */
         for (int i = 0; i < 2; ++i) {
             mbarrier_init(smem_address(&smem.tile_full[i]), 1);
-            mbarrier_init(smem_address(&smem.tile_empty[i]), MMA_THREADS);
+            mbarrier_init(smem_address(&smem.tile_empty[i]), MMA_THREADS + (a.turns ? 2 : 0));
         }
         mbarrier_init(smem_address(&smem.tile_loaded), PRODUCERS);
         mbarrier_init(smem_address(&smem.kv_full), 2 * PRODUCERS);
@@ -218,18 +222,25 @@ __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant
             mbarrier_init(smem_address(&smem.dout_full[i]), PRODUCERS);
             mbarrier_init(smem_address(&smem.dout_empty[i]), MMA_THREADS);
         }
-        for (int i = 0; i < 2; ++i) mbarrier_init(smem_address(&smem.ds_full[i]), MMA_THREADS / 32);
+        for (int i = 0; i < 2; ++i) {
+            mbarrier_init(smem_address(&smem.ds_full[i]), MMA_THREADS / 32);
+            mbarrier_init(smem_address(&smem.turn_full[i]), 1);
+            mbarrier_init(smem_address(&smem.turn_added[i]), MMA_THREADS / 32);
+            mbarrier_init(smem_address(&smem.turn_empty[i]), 1);
+        }
         fence_mbarrier_init();
     }
     wait_for_stream();
     let_next_start();
-    if (!STAYS && threadIdx.x == 0) smem.tile[0] = find_tile(a, blockIdx.x);
+    if (!STAYS && threadIdx.x == 0) smem.tile[0] = find_tile(a, first_number(a));
     __syncthreads();
     const int32_t warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == WARPGROUPS) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x < MMA_THREADS + SEEKERS) produce(a, smem);
         if (STAYS && threadIdx.x == MMA_THREADS + 96) schedule(a, smem);
+        if (HELPED && a.turns && threadIdx.x == MMA_THREADS + 32) ask_for_turns(a, smem);
+        if (HELPED && a.turns && threadIdx.x == MMA_THREADS + 64) hand_turns_on(a, smem);
     } else {
         setmaxnreg_inc<MMA_REGISTERS>();
 #if VARIANT_GENERAL

@@ -27,31 +27,34 @@ struct bwd_args {
     fa_varlen varlen;
     int32_t b, sq, sk, hq, hk, group;
     int32_t m_blocks, n_blocks; /* of a query head's rows, of a key head's keys */
-    int32_t tiles;
-    int32_t *taken;          /* tiles, but for those that blocks begin with */
-    float scale, scale_log2; /* of the scores; times log2(e) */
-    const float *lse;        /* times log2(e); +inf: the row has no weights */
-    const float *delta;      /* dout . out - dlse */
-    float *dq;               /* sums, a block of rows after another; NULL: not wanted */
+    int32_t tiles, heads;       /* heads: of keys, in all */
+    int32_t section;            /* so many of them have their tiles side by side */
+    int32_t *taken;             /* tiles, but for the first ones, */
+    int32_t begun;              /* that blocks begin with */
+    float scale, scale_log2;    /* of the scores; times log2(e) */
+    const float *lse;           /* times log2(e); +inf: the row has no weights */
+    const float *delta;         /* dout . out - dlse */
+    float *dq;                  /* sums, a block of rows after another; NULL: not wanted */
+    int32_t *turns;             /* bwd_turns.cuh; NULL: sums are added in any order */
 #if VARIANT_GENERAL
     score_args scores;
 #endif
 };
 
-/* Before it: lse, delta, and zeros in dq and `taken`. */
+/* Before it: lse, delta, zeros in dq and `taken`, and whose turn it is first. */
 struct bwd_rows_args {
     fa_tensor out, dout, lse, dlse; /* dlse.data, dout.data NULL: zeros */
     fa_varlen varlen;
     int32_t b, hq, sq, dv, rows; /* rows: m_blocks * BLOCK_M */
     float *scaled_lse, *delta;
-    float4 *dq; /* NULL: not wanted */
-    int32_t *taken;
+    float4 *dq;             /* NULL: not wanted */
+    int32_t *taken, *turns; /* turns: or NULL */
+    fa_masks masks;
+    int32_t sk;
     int32_t wide; /* columns of out and dout lie side by side, rows on 16 bytes */
 #if VARIANT_GENERAL
-    fa_masks masks;
     fa_mask_bits bits;     /* of a bool mask, */
     const uint32_t *words; /* where rows that it hides have an lse all the same; or NULL */
-    int32_t sk;
 #endif
 };
 

@@ -8,6 +8,7 @@
 #include "sm90/bwd_args.cuh"
 #include "sm90/bwd_smem.h"
 #include "sm90/bwd_store.cuh"
+#include "sm90/bwd_turns.cuh"
 #include "sm90/ptx.cuh"
 #include "sm90/wgmma.cuh"
 
@@ -96,35 +97,48 @@ DEVICE void store_ds(const uint32_t (&ds)[ROWS / 16][4], uint8_t (&to)[BLOCK_M /
     }
 }
 
-/* This warp's share of dQ, put where the copy engine has read the one before, */
-DEVICE void store_dq(const float (&dq)[DQ_COLUMNS / 2], smem_layout &smem) {
+/* This warp's share of dQ, put where that of block n, if there was one, has been read, */
+DEVICE void store_dq(const float (&dq)[DQ_COLUMNS / 2], const bwd_args &a, smem_layout &smem,
+                     uint32_t n, bool added) {
     const int32_t lane = threadIdx.x % 32;
-    if (lane == 0) cp_async_bulk_wait_group_read();
+    end_turn(a, smem, n, added);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < DQ_COLUMNS / 8; ++i)
         *(float4 *)smem.dq[threadIdx.x / 32][i][lane] =
             make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
 }
-/* and, after a fence, added to the sums of a block of rows. */
-DEVICE void add_dq(smem_layout &smem, float *sums, int32_t block, int32_t warp) {
-    if (threadIdx.x % 32 == 0 && sums) {
+/* and, after a fence, added to the sums of block n of those that all tiles walk over. */
+DEVICE void add_dq(smem_layout &smem, const bwd_args &a, const work_tile &t, int32_t block,
+                   uint32_t n, int32_t warp) {
+    wait_for_turn(a, smem, t, block, n);
+    if (threadIdx.x % 32 == 0 && a.dq) {
         const int32_t columns = DQ_BY_ROWS ? D : min(DQ_COLUMNS, D - warp / 4 * DQ_COLUMNS);
         cp_reduce_async_bulk_add(
-            sums + (int64_t)block * (BLOCK_M * SUM_COLUMNS) + warp * (16 * DQ_COLUMNS),
+            a.dq + (int64_t)block * (BLOCK_M * SUM_COLUMNS) + warp * (16 * DQ_COLUMNS),
             smem_address(smem.dq[warp]), 16 * 4 * columns);
         cp_async_bulk_commit_group();
+        if (!HELPED) hand_on(a, block);
     }
 }
 
 /* Or from registers, four side by side. */
-DEVICE void add_dq(const float (&dq)[DQ_COLUMNS / 2], float *sums, int32_t block, int32_t warp) {
-    if (!sums) return;
-    float *to = sums + (int64_t)block * (BLOCK_M * SUM_COLUMNS) + warp * (16 * DQ_COLUMNS) +
+DEVICE void add_dq(const float (&dq)[DQ_COLUMNS / 2], smem_layout &smem, const bwd_args &a,
+                   const work_tile &t, int32_t block, uint32_t n, int32_t warp) {
+    if (!a.dq) return;
+    wait_for_turn(a, smem, t, block, n);
+    float *to = a.dq + (int64_t)block * (BLOCK_M * SUM_COLUMNS) + warp * (16 * DQ_COLUMNS) +
                 threadIdx.x % 32 * 4;
 #pragma unroll
     for (int i = 0; i < DQ_COLUMNS / 8; ++i)
         red_add_v4(to + 128 * i, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+    if (!a.turns) return;
+    __syncwarp();
+    if (threadIdx.x % 32) return;
+    if (HELPED)
+        mbarrier_arrive(smem_address(&smem.turn_added[n % 2]));
+    else
+        hand_on(a, block);
 }
 
 /* What this warp has stored, dS and dQ, may be read by the tensor cores and the copy engine. */

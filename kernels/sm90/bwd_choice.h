@@ -6,6 +6,7 @@
 #include "common/empty.h"
 #include "common/mask_bits.h"
 #include "common/packed.h"
+#include "common/schedule.h"
 #include "sm90/general.h"
 #include "sm90/loads.h"
 
@@ -63,26 +64,37 @@ static inline int32_t fa_bwd_sum_columns(const fa_bwd_variant *v) {
     return v->block_m == panels ? v->d : (v->d + panels - 1) / panels * panels;
 }
 
+/* Key heads whose tiles lie side by side where they wait for each other (bwd_turns.cuh): the more
+ * there are, the fewer blocks of keys of each are at work, and begin one after the other; but their
+ * rows of q, dout and dQ's sums are to stay in the L2. */
+static inline int32_t fa_bwd_section(const fa_backward *r, int32_t heads, int32_t sum_columns) {
+    const fa_what *w = &r->forward.what;
+    const double rows = (double)w->sq * (w->hq / w->hk);
+    const double fit = FA_SECTION_BYTES / (rows * (2 * (w->d + w->dv) + 4 * sum_columns));
+    return fit < 1 ? 1 : fit < heads ? (int32_t)fit : heads;
+}
+
 /* Where everything lies in the workspace, in floats from its start: lse, delta, dQ's sums, the
- * number of tiles that are taken (4 bytes of 16), and a packed bool mask (mask_bits.h), on 256
- * bytes of it. */
+ * number of tiles that are taken (4 bytes of 16), turns (4 bytes for each block of rows), and a
+ * packed bool mask (mask_bits.h), on 256 bytes of it. */
 typedef struct fa_backward_workspace {
     int64_t head; /* rows of a query head, whole blocks; of all packed sequences */
-    int64_t delta, sums, taken, mask, floats;
+    int64_t delta, sums, taken, turns, mask, floats;
 } fa_backward_workspace;
 
 static inline fa_backward_workspace fa_lay_out_backward(const fa_params *p, int32_t block_m,
                                                         int32_t sum_columns) {
     const fa_what *w = &p->what;
     const fa_varlen *v = &p->varlen;
-    fa_backward_workspace n = {0, 0, 0, 0, 0, 0};
+    fa_backward_workspace n = {0, 0, 0, 0, 0, 0, 0};
     if (fa_is_empty(w)) return n;
     n.head = v->cu_q ? fa_packed_blocks(v->total_q, w->b, block_m) * block_m
                      : ((int64_t)w->sq + block_m - 1) / block_m * block_m;
     n.delta = (v->cu_q ? 1 : w->b) * w->hq * n.head;
     n.sums = 2 * n.delta;
     n.taken = n.sums + n.delta * sum_columns;
-    n.mask = n.floats = n.taken + 4;
+    n.turns = n.taken + 4;
+    n.mask = n.floats = n.turns + (n.delta / block_m + 3) / 4 * 4;
     if (fa_bwd_packs(p)) {
         n.mask = (n.floats + 63) / 64 * 64;
         n.floats = n.mask + fa_mask_bits_make(w, &p->masks, v, &p->scores.mask).bytes / 4;

@@ -1,7 +1,8 @@
 /* bwd_ends.cuh - what comes before and behind the backward's main kernel, a part of each variant.
  *
- * bwd_rows(): lse in the units of exponents, delta = dout . out - dlse, and zeros in dQ's sums.
- * bwd_dq(): dQ of its sums, which lie as the warps of bwd.cu added them.
+ * bwd_rows(): lse in the units of exponents, delta = dout . out - dlse, zeros in dQ's sums, and
+ * whose turn at these it is first. bwd_dq(): dQ of its sums, which lie as the warps of bwd.cu added
+ * them.
  */
 #ifndef FASTATTN_SM90_BWD_ENDS_CUH
 #define FASTATTN_SM90_BWD_ENDS_CUH
@@ -11,6 +12,7 @@
 #include "sm90/bwd_args.cuh"
 #include "sm90/bwd_smem.h"
 #include "sm90/bwd_store.cuh"
+#include "sm90/bwd_turns.cuh"
 #include "sm90/wgmma.cuh"
 #if VARIANT_GENERAL
 #include "sm90/bwd_scores.cuh"
@@ -48,14 +50,27 @@ DEVICE float dot_row(const uint16_t *x, const uint16_t *y, int64_t x_step, int64
     return sum;
 }
 
+/* Of a block's sequence; of the rows of none, zeros. b: of the arrays. */
+DEVICE fa_lengths lengths_of(const bwd_rows_args &a, const row_block &rows, int32_t b) {
+    if (a.varlen.cu_q) b = rows.b;
+    if (b >= a.b) return fa_lengths{0, 0, 0, 0, 0, 0};
+    return fa_find_sequence(&a.varlen, &a.masks, b, a.sq, a.sk).lengths;
+}
+
+/* The turn of the last keys that a block of rows sees. */
+DEVICE int32_t first_turn(const bwd_rows_args &a, const row_block &rows, int32_t b) {
+    const fa_lengths lengths = lengths_of(a, rows, b);
+    const int32_t last = min(rows.row + BLOCK_M, lengths.sq) - 1;
+    return turn_of(fa_row_interval(lengths, last).end - 1, a.sk);
+}
+
 #if VARIANT_GENERAL
 /* Whether the mask and the interval leave it a key: row `i` of a block. */
 DEVICE bool mask_leaves_some(const bwd_rows_args &a, const row_block &rows, int32_t i, int32_t b,
                              int32_t h) {
     fa_lengths lengths = {0, 0, 0, 0, 0, 0};
+    if (i < rows.count) lengths = lengths_of(a, rows, b);
     if (a.varlen.cu_q) b = rows.b;
-    if (b < a.b && i < rows.count)
-        lengths = fa_find_sequence(&a.varlen, &a.masks, b, a.sq, a.sk).lengths;
     return sees_some<LANES>(a, lengths, b, h, rows.row + i);
 }
 #endif
@@ -99,6 +114,8 @@ static __global__ void __launch_bounds__(ENDS_THREADS)
     if (threadIdx.x % LANES == 0) {
         a.scaled_lse[number] = lse;
         a.delta[number] = delta;
+        if (a.turns && place % BLOCK_M == 0)
+            a.turns[number / BLOCK_M] = first_turn(a, rows, (int32_t)b);
     }
     /* The block's share of zeros, wherever they lie. */
     if (a.dq) {

@@ -89,10 +89,12 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     before.rows = m_blocks * BLOCK_M;
     before.scaled_lse = lse, before.delta = delta, before.dq = r->dq.data ? (float4 *)sums : NULL;
     before.taken = (int32_t *)lse + at.taken;
+    if (r->deterministic && r->dq.data) before.turns = (int32_t *)lse + at.turns;
+    before.masks = r->forward.masks, before.sk = w->sk;
     before.wide = is_wide(&w->out) && is_wide(&r->dout);
 #if VARIANT_GENERAL
     const score_args scores = make_scores(&r->forward, (const char *)(lse + at.mask));
-    before.masks = r->forward.masks, before.sk = w->sk, before.bits = scores.bits;
+    before.bits = scores.bits;
     if (r->forward.scores.sink) before.words = scores.words; /* or NULL, where it is no bool mask */
 #endif
     fa_status status = fa_launch_kernel((const void *)bwd_rows, (int32_t)(rows / ROWS_OF_BLOCK),
@@ -112,12 +114,15 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     a.m_blocks = m_blocks, a.n_blocks = n_blocks;
     a.scale = w->scale == 0 ? 0.f : (float)usable_scale(w->scale);
     a.scale_log2 = (float)(usable_scale(w->scale) * 1.4426950408889634);
-    a.tiles = (int32_t)batches * w->hk * n_blocks, a.taken = before.taken;
+    a.heads = (int32_t)batches * w->hk, a.tiles = a.heads * n_blocks, a.taken = before.taken;
     a.lse = lse, a.delta = delta, a.dq = r->dq.data ? sums : NULL;
+    a.turns = before.turns;
 #if VARIANT_GENERAL
     a.scores = scores;
 #endif
     const int32_t launched = STAYS && a.tiles > device->sms ? device->sms : a.tiles;
+    a.begun = a.turns ? 0 : launched;
+    a.section = a.turns ? fa_bwd_section(r, a.heads, SUM_COLUMNS) : 1;
     status = launch_main(a, r, device, launched, error);
     if (status != FA_OK || !r->dq.data) return status;
 

@@ -26,6 +26,8 @@ static constexpr bool STAYS = !GENERAL && !VARIANT_STRIDED && VARIANT_DV != 192;
 static constexpr int PRODUCERS = VARIANT_STRIDED ? 128 : 1;
 /* And those that look for what to bring: warps. */
 static constexpr int SEEKERS = GENERAL && !VARIANT_STRIDED ? 32 : PRODUCERS;
+/* Two more threads ask for turns at dQ's sums and hand them on, where the producers leave some. */
+static constexpr bool HELPED = !VARIANT_STRIDED;
 static constexpr int PRODUCER_REGISTERS = POOL - WARPGROUPS * MMA_REGISTERS;
 static_assert(PRODUCER_REGISTERS >= 24, "the pool is too small");
 
@@ -69,6 +71,7 @@ struct work_tile {
     int32_t q, k;        /* the sequence's first rows in the arrays */
     int32_t k_rows;      /* of its K and V, what no row sees included */
     int32_t first_block; /* of its rows in the workspace, of a head */
+    int32_t turn;        /* bwd_turns.cuh */
     fa_lengths lengths;
     fa_row_range some, all; /* rows that see one of its keys, every one */
     fa_row_range rows;      /* rows that see any key of the sequence */
@@ -92,7 +95,7 @@ struct smem_layout {
     float lse[Q_STAGES][BLOCK_M], delta[STAGES][BLOCK_M];
     uint64_t tile_full[2], tile_empty[2], tile_loaded, kv_full, kv_empty;
     uint64_t q_full[Q_STAGES], q_empty[Q_STAGES], dout_full[STAGES], dout_empty[STAGES];
-    uint64_t ds_full[2];
+    uint64_t ds_full[2], turn_full[2], turn_added[2], turn_empty[2];
 #if VARIANT_GENERAL
     walk_step steps[STAGES];
     uint8_t seen[BLOCK_N]; /* keys that some row sees, of a bool mask */

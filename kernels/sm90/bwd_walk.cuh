@@ -12,6 +12,12 @@
 #include "sm90/bwd_smem.h"
 #include "sm90/ptx.cuh"
 
+/* Tile i, once it is known; place: i % 2. */
+DEVICE const work_tile &next_tile(smem_layout &smem, uint32_t i, uint32_t place) {
+    if (STAYS) mbarrier_wait(smem_address(&smem.tile_full[place]), i / 2 % 2);
+    return smem.tile[place];
+}
+
 /* Which rows see a tile's keys: of its sequence's lengths. */
 DEVICE void find_seen(work_tile &t) {
     const fa_interval keys = {t.key, t.key + BLOCK_N};
@@ -44,7 +50,7 @@ struct seen_blocks {
 };
 
 /* Blocks from m on. Where keys of a block of the map are shared out to several tiles, a block of
- * rows may be visited for another tile's keys. By whole warps. */
+ * rows may be visited for another tile's keys; where tiles take turns, all are. By whole warps. */
 DEVICE seen_blocks blocks_seen(const bwd_args &a, const work_tile &t, int32_t h, int32_t m) {
     const score_args &c = a.scores;
     if (c.mask != BITS) return seen_blocks{~0u, ~0u};
@@ -60,7 +66,8 @@ DEVICE seen_blocks blocks_seen(const bwd_args &a, const work_tile &t, int32_t h,
         some |= load_u32(words), all &= load_u32(words + 1);
     }
     const uint32_t bit = 1u << block % 32;
-    return seen_blocks{__ballot_sync(~0u, (some & bit) != 0), __ballot_sync(~0u, (all & bit) != 0)};
+    return seen_blocks{__ballot_sync(~0u, (some & bit) != 0 || a.turns),
+                       __ballot_sync(~0u, (all & bit) != 0)};
 }
 
 /* The producer's next stage holds this block; m < 0: there are no more. */

@@ -49,6 +49,19 @@ DEVICE bool mbarrier_test(uint32_t barrier, uint32_t parity) {
     return done;
 }
 
+/* ---- counters in global memory that blocks of threads wait for --------------------------------
+ */
+
+DEVICE int32_t load_acquire(const int32_t *from) {
+    int32_t x;
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+    return x;
+}
+/* Behind all that this thread has seen written. */
+DEVICE void red_release_add(int32_t *to, int32_t x) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+
 /* ---- named barriers: `id` 1 .. 15, `threads` of them ----------------------------------------- */
 
 DEVICE void bar_sync(uint32_t id, uint32_t threads) {
@@ -115,6 +128,8 @@ DEVICE void cp_async_bulk_wait_group_read() {
 }
 /* This thread's stores have been made. */
 DEVICE void cp_async_bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+/* What this thread knows of global memory the copy engine does, too. */
+DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 /* Ordinary writes to shared memory become visible to wgmma and the copy engine. */
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -2,6 +2,7 @@
  * other. */
 #define FIBERS (128 * (VARIANT_WARPGROUPS + 1))
 #include "hopper.h"
+#include "side_by_side.h"
 
 static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t threads, int32_t smem,
                                   void *stream, bool early, void *arguments, fa_error *error);
@@ -14,6 +15,9 @@ static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t th
 static const void *kernel_now;
 static void *arguments_now;
 static int32_t threads_now;
+static int32_t deterministic;
+static std::vector<uint32_t> sums_now;
+static uint64_t order; /* in which blocks run, beside each other; 0: one after the other */
 
 static void body() {
     if (current >= threads_now) return;
@@ -35,6 +39,10 @@ static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t th
                                   void *, bool, void *arguments, fa_error *) {
     kernel_now = kernel, arguments_now = arguments, threads_now = threads;
     gridDim.x = blocks;
+    if (order && kernel == (const void *)VARIANT_NAME) {
+        run_blocks(body, 3, order);
+        return FA_OK;
+    }
     for (blockIdx.x = blocks - 1; blockIdx.x >= 0; --blockIdx.x) {
         start_block();
         run_block(body);
@@ -44,6 +52,18 @@ static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t th
 
 /* Blocks of rows that the last call has walked over: of each, lse and delta. */
 extern "C" int64_t walked() { return bulk_loads / 2; }
+
+/* Of the calls that follow. */
+extern "C" void set_order(int is_deterministic, uint64_t seed) {
+    deterministic = is_deterministic, order = seed;
+}
+
+/* Of the last call's sums of dQ, before they are rounded: a number that others will not have. */
+extern "C" uint64_t bits_of_sums() {
+    uint64_t bits = 0;
+    for (uint32_t x : sums_now) bits = (bits ^ x) * 1099511628211;
+    return bits;
+}
 
 struct changed_scores {
     double softcap, dropout;
@@ -62,6 +82,7 @@ extern "C" int backward(const fa_tensor *const *arrays, double scale, const int3
                         const int32_t *const *lengths, float *const *sinks,
                         const int32_t *const *packed, const changed_scores *scores, int is_late) {
     fa_backward r = {};
+    r.deterministic = deterministic;
     fa_params &p = r.forward;
     fa_tensor *to[] = {&p.what.q, &p.what.k, &p.what.v, &p.what.out, &p.what.lse,
                        &r.dout,   &r.dlse,   &r.dq,     &r.dk,       &r.dv};
@@ -103,6 +124,8 @@ extern "C" int backward(const fa_tensor *const *arrays, double scale, const int3
     if (fa_bwd_packs(&p)) pack_host(&p, (char *)((float *)workspace.data() + at.mask));
     const fa_status status = PASTE(fa_launch_, VARIANT_NAME)(&r, &device, workspace.data(), &error);
     if (status != FA_OK) return status;
+    const uint32_t *words = (const uint32_t *)workspace.data();
+    sums_now.assign(words + at.sums, words + at.taken);
     return launch_sink(&r, (const float *)workspace.data() + at.delta, at.head, BLOCK_M, &device,
                        &error);
 }

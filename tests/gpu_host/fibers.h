@@ -33,7 +33,7 @@ struct fiber {
     int64_t syncs; /* of the block */
     bool done;
 };
-static fiber fibers[FIBERS];
+static fiber one_block[FIBERS], *fibers = one_block;
 static ucontext_t outside;
 static int current;
 static struct {
@@ -105,8 +105,7 @@ static void fiber_main() {
     fibers[current].done = true;
     yield();
 }
-static void run_block(void (*body)()) {
-    static char *stacks = (char *)malloc((size_t)FIBERS * STACK);
+static void start_fibers(void (*body)(), char *stacks) {
     fiber_body = body;
     block_arrivals = 0;
     for (auto &warp : warps) warp = {};
@@ -119,13 +118,21 @@ static void run_block(void (*body)()) {
         fibers[i].context.uc_link = NULL;
         makecontext(&fibers[i].context, fiber_main, 0);
     }
-    for (bool running = true; running;) {
-        running = false;
-        for (current = 0; current < FIBERS; ++current)
-            if (!fibers[current].done) {
-                running = true;
-                swapcontext(&outside, &fibers[current].context);
-            }
+}
+/* Each goes on until it waits; false: all have ended. */
+static bool run_fibers() {
+    bool running = false;
+    for (current = 0; current < FIBERS; ++current)
+        if (!fibers[current].done) {
+            running = true;
+            swapcontext(&outside, &fibers[current].context);
+        }
+    return running;
+}
+static void run_block(void (*body)()) {
+    static char *stacks = (char *)malloc((size_t)FIBERS * STACK);
+    start_fibers(body, stacks);
+    while (run_fibers()) {
     }
 }
 

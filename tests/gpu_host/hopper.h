@@ -173,31 +173,34 @@ static void cp_async_bulk_tensor_store(const void *map, uint32_t smem, int32_t c
             if (uint8_t *to = element_at(m, column + j, row + i, head, batch))
                 memcpy(to, shared_at(swizzled(smem + i * 128 + j * m.bytes)), m.bytes);
 }
-/* A thread's sums that have not been read yet: at once, or `late`, when they are waited for. */
+/* A thread's sums: at once or, if `late`, read and added when that is waited for. */
 struct bulk_sum {
     float *to;
     uint32_t smem, bytes;
+    std::vector<float> read;
 };
 static std::vector<bulk_sum> bulk_sums[FIBERS];
 
 static void cp_reduce_async_bulk_add(float *to, uint32_t smem, uint32_t bytes) {
     if ((uintptr_t)to % 16 || smem % 16 || bytes % 16) abort();
-    bulk_sums[current].push_back({to, smem, bytes});
+    bulk_sums[current].push_back({to, smem, bytes, {}});
 }
-static void make_bulk_sums() {
+static void cp_async_bulk_wait_group_read() {
+    for (bulk_sum &x : bulk_sums[current]) {
+        if (!x.read.empty()) continue;
+        x.read.resize(x.bytes / 4);
+        memcpy(x.read.data(), shared_at(x.smem), x.bytes);
+    }
+}
+static void cp_async_bulk_wait_group() {
+    cp_async_bulk_wait_group_read();
     for (const bulk_sum &x : bulk_sums[current])
-        for (uint32_t i = 0; i < x.bytes / 4; ++i) {
-            float y;
-            memcpy(&y, shared_at(x.smem + 4 * i), 4);
-            x.to[i] += y;
-        }
+        for (size_t i = 0; i < x.read.size(); ++i) x.to[i] += x.read[i];
     bulk_sums[current].clear();
 }
 static void cp_async_bulk_commit_group() {
-    if (!late) make_bulk_sums();
+    if (!late) cp_async_bulk_wait_group();
 }
-static void cp_async_bulk_wait_group_read() { make_bulk_sums(); }
-static void cp_async_bulk_wait_group() { make_bulk_sums(); }
 static void red_add_v4(float *to, float x, float y, float z, float w) {
     to[0] += x, to[1] += y, to[2] += z, to[3] += w;
 }
@@ -210,6 +213,7 @@ static void cp_async_bulk_load(uint32_t smem, const void *from, uint32_t bytes, 
     bytes_came(barrier, bytes);
 }
 static void fence_proxy_async() {}
+static void fence_proxy_async_global() {}
 
 /* ---- ordinary instructions --------------------------------------------------------------------*/
 
@@ -269,6 +273,11 @@ static int32_t atomicAdd(int32_t *to, int32_t x) {
     *to += x;
     return before;
 }
+static int32_t load_acquire(const int32_t *from) {
+    yield();
+    return *from;
+}
+static void red_release_add(int32_t *to, int32_t x) { *to += x; }
 template <int N>
 static void setmaxnreg_inc() {}
 template <int N>

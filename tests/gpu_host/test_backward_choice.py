@@ -36,7 +36,13 @@ void lay_out(int b, int h, int sq, int sk, int block_m, int d, int64_t *got) {
     fa_params p = {.what = {.b = b, .hq = h, .sq = sq, .sk = sk}};
     p.what.q.shape[2] = sq, p.what.k.shape[2] = sk;
     const fa_backward_workspace n = fa_lay_out_backward(&p, block_m, d);
-    got[0] = n.head, got[1] = n.delta, got[2] = n.sums, got[3] = n.taken, got[4] = n.floats;
+    got[0] = n.head, got[1] = n.delta, got[2] = n.sums, got[3] = n.taken, got[4] = n.turns;
+    got[5] = n.floats;
+}
+
+int section(int heads, int hq, int hk, int sq, int d, int sum_columns) {
+    fa_backward r = {.forward.what = {.hq = hq, .hk = hk, .sq = sq, .d = d, .dv = d}};
+    return fa_bwd_section(&r, heads, sum_columns);
 }
 
 void place_mask(int sq, int sk, int64_t *got) {
@@ -106,7 +112,7 @@ def test_columns_of_dqs_sums(library):
 
 
 def test_workspace(library):
-    got = (ctypes.c_int64 * 5)()
+    got = (ctypes.c_int64 * 6)()
     for b, h, sq, block_m, d in itertools.product(
         (1, 3), (1, 5), (1, 64, 65, 700), (64, 128), (64, 128)
     ):
@@ -114,14 +120,30 @@ def test_workspace(library):
         head = -(-sq // block_m) * block_m
         rows = b * h * head
         taken = rows * (2 + d)
-        assert list(got) == [head, rows, 2 * rows, taken, taken + 4]
+        turns = 4 * -(-rows // block_m // 4)
+        assert list(got) == [head, rows, 2 * rows, taken, taken + 4, taken + 4 + turns]
     for empty in range(4):
         sizes = [2, 3, 100, 200]
         sizes[empty] = 0
         library.lay_out(*sizes, 64, 64, got)
-        assert list(got) == [0] * 5
+        assert list(got) == [0] * 6
     library.lay_out(1, 1, (1 << 30) - 1, 9, 128, 128, got)
-    assert list(got) == [1 << 30, 1 << 30, 1 << 31, 130 << 30, (130 << 30) + 4]
+    end = (130 << 30) + 4
+    assert list(got) == [1 << 30, 1 << 30, 1 << 31, 130 << 30, end, end + (1 << 23)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "want"),
+    [
+        ((16, 16, 16, 16384, 128, 128), 2),  # rows of 1 KB: 16 MB a head
+        ((512, 16, 16, 512, 128, 128), 64),
+        ((64, 16, 4, 4096, 128, 128), 2),  # four query heads share one of keys
+        ((3, 3, 3, 512, 64, 64), 3),
+        ((8, 8, 8, 1 << 20, 256, 256), 1),
+    ],
+)
+def test_a_section_has_the_heads_whose_rows_stay_in_the_l2(library, asked, want):
+    assert library.section(*asked) == want
 
 
 @pytest.mark.parametrize(("sq", "sk"), [(1, 9), (65, 200), (700, 129)])
