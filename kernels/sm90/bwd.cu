@@ -171,6 +171,7 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
     for (uint32_t i = 0;; ++i) {
         const work_tile &t = next_tile(smem, i, uniform(i % 2));
         if (t.key < 0) break;
+        const uint32_t before = n;
         float dk[DK_COLUMNS / 2], dv[DV_COLUMNS / 2];
         wait_for_keys(a, smem, t, i % 2);
 #if VARIANT_GENERAL
@@ -190,10 +191,10 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
             if (!DIRECT_DQ) {
                 fence_proxy_async();
                 __syncwarp();
-                add_dq(smem, a, t, sums, n - 1, warp);
+                add_dq(smem, a, t, sums, n - 1, n - before > 1, warp);
             }
             store_keys<DK_COLUMNS>(dk, a.dk, smem, t, warpgroup, a.scale);
-            if (!DIRECT_DQ) end_turn(a, smem, n - 1, true);
+            if (!DIRECT_DQ) end_turn(a, smem, n - 1);
             store_keys<DV_COLUMNS>(dv, a.dv, smem, t, warpgroup, gain);
         }
         if (!STAYS) break;
@@ -222,10 +223,10 @@ __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant
             mbarrier_init(smem_address(&smem.dout_full[i]), PRODUCERS);
             mbarrier_init(smem_address(&smem.dout_empty[i]), MMA_THREADS);
         }
-        for (int i = 0; i < 2; ++i) {
-            mbarrier_init(smem_address(&smem.ds_full[i]), MMA_THREADS / 32);
+        for (int i = 0; i < 2; ++i) mbarrier_init(smem_address(&smem.ds_full[i]), MMA_THREADS / 32);
+        for (int i = 0; i < TURNS; ++i) {
             mbarrier_init(smem_address(&smem.turn_full[i]), 1);
-            mbarrier_init(smem_address(&smem.turn_added[i]), MMA_THREADS / 32);
+            mbarrier_init(smem_address(&smem.turn_added[i]), ADDERS);
             mbarrier_init(smem_address(&smem.turn_empty[i]), 1);
         }
         fence_mbarrier_init();

@@ -97,20 +97,21 @@ DEVICE void store_ds(const uint32_t (&ds)[ROWS / 16][4], uint8_t (&to)[BLOCK_M /
     }
 }
 
-/* This warp's share of dQ, put where that of block n, if there was one, has been read, */
-DEVICE void store_dq(const float (&dq)[DQ_COLUMNS / 2], const bwd_args &a, smem_layout &smem,
-                     uint32_t n, bool added) {
+/* This warp's share of dQ, put where the copy engine has read the one before, */
+DEVICE void store_dq(const float (&dq)[DQ_COLUMNS / 2], smem_layout &smem) {
     const int32_t lane = threadIdx.x % 32;
-    end_turn(a, smem, n, added);
+    if (lane == 0) cp_async_bulk_wait_group_read();
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < DQ_COLUMNS / 8; ++i)
         *(float4 *)smem.dq[threadIdx.x / 32][i][lane] =
             make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
 }
-/* and, after a fence, added to the sums of block n of those that all tiles walk over. */
+/* and, after a fence, added to the sums of block n of those that all tiles walk over; `more`: the
+ * tile has added to others. */
 DEVICE void add_dq(smem_layout &smem, const bwd_args &a, const work_tile &t, int32_t block,
-                   uint32_t n, int32_t warp) {
+                   uint32_t n, bool more, int32_t warp) {
+    if (more) end_turn(a, smem, n - 1);
     wait_for_turn(a, smem, t, block, n);
     if (threadIdx.x % 32 == 0 && a.dq) {
         const int32_t columns = DQ_BY_ROWS ? D : min(DQ_COLUMNS, D - warp / 4 * DQ_COLUMNS);
@@ -136,7 +137,7 @@ DEVICE void add_dq(const float (&dq)[DQ_COLUMNS / 2], smem_layout &smem, const b
     __syncwarp();
     if (threadIdx.x % 32) return;
     if (HELPED)
-        mbarrier_arrive(smem_address(&smem.turn_added[n % 2]));
+        mbarrier_arrive(smem_address(&smem.turn_added[n % TURNS]));
     else
         hand_on(a, block);
 }

@@ -119,7 +119,7 @@ DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, const work_tile &t, in
         pack(dp, ds);
         store_ds(ds, smem.ds[n % 2], warpgroup);
         hand_over(smem.ds_full[n % 2]);
-        if (i > 0 && !DIRECT_DQ) add_dq(smem, a, t, sums, n - 1, warp);
+        if (i > 0 && !DIRECT_DQ) add_dq(smem, a, t, sums, n - 1, i > 1, warp);
         if (GENERAL)
             sums = sums_of(a, t, at);
         else if (i > 0)
@@ -139,7 +139,7 @@ DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, const work_tile &t, in
         if (DIRECT_DQ)
             add_dq(dq, smem, a, t, sums, n, warp);
         else
-            store_dq(dq, a, smem, n - 1, i > 0);
+            store_dq(dq, smem);
         wgmma_wait_group<0>();
         wgmma_accumulators(dk);
         mbarrier_arrive(smem_address(&smem.q_empty[stage]));
@@ -182,7 +182,7 @@ DEVICE int32_t walk_ahead(const bwd_args &a, smem_layout &smem, const work_tile 
         pack(dp, ds);
         store_ds(ds, smem.ds[n % 2], warpgroup);
         hand_over(smem.ds_full[n % 2]);
-        if (n > first_n) add_dq(smem, a, t, sums, n - 1, warp);
+        if (n > first_n) add_dq(smem, a, t, sums, n - 1, n - 1 > first_n, warp);
         if (n > first_n) sums += next_sums(a, m, t.begin, t.end);
         issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], n == first_n);
         /* Of the last block once more, which nobody reads, rather than products in a branch. */
@@ -200,7 +200,7 @@ DEVICE int32_t walk_ahead(const bwd_args &a, smem_layout &smem, const work_tile 
         wgmma_wait_group<1>();
         wgmma_accumulators(s);
         wgmma_accumulators(dq);
-        store_dq(dq, a, smem, n - 1, n > first_n);
+        store_dq(dq, smem);
         if (n == last) break;
     }
     wgmma_wait_group<0>();

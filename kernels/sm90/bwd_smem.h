@@ -28,6 +28,7 @@ static constexpr int PRODUCERS = VARIANT_STRIDED ? 128 : 1;
 static constexpr int SEEKERS = GENERAL && !VARIANT_STRIDED ? 32 : PRODUCERS;
 /* Two more threads ask for turns at dQ's sums and hand them on, where the producers leave some. */
 static constexpr bool HELPED = !VARIANT_STRIDED;
+static constexpr int TURNS = 4; /* that they may have on their hands, a block of rows each */
 static constexpr int PRODUCER_REGISTERS = POOL - WARPGROUPS * MMA_REGISTERS;
 static_assert(PRODUCER_REGISTERS >= 24, "the pool is too small");
 
@@ -95,7 +96,7 @@ struct smem_layout {
     float lse[Q_STAGES][BLOCK_M], delta[STAGES][BLOCK_M];
     uint64_t tile_full[2], tile_empty[2], tile_loaded, kv_full, kv_empty;
     uint64_t q_full[Q_STAGES], q_empty[Q_STAGES], dout_full[STAGES], dout_empty[STAGES];
-    uint64_t ds_full[2], turn_full[2], turn_added[2], turn_empty[2];
+    uint64_t ds_full[2], turn_full[TURNS], turn_added[TURNS], turn_empty[TURNS];
 #if VARIANT_GENERAL
     walk_step steps[STAGES];
     uint8_t seen[BLOCK_N]; /* keys that some row sees, of a bool mask */

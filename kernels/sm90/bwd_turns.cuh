@@ -7,8 +7,8 @@
  * run already: a tile waits for tiles that were taken before, so that one always goes on.
  *
  * Two threads beside the producer ask for the turn of each block of rows, ahead of the MMA warps,
- * and hand it on behind them, for a look at the counter and a fence take half of a block's time
- * each. Strided variants have no such threads: there each warp does both itself.
+ * and hand it on behind them, once the copy engine has added, for which the MMA warps wait before
+ * they add again: a look at the counter and a fence take half of a block's time each. Strided variants have no such threads: there each warp does both itself.
  */
 #ifndef FASTATTN_SM90_BWD_TURNS_CUH
 #define FASTATTN_SM90_BWD_TURNS_CUH
@@ -33,23 +33,19 @@ DEVICE void wait_for_turn(const bwd_args &a, smem_layout &smem, const work_tile 
                           uint32_t n) {
     if (!a.turns) return;
     if (HELPED) {
-        mbarrier_wait(smem_address(&smem.turn_full[n % 2]), n / 2 % 2);
+        mbarrier_wait(smem_address(&smem.turn_full[n % TURNS]), n / TURNS % 2);
     } else {
-        while (uniform(load_acquire(a.turns + block)) < t.turn) {
-        }
+        while (uniform(load_acquire(a.turns + block)) < t.turn) continue;
         fence_proxy_async_global();
     }
 }
 
-/* What the warp's first lane gave the copy engine has been read; where turns are taken, added. */
-DEVICE void end_turn(const bwd_args &a, smem_layout &smem, uint32_t n, bool added) {
-    if (threadIdx.x % 32) return;
-    if (HELPED && a.turns && added) {
-        cp_async_bulk_wait_group();
-        mbarrier_arrive(smem_address(&smem.turn_added[n % 2]));
-    } else {
-        cp_async_bulk_wait_group_read();
-    }
+/* What the warp's first lane gave the copy engine for block n has been added: as late as can be,
+ * for that takes a step of the loop. */
+DEVICE void end_turn(const bwd_args &a, smem_layout &smem, uint32_t n) {
+    if (!HELPED || !a.turns || threadIdx.x % 32) return;
+    cp_async_bulk_wait_group();
+    mbarrier_arrive(smem_address(&smem.turn_added[n % TURNS]));
 }
 
 /* By the first lane of a warp without help, once it has added. */
@@ -79,19 +75,18 @@ DEVICE void follow_turns(const bwd_args &a, smem_layout &smem, F f) {
 
 DEVICE void ask_for_turns(const bwd_args &a, smem_layout &smem) {
     follow_turns(a, smem, [&](uint32_t n, int32_t *counter, int32_t turn) {
-        mbarrier_wait(smem_address(&smem.turn_empty[n % 2]), n / 2 % 2 ^ 1);
-        while (load_acquire(counter) < turn) {
-        }
+        mbarrier_wait(smem_address(&smem.turn_empty[n % TURNS]), n / TURNS % 2 ^ 1);
+        while (load_acquire(counter) < turn) continue;
         fence_proxy_async_global();
-        mbarrier_arrive(smem_address(&smem.turn_full[n % 2]));
+        mbarrier_arrive(smem_address(&smem.turn_full[n % TURNS]));
     });
 }
 
 DEVICE void hand_turns_on(const bwd_args &a, smem_layout &smem) {
     follow_turns(a, smem, [&](uint32_t n, int32_t *counter, int32_t) {
-        mbarrier_wait(smem_address(&smem.turn_added[n % 2]), n / 2 % 2);
+        mbarrier_wait(smem_address(&smem.turn_added[n % TURNS]), n / TURNS % 2);
         red_release_add(counter, ADDERS);
-        mbarrier_arrive(smem_address(&smem.turn_empty[n % 2]));
+        mbarrier_arrive(smem_address(&smem.turn_empty[n % TURNS]));
     });
 }
 
