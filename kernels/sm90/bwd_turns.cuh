@@ -7,8 +7,8 @@
  * run already: a tile waits for tiles that were taken before, so that one always goes on.
  *
  * Two threads beside the producer ask for the turn of each block of rows, ahead of the MMA warps,
- * and hand it on behind them, once the copy engine has added, for which the MMA warps wait before
- * they add again: a look at the counter and a fence take half of a block's time each. Strided variants have no such threads: there each warp does both itself.
+ * and hand it on behind them: a look at the counter and a fence take half of a block's time each.
+ * Strided variants have no such threads: there each warp does both itself.
  */
 #ifndef FASTATTN_SM90_BWD_TURNS_CUH
 #define FASTATTN_SM90_BWD_TURNS_CUH

@@ -29,10 +29,11 @@ static void swap_block(block_state &b) {
     std::swap(products, b.in_products);
     std::swap_ranges(raw, raw + sizeof raw, b.shared.data());
 }
-/* Runs all blocks, the last first, `places` of them side by side, which take turns as `seed` says,
- * at speeds of their own. */
+/* Runs all blocks, the first or the last first, `places` of them side by side, which take turns as
+ * `seed` says, at speeds of their own. */
 static void run_blocks(void (*body)(), int32_t places, uint64_t seed) {
     std::vector<block_state *> there;
+    const bool backwards = seed & 32;
     int64_t left = gridDim.x, steps = 0;
     std::vector<uint64_t> speeds;
     for (uint64_t i = 0, all = 0; i < (uint64_t)places; ++i)
@@ -46,7 +47,8 @@ static void run_blocks(void (*body)(), int32_t places, uint64_t seed) {
         i = fresh ? there.size() : i % there.size();
         if (fresh) {
             there.push_back(new block_state);
-            there[i]->number = --left;
+            there[i]->number = backwards ? left - 1 : gridDim.x - left;
+            --left;
         }
         block_state &b = *there[i];
         swap_block(b);
