@@ -84,13 +84,12 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
 
     bwd_rows_args before = {};
     before.out = w->out, before.dout = r->dout, before.lse = w->lse, before.dlse = r->dlse;
-    before.varlen = *v;
-    before.b = w->b, before.hq = w->hq, before.sq = w->sq, before.dv = w->dv;
+    before.varlen = *v, before.masks = r->forward.masks;
+    before.b = w->b, before.hq = w->hq, before.sq = w->sq, before.sk = w->sk, before.dv = w->dv;
     before.rows = m_blocks * BLOCK_M;
     before.scaled_lse = lse, before.delta = delta, before.dq = r->dq.data ? (float4 *)sums : NULL;
     before.taken = (int32_t *)lse + at.taken;
     if (r->deterministic && r->dq.data) before.turns = (int32_t *)lse + at.turns;
-    before.masks = r->forward.masks, before.sk = w->sk;
     before.wide = is_wide(&w->out) && is_wide(&r->dout);
 #if VARIANT_GENERAL
     const score_args scores = make_scores(&r->forward, (const char *)(lse + at.mask));
@@ -108,20 +107,18 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
         !encode_rows(&a.dout, device, &r->dout, BLOCK_M, a.moves[3]))
         return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected q, k, v or dout");
     a.dk = r->dk, a.dv = r->dv;
-    a.masks = r->forward.masks;
-    a.varlen = *v;
+    a.masks = r->forward.masks, a.varlen = *v;
     a.b = w->b, a.sq = w->sq, a.sk = w->sk, a.hq = w->hq, a.hk = w->hk, a.group = w->hq / w->hk;
     a.m_blocks = m_blocks, a.n_blocks = n_blocks;
     a.scale = w->scale == 0 ? 0.f : (float)usable_scale(w->scale);
     a.scale_log2 = (float)(usable_scale(w->scale) * 1.4426950408889634);
     a.heads = (int32_t)batches * w->hk, a.tiles = a.heads * n_blocks, a.taken = before.taken;
-    a.lse = lse, a.delta = delta, a.dq = r->dq.data ? sums : NULL;
-    a.turns = before.turns;
+    a.lse = lse, a.delta = delta, a.dq = r->dq.data ? sums : NULL, a.turns = before.turns;
 #if VARIANT_GENERAL
     a.scores = scores;
 #endif
     const int32_t launched = STAYS && a.tiles > device->sms ? device->sms : a.tiles;
-    a.begun = a.turns ? 0 : launched;
+    a.begun = a.turns ? 0 : launched,
     a.section = a.turns ? fa_bwd_section(r, a.heads, SUM_COLUMNS) : 1;
     status = launch_main(a, r, device, launched, error);
     if (status != FA_OK || !r->dq.data) return status;
