@@ -17,7 +17,7 @@ from gpu_host.test_backward_scores import DTYPES, Scores
 from gpu_host.test_merging import described
 
 TESTED = [
-    "sm90_bwd_bf16_d64_128x128",
+    "sm90_bwd_bf16_d128_64x128",
     "sm90_bwd_f16_d64_128x128_strided",
     "sm90_bwd_bf16_d256_64x64",
     "sm90_bwd_bf16_d64_general",
