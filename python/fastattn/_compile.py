@@ -39,7 +39,46 @@ class _Watch(importlib.abc.MetaPathFinder):
 
 def _tell(dynamo: Any, functions: Sequence[Callable[..., Any]]) -> None:
     for function in functions:
-        dynamo.allow_in_graph(function)
+        if function.__name__ == "scaled_dot_product_attention":
+            _tell_of_bias(dynamo, function)
+        else:
+            dynamo.allow_in_graph(function)
+
+
+def _tell_of_bias(dynamo: Any, sdpa: Callable[..., Any]) -> None:
+    """torch's CausalBias would come into a graph without its class: what it says goes instead."""
+    torch = sys.modules["torch"]
+    bias = importlib.import_module("torch.nn.attention.bias")
+    modes = importlib.import_module("torch.utils._python_dispatch")
+
+    def call(query: Any, key: Any, value: Any, mask: Any, of: Any, *rest: Any, **more: Any) -> Any:
+        if of is not None:
+            with modes._disable_current_modes():  # a fake tensor is of no other class
+                mask = torch.empty(0).as_subclass(bias.CausalBias)
+            mask.variant, mask.seq_len_q, mask.seq_len_kv = of
+        return sdpa(query, key, value, mask, *rest, **more)
+
+    dynamo.allow_in_graph(call)
+
+    def traced(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: Any = 0.0,
+        is_causal: Any = False,
+        *,
+        scale: Any = None,
+        enable_gqa: Any = False,
+    ) -> Any:
+        of = None
+        if isinstance(attn_mask, bias.CausalBias):
+            of = int(attn_mask.variant), attn_mask.seq_len_q, attn_mask.seq_len_kv
+            attn_mask = None
+        rest = dropout_p, is_causal
+        return call(query, key, value, attn_mask, of, *rest, scale=scale, enable_gqa=enable_gqa)
+
+    dynamo.substitute_in_graph(sdpa)(traced)
 
 
 def watch(functions: Sequence[Callable[..., Any]]) -> None:

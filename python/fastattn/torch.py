@@ -323,6 +323,7 @@ def _call_sdpa(name: str, values: tuple[Any, ...]) -> Any:
     query, key, value, mask, dropout_p, is_causal, scale, enable_gqa = map(_as_tensor, values)
     query, key, value, mask = _cast(query, key, value, mask)
     bias = _frameworks.causal_bias(mask)
+    _check_bias(query, key, mask, bias, is_causal)
     shape = None
     tensors = [x for x in (query, key, value, mask) if isinstance(x, torch.Tensor)]
     is_seen = torch._C._are_functorch_transforms_active() or is_recorded(tensors)
@@ -352,6 +353,19 @@ def _call_sdpa(name: str, values: tuple[Any, ...]) -> Any:
     tensors = [query, key, value] if bias else [query, key, value, mask]
     out = follow(_Call(name, rest, _places(range(len(tensors)))), *tensors)
     return out if shape is None else out.reshape(shape)
+
+
+def _check_bias(query: Any, key: Any, mask: Any, bias: Any, is_causal: Any) -> None:
+    """What a graph leaves no trace of, as prepare_sdpa() in csrc/binding/ has it."""
+    if mask is not None and is_causal:
+        raise _C.SDPAValueError("`attn_mask` must be None with is_causal=True, got both")
+    if bias is None or bias[0] or query.dim() < 2 or key.dim() < 2:
+        return
+    if bias[1:] != (query.shape[-2], key.shape[-2]):
+        raise _C.SDPAValueError(
+            f"`attn_mask` must be the CausalBias of {query.shape[-2]} queries and "
+            f"{key.shape[-2]} keys, got one of {bias[1]} and {bias[2]}"
+        )
 
 
 def _in_order(given: dict[str, Any]) -> Any:
