@@ -139,6 +139,22 @@ DEVICE void cp_async(uint32_t smem, const void *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(smem), "l"(from), "n"(BYTES)
                  : "memory");
 }
+/* The first `bytes` of BYTES, and zeros. */
+template <int BYTES>
+DEVICE void cp_async_or_zero(uint32_t smem, const void *from, uint32_t bytes) {
+    if (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(from),
+                     "r"(bytes)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(smem), "l"(from),
+                     "r"(bytes), "n"(BYTES)
+                     : "memory");
+}
+/* This thread arrives when its copies so far have come. */
+DEVICE void cp_async_mbarrier_arrive(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
 DEVICE void cp_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 /* What no kernel writes meanwhile. */
@@ -202,6 +218,13 @@ DEVICE void stmatrix_x4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint3
 /* Four matrices of 8 x 8 pairs of bytes: lanes 8i .. 8i + 7 give the rows of the i-th. */
 DEVICE void ldmatrix_x4(uint32_t (&x)[4], uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.x4.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(row)
+                 : "memory");
+}
+/* Each of them transposed. */
+DEVICE void ldmatrix_x4_trans(uint32_t (&x)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.x4.trans.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                  : "r"(row)
                  : "memory");

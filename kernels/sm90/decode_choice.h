@@ -1,0 +1,131 @@
+/* decode_choice.h - which requests decode kernels run, on which variant, and into how many parts
+ * the keys are split: pure functions of the shape and the number of multiprocessors.
+ *
+ * Plain C, no CUDA: backend.cu dispatches with it, the tests compile it with gcc. A tile is `rows`
+ * of a group: the query heads of one key head, all rows of q, row i of head h being i * group + h.
+ */
+#ifndef FASTATTN_SM90_DECODE_CHOICE_H
+#define FASTATTN_SM90_DECODE_CHOICE_H
+
+#include "sm90/decode_columns.h"
+#include "sm90/loads.h"
+
+/* Where setup.py was asked for some of them alone, a copy of the table comes first on the path. */
+static const fa_decode_variant fa_decode_variants[] = {
+#define FA_VARIANT(name_, ...) {.name = #name_, __VA_ARGS__},
+#include "sm90/decode.def"
+#undef FA_VARIANT
+    {.name = 0}, /* the end */
+};
+
+enum {
+    FA_DECODE_VARIANTS = sizeof fa_decode_variants / sizeof fa_decode_variants[0] - 1,
+    FA_DECODE_ROWS = 64,     /* of a group: more are the forward kernel's, which reads K and V less
+                              * often for them */
+    FA_PART_KEYS = 1024,     /* of a part whose bounds depend on nothing but the keys' numbers */
+    FA_MOST_PARTS = 128,
+    FA_EIGHT = 8,            /* rows that a swizzled panel repeats after */
+};
+
+static inline int32_t fa_decode_group(const fa_what *w) { return w->hk ? w->hq / w->hk : 1; }
+
+/* Rows of a box: a whole block of keys, or a page where blocks are whole pages. 0: neither. */
+static inline int32_t fa_decode_box(const fa_params *p, int32_t block_n) {
+    const fa_pages *pages = &p->pages;
+    if (!pages->table || pages->size >= p->what.sk || pages->size % block_n == 0) return block_n;
+    return block_n % pages->size == 0 && pages->size % FA_EIGHT == 0 ? pages->size : 0;
+}
+
+static inline int32_t fa_decode_is_strided(const fa_params *p, int32_t block_n) {
+    return !fa_tma_takes(&p->what.k, 2) || !fa_tma_takes(&p->what.v, 2) ||
+           !fa_decode_box(p, block_n);
+}
+
+/* Whether the kernels know all that a request asks for. */
+static inline int32_t fa_decode_knows(const fa_params *p) {
+    return !p->varlen.cu_q && !p->scores.mask.data && !(p->dropout.p > 0) &&
+           p->what.hk == p->what.hv;
+}
+
+/* The variant's index in fa_decode_variants, or -1. */
+static inline int32_t fa_choose_decode(const fa_params *p) {
+    const fa_what *w = &p->what;
+    const int32_t few = (int64_t)w->sq * fa_decode_group(w) <= 16;
+    if (!fa_decode_knows(p)) return -1;
+    for (int32_t i = 0; i < FA_DECODE_VARIANTS; ++i) {
+        const fa_decode_variant *v = &fa_decode_variants[i];
+        if (v->dtype == w->dtype && v->d >= w->d && v->dv >= w->dv && (v->rows == 16) == few &&
+            v->strided == fa_decode_is_strided(p, v->block_n))
+            return i;
+    }
+    return -1;
+}
+
+/* Whether a forward request has few rows and many keys: then it is bound by memory, and reads each
+ * key once here, once a query head there. */
+static inline int32_t fa_is_decode(const fa_params *p) {
+    const fa_what *w = &p->what;
+    const int64_t rows = (int64_t)w->sq * fa_decode_group(w);
+    return fa_decode_knows(p) && w->b && rows && rows <= FA_DECODE_ROWS && w->sk >= 4 * w->sq &&
+           w->sk > 0;
+}
+
+/* ---- how the work is divided ---- */
+
+typedef struct fa_decode_plan {
+    int32_t tiles;       /* of a group's rows */
+    int32_t parts;       /* of a sequence's keys, a block of the grid each; 1: no merging */
+    int32_t part_blocks; /* blocks of keys that a part has, counted from key 0; 0: an equal share of
+                          * those that the tile sees */
+    int64_t rows;        /* of out */
+    int64_t lse, merged; /* bytes from the workspace's start: the parts' lse; where that of the
+                          * result goes if nobody wants it */
+    int64_t bytes;       /* of workspace */
+} fa_decode_plan;
+
+static inline int64_t fa_decode_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Microseconds that a split into `parts` takes, by a model of the H200: memory gives `RATE` bytes a
+ * microsecond to all SMs, and no block gets more than what its loads on their way allow. */
+static inline double fa_decode_cost(const fa_decode_variant *v, const fa_decode_plan *plan,
+                                    const fa_what *w, int32_t parts, int32_t sms) {
+    const double RATE = 4.3e6, LATENCY = 0.9, START = 1.0, MERGE = 2.0;
+    const double block_bytes = 2.0 * v->block_n * (w->d + w->dv);
+    const int64_t blocks = fa_decode_ceil(fa_decode_ceil(w->sk, v->block_n), parts);
+    const int64_t grid = (int64_t)w->b * w->hk * plan->tiles * parts;
+    const int64_t slots = (int64_t)sms * v->blocks_per_sm, waves = (grid - 1) / slots;
+    const int64_t last = grid - waves * slots;
+    const double alone = LATENCY / v->stages; /* a block of keys, nobody else reading */
+    const double full = block_bytes * (double)slots / RATE;
+    const double shared = block_bytes * (double)last / RATE;
+    double cost = (double)waves * ((double)blocks * (full > alone ? full : alone));
+    cost += START + (double)blocks * (shared > alone ? shared : alone);
+    if (parts > 1) cost += MERGE + 8.0 * (double)plan->rows * w->dv * parts / RATE;
+    return cost;
+}
+
+static inline fa_decode_plan fa_decode_make(const fa_params *p, const fa_decode_variant *v,
+                                            int32_t sms) {
+    const fa_what *w = &p->what;
+    fa_decode_plan plan = {1, 1, 0, 0, 0, 0, 0};
+    const int64_t blocks = fa_decode_ceil(w->sk, v->block_n);
+    plan.tiles = (int32_t)fa_decode_ceil((int64_t)w->sq * fa_decode_group(w), v->rows);
+    plan.rows = (int64_t)w->b * w->hq * w->sq;
+    if (w->batch_invariant) {
+        plan.part_blocks = FA_PART_KEYS / v->block_n;
+        plan.parts = (int32_t)fa_decode_ceil(blocks, plan.part_blocks);
+    } else {
+        double least = fa_decode_cost(v, &plan, w, 1, sms);
+        for (int32_t parts = 2; parts <= blocks && parts <= FA_MOST_PARTS; ++parts) {
+            const double cost = fa_decode_cost(v, &plan, w, parts, sms);
+            if (cost < 0.98 * least) plan.parts = parts, least = cost;
+        }
+    }
+    if (plan.parts < 2) return plan;
+    plan.lse = fa_decode_ceil(plan.parts * plan.rows * w->dv * 4, 256) * 256;
+    plan.merged = plan.lse + fa_decode_ceil(plan.parts * plan.rows * 4, 256) * 256;
+    plan.bytes = plan.merged + (w->lse.data ? 0 : fa_decode_ceil(plan.rows * 4, 256) * 256);
+    return plan;
+}
+
+#endif

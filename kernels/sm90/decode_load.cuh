@@ -1,0 +1,162 @@
+/* decode_load.cuh - the warp that brings K and V: boxes of the copy engine, a page or a block each,
+ * or rows, by copies of each lane's own. Where a block's keys lie is looked up a block ahead: the
+ * table's latency hides behind the wait for a free stage.
+ */
+#ifndef FASTATTN_SM90_DECODE_LOAD_CUH
+#define FASTATTN_SM90_DECODE_LOAD_CUH
+
+#include "sm90/decode_args.cuh"
+#include "sm90/ptx.cuh"
+
+/* A ring's next stage, and the parity of its lap. */
+struct stage {
+    int32_t at;
+    uint32_t lap;
+};
+
+DEVICE void advance(stage &s) {
+    const bool wraps = ++s.at == STAGES;
+    s.at = wraps ? 0 : s.at;
+    s.lap ^= wraps;
+}
+
+#if IS_STRIDED
+
+static constexpr int LANE_ROWS = BLOCK_N / 32; /* of a block, that a lane looks up */
+
+struct block_places {
+    key_place key[LANE_ROWS];
+};
+
+/* Of rows lane, lane + 32, ...; none is past the last key that is seen. */
+DEVICE block_places find_places(const decode_args &a, const decode_tile &t, int32_t block) {
+    block_places p;
+#pragma unroll
+    for (int i = 0; i < LANE_ROWS; ++i)
+        p.key[i] =
+            find_key(a, t.b, min(block * BLOCK_N + 32 * i + (int)threadIdx.x % 32, t.some.end - 1));
+    return p;
+}
+
+DEVICE int64_t shuffle(int64_t x, int32_t lane) {
+    const uint32_t low = __shfl_sync(~0u, (uint32_t)x, lane);
+    const uint32_t high = __shfl_sync(~0u, (uint32_t)(x >> 32), lane);
+    return (int64_t)((uint64_t)high << 32 | low);
+}
+
+/* Eight columns of a row, of which `columns` exist, by copies of BYTES. */
+template <int BYTES>
+DEVICE void copy_chunk(uint32_t to, const char *from, int32_t columns) {
+#pragma unroll
+    for (int i = 0; i < 16; i += BYTES) {
+        const int32_t bytes = max(0, min(BYTES, 2 * columns - i));
+        cp_async_or_zero<BYTES>(to + i, bytes ? from + i : from, bytes);
+    }
+}
+
+DEVICE void copy_elements(uint32_t to, const char *from, int64_t step, int32_t columns) {
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i)
+        st_shared_b16(to + 2 * i, i < columns ? load_u16(from + i * step) : 0);
+}
+
+/* A block of K or V; rows from `rows` on are 0. */
+template <int COLUMNS>
+DEVICE void load_rows(const decode_array &array, uint32_t to, int32_t head,
+                      const block_places &places, int32_t rows, uint32_t full) {
+    constexpr int CHUNKS = COLUMNS / 8, AT_ONCE = 32 / CHUNKS; /* rows */
+    const fa_tensor &t = array.tensor;
+    const int32_t lane = threadIdx.x % 32, chunk = lane % CHUNKS;
+    const int32_t d = (int32_t)t.shape[3] - 8 * chunk;
+    const int64_t column = (head * t.stride[1] + 8 * chunk * t.stride[3]) * 2;
+    to += chunk / 8 * PANEL;
+#pragma unroll
+    for (int i = 0; i < LANE_ROWS; ++i) {
+        const int64_t own =
+            (places.key[i].place * t.stride[0] + places.key[i].row * t.stride[2]) * 2;
+#pragma unroll 4
+        for (int j = 0; j < 32; j += AT_ONCE) {
+            const int32_t row = 32 * i + j + lane / CHUNKS;
+            const char *from = (const char *)t.data + shuffle(own, row % 32) + column;
+            const uint32_t place = to + row * 128 + ((chunk ^ row) % 8 << 4);
+            const int32_t columns = row < rows ? d : 0;
+            if (columns <= 0) from = (const char *)t.data;
+            if (array.width == 16)
+                copy_chunk<16>(place, from, columns);
+            else if (array.width == 8)
+                copy_chunk<8>(place, from, columns);
+            else if (array.width == 4)
+                copy_chunk<4>(place, from, columns);
+            else
+                copy_elements(place, from, 2 * t.stride[3], columns);
+        }
+    }
+    if (array.width == 2)
+        mbarrier_arrive(full);
+    else
+        cp_async_mbarrier_arrive(full);
+}
+
+DEVICE void load_keys(const decode_args &a, decode_smem &smem, const decode_tile &t) {
+    stage s = {0, 0};
+    if (t.first >= t.last) return;
+    block_places next = find_places(a, t, t.first);
+#pragma unroll 1
+    for (int32_t block = t.first; block < t.last; ++block, advance(s)) {
+        const block_places here = next;
+        const int32_t rows = t.some.end - block * BLOCK_N;
+        if (block + 1 < t.last) next = find_places(a, t, block + 1);
+        mbarrier_wait(smem_address(&smem.k_empty[s.at]), s.lap ^ 1);
+        load_rows<D>(a.k, smem_address(smem.k[s.at]), t.head, here, rows,
+                     smem_address(&smem.k_full[s.at]));
+        mbarrier_wait(smem_address(&smem.v_empty[s.at]), s.lap ^ 1);
+        load_rows<DV>(a.v, smem_address(smem.v[s.at]), t.head, here, rows,
+                      smem_address(&smem.v_full[s.at]));
+    }
+}
+
+#else
+
+/* A lane's box of a block, if it has one. A page of its own is looked up for keys that are seen; in
+ * place of others, the last of those. */
+DEVICE key_place find_box(const decode_args &a, const decode_tile &t, int32_t block) {
+    const int32_t key = block * BLOCK_N + (int)threadIdx.x % 32 * a.box_rows;
+    return find_key(a, t.b, a.pages.table ? min(key, t.some.end - 1) : key);
+}
+
+template <int COLUMNS>
+DEVICE void load_boxes(const decode_array &array, uint32_t to, int32_t head, key_place p,
+                       uint32_t full) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 64; ++i)
+        cp_async_bulk_tensor_load(to + i * PANEL, &array.map, 64 * i, p.row, head * array.moves[0],
+                                  p.place * array.moves[1], full, EVICT_FIRST);
+}
+
+DEVICE void load_keys(const decode_args &a, decode_smem &smem, const decode_tile &t) {
+    const int32_t lane = threadIdx.x % 32, boxes = BLOCK_N / a.box_rows;
+    stage s = {0, 0};
+    if (t.first >= t.last) return;
+    key_place next = find_box(a, t, t.first);
+#pragma unroll 1
+    for (int32_t block = t.first; block < t.last; ++block, advance(s)) {
+        const key_place here = next;
+        const uint32_t to = lane * a.box_rows * 128;
+        const uint32_t k_full = smem_address(&smem.k_full[s.at]);
+        const uint32_t v_full = smem_address(&smem.v_full[s.at]);
+        if (block + 1 < t.last) next = find_box(a, t, block + 1);
+        mbarrier_wait(smem_address(&smem.k_empty[s.at]), s.lap ^ 1);
+        if (lane == 0) mbarrier_arrive_expect_tx(k_full, K_BYTES);
+        __syncwarp();
+        if (lane < boxes) load_boxes<D>(a.k, smem_address(smem.k[s.at]) + to, t.head, here, k_full);
+        mbarrier_wait(smem_address(&smem.v_empty[s.at]), s.lap ^ 1);
+        if (lane == 0) mbarrier_arrive_expect_tx(v_full, V_BYTES);
+        __syncwarp();
+        if (lane < boxes)
+            load_boxes<DV>(a.v, smem_address(smem.v[s.at]) + to, t.head, here, v_full);
+    }
+}
+
+#endif
+
+#endif

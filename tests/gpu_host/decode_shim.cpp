@@ -1,0 +1,77 @@
+/* A variant of the Hopper decode kernel with threads as fibers, one block after the other; its
+ * parts are for merge_shim.cpp. */
+#define FIBERS 160
+#include "decode_host.h"
+
+static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t threads, int32_t smem,
+                                  void *stream, bool early, void *arguments, fa_error *error);
+
+#include "sm90/decode.cu"
+
+static const decode_args *arguments_now;
+
+static fa_status fa_launch_kernel(const void *, int32_t blocks, int32_t, int32_t smem, void *, bool,
+                                  void *arguments, fa_error *) {
+    arguments_now = (const decode_args *)arguments;
+    if (smem > 227 << 10) abort();
+    gridDim.x = blocks;
+    for (blockIdx.x = blocks - 1; blockIdx.x >= 0; --blockIdx.x) {
+        start_block();
+        run_block([] { VARIANT_NAME(*arguments_now); });
+    }
+    return FA_OK;
+}
+
+/* What a call is made of: as views.c and check_pages.c describe arrays. */
+struct decode_call {
+    fa_tensor q, k, v, out, lse; /* out and lse: of the result, or of the first part */
+    int64_t out_step, lse_step;
+    const int32_t *lengths[4]; /* of queries, of keys, starts, offsets; or NULL */
+    const int32_t *table;
+    int32_t columns, size, count; /* of the table; keys in a page; pages */
+    int32_t flags, left, right, sk, parts, invariant;
+    double scale, softcap;
+    const float *slopes, *sink; /* (hq,), or NULL */
+};
+
+static fa_params request_of(const decode_call *c) {
+    fa_params p = {};
+    fa_what &w = p.what;
+    w.q = c->q, w.k = c->k, w.v = c->v, w.out = c->out, w.lse = c->lse;
+    w.dtype = VARIANT_DTYPE;
+    w.b = (int32_t)c->q.shape[0], w.hq = (int32_t)c->q.shape[1], w.sq = (int32_t)c->q.shape[2];
+    w.hk = w.hv = (int32_t)c->k.shape[1], w.sk = c->sk;
+    w.d = (int32_t)c->q.shape[3], w.dv = (int32_t)c->v.shape[3];
+    w.scale = c->scale, w.batch_invariant = c->invariant;
+    fa_masks &m = p.masks;
+    m.flags = (uint32_t)c->flags, m.left = c->left, m.right = c->right;
+    m.q_lengths = c->lengths[0], m.k_lengths = c->lengths[1];
+    m.k_start = c->lengths[2], m.q_offset = c->lengths[3];
+    m.q_lengths_stride = m.k_lengths_stride = m.k_start_stride = m.q_offset_stride = 1;
+    p.scores.softcap = c->softcap;
+    p.scores.alibi_slopes = c->slopes, p.scores.alibi_stride[1] = 1;
+    p.scores.sink = c->sink, p.scores.sink_stride = 1;
+    if (c->table) p.pages = {c->table, {c->columns, 1}, c->size, c->count};
+    return p;
+}
+
+/* The variant that is chosen, among those of its dtype. */
+extern "C" const char *chosen(const decode_call *c) {
+    const fa_params p = request_of(c);
+    const int32_t i = fa_choose_decode(&p);
+    return i < 0 ? "none" : fa_decode_variants[i].name;
+}
+
+/* Returns a status. */
+extern "C" int decode(const decode_call *c, int is_late) {
+    const fa_params p = request_of(c);
+    const fa_device device = {2, 0, encode_host};
+    const fa_decode_variant *v = &fa_decode_variants[fa_choose_decode(&p)];
+    fa_decode_plan plan = fa_decode_make(&p, v, 2);
+    if (!c->invariant) plan.parts = c->parts;
+    if (plan.parts != c->parts) return -1;
+    fa_error error = {};
+    late = is_late;
+    return PASTE(fa_launch_, VARIANT_NAME)(&p, &device, &plan, &c->out, c->out_step, &c->lse,
+                                           c->lse_step, &error);
+}
