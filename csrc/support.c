@@ -41,6 +41,14 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
                           256},
     [FA_SM90_MERGE] =
         {"sm90", "merge", DTYPE(F32) | DTYPE(F16) | DTYPE(BF16), 0, {0}, 0, INT32_MAX},
+    [FA_SM90_KVCACHE] = {"sm90",
+                         "kvcache",
+                         DTYPE(F16) | DTYPE(BF16),
+                         FA_CAUSAL | FA_WINDOW | FA_Q_OFFSET | FA_LENGTHS | FA_SOFTCAP | FA_ALIBI |
+                             FA_SINK | FA_GQA | FA_DV | FA_LSE | FA_BATCH_INVARIANT | FA_PAGES,
+                         {0},
+                         1,
+                         256},
 };
 
 fa_demand fa_forward_demand(const fa_params *p) {
@@ -80,7 +88,12 @@ fa_demand fa_merge_demand(const fa_merge *m) {
     return (fa_demand){m->dtype, 0, dv, dv};
 }
 
-fa_demand fa_kvcache_demand(const fa_kvcache *c) { return fa_forward_demand(&c->forward); }
+fa_demand fa_kvcache_demand(const fa_kvcache *c) {
+    fa_demand demand = fa_forward_demand(&c->forward);
+    if (c->k_new.data || c->s_new) demand.features |= FA_APPEND;
+    if (c->mass.data) demand.features |= FA_MASS;
+    return demand;
+}
 
 static int32_t lowest_bit(uint32_t set) { return __builtin_ctz(set); }
 

@@ -28,7 +28,9 @@
     X(BATCH_INVARIANT, batch_invariant, "batch_invariant")                                    \
     X(PAGES, pages, "keys in pages") /* of a cache, whose queries may be packed */            \
     X(DETERMINISTIC, deterministic, "deterministic gradients")                                \
-    X(DMASK, dmask, "gradients of float masks")
+    X(DMASK, dmask, "gradients of float masks")                                               \
+    X(APPEND, append, "new keys") /* and rotary positions */                                  \
+    X(MASS, mass, "return_mass")
 
 enum {
 #define FA_X(constant, ...) FA_BIT_##constant,
@@ -60,6 +62,7 @@ enum {
     FA_SM90_FORWARD,
     FA_SM90_BACKWARD,
     FA_SM90_MERGE,
+    FA_SM90_KVCACHE,
     FA_SUPPORT_COUNT
 };
 

@@ -12,6 +12,7 @@
 #include "support.h"
 #include "sm90/bwd_choice.h"
 #include "sm90/bwd_sink.cuh"
+#include "sm90/decode_run.cuh"
 #include "sm90/fwd_choice.h"
 #include "sm90/fwd_workspace.h"
 
@@ -47,6 +48,7 @@ static const char *const names[] = {
 #define FA_VARIANT(name, ...) #name,
 #include "sm90/fwd.def"
 #include "sm90/bwd.def"
+#include "sm90/decode.def"
 #undef FA_VARIANT
     NULL,
 };
@@ -72,6 +74,11 @@ static fa_status takes_device(const fa_where *where, const void **found, fa_erro
 
 static fa_status reject(const fa_params *p, fa_choice *choice, fa_error *why) {
     const fa_what *w = &p->what;
+    const int32_t decode = fa_is_decode(p) ? fa_choose_decode(p) : -1;
+    if (decode >= 0) {
+        choice->variant = &fa_decode_variants[decode];
+        return FA_OK;
+    }
     const fa_device *device = (const fa_device *)choice->device;
     for (int32_t i = 0, parts = fa_head_parts(w); i < parts; ++i) {
         fa_params part;
@@ -86,6 +93,7 @@ static fa_status reject(const fa_params *p, fa_choice *choice, fa_error *why) {
 }
 
 static const char *kernel(const fa_params *, const fa_choice *choice) {
+    if (decode_variant_of(choice)) return decode_variant_of(choice)->name;
     return ((const fa_variant *)choice->variant)->name;
 }
 
@@ -99,6 +107,7 @@ static const fa_variant *variant_of(const fa_params *part, int32_t i, const fa_c
 
 /* The parts of a request share it, one after the other. */
 static int64_t workspace(const fa_params *p, const fa_choice *choice) {
+    if (decode_variant_of(choice)) return decode_workspace(p, choice);
     int64_t most = 0;
     for (int32_t i = 0, parts = fa_head_parts(&p->what); i < parts; ++i) {
         fa_params memory;
@@ -140,7 +149,10 @@ static fa_status run(const fa_params *p, const fa_choice *choice, void *workspac
     int before;
     fa_status status = fa_enter_device(device, &before, error);
     if (status != FA_OK) return status;
-    for (int32_t i = 0, parts = fa_head_parts(&p->what); i < parts && status == FA_OK; ++i) {
+    const fa_decode_variant *decode = decode_variant_of(choice);
+    if (decode) status = launch_decode(p, device, decode, workspace, error);
+    const int32_t parts = decode ? 0 : fa_head_parts(&p->what);
+    for (int32_t i = 0; i < parts && status == FA_OK; ++i) {
         fa_params memory;
         const fa_params *part = fa_head_part(p, i, &memory);
         status = launch(part, device, variant_of(part, i, choice), workspace, error);
@@ -244,5 +256,34 @@ static fa_status run_merge(const fa_merge *m, const fa_choice *choice, void *wor
 static const fa_merge_op merge = {FA_SM90_MERGE, reject_merge, merge_kernel, merge_workspace,
                                   run_merge};
 
+/* ---- attention to a cache ---- */
+
+static fa_status reject_kvcache(const fa_kvcache *c, fa_choice *choice, fa_error *why) {
+    const fa_what *w = &c->forward.what;
+    const int32_t variant = fa_choose_decode(&c->forward);
+    if (variant < 0)
+        return fa_fail(why, FA_UNSUPPORTED,
+                       "it has no decode kernel for %s with d = %d and dv = %d" FA_OF_SOME,
+                       fa_dtypes[w->dtype].name, w->d, w->dv);
+    choice->variant = &fa_decode_variants[variant];
+    return FA_OK;
+}
+
+static const char *kvcache_kernel(const fa_kvcache *, const fa_choice *choice) {
+    return decode_variant_of(choice)->name;
+}
+
+static int64_t kvcache_workspace(const fa_kvcache *c, const fa_choice *choice) {
+    return decode_workspace(&c->forward, choice);
+}
+
+static fa_status run_kvcache(const fa_kvcache *c, const fa_choice *choice, void *workspace,
+                             fa_error *error) {
+    return run(&c->forward, choice, workspace, error);
+}
+
+static const fa_kvcache_op kvcache = {FA_SM90_KVCACHE, reject_kvcache, kvcache_kernel,
+                                      kvcache_workspace, run_kvcache};
+
 const fa_backend fa_sm90 = {"sm90",    FA_CUDA, takes_device, &forward,
-                            &backward, &merge,  NULL,         names};
+                            &backward, &merge,  &kvcache,     names};

@@ -49,6 +49,13 @@ DEVICE void store_chunk(const decode_args &a, char *to, const float (&x)[8], int
             *(uint16_t *)(to + 2 * e * a.out.stride[3]) = (uint16_t)(y[e / 2] >> e % 2 * 16);
 }
 
+/* Of a row that has its sink alone, the sink as it is. */
+DEVICE float natural_lse(const decode_args &a, int32_t head, float top, float sum) {
+    const float sink = a.sink ? a.sink[head * a.sink_stride] : 0.f;
+    if (a.sink && top == LOG2_E * sink && sum == 1.f) return sink;
+    return (top + log2f(sum)) * 0.6931471805599453f;
+}
+
 DEVICE void store_rows(const decode_args &a, const decode_smem &smem, const decode_tile &t) {
     constexpr int CHUNKS = DV / 8;
     const int32_t size = a.is_part ? 4 : 2, dv = (int32_t)a.out.shape[3];
@@ -82,10 +89,9 @@ DEVICE void store_rows(const decode_args &a, const decode_smem &smem, const deco
                            i * a.out.stride[2] + 8 * chunk * a.out.stride[3]);
         if (columns > 0) store_chunk(a, to, x, columns);
         if (a.lse && chunk == 0) {
-            const bool empty = sum == 0.f || i >= t.n.sq;
             a.lse[t.part * a.lse_step + t.b * a.lse_stride[0] + head * a.lse_stride[1] +
                   i * a.lse_stride[2]] =
-                empty ? -INFINITY : (top + log2f(sum)) * 0.6931471805599453f;
+                sum == 0.f || i >= t.n.sq ? -INFINITY : natural_lse(a, head, top, sum);
         }
     }
 }

@@ -30,6 +30,8 @@ extern "C" int merge(int n, const fa_tensor *outs, const fa_tensor *lses, const 
         run_merge<FA_F32, FA_F32>(&m, &p, workspace, blocks);
     else if (p.dtype == FA_F32 && m.dtype == FA_BF16)
         run_merge<FA_F32, FA_BF16>(&m, &p, workspace, blocks);
+    else if (p.dtype == FA_F32 && m.dtype == FA_F16)
+        run_merge<FA_F32, FA_F16>(&m, &p, workspace, blocks);
     else if (p.dtype == FA_BF16 && m.dtype == FA_BF16)
         run_merge<FA_BF16, FA_BF16>(&m, &p, workspace, blocks);
     else

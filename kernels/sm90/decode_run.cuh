@@ -1,0 +1,66 @@
+/* decode_run.cuh - a request on a decode variant: the parts of its keys, and their merging. Host
+ * code, a part of backend.cu.
+ */
+#ifndef FASTATTN_SM90_DECODE_RUN_CUH
+#define FASTATTN_SM90_DECODE_RUN_CUH
+
+#include "common/device.h"
+#include "common/empty.cuh"
+#include "common/merge_plan.h"
+#include "sm90/decode_choice.h"
+
+typedef fa_status fa_decode_launcher(const fa_params *p, const fa_device *device,
+                                     const fa_decode_plan *plan, const fa_tensor *out,
+                                     int64_t out_step, const fa_tensor *lse, int64_t lse_step,
+                                     fa_error *error);
+
+#define FA_VARIANT(name, ...) extern "C" fa_decode_launcher fa_launch_##name;
+#include "sm90/decode.def"
+#undef FA_VARIANT
+
+static fa_decode_launcher *const decode_launchers[] = {
+#define FA_VARIANT(name, ...) fa_launch_##name,
+#include "sm90/decode.def"
+#undef FA_VARIANT
+    NULL,
+};
+
+/* The decode variant that was chosen, or NULL: it is the forward kernel's. */
+static const fa_decode_variant *decode_variant_of(const fa_choice *choice) {
+    const uintptr_t at = (uintptr_t)choice->variant, table = (uintptr_t)fa_decode_variants;
+    return at >= table && at < table + sizeof fa_decode_variants
+               ? (const fa_decode_variant *)choice->variant
+               : NULL;
+}
+
+static int64_t decode_workspace(const fa_params *p, const fa_choice *choice) {
+    return fa_decode_make(p, decode_variant_of(choice), ((const fa_device *)choice->device)->sms)
+        .bytes;
+}
+
+/* Of each sequence's rows, contiguous. */
+static fa_tensor decode_part(const fa_what *w, void *data, int64_t columns) {
+    const int64_t rows = (int64_t)w->hq * w->sq;
+    return {data, {w->b, w->hq, w->sq, columns}, {rows * columns, w->sq * columns, columns, 1}};
+}
+
+static fa_status launch_decode(const fa_params *p, const fa_device *device,
+                               const fa_decode_variant *variant, void *workspace,
+                               fa_error *error) {
+    const fa_what *w = &p->what;
+    if (fa_is_empty(w)) return launch_empty(p, device, error);
+    const fa_decode_plan plan = fa_decode_make(p, variant, device->sms);
+    fa_decode_launcher *const run = decode_launchers[variant - fa_decode_variants];
+    if (plan.parts == 1) return run(p, device, &plan, &w->out, 0, &w->lse, 0, error);
+    const fa_tensor out = decode_part(w, workspace, w->dv);
+    const fa_tensor lse = decode_part(w, (char *)workspace + plan.lse, 1);
+    const fa_merge_stack stack = {FA_F32, plan.rows * w->dv, plan.rows};
+    const fa_status status =
+        run(p, device, &plan, &out, stack.out_step, &lse, stack.lse_step, error);
+    if (status != FA_OK) return status;
+    fa_merge m = {plan.parts, &out, &lse, w->out, w->lse, w->dtype, p->where};
+    if (!m.lse.data) m.lse = decode_part(w, (char *)workspace + plan.merged, 1);
+    return fa_merge_launch(&m, &stack, fa_merge_choose(&m, &stack), device, NULL, error);
+}
+
+#endif
