@@ -190,8 +190,8 @@ def merges(dtype):
         np.testing.assert_allclose(mine.astype(float), theirs.astype(float), rtol=1e-2, atol=1e-3)
 
 
-def caches():
-    case = kvcache_cases.Case(seed=0, page_size=8, leftpad=True, rotary=8, mass=True)
+def caches(**more):
+    case = kvcache_cases.Case(seed=0, page_size=8, leftpad=True, **more)
     for dtype in ("float32", "bfloat16"):
         assert not kvcache_cases.run(dataclasses.replace(case, dtype=dtype), backend="cpu")
 
@@ -250,7 +250,10 @@ CALLS = {  # line of the matrix -> calls
         functools.partial(computes, np.float32),
         *(functools.partial(computes, d=d, dv=dv) for d, dv in ((512, 512), (576, 512), (64, 300))),
     ],
-    "caches of keys: pages, new keys written, rotary positions, the mass": [caches],
+    "caches of keys, in pages of any size too": [functools.partial(caches, s_new=None)],
+    "new keys written into a cache, rotary positions, the mass": [
+        functools.partial(caches, rotary=8, mass=True)
+    ],
     "page_table of packed sequences": [pages],
 }
 
@@ -281,8 +284,14 @@ ASKS = {  # line of the matrix -> what it asks a backend to declare, in 16 bits 
         *({"dtype": dtype} for dtype in ("float64", "float32")),
         *({"d": d, "dv": dv} for d, dv in ((257, 257), (576, 512), (64, 257))),
     ),
-    "caches of keys: pages, new keys written, rotary positions, the mass": (
+    "caches of keys, in pages of any size too": (
         {"operation": "kvcache"},
+        {"operation": "kvcache", "features": (*POSITIONS, "pages", "gqa", "lse", "sink")},
+        {"operation": "kvcache", "features": ("softcap", "alibi", "batch_invariant")},
+    ),
+    "new keys written into a cache, rotary positions, the mass": (
+        {"operation": "kvcache", "features": ("append",)},
+        {"operation": "kvcache", "features": ("mass",)},
     ),
     "page_table of packed sequences": ({"features": ("pages",)},),
 }

@@ -5,9 +5,9 @@
  *
  * A block has one tile: rows of a group, the query heads that share a key head, so that each key is
  * read once for all of them; and one part of the tile's keys. A warp keeps STAGES blocks of K and V
- * on their way (decode_load.cuh), four compute (decode_attend.cuh), each by itself: no barrier holds
- * them together until the end (decode_out.cuh). Where there are several parts, merge.cu's kernel
- * follows in the stream.
+ * on their way (decode_load.cuh), four compute (decode_attend.cuh), each by itself: no barrier
+ * holds them together until the end (decode_out.cuh). Where there are several parts, merge.cu's
+ * kernel follows in the stream.
  */
 #include <stdint.h>
 

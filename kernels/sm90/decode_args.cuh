@@ -46,10 +46,10 @@ struct decode_args {
 };
 
 struct decode_tile {
-    int32_t b, head, part;    /* head: of k and v */
-    int32_t row, rows;        /* of the group: the first, and how many */
-    int32_t first, last;      /* blocks of keys */
-    fa_interval some, all;    /* keys that some row sees, and that every row does */
+    int32_t b, head, part; /* head: of k and v */
+    int32_t row, rows;     /* of the group: the first, and how many */
+    int32_t first, last;   /* blocks of keys */
+    fa_interval some, all; /* keys that some row sees, and that every row does */
     fa_lengths n;
 };
 
@@ -97,8 +97,7 @@ struct key_place {
 DEVICE key_place find_key(const decode_args &a, int32_t b, int32_t key) {
     if (!a.pages.table) return {b, key};
     const int32_t column = fa_divide(key, a.by_size);
-    const int32_t page =
-        a.pages.table[b * a.pages.stride[0] + column * a.pages.stride[1]];
+    const int32_t page = a.pages.table[b * a.pages.stride[0] + column * a.pages.stride[1]];
     return {fa_clamp(page, 0, a.pages.count - 1), key - column * a.pages.size};
 }
 

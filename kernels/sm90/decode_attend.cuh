@@ -142,10 +142,9 @@ DEVICE void multiply_values(warp_rows &w, const float (&s)[KEYS / 8][4], uint32_
     const int32_t lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < KEYS / 16; ++i) {
-        const uint32_t p[4] = {cvt_pack(s[2 * i][0], s[2 * i][1]),
-                               cvt_pack(s[2 * i][2], s[2 * i][3]),
-                               cvt_pack(s[2 * i + 1][0], s[2 * i + 1][1]),
-                               cvt_pack(s[2 * i + 1][2], s[2 * i + 1][3])};
+        const uint32_t p[4] = {
+            cvt_pack(s[2 * i][0], s[2 * i][1]), cvt_pack(s[2 * i][2], s[2 * i][3]),
+            cvt_pack(s[2 * i + 1][0], s[2 * i + 1][1]), cvt_pack(s[2 * i + 1][2], s[2 * i + 1][3])};
         uint32_t keep[2];
         if (MASKED) {
             keep[0] = keep_pair(some, key + 16 * i);
@@ -223,16 +222,17 @@ DEVICE void stage_q(const decode_args &a, decode_smem &smem, const decode_tile &
         if (row < t.rows && columns > 0) {
             const int32_t i = query_row(a, t.row + row);
             const int32_t head = t.head * a.group + t.row + row - i * a.group;
-            const char *from = (const char *)a.q.data +
-                               2 * (t.b * a.q.stride[0] + head * a.q.stride[1] +
-                                    i * a.q.stride[2] + 8 * chunk * a.q.stride[3]);
+            const char *from =
+                (const char *)a.q.data + 2 * (t.b * a.q.stride[0] + head * a.q.stride[1] +
+                                              i * a.q.stride[2] + 8 * chunk * a.q.stride[3]);
             if (a.q_wide && columns == 8) {
                 const uint4 y = load_v4(from);
                 x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
             } else {
 #pragma unroll
                 for (int e = 0; e < 8; ++e)
-                    if (e < columns) x[e / 2] |= load_u16(from + 2 * e * a.q.stride[3]) << e % 2 * 16;
+                    if (e < columns)
+                        x[e / 2] |= load_u16(from + 2 * e * a.q.stride[3]) << e % 2 * 16;
             }
         }
         st_shared_v4(to + chunk_at(row, chunk, Q_PANEL), x[0], x[1], x[2], x[3]);

@@ -20,11 +20,11 @@ static const fa_decode_variant fa_decode_variants[] = {
 
 enum {
     FA_DECODE_VARIANTS = sizeof fa_decode_variants / sizeof fa_decode_variants[0] - 1,
-    FA_DECODE_ROWS = 64,     /* of a group: more are the forward kernel's, which reads K and V less
-                              * often for them */
-    FA_PART_KEYS = 1024,     /* of a part whose bounds depend on nothing but the keys' numbers */
+    FA_DECODE_ROWS = 64, /* of a group: more are the forward kernel's, which reads K and V less
+                          * often for them */
+    FA_PART_KEYS = 1024, /* of a part whose bounds depend on nothing but the keys' numbers */
     FA_MOST_PARTS = 128,
-    FA_EIGHT = 8,            /* rows that a swizzled panel repeats after */
+    FA_EIGHT = 8, /* rows that a swizzled panel repeats after */
 };
 
 static inline int32_t fa_decode_group(const fa_what *w) { return w->hk ? w->hq / w->hk : 1; }

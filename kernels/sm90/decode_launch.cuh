@@ -110,7 +110,8 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
     set_scores(a, p);
 
     static uint64_t allowed;
-    fa_status status = fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES, error);
+    fa_status status =
+        fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES, error);
     if (status != FA_OK) return status;
     return fa_launch_kernel((const void *)VARIANT_NAME, (int32_t)blocks, THREADS, SMEM_BYTES,
                             p->where.stream, device->early, &a, error);

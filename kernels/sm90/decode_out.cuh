@@ -20,7 +20,8 @@ DEVICE void share_rows(const warp_rows &w, decode_smem &smem) {
             smem.top[by_keys][row + 8 * r] = w.top[r], smem.sum[by_keys][row + 8 * r] = sum;
 #pragma unroll
         for (int j = 0; j < DV / 8; ++j)
-            *(float2 *)(o + 8 * r * O_PITCH + 8 * j) = make_float2(w.o[j][2 * r], w.o[j][2 * r + 1]);
+            *(float2 *)(o + 8 * r * O_PITCH + 8 * j) =
+                make_float2(w.o[j][2 * r], w.o[j][2 * r + 1]);
     }
 }
 

@@ -45,8 +45,7 @@ static fa_tensor decode_part(const fa_what *w, void *data, int64_t columns) {
 }
 
 static fa_status launch_decode(const fa_params *p, const fa_device *device,
-                               const fa_decode_variant *variant, void *workspace,
-                               fa_error *error) {
+                               const fa_decode_variant *variant, void *workspace, fa_error *error) {
     const fa_what *w = &p->what;
     if (fa_is_empty(w)) return launch_empty(p, device, error);
     const fa_decode_plan plan = fa_decode_make(p, variant, device->sms);
