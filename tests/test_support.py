@@ -34,7 +34,7 @@ int32_t check(const char *backend, const char *operation, int dtype, uint32_t fe
 }
 uint32_t demand(int flags, int left, int right, int lengths, int cu, int mask, double softcap,
                 int alibi, int sink, double p, int hq, int hk, int hv, int dv, int lse,
-                int invariant, int deterministic, int dmask) {
+                int invariant, int deterministic, int dmask, int append, int mass) {
     static int32_t x;
     static float f;
     fa_backward b = {.deterministic = deterministic};
@@ -56,6 +56,9 @@ uint32_t demand(int flags, int left, int right, int lengths, int cu, int mask, d
     r.dropout.p = p;
     b.forward = r;
     if (dmask) b.dmask.data = &x;
+    fa_kvcache c = {.forward = r, .s_new = append};
+    if (mass) c.mass.data = &x;
+    if (append || mass) return fa_kvcache_demand(&c).features;
     if (!deterministic && !dmask) return fa_forward_demand(&r).features;
     return fa_backward_demand(&b).features;
 }
@@ -103,6 +106,7 @@ def test_what_is_not_declared_is_refused_with_its_name(library, backend, operati
 
 BARE = dict(flags=0, left=0, right=0, lengths=0, cu=0, mask=0, softcap=0.0, alibi=0, sink=0)
 BARE |= dict(p=0.0, hq=4, hk=4, hv=4, dv=64, lse=0, invariant=0, deterministic=0, dmask=0)
+BARE |= dict(append=0, mass=0)
 LEFT, RIGHT, OFFSET = 1, 2, 4
 DEMANDS = [
     ({}, set()),
@@ -132,6 +136,8 @@ DEMANDS = [
     ({"invariant": 1}, {"batch_invariant"}),
     ({"deterministic": 1, "lse": 1}, {"deterministic", "lse"}),
     ({"mask": 2, "dmask": 1}, {"float_mask", "dmask"}),
+    ({"append": 1}, {"append"}),
+    ({"mass": 1, "lse": 1}, {"mass", "lse"}),
 ]
 
 
