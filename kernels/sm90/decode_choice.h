@@ -85,21 +85,21 @@ typedef struct fa_decode_plan {
 
 static inline int64_t fa_decode_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* Microseconds that a split into `parts` takes, by a model of the H200: memory gives `RATE` bytes a
- * microsecond to all SMs, and no block gets more than what its loads on their way allow. */
+/* Microseconds that a split into `parts` takes, by a model of the H200, not measured yet: memory
+ * gives `RATE` bytes a microsecond once ENOUGH of the blocks that fit the chip ask for them; fewer
+ * share it as if they were so many. */
 static inline double fa_decode_cost(const fa_decode_variant *v, const fa_decode_plan *plan,
                                     const fa_what *w, int32_t parts, int32_t sms) {
-    const double RATE = 4.3e6, LATENCY = 0.9, START = 1.0, MERGE = 2.0;
+    const double RATE = 4.3e6, ENOUGH = 0.95, START = 1.0, MERGE = 2.0;
     const double block_bytes = 2.0 * v->block_n * (w->d + w->dv);
     const int64_t blocks = fa_decode_ceil(fa_decode_ceil(w->sk, v->block_n), parts);
     const int64_t grid = (int64_t)w->b * w->hk * plan->tiles * parts;
     const int64_t slots = (int64_t)sms * v->blocks_per_sm, waves = (grid - 1) / slots;
     const int64_t last = grid - waves * slots;
-    const double alone = LATENCY / v->stages; /* a block of keys, nobody else reading */
-    const double full = block_bytes * (double)slots / RATE;
-    const double shared = block_bytes * (double)last / RATE;
-    double cost = (double)waves * ((double)blocks * (full > alone ? full : alone));
-    cost += START + (double)blocks * (shared > alone ? shared : alone);
+    const double full = block_bytes * (double)slots / RATE; /* of keys, all blocks reading */
+    const double share = (double)last / (double)slots;
+    double cost = (double)waves * (double)blocks * full;
+    cost += START + (double)blocks * full * (share > ENOUGH ? share : ENOUGH);
     if (parts > 1) cost += MERGE + 8.0 * (double)plan->rows * w->dv * parts / RATE;
     return cost;
 }

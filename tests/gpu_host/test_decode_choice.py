@@ -1,0 +1,152 @@
+"""Which requests the Hopper decode kernels take, on which variant, and how the keys are split."""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+
+import pytest
+
+import gpu_host
+from gpu_host import INCLUDES, SMS
+from gpu_host.test_layout import BLOCK_LIMIT, SM_LIMIT, SYSTEM
+
+pytestmark = gpu_host.marks
+
+VARIANTS = [v for v in gpu_host.EVERY_VARIANT if v.name.startswith("sm90_decode_")]
+BF16, F16 = 4, 3
+SOURCE = """
+#include "sm90/decode_choice.h"
+
+/* {rows, d, dv, strided, is_decode} of the choice, or is_decode alone and -1; then {tiles, parts,
+ * part_blocks, lse, merged, bytes} of the plan. `change`: what else is asked for. */
+void choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int size, int columns,
+            int invariant, int change, int sms, int64_t *got) {
+    static int32_t x;
+    int64_t s = size ? size : sk, n = size ? b * columns + 1 : b;
+    fa_params p = {.what = {.dtype = dtype, .b = b, .hq = hq, .hk = hk, .hv = hk, .sq = sq,
+                            .sk = sk, .d = d, .dv = dv, .batch_invariant = invariant}};
+    fa_tensor k = {(void *)4096, {n, hk, s, d}, {hk * s * d, s * d, d, 1}};
+    fa_tensor v = {(void *)4096, {n, hk, s, dv}, {hk * s * dv, s * dv, dv, 1}};
+    p.what.k = k, p.what.v = v;
+    if (size) p.pages = (fa_pages){&x, {columns, 1}, size, n};
+    if (change == 1) p.scores.mask.data = &x;
+    if (change == 2) p.dropout.p = 0.5;
+    if (change == 3) p.varlen.cu_q = &x;
+    if (change == 4) p.what.hv = 1;
+    if (change == 5) p.scores.softcap = 3;
+    if (change == 6) p.what.k.data = (void *)4098;
+    const int i = fa_choose_decode(&p);
+    got[4] = fa_is_decode(&p), got[0] = -1;
+    if (i < 0) return;
+    const fa_decode_variant *r = &fa_decode_variants[i];
+    const fa_decode_plan plan = fa_decode_make(&p, r, sms);
+    got[0] = r->rows, got[1] = r->d, got[2] = r->dv, got[3] = r->strided;
+    got[5] = plan.tiles, got[6] = plan.parts, got[7] = plan.part_blocks, got[8] = plan.lse;
+    got[9] = plan.merged, got[10] = plan.bytes, got[11] = r->block_n;
+}
+"""
+FIELDS = ("rows", "d", "dv", "strided", "is_decode", "tiles", "parts", "part_blocks")
+FIELDS += ("lse", "merged", "bytes", "block_n")
+
+
+@pytest.fixture(scope="module")
+def choose(tmp_path_factory):
+    source = tmp_path_factory.mktemp("decode") / "decode.c"
+    source.write_text(SOURCE)
+    made = gpu_host.library(source, source.parent)
+
+    def ask(b, hq, hk, sq, sk, d=128, dv=None, size=0, invariant=0, change=0, dtype=BF16):
+        got = (ctypes.c_int64 * len(FIELDS))()
+        columns = -(-sk // size) if size else 0
+        shape = b, hq, hk, sq, sk, d, dv or d, size, columns
+        made.choose(dtype, *shape, invariant, change, SMS, got)
+        return dict(zip(FIELDS, got, strict=True))
+
+    return ask
+
+
+def test_the_variant(choose):
+    for dtype, d, dv, (sq, rows) in itertools.product(
+        (BF16, F16), (1, 64, 72, 128, 129, 256), (8, 64, 80, 256), ((1, 16), (2, 16), (3, 64))
+    ):
+        got = choose(2, 16, 2, sq, 500, d, dv, dtype=dtype)
+        assert got["rows"] == rows and got["strided"] == (d % 8 != 0), (d, dv)
+        assert got["d"] == min(x for x in (64, 128, 256) if x >= max(d, dv))
+
+
+def test_pages_of_whole_blocks_come_in_boxes(choose):
+    sizes = (1, 8, 16, 24, 32, 48, 64, 100, 128, 192, 256, 2000)
+    boxes = {64: {8, 16, 32, 64, 128, 192, 256, 2000}, 128: {8, 16, 32, 64, 128, 256, 2000}}
+    for d, size in itertools.product((64, 128), sizes):
+        got = choose(2, 4, 2, 1, 2000, d, size=size)
+        assert got["strided"] == (size not in boxes[got["block_n"]]), (d, size)
+
+
+def test_what_is_not_taken(choose):
+    for change in (1, 2, 3, 4):
+        assert (got := choose(2, 4, 2, 1, 500, change=change))["rows"] == -1
+        assert not got["is_decode"]
+    for change, strided in ((5, 0), (6, 1)):
+        assert (got := choose(2, 4, 2, 1, 500, change=change))["strided"] == strided
+        assert got["is_decode"]
+    assert choose(2, 4, 2, 1, 500, d=257)["rows"] == -1
+    assert not choose(2, 8, 2, 17, 500)["is_decode"]  # 68 rows
+    assert not choose(2, 8, 2, 16, 63)["is_decode"] and choose(2, 8, 2, 16, 64)["is_decode"]
+    assert not choose(0, 8, 2, 1, 500)["is_decode"] and not choose(2, 8, 2, 1, 0)["is_decode"]
+
+
+def test_the_workspace_holds_all_parts(choose):
+    split = 0
+    for b, hq, hk, sq, sk in gpu_host.shapes(2000):
+        got = choose(b, hq, hk, sq % 70, sk)
+        rows, parts = b * hq * (sq % 70), got["parts"]
+        assert 1 <= parts <= max(1, -(-sk // got["block_n"])) and parts <= 128
+        assert got["tiles"] == -(-(sq % 70) * hq // hk // got["rows"])
+        split += parts > 1
+        if parts == 1:
+            assert got["bytes"] == 0
+            continue
+        assert got["lse"] >= parts * rows * 128 * 4
+        assert got["merged"] >= got["lse"] + parts * rows * 4
+        assert got["bytes"] >= got["merged"] + rows * 4 and got["bytes"] % 256 == 0
+    assert 200 < split < 1800
+
+
+def test_few_sequences_fill_the_chip_and_many_are_not_split(choose):
+    assert choose(1, 32, 8, 1, 131072)["parts"] * 8 >= SMS
+    assert choose(1, 32, 8, 1, 1024)["parts"] > 1
+    assert choose(128, 64, 8, 1, 2048)["parts"] == 1
+    before = 128
+    for b in (1, 2, 4, 8, 16, 32, 64, 128):
+        parts = choose(b, 32, 8, 1, 4096)["parts"]
+        assert parts <= before
+        before = parts
+
+
+def test_a_fixed_split_knows_the_keys_alone(choose):
+    for sk, d in itertools.product((1, 1000, 1024, 1025, 70000), (64, 128, 256)):
+        found = [choose(b, 8, 2, 1, sk, d, invariant=1) for b in (1, 7, 200)]
+        assert {x["parts"] for x in found} == {-(-sk // 1024)}
+        assert {x["part_blocks"] * x["block_n"] for x in found} == {1024}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_shared_memory_fits(tmp_path):
+    text = ["#include <stdint.h>", "#include <stdio.h>", '#include "dtype.h"', "int main();"]
+    prints = []
+    for i, v in enumerate(VARIANTS):
+        names = dict(x.removeprefix("-D").split("=") for x in v.defines())
+        text += [f"#define {name} {value}" for name, value in names.items()]
+        text += [f"namespace n{i} {{", '#include "sm90/decode_variant.h"', "}"]
+        text += [f"#undef {name}" for name in (*names, "IS_STRIDED")]
+        text += [f"#undef FASTATTN_SM90_{x}_H" for x in ("VARIANT", "DECODE_VARIANT")]
+        text += ["#undef PASTE", "#undef PASTE_", "#undef PTX_TYPE"]
+        text += ["#undef PTX_TYPE_FA_BF16", "#undef PTX_TYPE_FA_F16"]
+        prints.append(f'printf("%d ", n{i}::SMEM_BYTES);')
+    (tmp_path / "fits.cpp").write_text("\n".join([*text, "int main() {", *prints, "}", ""]))
+    command = ["g++", "-std=c++17", *INCLUDES, "fits.cpp", "-o", "fits"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    said = subprocess.run([tmp_path / "fits"], capture_output=True, text=True, check=True).stdout
+    for v, size in zip(VARIANTS, map(int, said.split()), strict=True):
+        assert size <= BLOCK_LIMIT and (size + SYSTEM) * v["blocks_per_sm"] <= SM_LIMIT, v.name
