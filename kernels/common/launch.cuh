@@ -8,22 +8,37 @@
 
 #include "common/device.h"
 
-/* `kernel<<<blocks, threads, smem, stream>>>(*arguments)`, 0.3 us sooner. `early`: it starts before
- * the kernels before it in the stream have ended, and waits for them itself. */
-static inline fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t threads,
-                                         int32_t smem, void *stream, bool early, void *arguments,
-                                         fa_error *error) {
+/* `kernel<<<blocks, threads, smem, stream>>>(*arguments)`, 0.3 us sooner, in clusters of `cluster`
+ * blocks. `early`: it starts before the kernels before it in the stream have ended, and waits for
+ * them itself. */
+static inline fa_status fa_launch_clusters(const void *kernel, int32_t blocks, int32_t cluster,
+                                           int32_t threads, int32_t smem, void *stream, bool early,
+                                           void *arguments, fa_error *error) {
     cudaLaunchConfig_t shape = {};
     shape.gridDim = dim3(blocks);
     shape.blockDim = dim3(threads);
     shape.dynamicSmemBytes = smem;
     shape.stream = (cudaStream_t)stream;
-    cudaLaunchAttribute serial = {};
-    serial.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    serial.val.programmaticStreamSerializationAllowed = 1;
-    shape.attrs = &serial;
-    shape.numAttrs = early;
+    cudaLaunchAttribute attributes[2] = {};
+    shape.attrs = attributes;
+    if (early) {
+        cudaLaunchAttribute *serial = &attributes[shape.numAttrs++];
+        serial->id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        serial->val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+        cudaLaunchAttribute *size = &attributes[shape.numAttrs++];
+        size->id = cudaLaunchAttributeClusterDimension;
+        size->val.clusterDim.x = cluster;
+        size->val.clusterDim.y = size->val.clusterDim.z = 1;
+    }
     return fa_cuda(cudaLaunchKernelExC(&shape, kernel, &arguments), "the launch", error);
+}
+
+static inline fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t threads,
+                                         int32_t smem, void *stream, bool early, void *arguments,
+                                         fa_error *error) {
+    return fa_launch_clusters(kernel, blocks, 1, threads, smem, stream, early, arguments, error);
 }
 
 /* Lets `kernel` use `bytes` of dynamic shared memory, once per device. `done` is the kernel's own

@@ -48,6 +48,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         bar_sync(1, MMA_THREADS);
         share_rows(w, smem);
         bar_sync(1, MMA_THREADS);
-        store_rows(a, smem, t);
+        add_warps(smem);
     }
+    if (a.cluster > 1)
+        cluster_sync();
+    else
+        __syncthreads();
+    if (threadIdx.x < MMA_THREADS) store_rows(a, smem, t);
+    if (a.cluster > 1) cluster_sync(); /* nobody leaves while others read what it has */
 }

@@ -34,8 +34,9 @@ struct decode_args {
     fa_pages pages; /* table NULL: a place for each sequence */
     fa_divisor by_size, by_group, by_tiles, by_parts, by_heads;
     int32_t sq, sk, heads, group, tiles, parts, part_blocks; /* heads: of k and v */
+    int32_t cluster; /* blocks that add up their parts before they are stored */
     int32_t box_rows;
-    int32_t is_part;          /* out is float32 */
+    int32_t is_part;          /* out is float32: there are several such sums */
     int32_t q_wide, out_wide; /* rows are loaded, stored 16 bytes at a time */
     float scale;              /* of q.k, in exponents */
     float cap, by_cap;        /* softcap in exponents; what of q.k tanh is taken of. 0: none */

@@ -23,8 +23,9 @@ enum {
     FA_DECODE_ROWS = 64, /* of a group: more are the forward kernel's, which reads K and V less
                           * often for them */
     FA_PART_KEYS = 1024, /* of a part whose bounds depend on nothing but the keys' numbers */
-    FA_MOST_PARTS = 128,
-    FA_EIGHT = 8, /* rows that a swizzled panel repeats after */
+    FA_MOST_SUMS = 32,   /* of clusters, that are merged */
+    FA_MOST_CLUSTER = 8, /* blocks; the most that every chip takes */
+    FA_EIGHT = 8,        /* rows that a swizzled panel repeats after */
 };
 
 static inline int32_t fa_decode_group(const fa_what *w) { return w->hk ? w->hq / w->hk : 1; }
@@ -74,7 +75,8 @@ static inline int32_t fa_is_decode(const fa_params *p) {
 
 typedef struct fa_decode_plan {
     int32_t tiles;       /* of a group's rows */
-    int32_t parts;       /* of a sequence's keys, a block of the grid each; 1: no merging */
+    int32_t parts;       /* of a sequence's keys, a block of the grid each */
+    int32_t cluster;     /* of these, that become one sum in the kernel; the sums are merged */
     int32_t part_blocks; /* blocks of keys that a part has, counted from key 0; 0: an equal share of
                           * those that the tile sees */
     int64_t rows;        /* of out */
@@ -85,29 +87,31 @@ typedef struct fa_decode_plan {
 
 static inline int64_t fa_decode_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* Microseconds that a split into `parts` takes, by a model of the H200, not measured yet: memory
- * gives `RATE` bytes a microsecond once ENOUGH of the blocks that fit the chip ask for them; fewer
- * share it as if they were so many. */
+/* Microseconds that a split into clusters takes, by a model of the H200, not measured yet: memory
+ * gives `RATE` bytes a microsecond to all, a tenth less where few blocks ask, and no block more
+ * than if ALONE of them shared it. */
 static inline double fa_decode_cost(const fa_decode_variant *v, const fa_decode_plan *plan,
-                                    const fa_what *w, int32_t parts, int32_t sms) {
-    const double RATE = 4.3e6, ENOUGH = 0.95, START = 1.0, MERGE = 2.0;
+                                    const fa_what *w, int32_t cluster, int32_t sums, int32_t sms) {
+    const double RATE = 4.3e6, ALONE = 150, START = 1.0, CLUSTER = 0.8, MERGE = 2.5;
+    const int32_t parts = cluster * sums;
     const double block_bytes = 2.0 * v->block_n * (w->d + w->dv);
-    const int64_t blocks = fa_decode_ceil(fa_decode_ceil(w->sk, v->block_n), parts);
+    const double blocks = (double)fa_decode_ceil(fa_decode_ceil(w->sk, v->block_n), parts);
     const int64_t grid = (int64_t)w->b * w->hk * plan->tiles * parts;
     const int64_t slots = (int64_t)sms * v->blocks_per_sm, waves = (grid - 1) / slots;
-    const int64_t last = grid - waves * slots;
-    const double full = block_bytes * (double)slots / RATE; /* of keys, all blocks reading */
-    const double share = (double)last / (double)slots;
-    double cost = (double)waves * (double)blocks * full;
-    cost += START + (double)blocks * full * (share > ENOUGH ? share : ENOUGH);
-    if (parts > 1) cost += MERGE + 8.0 * (double)plan->rows * w->dv * parts / RATE;
+    const double last = (double)(grid - waves * slots), share = last / (double)slots;
+    const double sharers = last > ALONE ? last : ALONE;
+    double cost = (double)waves * blocks * block_bytes * (double)slots / RATE;
+    cost += START * (1 + 0.5 * (double)waves) +
+            blocks * block_bytes * sharers / (RATE * (0.9 + 0.1 * share));
+    if (cluster > 1) cost += CLUSTER;
+    if (sums > 1) cost += MERGE + 8.0 * (double)plan->rows * w->dv * sums / RATE;
     return cost;
 }
 
 static inline fa_decode_plan fa_decode_make(const fa_params *p, const fa_decode_variant *v,
                                             int32_t sms) {
     const fa_what *w = &p->what;
-    fa_decode_plan plan = {1, 1, 0, 0, 0, 0, 0};
+    fa_decode_plan plan = {1, 1, 1, 0, 0, 0, 0, 0};
     const int64_t blocks = fa_decode_ceil(w->sk, v->block_n);
     plan.tiles = (int32_t)fa_decode_ceil((int64_t)w->sq * fa_decode_group(w), v->rows);
     plan.rows = (int64_t)w->b * w->hq * w->sq;
@@ -115,15 +119,17 @@ static inline fa_decode_plan fa_decode_make(const fa_params *p, const fa_decode_
         plan.part_blocks = FA_PART_KEYS / v->block_n;
         plan.parts = (int32_t)fa_decode_ceil(blocks, plan.part_blocks);
     } else {
-        double least = fa_decode_cost(v, &plan, w, 1, sms);
-        for (int32_t parts = 2; parts <= blocks && parts <= FA_MOST_PARTS; ++parts) {
-            const double cost = fa_decode_cost(v, &plan, w, parts, sms);
-            if (cost < 0.98 * least) plan.parts = parts, least = cost;
-        }
+        double least = fa_decode_cost(v, &plan, w, 1, 1, sms);
+        for (int32_t cluster = 1; cluster <= FA_MOST_CLUSTER; cluster *= 2)
+            for (int32_t sums = 1; sums <= FA_MOST_SUMS && sums * cluster <= blocks; ++sums) {
+                const double cost = fa_decode_cost(v, &plan, w, cluster, sums, sms);
+                if (cost < least) plan.parts = cluster * sums, plan.cluster = cluster, least = cost;
+            }
     }
-    if (plan.parts < 2) return plan;
-    plan.lse = fa_decode_ceil(plan.parts * plan.rows * w->dv * 4, 256) * 256;
-    plan.merged = plan.lse + fa_decode_ceil(plan.parts * plan.rows * 4, 256) * 256;
+    const int64_t sums = plan.parts / plan.cluster;
+    if (sums < 2) return plan;
+    plan.lse = fa_decode_ceil(sums * plan.rows * w->dv * 4, 256) * 256;
+    plan.merged = plan.lse + fa_decode_ceil(sums * plan.rows * 4, 256) * 256;
     plan.bytes = plan.merged + (w->lse.data ? 0 : fa_decode_ceil(plan.rows * 4, 256) * 256);
     return plan;
 }

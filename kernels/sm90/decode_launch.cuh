@@ -104,7 +104,8 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
     a.by_tiles = fa_divisor_make(a.tiles);
     a.by_parts = fa_divisor_make(a.parts);
     a.by_heads = fa_divisor_make(a.heads);
-    a.is_part = plan->parts > 1;
+    a.cluster = plan->cluster;
+    a.is_part = plan->parts > plan->cluster;
     a.q_wide = is_wide(&a.q, 2);
     a.out_wide = is_wide(out, a.is_part ? 4 : 2);
     set_scores(a, p);
@@ -113,8 +114,8 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
     fa_status status =
         fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES, error);
     if (status != FA_OK) return status;
-    return fa_launch_kernel((const void *)VARIANT_NAME, (int32_t)blocks, THREADS, SMEM_BYTES,
-                            p->where.stream, device->early, &a, error);
+    return fa_launch_clusters((const void *)VARIANT_NAME, (int32_t)blocks, a.cluster, THREADS,
+                              SMEM_BYTES, p->where.stream, device->early, &a, error);
 }
 
 #endif

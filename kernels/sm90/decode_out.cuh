@@ -1,5 +1,5 @@
-/* decode_out.cuh - the end of a tile: what its warps have of each row is added up and stored, as
- * the result or as a part of it.
+/* decode_out.cuh - the end of a tile: what its warps, and the blocks of a cluster, have of each row
+ * is added up and stored, as the result or as a part of it.
  */
 #ifndef FASTATTN_SM90_DECODE_OUT_CUH
 #define FASTATTN_SM90_DECODE_OUT_CUH
@@ -57,42 +57,76 @@ DEVICE float natural_lse(const decode_args &a, int32_t head, float top, float su
     return (top + log2f(sum)) * 0.6931471805599453f;
 }
 
-DEVICE void store_rows(const decode_args &a, const decode_smem &smem, const decode_tile &t) {
+/* Of one row: parts of it are added up, each with its own top. */
+struct row_sum {
+    float top, sum, x[8]; /* x: of eight columns */
+};
+
+/* A part that has nothing says nothing, whatever its x. */
+DEVICE void add_part(row_sum &r, float top, float sum, float4 low, float4 high) {
+    if (top == -INFINITY && sum == 0.f) return;
+    const float weight = top == r.top ? 1.f : ex2_approx(top - r.top);
+    const float y[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    r.sum = fmaf(weight, sum, r.sum);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) r.x[e] = fmaf(weight, y[e], r.x[e]);
+}
+
+/* What the warps have of the block's rows becomes one, in the place of the first warps'. */
+DEVICE void add_warps(decode_smem &smem) {
     constexpr int CHUNKS = DV / 8;
-    const int32_t size = a.is_part ? 4 : 2, dv = (int32_t)a.out.shape[3];
 #pragma unroll 1
     for (int32_t n = threadIdx.x; n < ROWS * CHUNKS; n += MMA_THREADS) {
+        const int32_t row = n / CHUNKS, chunk = n % CHUNKS;
+        float4 *const o = (float4 *)((float *)&smem + row * O_PITCH + 8 * chunk);
+        row_sum r = {-INFINITY, 0.f, {}};
+#pragma unroll
+        for (int k = 0; k < KEY_WARPS; ++k) r.top = fmaxf(r.top, smem.top[k][row]);
+#pragma unroll
+        for (int k = 0; k < KEY_WARPS; ++k) {
+            const float4 *y = o + k * ROWS * O_PITCH / 4;
+            add_part(r, smem.top[k][row], smem.sum[k][row], y[0], y[1]);
+        }
+        o[0] = make_float4(r.x[0], r.x[1], r.x[2], r.x[3]);
+        o[1] = make_float4(r.x[4], r.x[5], r.x[6], r.x[7]);
+        if (chunk == 0) smem.all_top[row] = r.top, smem.all_sum[row] = r.sum;
+    }
+}
+
+/* Each block of a cluster stores its share of the rows, of what all blocks have of them. */
+DEVICE void store_rows(const decode_args &a, decode_smem &smem, const decode_tile &t) {
+    constexpr int CHUNKS = DV / 8;
+    const int32_t size = a.is_part ? 4 : 2, dv = (int32_t)a.out.shape[3];
+    const int32_t rank = t.part % a.cluster, part = t.part / a.cluster;
+    const uint32_t o = smem_address(&smem), tops = smem_address(smem.all_top);
+    const uint32_t sums = smem_address(smem.all_sum);
+#pragma unroll 1
+    for (int32_t n = rank * MMA_THREADS + threadIdx.x; n < ROWS * CHUNKS;
+         n += a.cluster * MMA_THREADS) {
         const int32_t row = n / CHUNKS, chunk = n % CHUNKS, columns = min(8, dv - 8 * chunk);
         if (row >= t.rows) break;
         const int32_t i = query_row(a, t.row + row);
         const int32_t head = t.head * a.group + t.row + row - i * a.group;
-        float top = -INFINITY, sum = 0.f, x[8] = {};
+        const uint32_t from = o + (row * O_PITCH + 8 * chunk) * 4;
+        row_sum r = {-INFINITY, 0.f, {}};
+#pragma unroll 4
+        for (int k = 0; k < a.cluster; ++k)
+            r.top = fmaxf(r.top, ld_cluster(mapa(tops + 4 * row, k)));
+#pragma unroll 4
+        for (int k = 0; k < a.cluster; ++k)
+            add_part(r, ld_cluster(mapa(tops + 4 * row, k)), ld_cluster(mapa(sums + 4 * row, k)),
+                     ld_cluster_v4(mapa(from, k)), ld_cluster_v4(mapa(from + 16, k)));
+        const float inverse = r.sum == 0.f ? 0.f : 1.f / r.sum;
 #pragma unroll
-        for (int k = 0; k < KEY_WARPS; ++k) top = fmaxf(top, smem.top[k][row]);
-#pragma unroll
-        for (int k = 0; k < KEY_WARPS; ++k) {
-            if (smem.top[k][row] == -INFINITY && smem.sum[k][row] == 0.f) continue;
-            const float weight = KEY_WARPS == 1 ? 1.f : ex2_approx(smem.top[k][row] - top);
-            const float *o = (const float *)&smem + (k * ROWS + row) * O_PITCH + 8 * chunk;
-            sum = fmaf(weight, smem.sum[k][row], sum);
-#pragma unroll
-            for (int e = 0; e < 8; e += 4) {
-                const float4 y = *(const float4 *)(o + e);
-                x[e] = fmaf(weight, y.x, x[e]), x[e + 1] = fmaf(weight, y.y, x[e + 1]);
-                x[e + 2] = fmaf(weight, y.z, x[e + 2]), x[e + 3] = fmaf(weight, y.w, x[e + 3]);
-            }
-        }
-        const float inverse = sum == 0.f ? 0.f : 1.f / sum;
-#pragma unroll
-        for (int e = 0; e < 8; ++e) x[e] *= inverse;
+        for (int e = 0; e < 8; ++e) r.x[e] *= inverse;
         char *to = (char *)a.out.data +
-                   size * (t.part * a.out_step + t.b * a.out.stride[0] + head * a.out.stride[1] +
+                   size * (part * a.out_step + t.b * a.out.stride[0] + head * a.out.stride[1] +
                            i * a.out.stride[2] + 8 * chunk * a.out.stride[3]);
-        if (columns > 0) store_chunk(a, to, x, columns);
+        if (columns > 0) store_chunk(a, to, r.x, columns);
         if (a.lse && chunk == 0) {
-            a.lse[t.part * a.lse_step + t.b * a.lse_stride[0] + head * a.lse_stride[1] +
+            a.lse[part * a.lse_step + t.b * a.lse_stride[0] + head * a.lse_stride[1] +
                   i * a.lse_stride[2]] =
-                sum == 0.f || i >= t.n.sq ? -INFINITY : natural_lse(a, head, top, sum);
+                r.sum == 0.f || i >= t.n.sq ? -INFINITY : natural_lse(a, head, r.top, r.sum);
         }
     }
 }

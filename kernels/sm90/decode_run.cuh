@@ -50,14 +50,15 @@ static fa_status launch_decode(const fa_params *p, const fa_device *device,
     if (fa_is_empty(w)) return launch_empty(p, device, error);
     const fa_decode_plan plan = fa_decode_make(p, variant, device->sms);
     fa_decode_launcher *const run = decode_launchers[variant - fa_decode_variants];
-    if (plan.parts == 1) return run(p, device, &plan, &w->out, 0, &w->lse, 0, error);
+    const int32_t sums = plan.parts / plan.cluster;
+    if (sums == 1) return run(p, device, &plan, &w->out, 0, &w->lse, 0, error);
     const fa_tensor out = decode_part(w, workspace, w->dv);
     const fa_tensor lse = decode_part(w, (char *)workspace + plan.lse, 1);
     const fa_merge_stack stack = {FA_F32, plan.rows * w->dv, plan.rows};
     const fa_status status =
         run(p, device, &plan, &out, stack.out_step, &lse, stack.lse_step, error);
     if (status != FA_OK) return status;
-    fa_merge m = {plan.parts, &out, &lse, w->out, w->lse, w->dtype, p->where};
+    fa_merge m = {sums, &out, &lse, w->out, w->lse, w->dtype, p->where};
     if (!m.lse.data) m.lse = decode_part(w, (char *)workspace + plan.merged, 1);
     return fa_merge_launch(&m, &stack, fa_merge_choose(&m, &stack), device, NULL, error);
 }

@@ -32,7 +32,12 @@ static constexpr int O_PITCH = DV + 8;
 
 struct decode_smem {
     uint8_t k[STAGES][K_BYTES], v[STAGES][V_BYTES]; /* at the end: KEY_WARPS x ROWS rows of O */
-    uint8_t q[D / 64 * Q_PANEL];
+    union {
+        uint8_t q[D / 64 * Q_PANEL];
+        struct {
+            float all_top[ROWS], all_sum[ROWS]; /* of the block's keys, at the end */
+        };
+    };
     float top[KEY_WARPS][ROWS], sum[KEY_WARPS][ROWS]; /* of each warp's keys, at the end */
     uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };

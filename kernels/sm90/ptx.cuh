@@ -72,6 +72,32 @@ DEVICE void bar_arrive(uint32_t id, uint32_t threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+/* ---- clusters: blocks that read each other's shared memory ----------------------------------- */
+
+/* All threads of all blocks have come; what they wrote is there for the others. */
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+/* The same place in the block of this rank. */
+DEVICE uint32_t mapa(uint32_t smem, uint32_t rank) {
+    uint32_t x;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(x) : "r"(smem), "r"(rank));
+    return x;
+}
+DEVICE float ld_cluster(uint32_t at) {
+    float x;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
+    return x;
+}
+DEVICE float4 ld_cluster_v4(uint32_t at) {
+    float4 x;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(at)
+                 : "memory");
+    return x;
+}
+
 /* ---- the copy engine: 4-dimensional boxes {columns, rows, head, batch} ----------------------- */
 
 /* Cache policies as createpolicy makes them: Q is read once, K and V by every tile of a head. */

@@ -3,21 +3,32 @@
 #define FIBERS 160
 #include "decode_host.h"
 
-static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t threads, int32_t smem,
-                                  void *stream, bool early, void *arguments, fa_error *error);
+static fa_status fa_launch_clusters(const void *kernel, int32_t blocks, int32_t cluster,
+                                    int32_t threads, int32_t smem, void *stream, bool early,
+                                    void *arguments, fa_error *error);
 
 #include "sm90/decode.cu"
 
 static const decode_args *arguments_now;
 
-static fa_status fa_launch_kernel(const void *, int32_t blocks, int32_t, int32_t smem, void *, bool,
-                                  void *arguments, fa_error *) {
-    arguments_now = (const decode_args *)arguments;
-    if (smem > 227 << 10) abort();
-    gridDim.x = blocks;
-    for (blockIdx.x = blocks - 1; blockIdx.x >= 0; --blockIdx.x) {
+static void run_cluster(int first) {
+    for (int i = 0; i < cluster_now; ++i) {
+        blockIdx.x = first + i;
         start_block();
         run_block([] { VARIANT_NAME(*arguments_now); });
+    }
+}
+
+static fa_status fa_launch_clusters(const void *, int32_t blocks, int32_t cluster, int32_t,
+                                    int32_t smem, void *, bool, void *arguments, fa_error *) {
+    arguments_now = (const decode_args *)arguments;
+    if (smem > 227 << 10 || blocks % cluster) abort();
+    gridDim.x = blocks, cluster_now = cluster;
+    for (int first = blocks - cluster; first >= 0; first -= cluster) {
+        is_first_run = true;
+        if (cluster > 1) run_cluster(first);
+        is_first_run = false;
+        run_cluster(first);
     }
     return FA_OK;
 }
@@ -29,7 +40,7 @@ struct decode_call {
     const int32_t *lengths[4]; /* of queries, of keys, starts, offsets; or NULL */
     const int32_t *table;
     int32_t columns, size, count; /* of the table; keys in a page; pages */
-    int32_t flags, left, right, sk, parts, invariant;
+    int32_t flags, left, right, sk, parts, cluster, invariant;
     double scale, softcap;
     const float *slopes, *sink; /* (hq,), or NULL */
 };
@@ -68,7 +79,7 @@ extern "C" int decode(const decode_call *c, int is_late) {
     const fa_device device = {2, 0, encode_host};
     const fa_decode_variant *v = &fa_decode_variants[fa_choose_decode(&p)];
     fa_decode_plan plan = fa_decode_make(&p, v, 2);
-    if (!c->invariant) plan.parts = c->parts;
+    if (!c->invariant) plan.parts = c->parts, plan.cluster = c->cluster;
     if (plan.parts != c->parts) return -1;
     fa_error error = {};
     late = is_late;

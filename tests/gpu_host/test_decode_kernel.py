@@ -34,6 +34,8 @@ CASES = {  # hq: of each key head; many: rows of a tile of 64
     "changes": {"sk": 200, "softcap": 4.0, "alibi": True, "sink": True, "parts": 2, "scale": 0.9},
     "invariant": {"sk": 1100, "b": 1, "parts": 2, "invariant": True, "k_lengths": [1030]},
     "columns": {"sk": 130, "d": -24, "dv": -8, "scale": -0.2, "hk": 2},
+    "a cluster": {"sk": 300, "parts": 4, "cluster": 4, "k_lengths": [300, 70], "sink": True},
+    "clusters": {"many": 2, "sk": 420, "parts": 4, "cluster": 2, "causal": True, "b": 1},
     "empty": {"sk": 64, "k_lengths": [0, 64], "parts": 2},
     "pages of 256": {"sk": 500, "size": 256, "k_lengths": [500, 200], "parts": 2},
     "pages of 16": {"many": 2, "sk": 200, "size": 16, "k_lengths": [190, 33], "causal": True},
@@ -57,7 +59,7 @@ class Call(ctypes.Structure):
         ("lengths", ctypes.c_void_p * 4),
         ("table", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("columns", "size", "count", "flags", "left")),
-        *((name, ctypes.c_int32) for name in ("right", "sk", "parts", "invariant")),
+        *((name, ctypes.c_int32) for name in ("right", "sk", "parts", "cluster", "invariant")),
         *((name, ctypes.c_double) for name in ("scale", "softcap")),
         *((name, ctypes.c_void_p) for name in ("slopes", "sink")),
     )
@@ -89,7 +91,8 @@ class Problem:
 
     def __init__(self, variant, sk, many=1, b=2, hk=1, d=0, dv=0, size=None, apart=0, **rest):
         self.rng = np.random.default_rng(1)
-        self.parts, self.invariant = rest.pop("parts", 1), rest.pop("invariant", False)
+        self.parts, self.cluster = rest.pop("parts", 1), rest.pop("cluster", 1)
+        self.sums, self.invariant = self.parts // self.cluster, rest.pop("invariant", False)
         rows = variant["rows"]
         group, sq = (5, many) if rows == 64 and many > 1 else (3, many)
         group = 17 if rows == 64 and many == 1 else group
@@ -167,7 +170,7 @@ class Problem:
         elif "window" in self.keywords:
             c.flags = HAS_LEFT | HAS_RIGHT
             c.left, c.right = self.keywords["window"]
-        c.sk, c.parts, c.invariant = self.sk, self.parts, self.invariant
+        c.sk, c.parts, c.cluster, c.invariant = self.sk, self.parts, self.cluster, self.invariant
         c.scale, c.softcap = self.keywords["scale"], self.keywords.get("softcap", 0)
         c.slopes = pointer(self.keywords.get("alibi_slopes"), np.float32)
         c.sink = pointer(self.keywords.get("sink"), np.float32)
@@ -178,15 +181,15 @@ class Problem:
         kept = []
         self.out[:], self.lse[:] = np.nan, np.nan
         outs, lses = self.out, self.lse
-        if self.parts > 1:
-            outs = aligned((self.parts, *self.out.shape), np.float32)
-            lses = aligned((self.parts, *self.lse.shape), np.float32)
+        if self.sums > 1:
+            outs = aligned((self.sums, *self.out.shape), np.float32)
+            lses = aligned((self.sums, *self.lse.shape), np.float32)
             call = self.call(outs[0], lses[0], kept)
         else:
             call = self.call(outs, lses, kept)
         assert library.chosen(ctypes.byref(call)).decode() == name
         assert library.decode(ctypes.byref(call), late) == 0
-        if self.parts > 1:
+        if self.sums > 1:
             self.merge(merging, outs, lses)
         return reference.judge(self.out, self.lse, self.exact, self.low, self.judged_v)
 
