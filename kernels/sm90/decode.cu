@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         for (int i = 0; i < STAGES; ++i) {
             mbarrier_init(smem_address(&smem.k_full[i]), LOADERS);
             mbarrier_init(smem_address(&smem.v_full[i]), LOADERS);
-            mbarrier_init(smem_address(&smem.k_empty[i]), MMA_WARPS);
-            mbarrier_init(smem_address(&smem.v_empty[i]), MMA_WARPS);
+            mbarrier_init(smem_address(&smem.k_empty[i]), RELEASERS);
+            mbarrier_init(smem_address(&smem.v_empty[i]), RELEASERS);
         }
         fence_mbarrier_init();
     }

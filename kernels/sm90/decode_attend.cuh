@@ -164,6 +164,12 @@ DEVICE void multiply_values(warp_rows &w, const float (&s)[KEYS / 8][4], uint32_
     }
 }
 
+/* This thread, or its warp, has read a stage. */
+DEVICE void release(uint32_t empty) {
+    if (RELEASERS == MMA_WARPS) __syncwarp();
+    if (RELEASERS == MMA_THREADS || threadIdx.x % 32 == 0) mbarrier_arrive(empty);
+}
+
 /* One block, whose stage is handed back as soon as it has been read. */
 template <bool MASKED>
 DEVICE void attend_block(warp_rows &w, const queries &q, const decode_args &a, decode_smem &smem,
@@ -174,14 +180,12 @@ DEVICE void attend_block(warp_rows &w, const queries &q, const decode_args &a, d
     float s[KEYS / 8][4] = {};
     mbarrier_wait(smem_address(&smem.k_full[at.at]), at.lap);
     multiply_keys(s, q, smem_address(smem.k[at.at]), first);
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(smem_address(&smem.k_empty[at.at]));
+    release(smem_address(&smem.k_empty[at.at]));
     change_scores<MASKED>(s, a, w, key);
     weigh(s, w);
     mbarrier_wait(smem_address(&smem.v_full[at.at]), at.lap);
     multiply_values<MASKED>(w, s, smem_address(smem.v[at.at]), first, t.some, key);
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(smem_address(&smem.v_empty[at.at]));
+    release(smem_address(&smem.v_empty[at.at]));
 }
 
 /* Rows as they are before the first block. A sink is a key without a value, of the first part and

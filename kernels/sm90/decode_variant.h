@@ -21,6 +21,9 @@ static constexpr int MMA_WARPS = 4, MMA_THREADS = 32 * MMA_WARPS, THREADS = MMA_
 static constexpr int ROW_WARPS = ROWS / 16, KEY_WARPS = MMA_WARPS / ROW_WARPS;
 static constexpr int KEYS = BLOCK_N / KEY_WARPS; /* of a block, that a warp computes with */
 static_assert(KEYS % 16 == 0 && ROW_WARPS * KEY_WARPS == MMA_WARPS, "");
+/* Arrivals at a barrier of stages that have been read: each thread speaks for itself, for racecheck
+ * does not follow one that speaks for its warp. What MMA_WARPS would bring is not measured. */
+static constexpr int RELEASERS = MMA_THREADS;
 static constexpr int LOADERS = STRIDED ? 32 : 1; /* arrivals at a barrier of loads */
 
 /* Panels of 64 columns, 128 bytes a row, swizzled, each on 1024 bytes. */

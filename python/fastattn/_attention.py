@@ -679,8 +679,8 @@ def attention_kvcache(
         ValueError: a shape or value; the message names the argument, the rule and what came.
         TypeError: no array, or a dtype; a cache of JAX where new keys come, for those are never
             written.
-        NotImplementedError: no backend serves the call (each one's reason is in the message), which
-            is any on a GPU so far; a tensor that requires grad, or is inside of torch.vmap or
+        NotImplementedError: no backend serves the call (each one's reason is in the message), as
+            none on a GPU does with new keys, packed queries or the mass; a tensor that requires grad, or is inside of torch.vmap or
             torch.func.grad; an array that JAX traces.
 
     Source: paging: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
