@@ -6,6 +6,7 @@
 
 #include "common/device.h"
 #include "common/empty.cuh"
+#include "common/empty.h"
 #include "common/merge_plan.h"
 #include "sm90/decode_choice.h"
 

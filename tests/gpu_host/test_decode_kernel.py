@@ -33,7 +33,7 @@ CASES = {  # hq: of each key head; many: rows of a tile of 64
     "offset": {"many": 2, "sk": 150, "causal": True, "q_offset": [-1, 40], "sink": True},
     "changes": {"sk": 200, "softcap": 4.0, "alibi": True, "sink": True, "parts": 2, "scale": 0.9},
     "invariant": {"sk": 1100, "b": 1, "parts": 2, "invariant": True, "k_lengths": [1030]},
-    "columns": {"sk": 130, "d": -24, "dv": -8, "scale": -0.2, "hk": 2},
+    "columns": {"sk": 130, "d": -24, "dv": -8, "scale": -0.2, "hk": 2, "beside": True},
     "a cluster": {"sk": 300, "parts": 4, "cluster": 4, "k_lengths": [300, 70], "sink": True},
     "clusters": {"many": 2, "sk": 420, "parts": 4, "cluster": 2, "causal": True, "b": 1},
     "empty": {"sk": 64, "k_lengths": [0, 64], "parts": 2},
@@ -86,10 +86,20 @@ def rows_apart(x, apart):
     return wide[..., : x.shape[3]]
 
 
+def heads_beside(x):
+    """The same, (b, s, h, d) in memory."""
+    b, h, s, d = x.shape
+    y = aligned((b, s, h, d), x.dtype).swapaxes(1, 2)
+    y[:] = x
+    return y
+
+
 class Problem:
     """The arrays of one call, and what is right."""
 
-    def __init__(self, variant, sk, many=1, b=2, hk=1, d=0, dv=0, size=None, apart=0, **rest):
+    def __init__(
+        self, variant, sk, many=1, b=2, hk=1, d=0, dv=0, size=None, apart=0, beside=False, **rest
+    ):
         self.rng = np.random.default_rng(1)
         self.parts, self.cluster = rest.pop("parts", 1), rest.pop("cluster", 1)
         self.sums, self.invariant = self.parts // self.cluster, rest.pop("invariant", False)
@@ -123,6 +133,8 @@ class Problem:
             self.k, self.v = (in_pages(x, size, self.table, self.count) for x in (self.k, self.v))
             for n, length in enumerate(rest.get("k_lengths", [sk] * b)):
                 self.table[n, -(-length // size) :] = (-1, 2**30)[n % 2]
+        if beside:
+            self.q, self.k, self.v, self.out = map(heads_beside, (self.q, self.k, self.v, self.out))
         if apart:
             self.k, self.v = (rows_apart(x, apart) for x in (self.k, self.v))
 
