@@ -37,7 +37,7 @@ typedef struct call {
     const fa_params *p;
     const fa_cpu_kernel *kernel;
     int rows;               /* that run() takes at once */
-    int strip, most;        /* rows in a strip; strips in a draw */
+    int strip, most;        /* rows in a strip; strips, or splits, in a draw */
     int threads;            /* that draw */
     int heads;              /* of a group */
     int64_t length;         /* rows of a group: `heads` times sq, or total_q */
@@ -162,7 +162,8 @@ static int64_t draw(call *c, int64_t *at) {
         if (left <= 0) return 0;
         int64_t n = left / (4 * c->threads) + 1;
         if (n > c->most) n = c->most;
-        if (c->strips > 1 && n > c->strips - from % c->strips) n = c->strips - from % c->strips;
+        if (c->splits == 1 && c->strips > 1 && n > c->strips - from % c->strips)
+            n = c->strips - from % c->strips;
         *at = from;
         if (atomic_compare_exchange_weak_explicit(&c->next, &from, from + n, memory_order_relaxed,
                                                   memory_order_relaxed))
@@ -180,7 +181,7 @@ static void work(void *argument) {
     char *aligned = memory + (-(uintptr_t)memory & 63);
     for (int64_t at = 0, n; (n = draw(c, &at)) > 0;) {
         if (c->splits > 1) {
-            run_part(c, at, aligned);
+            while (n-- > 0) run_part(c, at++, aligned);
             continue;
         }
         for (int64_t end = at + n, more; at < end; at += more) { /* group by group */
@@ -224,7 +225,7 @@ static void split_keys(call *c, int64_t groups, int keys, int threads) {
     c->states = c->done ? aligned_alloc(64, (size_t)(parts * most) * state) : NULL;
     if (!c->states) return;
     c->splits = (int)most, c->state = state;
-    c->strips = strips, c->most = 1;
+    c->strips = strips, c->most = 8; /* neighbours: what a split asks for ahead is the thread's */
     c->in_all = parts * most;
 }
 

@@ -49,10 +49,16 @@ FA_FAST void fetch(const char *row, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
 }
 
-/* A key and its value, of the next block. */
-FA_FAST void fetch_next(const block *keys, int at) {
-    fetch(keys->next_k + at * keys->next_k_row, keys->next_k_bytes);
-    fetch(keys->next_v + at * keys->next_v_row, keys->next_v_bytes);
+/* The row to ask for when row `at` of a block is read. */
+FA_FAST void fetch_row(const ahead *a, int at) {
+    const int here = at + a->by, next = here - a->count;
+    if (next < a->more)
+        fetch(next < 0 ? a->rows + here * a->stride : a->next + next * a->stride, a->bytes);
+}
+
+FA_FAST void fetch_both(const block *keys, int at) {
+    fetch_row(&keys->k_ahead, at);
+    fetch_row(&keys->v_ahead, at);
 }
 
 /* One vector of S^T: `key` is its first, n the keys of the block. */
@@ -64,7 +70,7 @@ FA_FAST vec score_few(const context *c, const panel *p, const block *keys, int k
         const int at =
             key + i * STEP < n ? key + i * STEP : n - 1; /* what is past them is hidden */
         const unit *k = keys->k + at * keys->k_row;
-        fetch(keys->next_k + at * keys->next_k_row, keys->next_k_bytes);
+        fetch_row(&keys->k_ahead, at);
         vec acc[LANES];
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) acc[r] = (vec){0};
@@ -171,11 +177,13 @@ FA_FAST void collect_few(vec *o, int width, vec alpha, int wide, int R, const un
     for (int i = 0; i < wide * R; i++) acc[i] = (vec){0};
     for (int step = first; step < steps; step++) {
         const unit *row = keys->v + step * keys->v_row + column * LANES;
-        for (int i = 0; i < STEP && column == 0; i++)
-            fetch(keys->next_v + (step * STEP + i) * keys->next_v_row, keys->next_v_bytes);
+        for (int i = 0; i < STEP && column == 0; i++) fetch_row(&keys->v_ahead, step * STEP + i);
         vec x[8];
+        if (FA_PAIRS && keys->zipped)
+            zip(x, keys->v, step, keys->zipped, column * LANES, wide);
+        else
 #pragma GCC unroll 8
-        for (int j = 0; j < wide; j++) memcpy(&x[j], row + j * LANES, sizeof x[j]);
+            for (int j = 0; j < wide; j++) memcpy(&x[j], row + j * LANES, sizeof x[j]);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             const vec y = (vec)(p[step * R + r] - (ivec){0});

@@ -26,6 +26,7 @@
 #define FASTATTN_CPU_FORWARD_KERNEL_H
 
 #define across FN(across)
+#define ahead FN(ahead)
 #define attend FN(attend)
 #define attend_few FN(attend_few)
 #define attend_few_rows FN(attend_few_rows)
@@ -44,7 +45,8 @@
 #define drop FN(drop)
 #define drop_few FN(drop_few)
 #define fetch FN(fetch)
-#define fetch_next FN(fetch_next)
+#define fetch_both FN(fetch_both)
+#define fetch_row FN(fetch_row)
 #define fold FN(fold)
 #define has_one_key FN(has_one_key)
 #define is_one_piece FN(is_one_piece)
@@ -53,6 +55,7 @@
 #define keys_of_lanes FN(keys_of_lanes)
 #define lay_out FN(lay_out)
 #define load_block FN(load_block)
+#define look_ahead FN(look_ahead)
 #define multiply FN(multiply)
 #define one_key FN(one_key)
 #define open_group FN(open_group)
@@ -84,6 +87,7 @@
 #define PANELS (128 / PANEL) /* that share a packed block */
 #define FEW (LANES / 2)      /* rows in a panel of few */
 #define FEW_KEYS 16          /* with fewer, few rows are faster in vectors of rows, too */
+#define AHEAD 24             /* rows of K and V that are asked for before they are read */
 /* Of the register tile: with `nv` vectors of rows, so many numbers of K or V. */
 #define HEIGHT(nv) (FA_ACCUMULATORS / (nv) < 8 ? FA_ACCUMULATORS / (nv) : 8)
 
@@ -110,6 +114,7 @@ typedef struct context {
     char *out;
     int64_t seed;
     int unit_k, unit_v; /* K and V can be read in place */
+    int zip_v;          /* V can, where pairs are zipped as they are read */
     int units;          /* units of d */
     int few;            /* the rows of each head are few */
     /* As they come from Q K a score counts |scale|, with the scale's sign multiplied into Q. Where
@@ -125,13 +130,22 @@ typedef struct context {
     real *k_packed, *v_packed;
 } context;
 
+/* Rows of K, or of V, in the caller's arrays. Rows that are read in place are asked for AHEAD of
+ * that; where a block is packed, all of its rows are read at once, and the next block's are. */
+typedef struct ahead {
+    const char *rows, *next; /* of this block, of the next one */
+    int64_t stride, bytes;   /* from row to row; of a row, 0: it is not asked for */
+    int count, more;         /* rows of this block, of the next one */
+    int by;                  /* how far ahead */
+} ahead;
+
 /* A block of keys, and where its K and V are. */
 typedef struct block {
     int begin, end;
     const unit *k, *v;
-    int64_t k_row, v_row;        /* units from key to key, from step to step */
-    const char *next_k, *next_v; /* the next block in the caller's arrays, of no bytes if none */
-    int64_t next_k_row, next_v_row, next_k_bytes, next_v_bytes;
+    int64_t k_row, v_row; /* units from key to key, from step to step */
+    int64_t zipped; /* elements from row to row of V where pairs are zipped as they are read */
+    ahead k_ahead, v_ahead;
 } block;
 
 static int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
@@ -150,7 +164,7 @@ FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, in
         if (n >= height) { /* at the end some of the last keys once more */
             if (i > n - height) i = n - height;
             if (nv <= 2) /* of more vectors memory is not the limit */
-                for (int j = i; j < i + height; j++) fetch_next(keys, begin - keys->begin + j);
+                for (int j = i; j < i + height; j++) fetch_both(keys, begin - keys->begin + j);
             score(s + i * nv, top, height, nv, p->q, k + i * keys->k_row, keys->k_row, c->units);
             i += height;
         } else {

@@ -36,6 +36,7 @@ static void open_scores(context *c) {
         c->unit_k = c->unit_k && what->d % (LANES * STEP) == 0;
         c->unit_v = c->unit_v && what->dv % LANES == 0;
     }
+    c->zip_v = FA_PAIRS && c->few && what->v.stride[3] == 1 && what->dv % LANES == 0;
     c->units = (what->d + STEP - 1) / STEP;
     /* A scale that makes 0 of all scores is left to change(), too; one that leaves only the
      * greatest brings none to infinity. */
@@ -181,6 +182,22 @@ static int is_one_piece(const fa_pages *pages, const block *keys) {
     return !pages->table || keys->begin / pages->size == (keys->end - 1) / pages->size;
 }
 
+/* What comes after the rows of a block that are read, in the caller's K or V. */
+static ahead look_ahead(const context *c, const block *keys, const char *from, const fa_tensor *t,
+                        int is_packed) {
+    const fa_lengths n = c->group->sequence.lengths;
+    const int64_t size = fa_dtype_size(c->p->what.dtype);
+    const int left = n.sk - keys->end, count = keys->end - keys->begin;
+    const int fetches = t->stride[3] == 1 && is_one_piece(&c->p->pages, keys);
+    return (ahead){.rows = key_row(c, from, t, keys->begin),
+                   .next = key_row(c, from, t, left > 0 ? keys->end : keys->begin),
+                   .stride = t->stride[2] * size,
+                   .bytes = fetches ? t->shape[3] * size : 0,
+                   .count = count,
+                   .more = left < KEYS ? left : KEYS,
+                   .by = is_packed ? count : AHEAD};
+}
+
 /* Points a block at its K and V, packed where they cannot be read in place. Values that no row sees
  * (keys below `visible`, or not `seen`) become 0: their probability is 0, and 0 * NaN is not. */
 static void load_block(const context *c, block *keys, int visible, const uint8_t *seen) {
@@ -190,16 +207,11 @@ static void load_block(const context *c, block *keys, int visible, const uint8_t
     const int whole_rows = is_one_piece(&c->p->pages, keys);
     const char *k = key_row(c, c->k, &what->k, keys->begin);
     const char *v = key_row(c, c->v, &what->v, keys->begin);
-    const int is_last = keys->begin + KEYS >= c->group->sequence.lengths.sk;
-    const int next = keys->begin + (is_last ? 0 : KEYS), fetches = whole_rows && !is_last;
-    keys->next_k = key_row(c, c->k, &what->k, next);
-    keys->next_v = key_row(c, c->v, &what->v, next);
-    keys->next_k_row = what->k.stride[2] * size, keys->next_v_row = what->v.stride[2] * size;
-    keys->next_k_bytes = what->k.stride[3] == 1 && fetches ? what->d * size : 0;
-    keys->next_v_bytes = what->v.stride[3] == 1 && fetches ? dv * size : 0;
+    const int packs_k = !c->unit_k || !whole_rows;
+    keys->k_ahead = look_ahead(c, keys, c->k, &what->k, packs_k);
     keys->k = (const unit *)k;
     keys->k_row = what->k.stride[2] / STEP;
-    if (!c->unit_k || !whole_rows) {
+    if (packs_k) {
         keys->k = (const unit *)c->k_packed;
         keys->k_row = whole(c->units);
         for (int i = 0; i < n; i++) {
@@ -210,9 +222,13 @@ static void load_block(const context *c, block *keys, int visible, const uint8_t
             read_units(to, x, what->dtype, what->k.stride[3], what->d);
         }
     }
+    const int hides = seen || (visible > keys->begin && (visible - keys->begin) % STEP);
+    keys->zipped = c->zip_v && whole_rows && !hides && n % STEP == 0 ? what->v.stride[2] : 0;
+    const int packs_v = !keys->zipped && (!c->unit_v || seen || !whole_rows);
+    keys->v_ahead = look_ahead(c, keys, c->v, &what->v, packs_v);
     keys->v = (const unit *)v;
     keys->v_row = what->v.stride[2];
-    if (!c->unit_v || seen || !whole_rows) {
+    if (packs_v) {
         keys->v = (const unit *)c->v_packed;
         keys->v_row = whole(dv);
         for (int i = 0; i < n; i += STEP) {

@@ -12,6 +12,7 @@
 #define read_units FN(read_units)
 #define unit FN(unit)
 #define units_of FN(units_of)
+#define zip FN(zip)
 
 #define STEP (FA_PAIRS ? 2 : 1) /* elements in a unit */
 
@@ -35,6 +36,7 @@ FA_FAST vec dot(vec a, vec b, vec c) {
  *
  *   - read_units: n strided elements of a row -> contiguous units
  *   - read_step: one row, or with pairs two of them zipped -> units; a NULL row counts as zeros
+ *   - zip: vectors of such a step, of rows that lie `stride` elements apart
  *   - multiply_units: n elements in units times 1 or -1
  *   - pair: x and y rounded to bfloat16, zipped: x0 y0 x1 y1 ...
  *   - narrow: the same one after the other: x0 x1 ... y0 y1 ...
@@ -69,6 +71,26 @@ static void read_step(real *to, const void *first, const void *second, fa_dtype 
     }
 }
 
+FA_FAST void zip(vec *to, const unit *rows, int step, int64_t stride, int column, int vectors) {
+    const uint16_t *x = (const uint16_t *)rows + 2 * step * stride + column, *y = x + stride;
+    const __m512i low =
+        (__m512i)(__v32hi){0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                           8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i high = (__m512i)((__v32hi)low + 16);
+    if (vectors == 1) { /* half a vector of each row */
+        const __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)x));
+        const __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)y));
+        to[0] = (vec)_mm512_permutex2var_epi16(a, low, b);
+        return;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; i += 2) {
+        const __m512i a = _mm512_loadu_si512(x + 16 * i), b = _mm512_loadu_si512(y + 16 * i);
+        to[i] = (vec)_mm512_permutex2var_epi16(a, low, b);
+        to[i + 1] = (vec)_mm512_permutex2var_epi16(a, high, b);
+    }
+}
+
 FA_LOCAL void multiply_units(real *units, real factor, int n) {
     uint16_t *x = (uint16_t *)units;
     for (int i = 0; i < n; i++) x[i] = fa_float_to_bf16(fa_bf16_to_float(x[i]) * factor);
@@ -94,6 +116,10 @@ static void read_step(real *to, const void *first, const void *second, fa_dtype 
         read_row(to, first, type, stride, n);
     else
         memset(to, 0, (size_t)n * sizeof *to);
+}
+
+FA_FAST void zip(vec *to, const unit *rows, int step, int64_t stride, int column, int vectors) {
+    (void)to, (void)rows, (void)step, (void)stride, (void)column, (void)vectors;
 }
 
 FA_LOCAL void multiply_units(real *units, real factor, int n) {
