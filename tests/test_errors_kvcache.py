@@ -301,7 +301,6 @@ def test_gradients_and_transforms_of_torch():
 
 @needs("jax")
 def test_jax_arrays_are_read_but_not_written():
-    import jax
     import jax.numpy as jnp
 
     given = {n: jnp.asarray(x) for n, x in contiguous().items()}
@@ -309,8 +308,6 @@ def test_jax_arrays_are_read_but_not_written():
         fastattn.attention_kvcache(**given)
     given |= {"k": None, "v": None}
     assert (np.asarray(fastattn.attention_kvcache(**given)) == 1).all()
-    with pytest.raises(NotImplementedError, match=r"takes no arrays of JAX .* that JAX traces"):
-        jax.jit(lambda q: fastattn.attention_kvcache(**given | {"q": q}))(given["q"])
 
 
 def test_arrays_on_a_gpu():

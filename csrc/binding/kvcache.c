@@ -116,22 +116,15 @@ static fa_status get_options(kvcache_call *c, const arguments *a) {
     return option_backend(a->backend, &f->backend, error);
 }
 
-/* JAX has no operator for it. */
-static fa_status refuse_jax(call *f, fa_status status) {
-    if (status != FA_TO_JAX) return status;
-    return fa_fail(&f->error, FA_UNSUPPORTED,
-                   "attention_kvcache takes no arrays of JAX on a GPU or that JAX traces");
-}
-
 static fa_status prepare(kvcache_call *c, const arguments *a) {
     call *f = &c->forward;
     const fa_array *out = NULL;
-    TRY(refuse_jax(f, get_arrays(c, a)));
+    TRY(get_arrays(c, a));
     TRY(get_options(c, a));
     TRY(fa_check_kvcache(&f->request, &c->request, &f->plan, &c->cache, c->mass_shape, &f->error));
     if (a->out != Py_None) {
         c->written[0] = &f->arrays[f->count];
-        TRY(refuse_jax(f, prepare_written(f, a->out, "out", &out)));
+        TRY(prepare_written(f, a->out, "out", &out));
         TRY(fa_check_kvcache_out(&f->request, &c->request, &f->plan, out, &f->error));
     }
     fa_expect_outputs(&f->plan, out, f->return_lse);

@@ -624,7 +624,8 @@ def attention_kvcache(
     excepted; one call is meant to be the only one that writes a cache at a time.
 
     There is no gradient, and no autocast: the cache has one dtype. Graphs of torch hold the call as
-    an operator that writes the caches, or where no new keys come reads them; `out` must be None.
+    an operator that writes the caches, or where no new keys come reads them; `out` must be None. In
+    JAX's programs keys are only read, and pages are gathered first, each number as the nearest.
 
     Args:
         q: (b, sq, hq, d) of float64, float32, float16 or bfloat16; or (b, hq, sq, d) with
@@ -680,8 +681,8 @@ def attention_kvcache(
         TypeError: no array, or a dtype; a cache of JAX where new keys come, for those are never
             written.
         NotImplementedError: no backend serves the call (each one's reason is in the message), as
-            none on a GPU does with new keys, packed queries or the mass; a tensor that requires grad, or is inside of torch.vmap or
-            torch.func.grad; an array that JAX traces.
+            none on a GPU does with new keys, packed queries or the mass; a tensor that requires
+            grad, or is inside of torch.vmap or torch.func.grad; the mass where JAX traces.
 
     Source: paging: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
     PagedAttention", 2023; rotary positions: Su et al., "RoFormer", 2021, equation 34.

@@ -25,7 +25,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from . import _C, _attention
+from . import _C, _attention, _jax_kvcache
 from ._attention import attention, attention_varlen, merge_states
 from ._renaming import renaming
 
@@ -364,7 +364,7 @@ _NAMES = {
     for function in (
         *(_attention.attention, _attention.attention_varlen),
         *(_attention.attention_backward, _attention.attention_varlen_backward),
-        _attention.scaled_dot_product_attention,
+        *(_attention.scaled_dot_product_attention, _attention.attention_kvcache),
     )
 }
 
@@ -402,6 +402,8 @@ def call(name: str, values: Sequence[Any]) -> Any:
     """A public function, given every argument in the order of its signature."""
     if name == "scaled_dot_product_attention":
         return _sdpa(values)
+    if name == "attention_kvcache":
+        return _jax_kvcache.attend(values)
     given = dict(zip(_NAMES[name], values, strict=True))
     is_backward = name.endswith("backward")
     for written in ("dq", "dk", "dv") if is_backward else ("out",):
