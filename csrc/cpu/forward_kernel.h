@@ -62,6 +62,7 @@
 #define open_panel FN(open_panel)
 #define open_rows FN(open_rows)
 #define open_scores FN(open_scores)
+#define page_row FN(page_row)
 #define panel FN(panel)
 #define read_bias FN(read_bias)
 #define read_bias_few FN(read_bias_few)

@@ -182,6 +182,15 @@ static int is_one_piece(const fa_pages *pages, const block *keys) {
     return !pages->table || keys->begin / pages->size == (keys->end - 1) / pages->size;
 }
 
+/* Where small pages hold a key's row, which is asked for when the row that is KEYS before is read:
+ * it comes from anywhere. */
+FA_FAST const char *page_row(const context *c, const char *from, const fa_tensor *t, int key) {
+    const int next = key + KEYS;
+    if (next < c->group->sequence.lengths.sk && t->stride[3] == 1)
+        fetch(key_row(c, from, t, next), t->shape[3] * fa_dtype_size(c->p->what.dtype));
+    return key_row(c, from, t, key);
+}
+
 /* What comes after the rows of a block that are read, in the caller's K or V. */
 static ahead look_ahead(const context *c, const block *keys, const char *from, const fa_tensor *t,
                         int is_packed) {
@@ -218,7 +227,7 @@ static void load_block(const context *c, block *keys, int visible, const uint8_t
             real *to = c->k_packed + i * keys->k_row;
             if (c->units < keys->k_row) memset(to + keys->k_row - LANES, 0, sizeof(vec));
             const char *x = whole_rows ? k + i * what->k.stride[2] * size
-                                       : key_row(c, c->k, &what->k, keys->begin + i);
+                                       : page_row(c, c->k, &what->k, keys->begin + i);
             read_units(to, x, what->dtype, what->k.stride[3], what->d);
         }
     }
@@ -234,8 +243,9 @@ static void load_block(const context *c, block *keys, int visible, const uint8_t
         for (int i = 0; i < n; i += STEP) {
             const char *x = v + i * what->v.stride[2] * size, *y = x + what->v.stride[2] * size;
             if (!whole_rows) {
-                x = key_row(c, c->v, &what->v, keys->begin + i);
-                y = i + 1 < n ? key_row(c, c->v, &what->v, keys->begin + i + 1) : NULL;
+                x = page_row(c, c->v, &what->v, keys->begin + i);
+                y = STEP == 2 && i + 1 < n ? page_row(c, c->v, &what->v, keys->begin + i + 1)
+                                           : NULL;
             }
             if (keys->begin + i < visible || (seen && !seen[i])) x = NULL;
             if (i + 1 == n || (seen && !seen[i + 1])) y = NULL;
