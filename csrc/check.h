@@ -193,6 +193,35 @@ fa_status fa_check_kvcache_out(const fa_request *attention, const fa_kvcache_req
 void fa_expect_kvcache(const fa_plan *plan, const int64_t mass_shape[3], int wants_mass,
                        fa_kvcache *cache);
 
+/* Arguments of sparsek() and sparsek_lists(), whose lengths and offset are in the fa_request; a
+ * NULL array is absent. */
+typedef struct fa_sparsek_request {
+    const fa_array *scores;
+    double k;
+    const fa_array *lengths;                  /* of sparsek */
+    int has_lists;                            /* sparsek_lists, which has the next two */
+    int64_t sq, window;                       /* any */
+    const fa_array *tau, *key_lists, *dgates; /* of the gradient */
+} fa_sparsek_request;
+
+/* The results, as their arrays are to be: contiguous. */
+enum { FA_GATES, FA_TAU, FA_KEY_LISTS, FA_DSCORES, FA_SPARSEK_RESULTS };
+typedef struct fa_result {
+    fa_any_dtype dtype;
+    int32_t ndim;
+    int64_t shape[FA_MAX_RANK];
+} fa_result;
+
+/* check_sparsek.c. Reads lengths on the CPU. Of the results key_lists are meant with lists, and
+ * dscores by the gradient. */
+fa_status fa_check_sparsek(const fa_request *keys, const fa_sparsek_request *request,
+                           fa_sparsek *sparsek, fa_result results[FA_SPARSEK_RESULTS],
+                           fa_error *error);
+/* After it, whose request it completes to that of the gradient. */
+fa_status fa_check_sparsek_backward(const fa_sparsek_request *request, const fa_sparsek *sparsek,
+                                    fa_result results[FA_SPARSEK_RESULTS],
+                                    fa_sparsek_backward *backward, fa_error *error);
+
 /* dispatch.c: the ordered table of backends. */
 enum { FA_MAX_BACKENDS = 8 };
 int32_t fa_backend_count(void);
@@ -229,5 +258,16 @@ const fa_backend *fa_choose_merge(const fa_merge *merge, fa_chosen *chosen, fa_e
 int64_t fa_merge_workspace(const fa_merge *merge, const fa_chosen *chosen);
 fa_status fa_run_merge(const fa_merge *merge, const fa_chosen *chosen, void *workspace,
                        fa_error *error);
+
+/* The same for SparseK and its gradient. */
+const fa_backend *fa_choose_sparsek(const fa_sparsek *sparsek, fa_chosen *chosen, fa_error *error);
+int64_t fa_sparsek_workspace(const fa_sparsek *sparsek, const fa_chosen *chosen);
+fa_status fa_run_sparsek(const fa_sparsek *sparsek, const fa_chosen *chosen, void *workspace,
+                         fa_error *error);
+const fa_backend *fa_choose_sparsek_backward(const fa_sparsek_backward *backward, fa_chosen *chosen,
+                                             fa_error *error);
+int64_t fa_sparsek_backward_workspace(const fa_sparsek_backward *backward, const fa_chosen *chosen);
+fa_status fa_run_sparsek_backward(const fa_sparsek_backward *backward, const fa_chosen *chosen,
+                                  void *workspace, fa_error *error);
 
 #endif

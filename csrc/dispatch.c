@@ -70,6 +70,23 @@ static fa_status ask_kvcache(const fa_backend *b, const void *request, fa_choice
     return b->kvcache->reject(request, choice, why);
 }
 
+static fa_status ask_sparsek(const fa_backend *b, const void *request, fa_choice *choice,
+                             fa_error *why) {
+    if (!b->sparsek) return fa_fail(why, FA_UNSUPPORTED, "it computes no SparseK");
+    const fa_demand demand = fa_sparsek_demand(request);
+    TRY(fa_check_support(b->sparsek->support, &demand, why));
+    return b->sparsek->reject(request, choice, why);
+}
+
+static fa_status ask_sparsek_backward(const fa_backend *b, const void *request, fa_choice *choice,
+                                      fa_error *why) {
+    const fa_sparsek_backward *r = request;
+    if (!b->sparsek_backward) return fa_fail(why, FA_UNSUPPORTED, "it has no gradient of SparseK");
+    const fa_demand demand = fa_sparsek_demand(&r->forward);
+    TRY(fa_check_support(b->sparsek_backward->support, &demand, why));
+    return b->sparsek_backward->reject(r, choice, why);
+}
+
 static fa_status ask(const fa_backend *b, ask_operation *operation, const void *request,
                      const fa_where *where, const char *name, fa_choice *choice, fa_error *why) {
     if (name && strcmp(name, b->name))
@@ -218,4 +235,33 @@ int64_t fa_kvcache_workspace(const fa_kvcache *c, const fa_chosen *chosen) {
 fa_status fa_run_kvcache(const fa_kvcache *c, const fa_chosen *chosen, void *workspace,
                          fa_error *error) {
     return chosen->backend->kvcache->run(c, &chosen->choice, workspace, error);
+}
+
+/* ---- SparseK ---- */
+
+const fa_backend *fa_choose_sparsek(const fa_sparsek *r, fa_chosen *chosen, fa_error *error) {
+    return choose(ask_sparsek, r, &r->where, NULL, chosen, NULL, error);
+}
+
+int64_t fa_sparsek_workspace(const fa_sparsek *r, const fa_chosen *chosen) {
+    return chosen->backend->sparsek->workspace(r, &chosen->choice);
+}
+
+fa_status fa_run_sparsek(const fa_sparsek *r, const fa_chosen *chosen, void *workspace,
+                         fa_error *error) {
+    return chosen->backend->sparsek->run(r, &chosen->choice, workspace, error);
+}
+
+const fa_backend *fa_choose_sparsek_backward(const fa_sparsek_backward *b, fa_chosen *chosen,
+                                             fa_error *error) {
+    return choose(ask_sparsek_backward, b, &b->forward.where, NULL, chosen, NULL, error);
+}
+
+int64_t fa_sparsek_backward_workspace(const fa_sparsek_backward *b, const fa_chosen *chosen) {
+    return chosen->backend->sparsek_backward->workspace(b, &chosen->choice);
+}
+
+fa_status fa_run_sparsek_backward(const fa_sparsek_backward *b, const fa_chosen *chosen,
+                                  void *workspace, fa_error *error) {
+    return chosen->backend->sparsek_backward->run(b, &chosen->choice, workspace, error);
 }

@@ -11,6 +11,7 @@
 #include "forward.h"
 #include "kvcache.h"
 #include "merge.h"
+#include "sparsek.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -28,6 +29,8 @@ typedef struct fa_backend {
     const fa_backward_op *backward;
     const fa_merge_op *merge;
     const fa_kvcache_op *kvcache;
+    const fa_sparsek_op *sparsek;
+    const fa_sparsek_backward_op *sparsek_backward;
     /* Of its tables: the names of the kernels built in, NULL at the end. NULL: it has no table. */
     const char *const *variants;
 } fa_backend;

@@ -14,6 +14,7 @@ const fa_feature fa_features[FA_FEATURE_COUNT] = {
 
 #define DTYPE(name) (1u << FA_##name)
 
+enum { SPARSEK = FA_WINDOW | FA_Q_OFFSET | FA_LENGTHS };
 enum { FLOATS = 1 << FA_F64 | 1 << FA_F32 | 1 << FA_F16 | 1 << FA_BF16 };
 
 /* The table stands here, not beside the backends: README's matrix and the tests ask for the lines
@@ -24,6 +25,8 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
         {"cpu", "backward", FLOATS, FA_ALL_FEATURES & ~FA_PAGES, {0}, 0, FA_MAX_LENGTH},
     [FA_CPU_MERGE] = {"cpu", "merge", FLOATS, 0, {0}, 0, INT32_MAX},
     [FA_CPU_KVCACHE] = {"cpu", "kvcache", FLOATS, FA_ALL_FEATURES, {0}, 0, FA_MAX_LENGTH},
+    [FA_CPU_SPARSEK] = {"cpu", "sparsek", FLOATS, SPARSEK, {0}, 0, 0},
+    [FA_CPU_SPARSEK_BACKWARD] = {"cpu", "sparsek_backward", FLOATS, SPARSEK, {0}, 0, 0},
     /* One launch for each pair of a key head and a value head: random bits count heads. */
     [FA_SM90_FORWARD] = {"sm90",
                          "forward",
@@ -92,6 +95,17 @@ fa_demand fa_kvcache_demand(const fa_kvcache *c) {
     fa_demand demand = fa_forward_demand(&c->forward);
     if (c->k_new.data || c->s_new) demand.features |= FA_APPEND;
     if (c->mass.data) demand.features |= FA_MASS;
+    return demand;
+}
+
+/* Its rows are causal by what they are. */
+fa_demand fa_sparsek_demand(const fa_sparsek *r) {
+    fa_params p = {.masks = r->masks};
+    p.what.hq = p.what.hk = p.what.hv = 1;
+    fa_demand demand = fa_forward_demand(&p);
+    demand.features &= ~(uint32_t)FA_CAUSAL;
+    if (r->lengths.data) demand.features |= FA_LENGTHS;
+    demand.dtype = r->dtype;
     return demand;
 }
 

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
+import sparsek_cases
 from conftest import ROOT, has, needs, python
 
 # From the sources only: an installed package brings no README.
@@ -196,6 +197,11 @@ def caches(**more):
         assert not kvcache_cases.run(dataclasses.replace(case, dtype=dtype), backend="cpu")
 
 
+def selects():
+    for case in (sparsek_cases.Case(), sparsek_cases.Case(lists=False, dtype="bfloat16")):
+        assert not sparsek_cases.run(case)
+
+
 def grades(hk=2, **keywords):
     torch = pytest.importorskip("torch")
     q, k, v = (torch.randn(1, h, 5, 16, requires_grad=True) for h in (2, hk, hk))
@@ -255,6 +261,7 @@ CALLS = {  # line of the matrix -> calls
         functools.partial(caches, rotary=8, mass=True)
     ],
     "page_table of packed sequences": [pages],
+    "SparseK: gates, lists of the greatest keys, gradients": [selects],
 }
 
 
@@ -294,6 +301,10 @@ ASKS = {  # line of the matrix -> what it asks a backend to declare, in 16 bits 
         {"operation": "kvcache", "features": ("mass",)},
     ),
     "page_table of packed sequences": ({"features": ("pages",)},),
+    "SparseK: gates, lists of the greatest keys, gradients": tuple(
+        {"operation": name, "d": 0, "features": ("lengths", "window", "q_offset")}
+        for name in ("sparsek", "sparsek_backward")
+    ),
 }
 
 

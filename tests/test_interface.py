@@ -22,6 +22,8 @@ FUNCTIONS = [
     "merge_states",
     "scaled_dot_product_attention",
     "set_num_threads",
+    "sparsek",
+    "sparsek_lists",
 ]
 OTHERS = ("explain", "get_num_threads", "info", "set_num_threads")  # compute no attention
 BUILT = [name for name in FUNCTIONS if name not in OTHERS]
@@ -43,6 +45,9 @@ KVCACHE = (
     "rotary_interleaved=False, k_scale=None, v_scale=None, causal=True, num_splits=0, "
     "layout='bshd', return_lse=False, return_mass=False, window=None, softcap=0.0, "
     "alibi_slopes=None, sink=None, scale=None, batch_invariant=False, out=None, backend=None"
+)
+SPARSEK_LISTS = (
+    "scores, k, *, sq, window=0, q_offset=None, q_lengths=None, k_lengths=None, k_start=None"
 )
 SDPA = (
     "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, "
@@ -74,6 +79,8 @@ def test_signatures():
     assert names_and_defaults(fastattn.scaled_dot_product_attention) == SDPA
     assert names_and_defaults(fastattn.merge_states) == "outs, lses, *, layout='bhsd'"
     assert names_and_defaults(fastattn.attention_kvcache) == KVCACHE
+    assert names_and_defaults(fastattn.sparsek) == "scores, k, *, lengths=None"
+    assert names_and_defaults(fastattn.sparsek_lists) == SPARSEK_LISTS
     attention = inspect.signature(fastattn.attention).parameters
     keywords = {name for name, p in attention.items() if p.kind is p.KEYWORD_ONLY}
     backward = set(inspect.signature(fastattn.attention_backward).parameters)

@@ -22,6 +22,8 @@ def of_any_library(q: Tensor, k: Tensor, v: Tensor, wanted: bool) -> Tensor:
     flat = fastattn.attention_varlen(q, k, v, q, k, 3, 3, seqused_k=k, return_lse=wanted)
     assert_type(flat, Tensor | tuple[Tensor, Any])
     assert_type(fastattn.merge_states([out, out], [lse, lse]), tuple[Tensor, Any])
+    assert_type(fastattn.sparsek(q, 2.5, lengths=k), tuple[Any, Any])
+    assert_type(fastattn.sparsek_lists(q, 2, sq=3, window=1), tuple[Any, Any, Any])
     return fastattn.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 

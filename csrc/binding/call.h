@@ -61,6 +61,10 @@ fa_status prepare_array(call *c, PyObject *object, const char *name, int is_foll
                         const fa_array **out);
 /* Whether an argument that may be an int is an array; -1 with an exception. */
 int prepare_is_array(PyObject *object);
+/* An argument that may be None, and has no gradient. */
+fa_status prepare_some(call *c, PyObject *object, const char *name, const fa_array **out);
+/* q_offset=: None, an int or an array. */
+fa_status prepare_offset(call *c, PyObject *object);
 /* One that the call writes. */
 fa_status prepare_written(call *c, PyObject *object, const char *name, const fa_array **out);
 
@@ -135,6 +139,14 @@ PyObject *call_explain_forward(PyObject *module, PyObject *const *given, Py_ssiz
 
 /* merge.c: merge_states(outs, lses, layout), two tuples of the same length. */
 PyObject *merge_states(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
+
+/* sparsek.c: the arguments of the public functions in their order: (gates, tau), or (key_lists,
+ * gates, tau). Of the gradients, before these, tau, dgates and, with lists, key_lists: dscores. Of
+ * described arrays None. */
+PyObject *sparsek(PyObject *module, PyObject *const *given, Py_ssize_t count);
+PyObject *sparsek_lists(PyObject *module, PyObject *const *given, Py_ssize_t count);
+PyObject *sparsek_backward(PyObject *module, PyObject *const *given, Py_ssize_t count);
+PyObject *sparsek_lists_backward(PyObject *module, PyObject *const *given, Py_ssize_t count);
 
 /* jax.c: what fastattn.jax asks for while JAX traces. */
 

@@ -9,7 +9,8 @@
 
 #include <stdlib.h>
 
-static const char *const targets[JAX_TARGETS] = {"forward", "backward", "merge"};
+static const char *const targets[JAX_TARGETS] = {"forward", "backward", "merge", "sparsek",
+                                                 "sparsek_backward"};
 
 /* ---- a call taken apart ---- */
 

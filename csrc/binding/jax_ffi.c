@@ -165,10 +165,14 @@ static xla_error *handle(xla_frame *frame, jax_target target, int on_cuda) {
 HANDLERS(forward, JAX_FORWARD)
 HANDLERS(backward, JAX_BACKWARD)
 HANDLERS(merge, JAX_MERGE)
+HANDLERS(sparsek, JAX_SPARSEK)
+HANDLERS(sparsek_backward, JAX_SPARSEK_BACKWARD)
 #undef HANDLERS
 
 xla_handler *const jax_handler[JAX_TARGETS][2] = {
     [JAX_FORWARD] = {forward_cpu, forward_cuda},
     [JAX_BACKWARD] = {backward_cpu, backward_cuda},
     [JAX_MERGE] = {merge_cpu, merge_cuda},
+    [JAX_SPARSEK] = {sparsek_cpu, sparsek_cuda},
+    [JAX_SPARSEK_BACKWARD] = {sparsek_backward_cpu, sparsek_backward_cuda},
 };

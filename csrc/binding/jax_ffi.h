@@ -10,7 +10,14 @@
 #include "check.h"
 #include "xla_ffi.h"
 
-typedef enum jax_target { JAX_FORWARD, JAX_BACKWARD, JAX_MERGE, JAX_TARGETS } jax_target;
+typedef enum jax_target {
+    JAX_FORWARD,
+    JAX_BACKWARD,
+    JAX_MERGE,
+    JAX_SPARSEK,
+    JAX_SPARSEK_BACKWARD,
+    JAX_TARGETS
+} jax_target;
 
 /* An operand or a result. */
 typedef struct jax_array {
@@ -22,6 +29,7 @@ typedef struct jax_call {
     jax_target target;
     fa_request request;
     fa_backward_request backward;
+    fa_sparsek_request sparsek;
     int64_t runs;    /* the call is made for each index of a first axis; 0: there is none */
     int64_t stepped; /* bit i: operand i has that axis; all results have it */
     char backend[8]; /* or empty */
@@ -36,7 +44,7 @@ typedef struct jax_attribute {
     size_t offset; /* in jax_call */
 } jax_attribute;
 
-enum { JAX_ATTRIBUTES = 20 };
+enum { JAX_ATTRIBUTES = 24 };
 extern const jax_attribute jax_attributes[JAX_ATTRIBUTES];
 
 /* NULL where there is none of this name. */
@@ -50,6 +58,20 @@ fa_status jax_lay_out(const jax_call *c, jax_array *a, int has_axis, fa_error *e
 
 /* Runs it; or, where bytes is not NULL, only says there how much workspace it needs. */
 fa_status jax_run(jax_call *c, int64_t *bytes, fa_error *error);
+
+/* What the runs of all targets share, jax_run.c: operands into the request, by their names. */
+fa_status jax_bind_operands(jax_call *c, fa_error *error);
+/* NULL: not asked for. */
+fa_array *jax_find_result(jax_call *c, const char *name);
+fa_status jax_check_result(const fa_array *a, int32_t ndim, const int64_t *shape,
+                           fa_any_dtype dtype, fa_error *error);
+/* The workspace that comes as one more result; or *bytes. */
+fa_status jax_take_workspace(jax_call *c, int64_t needed, int64_t *bytes, void **workspace,
+                             fa_error *error);
+
+/* jax_sparsek.c */
+fa_status jax_run_sparsek(jax_call *c, int64_t *bytes, fa_error *error);
+fa_status jax_run_sparsek_backward(jax_call *c, int64_t *bytes, fa_error *error);
 
 extern xla_handler *const jax_handler[JAX_TARGETS][2]; /* on the CPU, on CUDA */
 

@@ -29,6 +29,10 @@ const jax_attribute jax_attributes[JAX_ATTRIBUTES] = {
     ATTRIBUTE(INT, bshd, request.layout),
     ATTRIBUTE(INT, batch_invariant, request.batch_invariant),
     ATTRIBUTE(INT, deterministic, backward.deterministic),
+    ATTRIBUTE(DOUBLE, k, sparsek.k),
+    ATTRIBUTE(INT, has_lists, sparsek.has_lists),
+    ATTRIBUTE(INT64, sq, sparsek.sq),
+    ATTRIBUTE(INT64, window, sparsek.window),
     ATTRIBUTE(INT64, runs, runs),
     ATTRIBUTE(INT64, stepped, stepped),
 };
@@ -67,6 +71,11 @@ static const struct {
     OPERAND(out, backward.out),
     OPERAND(lse, backward.lse),
     OPERAND(dlse, backward.dlse),
+    OPERAND(scores, sparsek.scores),
+    OPERAND(lengths, sparsek.lengths),
+    OPERAND(tau, sparsek.tau),
+    OPERAND(key_lists, sparsek.key_lists),
+    OPERAND(dgates, sparsek.dgates),
 };
 
 /* A seed of 64 bits comes as two numbers of 32, for most programs of JAX have no int64. */
@@ -87,7 +96,7 @@ static void stretch_batch(fa_request *r) {
             arrays[i]->shape[0] = b, arrays[i]->stride[0] = 0;
 }
 
-static fa_status bind_operands(jax_call *c, fa_error *error) {
+fa_status jax_bind_operands(jax_call *c, fa_error *error) {
     for (int32_t i = 0; i < c->operand_count; i++) {
         fa_array *a = &c->operands[i].array;
         size_t row = 0, rows = sizeof operand_fields / sizeof *operand_fields;
@@ -97,29 +106,32 @@ static fa_status bind_operands(jax_call *c, fa_error *error) {
         const fa_array *bound = a;
         memcpy((char *)c + operand_fields[row].offset, &bound, sizeof bound);
     }
+    return FA_OK;
+}
+
+static fa_status bind_attention(jax_call *c, fa_error *error) {
     const fa_request *r = &c->request;
+    TRY(jax_bind_operands(c, error));
     if (!r->q || !r->k || !r->v) return fa_fail(error, FA_TYPE, "`q`, `k` and `v` are operands");
     stretch_batch(&c->request);
     return FA_OK;
 }
 
-/* NULL: not asked for. */
-static fa_array *find_result(jax_call *c, const char *name) {
+fa_array *jax_find_result(jax_call *c, const char *name) {
     for (int32_t i = 0; i < c->result_count; i++)
         if (!strcmp(c->results[i].array.name, name)) return &c->results[i].array;
     return NULL;
 }
 
-static fa_status check_result(const fa_array *a, int32_t ndim, const int64_t *shape,
-                              fa_any_dtype dtype, fa_error *error) {
+fa_status jax_check_result(const fa_array *a, int32_t ndim, const int64_t *shape,
+                           fa_any_dtype dtype, fa_error *error) {
     TRY(fa_check_dtype(a, dtype, NULL, error));
     return fa_check_shape(a, ndim, shape, error);
 }
 
-/* The workspace that comes as one more result; or *bytes. */
-static fa_status take_workspace(jax_call *c, int64_t needed, int64_t *bytes, void **workspace,
-                                fa_error *error) {
-    const fa_array *a = find_result(c, "workspace");
+fa_status jax_take_workspace(jax_call *c, int64_t needed, int64_t *bytes, void **workspace,
+                             fa_error *error) {
+    const fa_array *a = jax_find_result(c, "workspace");
     if (bytes && *bytes < needed) *bytes = needed;
     *workspace = a ? a->data : NULL;
     if (bytes || needed <= (a ? a->shape[0] : 0)) return FA_OK;
@@ -130,15 +142,15 @@ static fa_status take_workspace(jax_call *c, int64_t needed, int64_t *bytes, voi
 static fa_status run_forward(jax_call *c, int64_t *bytes, fa_error *error) {
     fa_plan plan;
     void *workspace;
-    const fa_array *out = find_result(c, "out"), *lse = find_result(c, "lse");
-    TRY(bind_operands(c, error));
+    const fa_array *out = jax_find_result(c, "out"), *lse = jax_find_result(c, "lse");
+    TRY(bind_attention(c, error));
     TRY(fa_check_attention(&c->request, &plan, error));
     if (!out) return fa_fail(error, FA_TYPE, "`out` is a result");
-    TRY(check_result(out, plan.out_ndim, plan.out_shape, plan.out_dtype, error));
-    if (lse) TRY(check_result(lse, plan.lse_ndim, plan.lse_shape, plan.lse_dtype, error));
+    TRY(jax_check_result(out, plan.out_ndim, plan.out_shape, plan.out_dtype, error));
+    if (lse) TRY(jax_check_result(lse, plan.lse_ndim, plan.lse_shape, plan.lse_dtype, error));
     fa_expect_outputs(&plan, NULL, lse != NULL);
     if (!fa_choose(&plan, *c->backend ? c->backend : NULL, NULL, error)) return FA_UNSUPPORTED;
-    TRY(take_workspace(c, fa_workspace(&plan), bytes, &workspace, error));
+    TRY(jax_take_workspace(c, fa_workspace(&plan), bytes, &workspace, error));
     if (bytes) return FA_OK;
     plan.params.what.out.data = out->data;
     if (lse) plan.params.what.lse.data = lse->data;
@@ -153,10 +165,10 @@ static fa_status run_backward(jax_call *c, int64_t *bytes, fa_error *error) {
     fa_chosen chosen;
     void *workspace;
     fa_array *results[FA_GRADIENTS];
-    TRY(bind_operands(c, error));
+    TRY(bind_attention(c, error));
     TRY(fa_check_attention(&c->request, &plan, error));
     for (int i = 0; i < FA_GRADIENTS; i++) {
-        results[i] = find_result(c, names[i]);
+        results[i] = jax_find_result(c, names[i]);
         c->backward.need[i] = results[i] != NULL;
     }
     if (!c->backward.out || !c->backward.lse)
@@ -164,12 +176,12 @@ static fa_status run_backward(jax_call *c, int64_t *bytes, fa_error *error) {
     TRY(fa_check_backward(&c->request, &c->backward, &plan, &backward, gradients, error));
     if (!fa_choose_backward(&backward, *c->backend ? c->backend : NULL, &chosen, NULL, error))
         return FA_UNSUPPORTED;
-    TRY(take_workspace(c, fa_backward_workspace(&backward, &chosen), bytes, &workspace, error));
+    TRY(jax_take_workspace(c, fa_backward_workspace(&backward, &chosen), bytes, &workspace, error));
     if (bytes) return FA_OK;
     for (int i = 0; i < FA_GRADIENTS; i++) {
         const fa_gradient *g = &gradients[i];
         if (!g->wanted) continue;
-        TRY(check_result(results[i], g->ndim, g->shape, g->dtype, error));
+        TRY(jax_check_result(results[i], g->ndim, g->shape, g->dtype, error));
         fa_bind_gradient(&backward, i, results[i], plan.layout);
     }
     return fa_run_backward(&backward, &chosen, workspace, error);
@@ -178,7 +190,7 @@ static fa_status run_backward(jax_call *c, int64_t *bytes, fa_error *error) {
 /* outs, then as many lses. */
 static fa_status run_merge(jax_call *c, int64_t *bytes, fa_error *error) {
     const int32_t n = c->operand_count / 2;
-    const fa_array *out = find_result(c, "out"), *lse = find_result(c, "lse");
+    const fa_array *out = jax_find_result(c, "out"), *lse = jax_find_result(c, "lse");
     fa_array *arrays = calloc(2 * (size_t)n + 1, sizeof *arrays);
     fa_tensor *tensors = calloc(2 * (size_t)n + 1, sizeof *tensors);
     fa_merge merge;
@@ -193,12 +205,13 @@ static fa_status run_merge(jax_call *c, int64_t *bytes, fa_error *error) {
         status =
             fa_check_merge(n, arrays, arrays + n, c->request.layout, tensors, &merge, &plan, error);
     if (status == FA_OK)
-        status = check_result(out, plan.out_ndim, plan.out_shape, plan.out_dtype, error);
+        status = jax_check_result(out, plan.out_ndim, plan.out_shape, plan.out_dtype, error);
     if (status == FA_OK)
-        status = check_result(lse, plan.lse_ndim, plan.lse_shape, plan.lse_dtype, error);
+        status = jax_check_result(lse, plan.lse_ndim, plan.lse_shape, plan.lse_dtype, error);
     if (status == FA_OK && !fa_choose_merge(&merge, &chosen, error)) status = FA_UNSUPPORTED;
     if (status == FA_OK)
-        status = take_workspace(c, fa_merge_workspace(&merge, &chosen), bytes, &workspace, error);
+        status =
+            jax_take_workspace(c, fa_merge_workspace(&merge, &chosen), bytes, &workspace, error);
     if (status == FA_OK && !bytes) {
         merge.out.data = out->data, merge.lse.data = lse->data;
         status = fa_run_merge(&merge, &chosen, workspace, error);
@@ -231,7 +244,11 @@ fa_status jax_lay_out(const jax_call *c, jax_array *a, int has_axis, fa_error *e
 
 fa_status jax_run(jax_call *c, int64_t *bytes, fa_error *error) {
     static fa_status (*const run[JAX_TARGETS])(jax_call *, int64_t *, fa_error *) = {
-        [JAX_FORWARD] = run_forward, [JAX_BACKWARD] = run_backward, [JAX_MERGE] = run_merge};
+        [JAX_FORWARD] = run_forward,
+        [JAX_BACKWARD] = run_backward,
+        [JAX_MERGE] = run_merge,
+        [JAX_SPARSEK] = jax_run_sparsek,
+        [JAX_SPARSEK_BACKWARD] = jax_run_sparsek_backward};
     const int64_t runs = c->runs ? c->runs : 1;
     for (int64_t i = 0; i < runs; i++) {
         TRY(run[c->target](c, bytes, error));

@@ -15,10 +15,6 @@ typedef struct kvcache_call {
     output out, lse, mass;
 } kvcache_call;
 
-static fa_status borrow_some(call *c, PyObject *object, const char *name, const fa_array **out) {
-    return object == Py_None ? FA_OK : prepare_array(c, object, name, 0, out);
-}
-
 /* A cache: only read where no new keys come. */
 static fa_status borrow_cache(kvcache_call *c, PyObject *object, const char *name, int is_written,
                               int which, const fa_array **out) {
@@ -42,7 +38,7 @@ static fa_status get_lengths(kvcache_call *c, PyObject *object) {
 static fa_status get_packed(call *f, const arguments *a) {
     fa_request *r = &f->request;
     int overflow;
-    TRY(borrow_some(f, a->cu_seqlens_q, "cu_seqlens_q", &r->cu_q));
+    TRY(prepare_some(f, a->cu_seqlens_q, "cu_seqlens_q", &r->cu_q));
     if (a->max_seqlen_q != Py_None && !r->cu_q)
         return fa_fail(&f->error, FA_VALUE,
                        "`max_seqlen_q` must be None without `cu_seqlens_q`, got a number");
@@ -79,19 +75,19 @@ static fa_status get_arrays(kvcache_call *c, const arguments *a) {
     TRY(borrow_cache(c, a->k_cache, "k_cache", appends, 1, &r->k));
     TRY(borrow_cache(c, a->v_cache, "v_cache", appends, 2, &r->v));
     TRY(get_lengths(c, a->cache_seqlens));
-    TRY(borrow_some(f, a->k, "k", &q->k_new));
-    TRY(borrow_some(f, a->v, "v", &q->v_new));
-    TRY(borrow_some(f, a->page_table, "page_table", &q->page_table));
-    TRY(borrow_some(f, a->cache_batch_idx, "cache_batch_idx", &q->batch_idx));
-    TRY(borrow_some(f, a->cache_leftpad, "cache_leftpad", &r->k_start));
+    TRY(prepare_some(f, a->k, "k", &q->k_new));
+    TRY(prepare_some(f, a->v, "v", &q->v_new));
+    TRY(prepare_some(f, a->page_table, "page_table", &q->page_table));
+    TRY(prepare_some(f, a->cache_batch_idx, "cache_batch_idx", &q->batch_idx));
+    TRY(prepare_some(f, a->cache_leftpad, "cache_leftpad", &r->k_start));
     TRY(get_packed(f, a));
     TRY(refuse_later(f, a));
-    TRY(borrow_some(f, a->rotary_cos, "rotary_cos", &q->cos));
-    TRY(borrow_some(f, a->rotary_sin, "rotary_sin", &q->sin));
+    TRY(prepare_some(f, a->rotary_cos, "rotary_cos", &q->cos));
+    TRY(prepare_some(f, a->rotary_sin, "rotary_sin", &q->sin));
     TRY(option_bool(f->state, a->rotary_interleaved, "rotary_interleaved", &q->interleaved,
                     &f->error));
-    TRY(borrow_some(f, a->alibi_slopes, "alibi_slopes", &r->alibi_slopes));
-    return borrow_some(f, a->sink, "sink", &r->sink);
+    TRY(prepare_some(f, a->alibi_slopes, "alibi_slopes", &r->alibi_slopes));
+    return prepare_some(f, a->sink, "sink", &r->sink);
 }
 
 static fa_status get_options(kvcache_call *c, const arguments *a) {

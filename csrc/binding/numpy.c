@@ -91,7 +91,8 @@ fa_status numpy_new(const borrowed *like, const DLTensor *t, output *out, fa_err
     PyArray_Descr *descr;
     for (int32_t i = 0; i < t->ndim; i++) shape[i] = (npy_intp)t->shape[i];
     if (memcmp(&t->dtype, &like->array.dtype, sizeof t->dtype)) {
-        descr = PyArray_DescrFromType(NPY_FLOAT);
+        /* lse, which float64 arrays have in their own dtype, and the like; lists of keys */
+        descr = PyArray_DescrFromType(t->dtype.code == FA_CODE_INT ? NPY_INT32 : NPY_FLOAT);
     } else {
         descr = (PyArray_Descr *)Py_NewRef(PyArray_DESCR((PyArrayObject *)like->object));
     }

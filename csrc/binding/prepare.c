@@ -33,8 +33,7 @@ static fa_status borrow_operand(call *c, PyObject *object, const char *name, con
     return torch_autocast(c->state, &c->now, &c->arrays[c->count - 1], &c->error);
 }
 
-/* An argument that may be None. */
-static fa_status borrow_some(call *c, PyObject *object, const char *name, const fa_array **out) {
+fa_status prepare_some(call *c, PyObject *object, const char *name, const fa_array **out) {
     return object == Py_None ? FA_OK : borrow(c, object, name, out);
 }
 
@@ -74,8 +73,7 @@ static fa_status get_seed(call *c, PyObject *object) {
                    state_repr(object, got));
 }
 
-/* q_offset=: an int or an array. */
-static fa_status get_offset(call *c, PyObject *object) {
+fa_status prepare_offset(call *c, PyObject *object) {
     fa_request *r = &c->request;
     int overflow;
     if (object == Py_None) return FA_OK;
@@ -131,7 +129,7 @@ static fa_status get_scores(call *c, const arguments *a) {
     fa_error *error = &c->error;
     if (a->mask != Py_None) TRY(borrow_operand(c, a->mask, "mask", &r->mask));
     TRY(option_double(c->state, a->softcap, "softcap", &r->softcap, error));
-    TRY(borrow_some(c, a->alibi_slopes, "alibi_slopes", &r->alibi_slopes));
+    TRY(prepare_some(c, a->alibi_slopes, "alibi_slopes", &r->alibi_slopes));
     if (a->sink != Py_None) TRY(prepare_array(c, a->sink, "sink", 1, &r->sink));
     r->has_scale = a->scale != Py_None;
     if (r->has_scale) TRY(option_double(c->state, a->scale, "scale", &r->scale, error));
@@ -168,10 +166,10 @@ static fa_status prepare_attention(call *c, const arguments *a) {
     TRY(borrow_operand(c, a->v, "v", &r->v));
     TRY(option_causal(c->state, a->causal, r, error));
     TRY(option_window(a->window, r, error));
-    TRY(get_offset(c, a->q_offset));
-    TRY(borrow_some(c, a->q_lengths, "q_lengths", &r->q_lengths));
-    TRY(borrow_some(c, a->k_lengths, "k_lengths", &r->k_lengths));
-    TRY(borrow_some(c, a->k_start, "k_start", &r->k_start));
+    TRY(prepare_offset(c, a->q_offset));
+    TRY(prepare_some(c, a->q_lengths, "q_lengths", &r->q_lengths));
+    TRY(prepare_some(c, a->k_lengths, "k_lengths", &r->k_lengths));
+    TRY(prepare_some(c, a->k_start, "k_start", &r->k_start));
     TRY(get_scores(c, a));
     TRY(option_layout(a->layout, &r->layout, error));
     return get_rest(c, a);
@@ -205,9 +203,9 @@ static fa_status prepare_varlen(call *c, const arguments *a) {
     if (a->page_table == Py_None) TRY(borrow(c, a->cu_seqlens_k, "cu_seqlens_k", &r->cu_k));
     TRY(option_int(a->max_seqlen_q, "max_seqlen_q", "be an int", &r->max_sq, &overflow, error));
     TRY(option_int(a->max_seqlen_k, "max_seqlen_k", "be an int", &r->max_sk, &overflow, error));
-    TRY(borrow_some(c, a->seqused_q, "seqused_q", &r->q_lengths));
-    TRY(borrow_some(c, a->seqused_k, "seqused_k", &r->k_lengths));
-    TRY(get_offset(c, a->q_offset));
+    TRY(prepare_some(c, a->seqused_q, "seqused_q", &r->q_lengths));
+    TRY(prepare_some(c, a->seqused_k, "seqused_k", &r->k_lengths));
+    TRY(prepare_offset(c, a->q_offset));
     TRY(get_pages(c, a));
     TRY(option_causal(c->state, a->causal, r, error));
     TRY(option_window(a->window, r, error));

@@ -1,6 +1,7 @@
 /* cpu.c - the CPU backend: chooses the vector level, and is what dispatch.c calls.
  *
- * Each operation is computed in a file of its own: forward.c, backward.c, kvcache.c, merge.c.
+ * Each operation is computed in a file of its own: forward.c, backward.c, kvcache.c, merge.c,
+ * sparsek.c, sparsek_backward.c.
  */
 #include "cpu.h"
 
@@ -137,28 +138,6 @@ static fa_status run_kvcache(const fa_kvcache *c, const fa_choice *choice, void 
 static const fa_kvcache_op kvcache = {FA_CPU_KVCACHE, reject_kvcache, name_kvcache,
                                       no_kvcache_workspace, run_kvcache};
 
-static fa_status reject_merge(const fa_merge *m, fa_choice *choice, fa_error *why) {
-    (void)m, (void)why;
-    choice->variant = NULL; /* there is one */
-    return FA_OK;
-}
-
-static const char *name_merge(const fa_merge *m, const fa_choice *choice) {
-    (void)m, (void)choice;
-    return "cpu_merge";
-}
-
-static int64_t no_merge_workspace(const fa_merge *m, const fa_choice *choice) {
-    (void)m, (void)choice;
-    return 0;
-}
-
-static fa_status run_merge(const fa_merge *m, const fa_choice *choice, void *workspace,
-                           fa_error *error) {
-    (void)choice, (void)workspace;
-    return fa_cpu_merge(m, error);
-}
-
 static fa_status reject_backward(const fa_backward *b, fa_choice *choice, fa_error *why) {
     (void)b, (void)why;
     choice->variant = the_level();
@@ -183,7 +162,39 @@ static fa_status run_backward(const fa_backward *b, const fa_choice *choice, voi
 static const fa_backward_op backward = {FA_CPU_BACKWARD, reject_backward, name_backward,
                                         no_backward_workspace, run_backward};
 
-static const fa_merge_op merge = {FA_CPU_MERGE, reject_merge, name_merge, no_merge_workspace,
-                                  run_merge};
+/* Operations of one variant, without workspace, whatever is asked. */
+#define SINGLE(operation, request, line)                                                         \
+    static fa_status reject_##operation(const request *r, fa_choice *choice, fa_error *why) {    \
+        (void)r, (void)why;                                                                      \
+        choice->variant = NULL;                                                                  \
+        return FA_OK;                                                                            \
+    }                                                                                            \
+    static const char *name_##operation(const request *r, const fa_choice *choice) {             \
+        (void)r, (void)choice;                                                                   \
+        return "cpu_" #operation;                                                                \
+    }                                                                                            \
+    static int64_t no_##operation##_workspace(const request *r, const fa_choice *choice) {       \
+        (void)r, (void)choice;                                                                   \
+        return 0;                                                                                \
+    }                                                                                            \
+    static fa_status run_##operation(const request *r, const fa_choice *choice, void *workspace, \
+                                     fa_error *error) {                                          \
+        (void)choice, (void)workspace;                                                           \
+        return fa_cpu_##operation(r, error);                                                     \
+    }                                                                                            \
+    static const fa_##operation##_op operation = {line, reject_##operation, name_##operation,    \
+                                                  no_##operation##_workspace, run_##operation};
+SINGLE(merge, fa_merge, FA_CPU_MERGE)
+SINGLE(sparsek, fa_sparsek, FA_CPU_SPARSEK)
+SINGLE(sparsek_backward, fa_sparsek_backward, FA_CPU_SPARSEK_BACKWARD)
+#undef SINGLE
 
-const fa_backend fa_cpu = {"cpu", FA_CPU, find_device, &forward, &backward, &merge, &kvcache};
+const fa_backend fa_cpu = {.name = "cpu",
+                           .device = FA_CPU,
+                           .find_device = find_device,
+                           .forward = &forward,
+                           .backward = &backward,
+                           .merge = &merge,
+                           .kvcache = &kvcache,
+                           .sparsek = &sparsek,
+                           .sparsek_backward = &sparsek_backward};

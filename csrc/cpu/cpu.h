@@ -1,5 +1,6 @@
 /* cpu.h - what the files of the CPU backend share: cpu.c chooses the level, forward.c, backward.c
- * kvcache.c and merge.c are an operation each, pool.c has the threads.
+ * kvcache.c, merge.c, sparsek.c and sparsek_backward.c are an operation each, pool.c has the
+ * threads.
  */
 #ifndef FASTATTN_CPU_H
 #define FASTATTN_CPU_H
@@ -56,5 +57,7 @@ fa_status fa_cpu_forward(const fa_params *p, fa_level level, fa_error *error);
 fa_status fa_cpu_backward(const fa_backward *b, fa_level level, fa_error *error);
 fa_status fa_cpu_kvcache(const fa_kvcache *c, fa_level level, fa_error *error);
 fa_status fa_cpu_merge(const fa_merge *m, fa_error *error);
+fa_status fa_cpu_sparsek(const fa_sparsek *r, fa_error *error);
+fa_status fa_cpu_sparsek_backward(const fa_sparsek_backward *b, fa_error *error);
 
 #endif

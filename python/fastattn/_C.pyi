@@ -20,6 +20,33 @@ def gradients(
     /,
 ) -> tuple[Any, ...]: ...
 def merge_states(outs: tuple[Any, ...], lses: tuple[Any, ...], layout: str) -> tuple[Any, Any]: ...
+def sparsek(scores: Any, k: float, lengths: Any, /) -> tuple[Any, Any]: ...
+def sparsek_lists(
+    scores: Any,
+    k: float,
+    sq: int,
+    window: int,
+    q_offset: Any,
+    q_lengths: Any,
+    k_lengths: Any,
+    k_start: Any,
+    /,
+) -> tuple[Any, Any, Any]: ...
+def sparsek_backward(tau: Any, dgates: Any, scores: Any, k: float, lengths: Any, /) -> Any: ...
+def sparsek_lists_backward(
+    tau: Any,
+    dgates: Any,
+    key_lists: Any,
+    scores: Any,
+    k: float,
+    sq: int,
+    window: int,
+    q_offset: Any,
+    q_lengths: Any,
+    k_lengths: Any,
+    k_start: Any,
+    /,
+) -> Any: ...
 def explain(
     name: str, /, *args: Any, **keywords: Any
 ) -> tuple[str | None, str | None, dict[str, str]]: ...

@@ -18,6 +18,7 @@ from ._attention import (
     scaled_dot_product_attention,
     set_num_threads,
 )
+from ._sparsek import sparsek, sparsek_lists
 
 __version__ = "0.1.0"
 
@@ -34,12 +35,15 @@ __all__ = [
     "merge_states",
     "scaled_dot_product_attention",
     "set_num_threads",
+    "sparsek",
+    "sparsek_lists",
 ]
 
 _compile.watch(
     (
         *(attention, attention_kvcache, attention_varlen, scaled_dot_product_attention),
         *(attention_backward, attention_varlen_backward, merge_states),
+        *(sparsek, sparsek_lists),
         _C.gradients,  # of compiled autograd
     )
 )

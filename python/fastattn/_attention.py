@@ -767,7 +767,8 @@ def info() -> dict[str, Any]:
     support: what each backend declares to take, whether it is built in or not, as support[backend]
     [operation] with dtypes, the range of d and dv, features, and apart: sets of features that it
     does not take together. It refuses nothing else, but for a device that it does not run on. An
-    operation is forward (attention and its kin), backward, kvcache or merge (merge_states).
+    operation is forward (attention and its kin), backward, kvcache, merge (merge_states), sparsek
+    (sparsek_lists too) or sparsek_backward.
     """
     from . import __version__
 

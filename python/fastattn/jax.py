@@ -45,7 +45,7 @@ for _name, _capsules in _C.jax_handlers().items():
 class _Call:
     """All of an operation that is no array. Shapes are those of one run."""
 
-    target: str  # "forward", "backward" or "merge"
+    target: str  # "forward", "backward", "merge", "sparsek" or "sparsek_backward"
     operands: tuple[str, ...]
     results: tuple[tuple[str, tuple[int, ...], Any], ...]  # name, shape, dtype
     options: tuple[tuple[str, Any], ...]  # attributes of C's names
@@ -184,9 +184,10 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> Any
         for name, tangent in zip(call.operands, tangents, strict=True)
         if not isinstance(tangent, ad.Zero)
     }
-    if call.target == "backward":
+    of = "sparsek" if "sparsek" in call.target else "attention"
+    if of == "sparsek" or call.target == "backward":  # the first ones are custom_vjp's there
         raise NotImplementedError(
-            "second derivatives of attention are not served in JAX: its gradient has none"
+            f"second derivatives of {of} are not served in JAX: its gradient has none"
         )
     for name in moved:
         if name not in _FOLLOWED:
@@ -259,7 +260,7 @@ def _batch(arrays: Sequence[Any], dims: Sequence[Any], *, call: _Call) -> Any:
         return nothing, [0] * len(nothing)
     moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(arrays, dims, strict=True)]
     mapped = [d is not None for d in dims]
-    folded = None if call.runs else _fold(call, n, moved, mapped)
+    folded = None if call.runs or "sparsek" in call.target else _fold(call, n, moved, mapped)
     if folded is not None:
         b, operands = folded
         results = tuple((name, (n * b, *shape[1:]), dtype) for name, shape, dtype in call.results)
@@ -619,3 +620,6 @@ def dot_product_attention(
     out, lse = results
     residual = jax.lax.stop_gradient(lse.swapaxes(1, 2).astype(k.dtype))
     return (out[0], residual[0]) if single else (out, residual)
+
+
+from ._jax_sparsek import take_sparsek, take_sparsek_lists  # noqa: F401 - needs all the above

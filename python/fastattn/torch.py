@@ -27,6 +27,7 @@ from ._attention import (
 )
 from ._derivatives import Problem, are_deterministic, gradients_of_gradients, in_blocks
 from ._merging import merge_parts  # noqa: F401 - csrc/binding/merge.c calls it
+from ._operators_sparsek import take_sparsek, take_sparsek_lists  # noqa: F401 - as merge_parts
 from ._routing import use_fastattn
 from ._transforms import (
     apply,
