@@ -1,6 +1,7 @@
 """Random cases by the thousand: `python tests/campaign.py --cases 100000 --seed 0`.
 
-With --gradients those of the backward pass, each without what the backend does not declare.
+With --gradients those of the backward pass, each without what the backend does not declare; with
+--sparsek calls of sparsek and sparsek_lists and their gradients.
 
 Case number n of a campaign is the same on every machine: it depends on `seed + n` alone. A wrong
 one is printed as the line that runs it again, and once more with as many fields at their defaults
@@ -17,16 +18,20 @@ from concurrent.futures import ProcessPoolExecutor
 import cases
 import declared
 import gradient_cases
-from random_cases import random_case, shrink
+import random_cases
+import sparsek_cases
+from random_cases import shrink
 
 CHUNK = 250
 
 
-def check(case, framework, backend, gradients=False):
+def check(case, framework, backend, what="cases"):
     """'' if right, else what is wrong; None if neither declared nor taken."""
     try:
-        if gradients:
+        if what == "gradients":
             return "; ".join(gradient_cases.run(case, None, framework, backend))
+        if what == "sparsek":
+            return "; ".join(sparsek_cases.run(case, framework, backend))
         return "; ".join(cases.run(case, framework, backend))
     except cases.Refused:
         return None
@@ -38,35 +43,40 @@ def framework_of(name):
     return cases.NumPy() if name == "numpy" else cases.Torch(name.partition(":")[2] or "cpu")
 
 
-def case_of(seed, backend, gradients):
-    case = random_case(seed)
-    return declared.narrowed(case, backend, "backward") if gradients else case
+MODULES = {"cases": cases, "gradients": gradient_cases, "sparsek": sparsek_cases}
 
 
-def check_range(start, stop, framework, backend, gradients=False):
+def case_of(seed, backend, what):
+    if what == "sparsek":
+        return sparsek_cases.random_case(seed)
+    case = random_cases.random_case(seed)
+    return declared.narrowed(case, backend, "backward") if what == "gradients" else case
+
+
+def check_range(start, stop, framework, backend, what="cases"):
     framework = framework_of(framework)
     results = (
-        (seed, check(case_of(seed, backend, gradients), framework, backend, gradients))
+        (seed, check(case_of(seed, backend, what), framework, backend, what))
         for seed in range(start, stop)
     )
     found = [(seed, result) for seed, result in results if result != ""]
-    module = gradient_cases if gradients else cases
+    module = MODULES[what]
     spent, module.luck = module.luck, cases.Luck()
     return found, spent
 
 
-def report(case, result, framework, backend, gradients=False):
+def report(case, result, framework, backend, what="cases"):
     def crashed(said):
         return "Error: " in said
 
     def fails(simpler):
-        said = check(simpler, framework, backend, gradients)
+        said = check(simpler, framework, backend, what)
         return said and crashed(said) == crashed(result)
 
     small = shrink(case, fails)
     print(f"WRONG {case!r}\n  {result}", flush=True)
     if small != case:
-        print(f"  smaller: {small!r}\n  {check(small, framework, backend, gradients)}", flush=True)
+        print(f"  smaller: {small!r}\n  {check(small, framework, backend, what)}", flush=True)
 
 
 def main():
@@ -75,17 +85,20 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--framework", default="numpy", help="numpy, torch or torch:cuda")
     parser.add_argument("--backend", help="cpu or sm90; default: the best that takes the arrays")
-    parser.add_argument("--gradients", action="store_true", help="of --backend, by default cpu")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--gradients", action="store_true", help="of --backend, by default cpu")
+    what.add_argument("--sparsek", action="store_true", help="the SparseK operator instead")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--case", help="run this one: Case(...)")
     parser.add_argument("--max-wrong", type=int, default=20, help="stop after this many")
     options = parser.parse_args()
+    kind = "gradients" if options.gradients else "sparsek" if options.sparsek else "cases"
     if options.gradients:
         options.backend = options.backend or "cpu"
-    how = options.framework, options.backend, options.gradients
+    how = options.framework, options.backend, kind
 
     if options.case:
-        case = eval(options.case, {"Case": cases.Case})
+        case = eval(options.case, {"Case": (sparsek_cases if options.sparsek else cases).Case})
         result = check(case, framework_of(how[0]), *how[1:])
         print({"": "right", None: "refused"}.get(result, result))
         return int(bool(result))
@@ -94,7 +107,7 @@ def main():
         for name in ("FASTATTN_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ.setdefault(name, "1")
     print(
-        f"campaign: {options.cases} {'gradients' if options.gradients else 'cases'}, seed "
+        f"campaign: {options.cases} {'calls of ' if options.sparsek else ''}{kind}, seed "
         f"{options.seed}, {options.framework}, "
         f"{options.jobs} jobs",
         flush=True,

@@ -84,6 +84,10 @@ def kinds():
         out, lse = fastattn.merge_states([q, q], lses)
         torch.autograd.grad(out.sum() + lse.sum(), (q, *lses))
 
+    def gates():
+        found = fastattn.sparsek_lists(mask[None], 2, sq=5)[1]
+        torch.autograd.grad(found.sum() + fastattn.sparsek(mask, 2)[0].sum(), mask)
+
     def direct():
         with torch.no_grad():
             out, lse = fastattn.attention(q, k, v, return_lse=True)
@@ -99,7 +103,7 @@ def kinds():
             return
         raise AssertionError("not refused")
 
-    return general, drop_in, packed, merged, direct, abandoned, refused
+    return general, drop_in, packed, merged, gates, direct, abandoned, refused
 
 
 def main(calls):

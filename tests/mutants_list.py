@@ -123,6 +123,36 @@ FAULTS = (
         "tests/test_numbers.py tests/test_merge.py -k inf",
     ),
     (
+        "csrc/cpu/sparsek_stream.h",
+        "const double middle = 0.5 * first + 0.5 * s->last;",
+        "const double middle = first;",
+        "tests/test_sparsek.py -k hand",
+    ),
+    (
+        "csrc/cpu/sparsek_stream.h",
+        "if (tau > s->tau) s->tau = tau;",
+        "s->tau = tau;",
+        "tests/test_sparsek.py -k never_falls",
+    ),
+    (
+        "csrc/cpu/sparsek_stream.h",
+        "if (c - s->base > 1) stream_move_base(s, c);",
+        "",
+        "tests/test_sparsek.py -k long",
+    ),
+    (
+        "csrc/cpu/sparsek.c",
+        "equal-- <= 0",
+        "equal-- < 0",
+        "tests/test_sparsek.py -k random_calls",
+    ),
+    (
+        "csrc/cpu/sparsek_backward.c",
+        "s->size[s->runs[j].begin]++, s->size[s->runs[j].end]--;",
+        "s->size[s->runs[j].begin]++;",
+        "tests/test_sparsek_gradients.py -k range",
+    ),
+    (
         "csrc/cpu/half.h",
         "(bits + 0x7fff + (bits >> 16 & 1)) >> 16;",
         "(bits + 0x8000) >> 16;",
@@ -153,6 +183,12 @@ FAULTS = (
         "TRY(fa_check_masks(r, plan, error));",
         "(void)fa_check_masks(r, plan, error);",
         "tests/test_errors_varlen.py tests/test_positions.py",
+    ),
+    (
+        "csrc/check_sparsek.c",
+        "request.right = -r->window;",
+        "request.right = 0;",
+        "tests/test_sparsek.py -k hand",
     ),
     (
         "csrc/check_out.c",

@@ -3,8 +3,9 @@
     FASTATTN_CUDA=0 FASTATTN_SANITIZE=1 python setup.py build_ext --build-lib /some/where
     LD_PRELOAD=libasan.so:libubsan.so UBSAN_OPTIONS=halt_on_error=1 python tests/sanitize.py
 
-Random cases of every kind, a quarter of them of caches, half with their gradients, those without
-a verdict on their values (test_property.py and test_backward.py have that), each sentence of
+Random cases of every kind, a quarter of them of caches, as many of SparseK, half with their
+gradients, mostly without a verdict on their values (test_property.py and test_backward.py have
+that), each sentence of
 test_errors*.py, merge_states, explain and info, on every vector level and from several threads at
 once. NumPy alone: other frameworks have findings of their own.
 
@@ -25,6 +26,7 @@ import gradient_cases
 import kvcache_cases
 import numpy as np
 import random_cases
+import sparsek_cases
 from conftest import LEVELS
 
 
@@ -40,6 +42,7 @@ def calls(first, count):
     for seed in range(first, first + count):
         if seed % 4 == 0:
             kvcache_cases.run(kvcache_cases.random_case(seed))
+            sparsek_cases.run(sparsek_cases.random_case(seed))
             continue
         case = small(seed)
         if seed % 2:

@@ -204,6 +204,9 @@ def call():
     fastattn.attention(q, k, v, causal=True, mask=np.ones((3, 3), bool), return_lse=True)
     fastattn.attention(q, k, v, out=out)
     fastattn.merge_states((q, k), (q[..., 0], k[..., 0]))
+    gates, tau = fastattn.sparsek(q, 2.5)
+    lists, gates, tau = fastattn.sparsek_lists(q[0], 2.5, sq=3, q_offset=0)
+    fastattn._C.sparsek_lists_backward(tau, gates, lists, q[0], 2.5, 3, 0, 0, None, None, None)
 """,
     "refused": """
 arrays = [np.ones((1, 2, 3, 8), np.float32) for _ in range(3)]
