@@ -1,7 +1,8 @@
 """Random cases by the thousand: `python tests/campaign.py --cases 100000 --seed 0`.
 
-With --gradients those of the backward pass, each without what the backend does not declare; with
---sparsek calls of sparsek and sparsek_lists and their gradients.
+With --gradients those of the backward pass, with --caches those of attention_kvcache, each without
+what the backend does not declare; with --sparsek calls of sparsek and sparsek_lists and their
+gradients.
 
 Case number n of a campaign is the same on every machine: it depends on `seed + n` alone. A wrong
 one is printed as the line that runs it again, and once more with as many fields at their defaults
@@ -18,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 import cases
 import declared
 import gradient_cases
+import kvcache_cases
 import random_cases
 import sparsek_cases
 from random_cases import shrink
@@ -30,6 +32,8 @@ def check(case, framework, backend, what="cases"):
     try:
         if what == "gradients":
             return "; ".join(gradient_cases.run(case, None, framework, backend))
+        if what == "caches":
+            return "; ".join(kvcache_cases.run(case, framework, backend=backend))
         if what == "sparsek":
             return "; ".join(sparsek_cases.run(case, framework, backend))
         return "; ".join(cases.run(case, framework, backend))
@@ -43,12 +47,17 @@ def framework_of(name):
     return cases.NumPy() if name == "numpy" else cases.Torch(name.partition(":")[2] or "cpu")
 
 
-MODULES = {"cases": cases, "gradients": gradient_cases, "sparsek": sparsek_cases}
+MODULES = {
+    **{"cases": cases, "gradients": gradient_cases},
+    **{"caches": kvcache_cases, "sparsek": sparsek_cases},
+}
 
 
 def case_of(seed, backend, what):
     if what == "sparsek":
         return sparsek_cases.random_case(seed)
+    if what == "caches":
+        return kvcache_cases.narrowed(kvcache_cases.random_case(seed), backend)
     case = random_cases.random_case(seed)
     return declared.narrowed(case, backend, "backward") if what == "gradients" else case
 
@@ -86,19 +95,19 @@ def main():
     parser.add_argument("--framework", default="numpy", help="numpy, torch or torch:cuda")
     parser.add_argument("--backend", help="cpu or sm90; default: the best that takes the arrays")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--gradients", action="store_true", help="of --backend, by default cpu")
-    what.add_argument("--sparsek", action="store_true", help="the SparseK operator instead")
+    for name in list(MODULES)[1:]:
+        what.add_argument(f"--{name}", action="store_const", const=name, dest="what")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--case", help="run this one: Case(...)")
     parser.add_argument("--max-wrong", type=int, default=20, help="stop after this many")
     options = parser.parse_args()
-    kind = "gradients" if options.gradients else "sparsek" if options.sparsek else "cases"
-    if options.gradients:
+    kind = options.what or "cases"
+    if kind in ("gradients", "caches"):
         options.backend = options.backend or "cpu"
     how = options.framework, options.backend, kind
 
     if options.case:
-        case = eval(options.case, {"Case": (sparsek_cases if options.sparsek else cases).Case})
+        case = eval(options.case, {"Case": getattr(MODULES[kind], "Case", cases.Case)})
         result = check(case, framework_of(how[0]), *how[1:])
         print({"": "right", None: "refused"}.get(result, result))
         return int(bool(result))
@@ -107,7 +116,7 @@ def main():
         for name in ("FASTATTN_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ.setdefault(name, "1")
     print(
-        f"campaign: {options.cases} {'calls of ' if options.sparsek else ''}{kind}, seed "
+        f"campaign: {options.cases} {kind}, seed "
         f"{options.seed}, {options.framework}, "
         f"{options.jobs} jobs",
         flush=True,

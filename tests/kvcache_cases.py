@@ -1,14 +1,16 @@
 """Calls of attention_kvcache: drawn at random, made, judged. What must not be read is NaN, or names
 a page that there is not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cases
+import fastattn
 import numpy as np
 import reference
 import reference_kvcache as meaning
 from storage import STORAGES, store
 
+luck = cases.Luck()  # a campaign asks; no case of these needs any
 WRONG_PAGES = (-1, 2**30, -(2**31), 9999)
 
 
@@ -61,6 +63,7 @@ def random_case(seed):
         s_new = sq
     page_size = some(0.5, int(rng.choice([1, 2, 3, 8, 16, 64, 100])))
     room = int(rng.choice([90, 150, 300])) if long else int(rng.choice([8, 40, 90, 300]))
+    room = some(0.03, int(rng.integers(1100, 4000)), room)  # keys in several splits
     if page_size:
         room = -(-room // page_size) * page_size
     if s_new is not None:
@@ -101,6 +104,21 @@ def random_case(seed):
         invariant=rng.random() < 0.2,
         packed=rng.random() < 0.2,
     )
+
+
+def narrowed(case, backend):
+    """The case without what the backend does not declare."""
+    line = fastattn.info()["support"][backend]["kvcache"]
+    without = {
+        "append": {"s_new": None, "rotary": None},
+        "mass": {"mass": False},
+        "varlen": {"packed": False},
+    }
+    for name in without.keys() - set(line["features"]):
+        case = replace(case, **without[name])
+    if case.dtype not in line["dtypes"]:
+        case = replace(case, dtype=line["dtypes"][case.seed % len(line["dtypes"])])
+    return case
 
 
 def places(case, rng, before, keys, start):
@@ -264,8 +282,6 @@ def same(a, b):
 
 def run(case, framework=None, attend=None, **more):
     """Makes the call and returns the complaints, none if all is right."""
-    import fastattn
-
     framework, attend = framework or cases.NumPy(), attend or fastattn.attention_kvcache
     inputs = Inputs(case)
     arrays = Arrays(case, inputs, framework)
