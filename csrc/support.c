@@ -31,8 +31,9 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
     [FA_SM90_FORWARD] = {"sm90",
                          "forward",
                          DTYPE(F16) | DTYPE(BF16),
-                         FA_ALL_FEATURES & ~FA_PAGES,
-                         {FA_DROPOUT | FA_KV_HEADS},
+                         FA_ALL_FEATURES,
+                         {FA_DROPOUT | FA_KV_HEADS, FA_PAGES | FA_BOOL_MASK,
+                          FA_PAGES | FA_FLOAT_MASK, FA_PAGES | FA_DROPOUT, FA_PAGES | FA_KV_HEADS},
                          1,
                          256},
     [FA_SM90_BACKWARD] = {"sm90",
@@ -44,14 +45,8 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
                           256},
     [FA_SM90_MERGE] =
         {"sm90", "merge", DTYPE(F32) | DTYPE(F16) | DTYPE(BF16), 0, {0}, 0, INT32_MAX},
-    [FA_SM90_KVCACHE] = {"sm90",
-                         "kvcache",
-                         DTYPE(F16) | DTYPE(BF16),
-                         FA_CAUSAL | FA_WINDOW | FA_Q_OFFSET | FA_LENGTHS | FA_SOFTCAP | FA_ALIBI |
-                             FA_SINK | FA_GQA | FA_DV | FA_LSE | FA_BATCH_INVARIANT | FA_PAGES,
-                         {0},
-                         1,
-                         256},
+    [FA_SM90_KVCACHE] =
+        {"sm90", "kvcache", DTYPE(F16) | DTYPE(BF16), FA_ALL_FEATURES & ~FA_KV_HEADS, {0}, 1, 256},
 };
 
 fa_demand fa_forward_demand(const fa_params *p) {

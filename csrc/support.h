@@ -68,7 +68,7 @@ enum {
     FA_SUPPORT_COUNT
 };
 
-enum { FA_MAX_APART = 2 };
+enum { FA_MAX_APART = 5 };
 
 typedef struct fa_support {
     const char *backend, *operation;

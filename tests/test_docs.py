@@ -169,11 +169,11 @@ def packs(**keywords):
     fastattn.attention_varlen(q, k, v, cu, cu, 6, 6, backend="cpu", **keywords)
 
 
-def pages():
+def pages(**more):
     rng, cu = np.random.default_rng(0), np.array([0, 4, 4, 10], np.int32)
     q, k, v = (rng.standard_normal(shape) for shape in ((10, 2, 64), (5, 4, 2, 64), (5, 4, 2, 64)))
     table, n = np.array([[4, 0], [9, 9], [1, 2]], np.int32), np.array([8, 0, 5], np.int32)
-    given = {"page_table": table, "seqused_k": n, "causal": True, "backend": "cpu"}
+    given = {"page_table": table, "seqused_k": n, "causal": True, "backend": "cpu", **more}
     out = fastattn.attention_varlen(q, k, v, cu, None, 6, 8, **given)
     for a, b, keys in ((0, 4, [4, 0]), (4, 10, [1, 2])):
         own = (x[keys].reshape(1, 8, 2, 64)[:, : 8 if a == 0 else 5] for x in (k, v))
@@ -256,11 +256,15 @@ CALLS = {  # line of the matrix -> calls
         functools.partial(computes, np.float32),
         *(functools.partial(computes, d=d, dv=dv) for d, dv in ((512, 512), (576, 512), (64, 300))),
     ],
-    "caches of keys, in pages of any size too": [functools.partial(caches, s_new=None)],
-    "new keys written into a cache, rotary positions, the mass": [
-        functools.partial(caches, rotary=8, mass=True)
+    "caches of keys: pages, new keys written, rotary positions, the mass": [
+        functools.partial(caches, s_new=None),
+        functools.partial(caches, rotary=8, mass=True),
     ],
     "page_table of packed sequences": [pages],
+    "masks and dropout with page_table": [
+        functools.partial(pages, mask=np.ones((6, 8), bool)),
+        functools.partial(pages, mask=np.zeros((6, 8), np.float32)),
+    ],
     "SparseK: gates, lists of the greatest keys, gradients": [selects],
 }
 
@@ -291,16 +295,18 @@ ASKS = {  # line of the matrix -> what it asks a backend to declare, in 16 bits 
         *({"dtype": dtype} for dtype in ("float64", "float32")),
         *({"d": d, "dv": dv} for d, dv in ((257, 257), (576, 512), (64, 257))),
     ),
-    "caches of keys, in pages of any size too": (
+    "caches of keys: pages, new keys written, rotary positions, the mass": (
         {"operation": "kvcache"},
         {"operation": "kvcache", "features": (*POSITIONS, "pages", "gqa", "lse", "sink")},
         {"operation": "kvcache", "features": ("softcap", "alibi", "batch_invariant")},
+        {"operation": "kvcache", "features": ("append", "mass", "varlen", "pages")},
     ),
-    "new keys written into a cache, rotary positions, the mass": (
-        {"operation": "kvcache", "features": ("append",)},
-        {"operation": "kvcache", "features": ("mass",)},
+    "page_table of packed sequences": (
+        {"features": ("pages", "varlen", *POSITIONS, "q_offset", "gqa", "lse", "sink", "softcap")},
     ),
-    "page_table of packed sequences": ({"features": ("pages",)},),
+    "masks and dropout with page_table": tuple(
+        {"features": ("pages", one)} for one in (*MASKED, "dropout")
+    ),
     "SparseK: gates, lists of the greatest keys, gradients": tuple(
         {"operation": name, "d": 0, "features": ("lengths", "window", "q_offset")}
         for name in ("sparsek", "sparsek_backward")

@@ -19,7 +19,8 @@ static __device__ bool is_padding(const empty_args &a, int64_t b, int32_t i) {
     const fa_what &w = a.what;
     if (w.b == 0) return true;
     if (a.varlen.cu_q) b = fa_packed_at(&a.varlen, w.b, i);
-    const fa_sequence s = fa_find_sequence(&a.varlen, &a.masks, b, w.sq, w.sk);
+    const fa_sequence s = a.varlen.cu_k ? fa_find_sequence(&a.varlen, &a.masks, b, w.sq, w.sk)
+                                        : fa_find_cached(&a.varlen, &a.masks, b, w.sq, w.sk);
     return i - s.q >= s.lengths.sq;
 }
 

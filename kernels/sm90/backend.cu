@@ -15,6 +15,9 @@
 #include "sm90/decode_run.cuh"
 #include "sm90/fwd_choice.h"
 #include "sm90/fwd_workspace.h"
+#include "sm90/kvcache_append.cuh"
+#include "sm90/kvcache_mass.cuh"
+#include "sm90/kvcache_plan.h"
 
 /* The one function that every variant exports (fwd_launch.cuh): the launch, and the tensor maps
  * before it. The tensors' device is current. */
@@ -72,6 +75,12 @@ static fa_status takes_device(const fa_where *where, const void **found, fa_erro
     return FA_OK;
 }
 
+static fa_status no_decode_kernel(const fa_what *w, fa_error *why) {
+    return fa_fail(why, FA_UNSUPPORTED,
+                   "it has no decode kernel for %s with d = %d and dv = %d" FA_OF_SOME,
+                   fa_dtypes[w->dtype].name, w->d, w->dv);
+}
+
 static fa_status reject(const fa_params *p, fa_choice *choice, fa_error *why) {
     const fa_what *w = &p->what;
     const int32_t decode = fa_is_decode(p) ? fa_choose_decode(p) : -1;
@@ -79,6 +88,7 @@ static fa_status reject(const fa_params *p, fa_choice *choice, fa_error *why) {
         choice->variant = &fa_decode_variants[decode];
         return FA_OK;
     }
+    if (fa_is_cached(p)) return no_decode_kernel(w, why);
     const fa_device *device = (const fa_device *)choice->device;
     for (int32_t i = 0, parts = fa_head_parts(w); i < parts; ++i) {
         fa_params part;
@@ -143,20 +153,29 @@ static fa_status launch(const fa_params *p, const fa_device *device, const fa_va
     return launchers[variant - fa_variants](p, device, workspace, error);
 }
 
+/* The device is current. */
+static fa_status launch_all(const fa_params *p, const fa_choice *choice, void *workspace,
+                            fa_error *error) {
+    const fa_device *device = (const fa_device *)choice->device;
+    const fa_decode_variant *decode = decode_variant_of(choice);
+    if (decode) return launch_decode(p, device, decode, workspace, error);
+    fa_status status = FA_OK;
+    const int32_t parts = fa_head_parts(&p->what);
+    for (int32_t i = 0; i < parts && status == FA_OK; ++i) {
+        fa_params memory;
+        const fa_params *part = fa_head_part(p, i, &memory);
+        status = launch(part, device, variant_of(part, i, choice), workspace, error);
+    }
+    return status;
+}
+
 static fa_status run(const fa_params *p, const fa_choice *choice, void *workspace,
                      fa_error *error) {
     const fa_device *device = (const fa_device *)choice->device;
     int before;
     fa_status status = fa_enter_device(device, &before, error);
     if (status != FA_OK) return status;
-    const fa_decode_variant *decode = decode_variant_of(choice);
-    if (decode) status = launch_decode(p, device, decode, workspace, error);
-    const int32_t parts = decode ? 0 : fa_head_parts(&p->what);
-    for (int32_t i = 0; i < parts && status == FA_OK; ++i) {
-        fa_params memory;
-        const fa_params *part = fa_head_part(p, i, &memory);
-        status = launch(part, device, variant_of(part, i, choice), workspace, error);
-    }
+    status = launch_all(p, choice, workspace, error);
     return fa_leave_device(device, before, status, error);
 }
 
@@ -259,27 +278,44 @@ static const fa_merge_op merge = {FA_SM90_MERGE, reject_merge, merge_kernel, mer
 /* ---- attention to a cache ---- */
 
 static fa_status reject_kvcache(const fa_kvcache *c, fa_choice *choice, fa_error *why) {
-    const fa_what *w = &c->forward.what;
-    const int32_t variant = fa_choose_decode(&c->forward);
-    if (variant < 0)
-        return fa_fail(why, FA_UNSUPPORTED,
-                       "it has no decode kernel for %s with d = %d and dv = %d" FA_OF_SOME,
-                       fa_dtypes[w->dtype].name, w->d, w->dv);
+    const fa_params p = fa_kvcache_params(c, FA_TO_COME);
+    if (!fa_kvcache_decodes(&p)) return reject(&p, choice, why);
+    const int32_t variant = fa_choose_decode(&p);
+    if (variant < 0) return no_decode_kernel(&p.what, why);
     choice->variant = &fa_decode_variants[variant];
     return FA_OK;
 }
 
-static const char *kvcache_kernel(const fa_kvcache *, const fa_choice *choice) {
-    return decode_variant_of(choice)->name;
+static const char *kvcache_kernel(const fa_kvcache *c, const fa_choice *choice) {
+    return kernel(&c->forward, choice);
 }
 
 static int64_t kvcache_workspace(const fa_kvcache *c, const fa_choice *choice) {
-    return decode_workspace(&c->forward, choice);
+    const fa_params p = fa_kvcache_params(c, FA_TO_COME);
+    return fa_kvcache_lay_out(c).bytes + workspace(&p, choice);
+}
+
+static fa_status launch_kvcache(const fa_kvcache *c, const fa_choice *choice, void *workspace,
+                                fa_error *error) {
+    const fa_device *device = (const fa_device *)choice->device;
+    const fa_kvcache_layout at = fa_kvcache_lay_out(c);
+    const fa_params p = fa_kvcache_params(c, workspace);
+    const fa_tensor none = {};
+    fa_status status =
+        launch_append(c, at.q_bytes ? &p.what.q : &none,
+                      at.lengths_bytes ? (int32_t *)p.masks.k_lengths : NULL, device, error);
+    if (status == FA_OK) status = launch_all(&p, choice, (char *)workspace + at.bytes, error);
+    return status == FA_OK ? launch_mass(&p, &c->mass, device, error) : status;
 }
 
 static fa_status run_kvcache(const fa_kvcache *c, const fa_choice *choice, void *workspace,
                              fa_error *error) {
-    return run(&c->forward, choice, workspace, error);
+    const fa_device *device = (const fa_device *)choice->device;
+    int before;
+    fa_status status = fa_enter_device(device, &before, error);
+    if (status != FA_OK) return status;
+    status = launch_kvcache(c, choice, workspace, error);
+    return fa_leave_device(device, before, status, error);
 }
 
 static const fa_kvcache_op kvcache = {FA_SM90_KVCACHE, reject_kvcache, kvcache_kernel,

@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     let_next_start();
     wait_for_stream();
     const decode_tile t = find_tile(a, blockIdx.x);
+    if (t.rows <= 0) return; /* and so do the others of its cluster */
     if (threadIdx.x >= MMA_THREADS) {
         load_keys(a, smem, t);
     } else {

@@ -61,19 +61,10 @@ DEVICE void multiply_keys(float (&s)[KEYS / 8][4], const queries &q, uint32_t k,
 #pragma unroll
         for (int j = 0; j < KEYS / 16; ++j) {
             ldmatrix_x4(b, k + chunk_at(row + 16 * j, 2 * i + lane / 8 % 2, PANEL));
-            mma_m16n8k16(s[2 * j], a, b[0], b[1]);
-            mma_m16n8k16(s[2 * j + 1], a, b[2], b[3]);
+            mma_m16n8k16<VARIANT_DTYPE>(s[2 * j], a, b[0], b[1]);
+            mma_m16n8k16<VARIANT_DTYPE>(s[2 * j + 1], a, b[2], b[3]);
         }
     }
-}
-
-/* tanh of y: by its series near 0, where 1 - 2 / (1 + e^2y) has lost digits. */
-DEVICE float tanh_of(float y) {
-    const float u = y * y;
-    const float near =
-        y * fmaf(fmaf(fmaf(fmaf(0.021869489f, u, -0.053968254f), u, 0.13333333f), u, -0.33333333f),
-                 u, 1.f);
-    return fabsf(y) < 0.3f ? near : cap_far(1.f, y);
 }
 
 /* Scores in exponents; MASKED: -inf where the row does not see the key. `key`: of s[0][0]. */
@@ -158,8 +149,8 @@ DEVICE void multiply_values(warp_rows &w, const float (&s)[KEYS / 8][4], uint32_
             if (MASKED)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) b[e] &= keep[e % 2];
-            mma_m16n8k16(w.o[2 * j], p, b[0], b[1]);
-            mma_m16n8k16(w.o[2 * j + 1], p, b[2], b[3]);
+            mma_m16n8k16<VARIANT_DTYPE>(w.o[2 * j], p, b[0], b[1]);
+            mma_m16n8k16<VARIANT_DTYPE>(w.o[2 * j + 1], p, b[2], b[3]);
         }
     }
 }
@@ -226,9 +217,9 @@ DEVICE void stage_q(const decode_args &a, decode_smem &smem, const decode_tile &
         if (row < t.rows && columns > 0) {
             const int32_t i = query_row(a, t.row + row);
             const int32_t head = t.head * a.group + t.row + row - i * a.group;
-            const char *from =
-                (const char *)a.q.data + 2 * (t.b * a.q.stride[0] + head * a.q.stride[1] +
-                                              i * a.q.stride[2] + 8 * chunk * a.q.stride[3]);
+            const char *from = (const char *)a.q.data +
+                               2 * (t.batch * a.q.stride[0] + head * a.q.stride[1] +
+                                    (t.q + i) * a.q.stride[2] + 8 * chunk * a.q.stride[3]);
             if (a.q_wide && columns == 8) {
                 const uint4 y = load_v4(from);
                 x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;

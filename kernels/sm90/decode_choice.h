@@ -7,6 +7,7 @@
 #ifndef FASTATTN_SM90_DECODE_CHOICE_H
 #define FASTATTN_SM90_DECODE_CHOICE_H
 
+#include "common/packed.h"
 #include "sm90/decode_columns.h"
 #include "sm90/loads.h"
 
@@ -42,16 +43,23 @@ static inline int32_t fa_decode_is_strided(const fa_params *p, int32_t block_n) 
            !fa_decode_box(p, block_n);
 }
 
+/* Whether keys are a cache's, and queries may be packed: these kernels alone know them. */
+static inline int32_t fa_is_cached(const fa_params *p) {
+    return p->pages.table || (p->varlen.cu_q && !p->varlen.cu_k);
+}
+
 /* Whether the kernels know all that a request asks for. */
 static inline int32_t fa_decode_knows(const fa_params *p) {
-    return !p->varlen.cu_q && !p->scores.mask.data && !(p->dropout.p > 0) &&
+    return !p->varlen.cu_k && !p->scores.mask.data && !(p->dropout.p > 0) &&
            p->what.hk == p->what.hv;
 }
 
 /* The variant's index in fa_decode_variants, or -1. */
 static inline int32_t fa_choose_decode(const fa_params *p) {
     const fa_what *w = &p->what;
-    const int32_t few = (int64_t)w->sq * fa_decode_group(w) <= 16;
+    /* Whose rows share a call may have other lengths: its bits must not know. */
+    const int32_t any = p->varlen.cu_q && w->batch_invariant;
+    const int32_t few = !any && (int64_t)w->sq * fa_decode_group(w) <= 16;
     if (!fa_decode_knows(p)) return -1;
     for (int32_t i = 0; i < FA_DECODE_VARIANTS; ++i) {
         const fa_decode_variant *v = &fa_decode_variants[i];
@@ -67,6 +75,7 @@ static inline int32_t fa_choose_decode(const fa_params *p) {
 static inline int32_t fa_is_decode(const fa_params *p) {
     const fa_what *w = &p->what;
     const int64_t rows = (int64_t)w->sq * fa_decode_group(w);
+    if (fa_is_cached(p)) return fa_decode_knows(p);
     return fa_decode_knows(p) && w->b && rows && rows <= FA_DECODE_ROWS && w->sk >= 4 * w->sq &&
            w->sk > 0;
 }
@@ -74,7 +83,7 @@ static inline int32_t fa_is_decode(const fa_params *p) {
 /* ---- how the work is divided ---- */
 
 typedef struct fa_decode_plan {
-    int32_t tiles;       /* of a group's rows */
+    int64_t tiles;       /* of the rows of a key head: of one sequence, or of all packed ones */
     int32_t parts;       /* of a sequence's keys, a block of the grid each */
     int32_t cluster;     /* of these, that become one sum in the kernel; the sums are merged */
     int32_t part_blocks; /* blocks of keys that a part has, counted from key 0; 0: an equal share of
@@ -87,16 +96,28 @@ typedef struct fa_decode_plan {
 
 static inline int64_t fa_decode_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/* Blocks of the grid; of packed sequences each may have one ragged tile. */
+static inline int64_t fa_decode_grid(const fa_params *p, const fa_decode_plan *plan) {
+    return (p->varlen.cu_q ? 1 : p->what.b) * (int64_t)p->what.hk * plan->tiles * plan->parts;
+}
+static inline int64_t fa_decode_tiles(const fa_params *p, int32_t rows) {
+    const int64_t group = fa_decode_group(&p->what);
+    if (!p->varlen.cu_q) return fa_decode_ceil(p->what.sq * group, rows);
+    return p->varlen.total_q * group / rows + p->what.b;
+}
+
 /* Microseconds that a split into clusters takes, by a model of the H200, not measured yet: memory
  * gives `RATE` bytes a microsecond to all, a tenth less where few blocks ask, and no block more
  * than if ALONE of them shared it. */
 static inline double fa_decode_cost(const fa_decode_variant *v, const fa_decode_plan *plan,
-                                    const fa_what *w, int32_t cluster, int32_t sums, int32_t sms) {
+                                    const fa_params *p, int32_t cluster, int32_t sums,
+                                    int32_t sms) {
+    const fa_what *w = &p->what;
     const double RATE = 4.3e6, ALONE = 150, START = 1.0, CLUSTER = 0.8, MERGE = 2.5;
     const int32_t parts = cluster * sums;
     const double block_bytes = 2.0 * v->block_n * (w->d + w->dv);
     const double blocks = (double)fa_decode_ceil(fa_decode_ceil(w->sk, v->block_n), parts);
-    const int64_t grid = (int64_t)w->b * w->hk * plan->tiles * parts;
+    const int64_t grid = fa_decode_grid(p, plan) * parts;
     const int64_t slots = (int64_t)sms * v->blocks_per_sm, waves = (grid - 1) / slots;
     const double last = (double)(grid - waves * slots), share = last / (double)slots;
     const double sharers = last > ALONE ? last : ALONE;
@@ -113,16 +134,17 @@ static inline fa_decode_plan fa_decode_make(const fa_params *p, const fa_decode_
     const fa_what *w = &p->what;
     fa_decode_plan plan = {1, 1, 1, 0, 0, 0, 0, 0};
     const int64_t blocks = fa_decode_ceil(w->sk, v->block_n);
-    plan.tiles = (int32_t)fa_decode_ceil((int64_t)w->sq * fa_decode_group(w), v->rows);
-    plan.rows = (int64_t)w->b * w->hq * w->sq;
+    plan.tiles = fa_decode_tiles(p, v->rows);
+    plan.rows = w->q.shape[0] * w->q.shape[1] * w->q.shape[2];
     if (w->batch_invariant) {
         plan.part_blocks = FA_PART_KEYS / v->block_n;
         plan.parts = (int32_t)fa_decode_ceil(blocks, plan.part_blocks);
     } else {
-        double least = fa_decode_cost(v, &plan, w, 1, 1, sms);
+        const fa_decode_plan whole = plan;
+        double least = fa_decode_cost(v, &whole, p, 1, 1, sms);
         for (int32_t cluster = 1; cluster <= FA_MOST_CLUSTER; cluster *= 2)
             for (int32_t sums = 1; sums <= FA_MOST_SUMS && sums * cluster <= blocks; ++sums) {
-                const double cost = fa_decode_cost(v, &plan, w, cluster, sums, sms);
+                const double cost = fa_decode_cost(v, &whole, p, cluster, sums, sms);
                 if (cost < least) plan.parts = cluster * sums, plan.cluster = cluster, least = cost;
             }
     }

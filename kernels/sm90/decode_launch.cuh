@@ -85,7 +85,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
                                                      const fa_tensor *lse, int64_t lse_step,
                                                      fa_error *error) {
     const fa_what *w = &p->what;
-    const int64_t blocks = (int64_t)w->b * w->hk * plan->tiles * plan->parts;
+    const int64_t blocks = fa_decode_grid(p, plan);
     if (blocks > INT32_MAX)
         return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 parts of tiles");
     decode_args a = {};
@@ -95,10 +95,10 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
     a.q = w->q, a.out = *out, a.out_step = out_step;
     a.lse = (float *)lse->data, a.lse_step = lse_step;
     for (int i = 0; i < 3; ++i) a.lse_stride[i] = lse->stride[i];
-    a.masks = p->masks, a.pages = p->pages;
+    a.masks = p->masks, a.varlen = p->varlen, a.pages = p->pages;
     a.group = fa_decode_group(w), a.heads = w->hk;
-    a.sq = w->sq, a.sk = w->sk;
-    a.tiles = plan->tiles, a.parts = plan->parts, a.part_blocks = plan->part_blocks;
+    a.b = w->b, a.sq = w->sq, a.sk = w->sk;
+    a.tiles = (int32_t)plan->tiles, a.parts = plan->parts, a.part_blocks = plan->part_blocks;
     a.by_size = fa_divisor_make(p->pages.table ? p->pages.size : 1);
     a.by_group = fa_divisor_make(a.group);
     a.by_tiles = fa_divisor_make(a.tiles);

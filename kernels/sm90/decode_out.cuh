@@ -120,12 +120,12 @@ DEVICE void store_rows(const decode_args &a, decode_smem &smem, const decode_til
 #pragma unroll
         for (int e = 0; e < 8; ++e) r.x[e] *= inverse;
         char *to = (char *)a.out.data +
-                   size * (part * a.out_step + t.b * a.out.stride[0] + head * a.out.stride[1] +
-                           i * a.out.stride[2] + 8 * chunk * a.out.stride[3]);
+                   size * (part * a.out_step + t.batch * a.out.stride[0] + head * a.out.stride[1] +
+                           (t.q + i) * a.out.stride[2] + 8 * chunk * a.out.stride[3]);
         if (columns > 0) store_chunk(a, to, r.x, columns);
         if (a.lse && chunk == 0) {
-            a.lse[part * a.lse_step + t.b * a.lse_stride[0] + head * a.lse_stride[1] +
-                  i * a.lse_stride[2]] =
+            a.lse[part * a.lse_step + t.batch * a.lse_stride[0] + head * a.lse_stride[1] +
+                  (t.q + i) * a.lse_stride[2]] =
                 r.sum == 0.f || i >= t.n.sq ? -INFINITY : natural_lse(a, head, r.top, r.sum);
         }
     }

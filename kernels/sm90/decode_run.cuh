@@ -39,10 +39,23 @@ static int64_t decode_workspace(const fa_params *p, const fa_choice *choice) {
         .bytes;
 }
 
-/* Of each sequence's rows, contiguous. */
+/* Of all rows of q, contiguous. */
 static fa_tensor decode_part(const fa_what *w, void *data, int64_t columns) {
-    const int64_t rows = (int64_t)w->hq * w->sq;
-    return {data, {w->b, w->hq, w->sq, columns}, {rows * columns, w->sq * columns, columns, 1}};
+    const int64_t b = w->q.shape[0], h = w->q.shape[1], s = w->q.shape[2];
+    return {data, {b, h, s, columns}, {h * s * columns, s * columns, columns, 1}};
+}
+
+/* Packed sequences need not have all rows; those of none have no block. Of `sums` parts: their lse
+ * says so. */
+static fa_status launch_rest(const fa_params *p, const fa_device *device, const fa_tensor *lse,
+                             int32_t sums, fa_error *error) {
+    if (!p->varlen.cu_q) return FA_OK;
+    if (sums == 1) return launch_empty(p, device, error);
+    fa_params parts = *p;
+    parts.what.lse = *lse, parts.what.lse.shape[0] *= sums;
+    parts.what.out = parts.what.lse, parts.what.dv = 0;
+    parts.scores.sink = NULL;
+    return launch_empty(&parts, device, error);
 }
 
 static fa_status launch_decode(const fa_params *p, const fa_device *device,
@@ -52,13 +65,13 @@ static fa_status launch_decode(const fa_params *p, const fa_device *device,
     const fa_decode_plan plan = fa_decode_make(p, variant, device->sms);
     fa_decode_launcher *const run = decode_launchers[variant - fa_decode_variants];
     const int32_t sums = plan.parts / plan.cluster;
-    if (sums == 1) return run(p, device, &plan, &w->out, 0, &w->lse, 0, error);
-    const fa_tensor out = decode_part(w, workspace, w->dv);
-    const fa_tensor lse = decode_part(w, (char *)workspace + plan.lse, 1);
+    const fa_tensor out = sums == 1 ? w->out : decode_part(w, workspace, w->dv);
+    const fa_tensor lse = sums == 1 ? w->lse : decode_part(w, (char *)workspace + plan.lse, 1);
     const fa_merge_stack stack = {FA_F32, plan.rows * w->dv, plan.rows};
-    const fa_status status =
-        run(p, device, &plan, &out, stack.out_step, &lse, stack.lse_step, error);
-    if (status != FA_OK) return status;
+    fa_status status = launch_rest(p, device, &lse, sums, error);
+    if (status == FA_OK)
+        status = run(p, device, &plan, &out, stack.out_step, &lse, stack.lse_step, error);
+    if (status != FA_OK || sums == 1) return status;
     fa_merge m = {sums, &out, &lse, w->out, w->lse, w->dtype, p->where};
     if (!m.lse.data) m.lse = decode_part(w, (char *)workspace + plan.merged, 1);
     return fa_merge_launch(&m, &stack, fa_merge_choose(&m, &stack), device, NULL, error);

@@ -333,7 +333,8 @@ def attention_varlen(
         page_table: (b, pages) int32, as in attention_kvcache: k is (num_pages, page_size, hk, d), v
             likewise, and key j of sequence n is row j % page_size of page page_table[n, j //
             page_size]. Then cu_seqlens_k must be None, seqused_k is required, max_seqlen_k is at
-            most pages * page_size, and there is no gradient. Not on a GPU, nor in JAX's programs.
+            most pages * page_size, and there is no gradient. Not in JAX's programs, and on a GPU not
+            with a mask or dropout.
         causal: as in attention, by each sequence's own lengths.
         window: likewise.
         mask: broadcastable to (b, hq, max_seqlen_q, max_seqlen_k), where i and j are positions in
@@ -680,9 +681,9 @@ def attention_kvcache(
         ValueError: a shape or value; the message names the argument, the rule and what came.
         TypeError: no array, or a dtype; a cache of JAX where new keys come, for those are never
             written.
-        NotImplementedError: no backend serves the call (each one's reason is in the message), as
-            none on a GPU does with new keys, packed queries or the mass; a tensor that requires
-            grad, or is inside of torch.vmap or torch.func.grad; the mass where JAX traces.
+        NotImplementedError: no backend serves the call (each one's reason is in the message); a
+            tensor that requires grad, or is inside of torch.vmap or torch.func.grad; the mass where
+            JAX traces.
 
     Source: paging: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
     PagedAttention", 2023; rotary positions: Su et al., "RoFormer", 2021, equation 34.

@@ -1,13 +1,8 @@
 """Few query rows and many keys on a GPU: the decode kernels, by way of attention and of
 attention_kvcache."""
 
-from dataclasses import replace
-
 import fastattn
-import kvcache_cases
-import numpy as np
 import pytest
-from cases import Torch
 
 import gpu
 from gpu import DTYPES, inputs, normal, torch
@@ -77,34 +72,6 @@ def test_others_stay_with_the_forward_kernel():
     assert kernel(*few, dropout_p=0.5).startswith("sm90_fwd_")
 
 
-def served(seed):
-    """A random case, without what is refused, and with head sizes of all variants."""
-    case = kvcache_cases.random_case(seed)
-    rng = np.random.default_rng(seed)
-    d = case.d * int(rng.choice([1, 2, 4])) if case.d > 16 else case.d
-    return replace(
-        case,
-        d=d,
-        dv=d if case.shared else min(256, case.dv * int(rng.choice([1, 4]))),
-        dtype=str(rng.choice(["float16", "bfloat16"])),
-        s_new=None,
-        rotary=None,
-        mass=False,
-        packed=False,
-    )
-
-
-@pytest.mark.parametrize("first", range(0, 400, 50))
-def test_random_caches(first):
-    framework = Torch("cuda")
-    wrong = {}
-    for seed in range(first, first + 50):
-        case = served(seed)
-        if complaints := kvcache_cases.run(case, framework, backend="sm90"):
-            wrong[case] = complaints
-    assert not wrong
-
-
 def paged(x, size, table):
     """x (b, s, h, d) in the pages that a table (b, pages) names; the others are NaN."""
     b, s, h, d = x.shape
@@ -160,18 +127,3 @@ def test_bits_of_a_sequence_do_not_depend_on_the_others():
         alone = fastattn.attention_kvcache(q[only], k[only], v[only], lengths[only], **keywords)
         for x, y in zip(together, alone, strict=True):
             assert torch.equal(x[only], y)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_refused_is_not_written(dtype):
-    q = torch.ones(2, 1, 4, 64, dtype=DTYPES[dtype], device="cuda")
-    cache, new = torch.zeros(2, 2, 16, 2, 64, dtype=q.dtype, device="cuda"), q[:, :, :2]
-    lengths = int32(3, 9)
-    with pytest.raises(NotImplementedError, match="sm90: it takes no new keys"):
-        fastattn.attention_kvcache(q, *cache, lengths, k=new, v=new)
-    with pytest.raises(NotImplementedError, match="sm90: it takes no return_mass"):
-        fastattn.attention_kvcache(q, *cache, lengths, return_mass=True)
-    with pytest.raises(NotImplementedError, match="sm90: it takes no packed sequences"):
-        ends = {"cu_seqlens_q": int32(0, 1, 2), "max_seqlen_q": 1}
-        fastattn.attention_kvcache(q[:, 0], *cache, lengths, **ends)
-    assert not cache.any()

@@ -132,8 +132,12 @@ static uint4 load_v4(const void *from) {
 /* What the lanes of each warp multiply. */
 static uint32_t factors[FIBERS / 32][32][6];
 
-static float half_of(uint32_t x, int i) { return widen((uint16_t)(x >> 16 * i)); }
+template <fa_dtype T>
+static float half_of(uint32_t x, int i) {
+    return element<T>::widen((uint16_t)(x >> 16 * i));
+}
 
+template <fa_dtype T>
 static void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const int lane = current % 32;
     auto &all = factors[current / 32];
@@ -145,7 +149,7 @@ static void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
         for (int k = 0; k < 16; ++k) {
             const uint32_t x = all[row * 4 + k % 8 / 2][k / 8 * 2 + e / 2];
             const uint32_t y = all[column * 4 + k % 8 / 2][4 + k / 8];
-            d[e] += half_of(x, k % 2) * half_of(y, k % 2);
+            d[e] += half_of<T>(x, k % 2) * half_of<T>(y, k % 2);
         }
     }
     __syncwarp();

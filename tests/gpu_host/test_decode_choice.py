@@ -30,9 +30,13 @@ void choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int
     fa_tensor v = {(void *)4096, {n, hk, s, dv}, {hk * s * dv, s * dv, dv, 1}};
     p.what.k = k, p.what.v = v;
     if (size) p.pages = (fa_pages){&x, {columns, 1}, size, n};
+    if (change == 7) p.varlen.cu_q = &x, p.varlen.total_q = 1000;
+    fa_tensor q = {(void *)4096, {b, hq, sq, d}, {hq * sq * d, sq * d, d, 1}};
+    if (change == 7) q.shape[0] = 1, q.shape[2] = 1000;
+    p.what.q = q;
     if (change == 1) p.scores.mask.data = &x;
     if (change == 2) p.dropout.p = 0.5;
-    if (change == 3) p.varlen.cu_q = &x;
+    if (change == 3) p.varlen.cu_q = p.varlen.cu_k = &x;
     if (change == 4) p.what.hv = 1;
     if (change == 5) p.scores.softcap = 3;
     if (change == 6) p.what.k.data = (void *)4098;
@@ -94,6 +98,15 @@ def test_what_is_not_taken(choose):
     assert not choose(2, 8, 2, 17, 500)["is_decode"]  # 68 rows
     assert not choose(2, 8, 2, 16, 63)["is_decode"] and choose(2, 8, 2, 16, 64)["is_decode"]
     assert not choose(0, 8, 2, 1, 500)["is_decode"] and not choose(2, 8, 2, 1, 0)["is_decode"]
+
+
+def test_packed_queries_are_taken_whatever_their_number(choose):
+    for b, sq, invariant in itertools.product((1, 3, 100), (1, 2, 700), (0, 1)):
+        got = choose(b, 16, 2, sq, 500, size=16, change=7, invariant=invariant)
+        rows = 16 if sq * 8 <= 16 and not invariant else 64
+        assert got["is_decode"] and got["rows"] == rows  # of a tile: no one else's lengths
+        assert got["tiles"] == 1000 * 8 // rows + b
+    assert choose(2, 16, 2, 70, 500, size=16)["is_decode"]
 
 
 def test_the_workspace_holds_all_parts(choose):

@@ -32,7 +32,7 @@ def variant_for(header):
         )
         backward = (v for v in EVERY_VARIANT if v.name.startswith("sm90_bwd_"))
         return next(v for v in backward if (v["strided"], v["general"]) == kind)
-    if "/decode_" in header or header.endswith("/mma.cuh"):
+    if "/decode_" in header:
         return next(v for v in EVERY_VARIANT if v.name.startswith("sm90_decode_"))
     stem = header.rpartition("/fwd_")[2].partition(".")[0]
     return next(
