@@ -478,6 +478,7 @@ typedef CUresult (*fa_encode_tiled)(CUtensorMap *, CUtensorMapDataType, cuuint32
 typedef struct fa_device {
     int32_t sms, early;
     fa_encode_tiled encode;
+    int32_t major, minor;
 } fa_device;
 
 static fa_status fa_fail(fa_error *error, fa_status status, const char *text, ...) {

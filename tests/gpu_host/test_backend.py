@@ -1,0 +1,112 @@
+"""The Hopper backend itself, without a GPU: a module whose backend "sm90" takes arrays on the CPU,
+its kernels' threads being fibers (backend_shim.cpp). All that the dispatch, the workspace and the
+order of the launches decide is what runs on a GPU.
+
+A fault may end a process, or keep its threads waiting for ever: the module has one of its own.
+"""
+
+import ctypes
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import python
+
+import gpu_host
+
+HERE, SOURCES = Path(__file__).parent, gpu_host.KERNELS.parent
+TABLES = {  # the variants that there are
+    "fwd": ("sm90_fwd_bf16_d64_4x64",),
+    "bwd": ("sm90_bwd_bf16_d64_128x128",),
+    "decode": tuple(
+        f"sm90_decode_bf16_d64_{rows}{how}" for rows in (16, 64) for how in ("", "_strided")
+    ),
+}
+FORWARD = """
+#include "cpu/cpu.h"
+fa_status forward_here(const fa_params *p, fa_error *error) {
+    return fa_cpu_forward(p, (fa_level)0, error);
+}
+"""
+
+
+def compile_into(folder, source, name, *flags):
+    target = folder / f"{name}.o"
+    language = ["-std=c11"] if Path(source).suffix == ".c" else ["-std=c++17", "-w"]
+    compiler = "gcc" if language == ["-std=c11"] else "g++"
+    folders = (f"-I{folder}", f"-I{HERE}/include", f"-I{HERE}", *gpu_host.INCLUDES)
+    options = ("-O1", "-fPIC", "-fvisibility=hidden", "-DFASTATTN_CUDA", f"-Draw=raw_of_{name}")
+    subprocess.run(
+        [compiler, *language, *options, *folders, *flags, "-c", source, "-o", target], check=True
+    )
+    return target
+
+
+def make_module(folder):
+    """python/fastattn with a module that has the backend."""
+    (folder / "sm90").mkdir()
+    for table, names in TABLES.items():
+        lines = (v.line for v in gpu_host.EVERY_VARIANT if v.name in names)
+        (folder / "sm90" / f"{table}.def").write_text("".join(f"{line}\n" for line in lines))
+    (folder / "forward.c").write_text(FORWARD)
+    shim = HERE / "backend_shim.cpp"
+    found = [compile_into(folder, shim, "backend"), compile_into(folder, shim, "m", "-DMERGING")]
+    found += [
+        compile_into(folder, shim, v.name, *v.defines())
+        for v in gpu_host.EVERY_VARIANT
+        if v.name in TABLES["decode"]
+    ]
+    python = ("-isystem", sysconfig.get_path("include"), "-isystem", np.get_include())
+    if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+        python += ("-DPy_LIMITED_API=0x030A0000",)
+    found.append(compile_into(folder, folder / "forward.c", "forward"))
+    for n, source in enumerate(sorted((SOURCES / "csrc").rglob("*.c"))):
+        found.append(compile_into(folder, source, f"c{n}", *python, "-O0"))
+    package = folder / "fastattn"
+    shutil.copytree(
+        SOURCES / "python/fastattn",
+        package,
+        ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"),
+    )
+    subprocess.run(
+        ["g++", "-shared", *found, "-lpthread", "-lm", "-o", package / "_C.abi3.so"], check=True
+    )
+
+
+@gpu_host.marks
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_caches(tmp_path):
+    make_module(tmp_path)
+    said = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from {__name__} import main; "
+    assert python("-c", f"{said}main({str(tmp_path)!r})") == "right\n"
+
+
+def main(folder):
+    import fastattn
+    import kvcache_cases
+    import test_varlen_pages as pages_of
+
+    assert fastattn.__file__.startswith(folder)
+    library = ctypes.CDLL(fastattn._C.__file__)
+    sms = ctypes.c_int32.in_dll(library, "sms_now")
+    for seed in range(60):
+        case = replace(kvcache_cases.random_case(seed), dtype="bfloat16")
+        sms.value = (1, 4, 33, 132)[seed % 4]  # parts of the keys
+        complaints = kvcache_cases.run(case, backend="sm90")
+        assert not complaints, f"{case}: {complaints}"
+    for n, (name, keywords) in enumerate(pages_of.FEATURES.items()):
+        sms.value = (132, 4)[n % 2]
+        q, _, pages, table = pages_of.arrays((1, 16, 3, 64)[n % 4], "bfloat16")
+        want = pages_of.paged(q, pages, table, backend="cpu", **keywords)
+        try:
+            got = pages_of.paged(q, pages, table, backend="sm90", **keywords)
+        except NotImplementedError:
+            assert name in ("a bool mask", "a float mask", "dropout")
+            continue
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_allclose(x.astype(float), y.astype(float), atol=2e-2, err_msg=name)
+    print("right")
