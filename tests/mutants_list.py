@@ -19,7 +19,7 @@ HOST = "tests/gpu_host"
 FORWARD = f"{HOST}/test_forward_kernel.py"
 BACKWARD = f"{HOST}/test_backward_kernel.py"
 PLACES = (
-    Place("csrc/mask.h", 6, MASK, False),
+    Place("csrc/mask.h", 11, MASK, False),
     Place("csrc/check_array.c", 1, "tests/test_dtypes.py tests/test_messages.py"),
     Place(
         "csrc/check_attention.c",
@@ -58,6 +58,7 @@ PLACES = (
     Place("kernels/sm90/loads.h", 2, f"{HOST}/test_choice.py", False),
     Place("kernels/sm90/fwd_workspace.h", 1, f"{HOST}/test_workspace.py", False),
     Place("kernels/sm90/bwd_choice.h", 3, f"{HOST}/test_backward_choice.py", False),
+    Place("kernels/sm90/decode_cache.h", 1, f"{HOST}/test_backend.py", False),
     Place("kernels/common/empty.h", 1, f"{HOST}/test_workspace.py", False),
 )
 
@@ -305,6 +306,42 @@ FAULTS = (
         "bool part = key < whole.begin || key + BLOCK_N > whole.end;",
         "bool part = key + BLOCK_N > whole.end;",
         FORWARD,
+        False,
+    ),
+    # ---- the decode kernel, and what comes before and after it
+    (
+        "kernels/sm90/decode_args.cuh",
+        "before += __shfl_sync(~0u, past ? sum - count : sum, found);",
+        "before += __shfl_sync(~0u, sum, found);",
+        f"{HOST}/test_backend.py",
+        False,
+    ),
+    (
+        "kernels/sm90/decode_append.cuh",
+        "a.lengths[b] = fa_keys_before(&c, b) + c.s_new;",
+        "a.lengths[b] = fa_keys_before(&c, b);",
+        f"{HOST}/test_backend.py",
+        False,
+    ),
+    (
+        "kernels/sm90/decode_append.cuh",
+        "(c.rotary.advances ? i - first : 0);",
+        "(c.rotary.advances ? i : 0);",
+        f"{HOST}/test_backend.py",
+        False,
+    ),
+    (
+        "kernels/sm90/decode_mass.cuh",
+        "if (key < keys.begin || key >= keys.end || lse == -INFINITY) return 0.f;",
+        "if (key >= keys.end || lse == -INFINITY) return 0.f;",
+        f"{HOST}/test_backend.py",
+        False,
+    ),
+    (
+        "kernels/sm90/decode_run.cuh",
+        "if (sums == 1) return launch_empty(p, device, error);",
+        "if (sums == 1) return FA_OK;",
+        f"{HOST}/test_backend.py",
         False,
     ),
     # ---- the backward kernel

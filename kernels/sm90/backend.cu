@@ -12,12 +12,12 @@
 #include "support.h"
 #include "sm90/bwd_choice.h"
 #include "sm90/bwd_sink.cuh"
+#include "sm90/decode_append.cuh"
+#include "sm90/decode_cache.h"
+#include "sm90/decode_mass.cuh"
 #include "sm90/decode_run.cuh"
 #include "sm90/fwd_choice.h"
 #include "sm90/fwd_workspace.h"
-#include "sm90/kvcache_append.cuh"
-#include "sm90/kvcache_mass.cuh"
-#include "sm90/kvcache_plan.h"
 
 /* The one function that every variant exports (fwd_launch.cuh): the launch, and the tensor maps
  * before it. The tensors' device is current. */

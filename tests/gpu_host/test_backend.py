@@ -86,6 +86,7 @@ def test_caches(tmp_path):
 
 
 def main(folder):
+    import cases
     import fastattn
     import kvcache_cases
     import test_varlen_pages as pages_of
@@ -98,6 +99,10 @@ def main(folder):
         sms.value = (1, 4, 33, 132)[seed % 4]  # parts of the keys
         complaints = kvcache_cases.run(case, backend="sm90")
         assert not complaints, f"{case}: {complaints}"
+    dtype = cases.dtype_of("bfloat16")
+    q, cache = np.ones((2, 3, 4, 8), dtype), np.ones((2, 2, 50, 2, 8), dtype)
+    _, mass = fastattn.attention_kvcache(q, *cache, 50, return_mass=True, backend="sm90")
+    np.testing.assert_allclose(mass.sum(2), 6, rtol=1e-5)  # without the caller's lse
     for n, (name, keywords) in enumerate(pages_of.FEATURES.items()):
         sms.value = (132, 4)[n % 2]
         q, _, pages, table = pages_of.arrays((1, 16, 3, 64)[n % 4], "bfloat16")

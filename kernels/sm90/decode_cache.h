@@ -1,9 +1,9 @@
-/* kvcache_plan.h - attention to a cache as the kernels run it: the new keys are in the cache then,
+/* decode_cache.h - attention to a cache as the kernels run it: the new keys are in the cache then,
  * q is rotated, and lengths count all keys; what of this lies in the workspace, before that of
  * attention. Pure functions of the request. Plain C, compiled by gcc and nvcc alike.
  */
-#ifndef FASTATTN_SM90_KVCACHE_PLAN_H
-#define FASTATTN_SM90_KVCACHE_PLAN_H
+#ifndef FASTATTN_SM90_DECODE_CACHE_H
+#define FASTATTN_SM90_DECODE_CACHE_H
 
 #include "kvcache.h"
 #include "sm90/decode_choice.h"

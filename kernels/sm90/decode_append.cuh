@@ -1,8 +1,8 @@
-/* kvcache_append.cuh - before attention to a cache: new keys, rotated, and values are written into
+/* decode_append.cuh - before attention to a cache: new keys, rotated, and values are written into
  * it; q is rotated into the workspace; and how many keys there are then. No variant's business.
  */
-#ifndef FASTATTN_SM90_KVCACHE_APPEND_CUH
-#define FASTATTN_SM90_KVCACHE_APPEND_CUH
+#ifndef FASTATTN_SM90_DECODE_APPEND_CUH
+#define FASTATTN_SM90_DECODE_APPEND_CUH
 
 #include "common/element.cuh"
 #include "common/launch.cuh"

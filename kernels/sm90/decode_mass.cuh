@@ -1,12 +1,12 @@
-/* kvcache_mass.cuh - after attention to a cache: the sum of p that each key has, over the rows of
+/* decode_mass.cuh - after attention to a cache: the sum of p that each key has, over the rows of
  * its group. A warp has 16 keys, in registers as they come from memory, and all rows that see them,
  * 8 at a time: no sum depends on who else is there. No variant's business.
  */
-#ifndef FASTATTN_SM90_KVCACHE_MASS_CUH
-#define FASTATTN_SM90_KVCACHE_MASS_CUH
+#ifndef FASTATTN_SM90_DECODE_MASS_CUH
+#define FASTATTN_SM90_DECODE_MASS_CUH
 
 #include "common/launch.cuh"
-#include "sm90/kvcache_append.cuh"
+#include "sm90/decode_append.cuh"
 #include "sm90/mma.cuh"
 #include "sm90/scale.h"
 #include "sm90/softcap.cuh"
