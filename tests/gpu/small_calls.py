@@ -9,12 +9,14 @@ import functools
 import itertools
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each array on its own, so that overruns show
 
 import fastattn
+import kvcache_cases
 import numpy as np
 import reference
 import reference_backward
@@ -380,6 +382,20 @@ def run_forward(part, parts, smoke):
     return right + [run_merge(*merge) for merge in itertools.islice(merges, part, None, parts)]
 
 
+def run_cache(case):
+    wrong = kvcache_cases.run(case, Torch("cuda"), backend="sm90")
+    return report("attention_kvcache", case.dtype, str(case), wrong)
+
+
+def caches(smoke):
+    """New keys, pages, packed queries, the mass; head sizes of all decode variants."""
+    for seed in range(6 if smoke else 60):
+        case = kvcache_cases.random_case(seed)
+        d = (1, 64, 72, 128, 200, 256)[seed % 6]
+        more = {"rotary": None if case.rotary is None else d // 2 * 2}
+        yield replace(case, d=d, dv=d, dtype=("float16", "bfloat16")[seed // 6 % 2], **more)
+
+
 def main():
     smoke = "--smoke" in sys.argv
     part, parts = 0, 1
@@ -401,6 +417,8 @@ def main():
         for of in itertools.product(SIZES, DTYPES.values())
     ]
     right += [one() for one in itertools.islice(backward, part, None, parts)]
+    if "--gradients" not in sys.argv:
+        right += [run_cache(case) for case in itertools.islice(caches(smoke), part, None, parts)]
     print(f"{sum(right)} of {len(right)} right")
     sys.exit(not right or not all(right))
 
