@@ -384,7 +384,8 @@ def run_forward(part, parts, smoke):
 
 def run_cache(case):
     wrong = kvcache_cases.run(case, Torch("cuda"), backend="sm90")
-    return report("attention_kvcache", case.dtype, str(case), wrong)
+    print(f"{'WRONG' if wrong else 'ok   '}    {case} {'; '.join(wrong)}", flush=True)
+    return not wrong
 
 
 def caches(smoke):
