@@ -275,6 +275,10 @@ def backward_features(b, hq, sq, sk):
     yield "sink", {}, {"sink": torch.linspace(-3, 3, hq), **limits}
     yield "dk alone", {"only": "dk"}, {}
     yield "more tiles than blocks", {"heads": 50, "hk": 50}, {"causal": True}
+    yield "many keys", {"shape": (90, 2100), "heads": 2}, {"causal": True}
+    same = {"deterministic": True}
+    yield "deterministic", {"hk": 1, **same}, {"causal": True, **limits}
+    yield "deterministic, odd strides", {"move": odd, **same}, {"window": (50, 20)}
     some = gpu.normal(hq, sq, sk, dtype=torch.float32, seed=5, device="cpu")
     seen = (some > 0) & (torch.arange(sk) // 64 % 3 != 1)
     slopes = 0.5 ** torch.arange(1.0, hq + 1)
@@ -283,11 +287,12 @@ def backward_features(b, hq, sq, sk):
     yield "dmask of all batches", {}, {"mask": some.to(torch.bfloat16), "window": (90, 30)}
     yield "dmask of all heads", {"move": odd}, {"mask": some[:1].to(torch.float16)}
     yield "dropout", {}, {"dropout_p": 0.3, "seed": 2**40 + 3}
+    yield "deterministic, bool mask", same, {"mask": seen, "softcap": 5.0}
 
 
 def run_backward(sizes, dtype, feature, change, keywords):
     """Of one variant or the other: judged on the host, with the forward's results from there."""
-    b, hq, sq, sk = 2, change.get("heads", 4), 200, 300
+    b, hq, (sq, sk) = 2, change.get("heads", 4), change.get("shape", (200, 300))
     hk, (d, dv) = change.get("hk", 2), (x - change.get("less", 0) for x in sizes)
     q, k, v = (numpy(x) for x in arrays(b, hq, hk, sq, sk, d, dv, dtype))
     lse_only = "dlse" in change
@@ -307,6 +312,7 @@ def run_backward(sizes, dtype, feature, change, keywords):
         fastattn.attention_backward,
         *(*map(moved, (dout, q, k, v, out)), tensor_of(lse).cuda()),
         dlse=None if dlse is None else tensor_of(dlse).cuda(),
+        deterministic=change.get("deterministic", False),
         **on_gpu(keywords),
         **needs,
     )
