@@ -51,7 +51,8 @@ def register(name: str = "fastattn") -> None:
     size than keys. Key heads are not repeated. A graph of torch.compile that trains without an
     attention_mask makes a dense mask, for its tokens might be packed: pass a mask of ones. Models
     that do not ask (Falcon, Bloom, MPT) take attn_implementation="sdpa" inside of
-    fastattn.torch.use_fastattn(), as far as they have it.
+    fastattn.torch.use_fastattn(), as far as they have it. So does continuous batching, which knows
+    no registered names and runs in a thread of its own: use_fastattn().install() reaches it.
 
     Args:
         name: what attn_implementation is called.
