@@ -5,6 +5,7 @@
  * kernels/sm90/backend.cu.
  */
 #include "check.h"
+#include "check_sparse.h"
 #include "support.h"
 
 #include <stdio.h>
@@ -38,54 +39,26 @@ const fa_backend *fa_backend_at(int32_t i) { return table[i]; }
 typedef fa_status ask_operation(const fa_backend *b, const void *request, fa_choice *choice,
                                 fa_error *why);
 
-static fa_status ask_forward(const fa_backend *b, const void *request, fa_choice *choice,
-                             fa_error *why) {
-    if (!b->forward) return fa_fail(why, FA_UNSUPPORTED, "it computes no attention");
-    const fa_demand demand = fa_forward_demand(request);
-    TRY(fa_check_support(b->forward->support, &demand, why));
-    return b->forward->reject(request, choice, why);
-}
-
-static fa_status ask_backward(const fa_backend *b, const void *request, fa_choice *choice,
-                              fa_error *why) {
-    if (!b->backward) return fa_fail(why, FA_UNSUPPORTED, "it computes no gradients");
-    const fa_demand demand = fa_backward_demand(request);
-    TRY(fa_check_support(b->backward->support, &demand, why));
-    return b->backward->reject(request, choice, why);
-}
-
-static fa_status ask_merge(const fa_backend *b, const void *request, fa_choice *choice,
-                           fa_error *why) {
-    if (!b->merge) return fa_fail(why, FA_UNSUPPORTED, "it merges no partial results");
-    const fa_demand demand = fa_merge_demand(request);
-    TRY(fa_check_support(b->merge->support, &demand, why));
-    return b->merge->reject(request, choice, why);
-}
-
-static fa_status ask_kvcache(const fa_backend *b, const void *request, fa_choice *choice,
-                             fa_error *why) {
-    if (!b->kvcache) return fa_fail(why, FA_UNSUPPORTED, "it reads and writes no caches of keys");
-    const fa_demand demand = fa_kvcache_demand(request);
-    TRY(fa_check_support(b->kvcache->support, &demand, why));
-    return b->kvcache->reject(request, choice, why);
-}
-
-static fa_status ask_sparsek(const fa_backend *b, const void *request, fa_choice *choice,
-                             fa_error *why) {
-    if (!b->sparsek) return fa_fail(why, FA_UNSUPPORTED, "it computes no SparseK");
-    const fa_demand demand = fa_sparsek_demand(request);
-    TRY(fa_check_support(b->sparsek->support, &demand, why));
-    return b->sparsek->reject(request, choice, why);
-}
-
-static fa_status ask_sparsek_backward(const fa_backend *b, const void *request, fa_choice *choice,
-                                      fa_error *why) {
-    const fa_sparsek_backward *r = request;
-    if (!b->sparsek_backward) return fa_fail(why, FA_UNSUPPORTED, "it has no gradient of SparseK");
-    const fa_demand demand = fa_sparsek_demand(&r->forward);
-    TRY(fa_check_support(b->sparsek_backward->support, &demand, why));
-    return b->sparsek_backward->reject(r, choice, why);
-}
+/* Each backend is asked for what it declares, then for the rest. */
+#define ASK(operation, asked, without)                                                            \
+    static fa_status ask_##operation(const fa_backend *b, const void *request, fa_choice *choice, \
+                                     fa_error *why) {                                             \
+        if (!b->operation) return fa_fail(why, FA_UNSUPPORTED, without);                          \
+        const fa_demand demand = asked;                                                           \
+        TRY(fa_check_support(b->operation->support, &demand, why));                               \
+        return b->operation->reject(request, choice, why);                                        \
+    }
+ASK(forward, fa_forward_demand(request), "it computes no attention")
+ASK(backward, fa_backward_demand(request), "it computes no gradients")
+ASK(merge, fa_merge_demand(request), "it merges no partial results")
+ASK(kvcache, fa_kvcache_demand(request), "it reads and writes no caches of keys")
+ASK(sparsek, fa_sparsek_demand(request), "it computes no SparseK")
+ASK(sparsek_backward, fa_sparsek_demand(&((const fa_sparsek_backward *)request)->forward),
+    "it has no gradient of SparseK")
+ASK(sparse, fa_sparse_demand(request), "it has no attention to lists of keys")
+ASK(sparse_backward, fa_sparse_backward_demand(request),
+    "it has no gradients of attention to lists of keys")
+#undef ASK
 
 static fa_status ask(const fa_backend *b, ask_operation *operation, const void *request,
                      const fa_where *where, const char *name, fa_choice *choice, fa_error *why) {
@@ -264,4 +237,43 @@ int64_t fa_sparsek_backward_workspace(const fa_sparsek_backward *b, const fa_cho
 fa_status fa_run_sparsek_backward(const fa_sparsek_backward *b, const fa_chosen *chosen,
                                   void *workspace, fa_error *error) {
     return chosen->backend->sparsek_backward->run(b, &chosen->choice, workspace, error);
+}
+
+/* ---- attention to lists of keys ---- */
+
+const fa_backend *fa_choose_sparse(const fa_sparse *s, const char *name, fa_chosen *chosen,
+                                   fa_error *reasons, fa_error *error) {
+    return choose(ask_sparse, s, &s->forward.where, name, chosen, reasons, error);
+}
+
+const char *fa_sparse_kernel(const fa_sparse *s, const fa_chosen *chosen) {
+    return chosen->backend->sparse->kernel(s, &chosen->choice);
+}
+
+int64_t fa_sparse_workspace(const fa_sparse *s, const fa_chosen *chosen) {
+    return chosen->backend->sparse->workspace(s, &chosen->choice);
+}
+
+fa_status fa_run_sparse(const fa_sparse *s, const fa_chosen *chosen, void *workspace,
+                        fa_error *error) {
+    return chosen->backend->sparse->run(s, &chosen->choice, workspace, error);
+}
+
+const fa_backend *fa_choose_sparse_backward(const fa_sparse_backward *b, const char *name,
+                                            fa_chosen *chosen, fa_error *reasons, fa_error *error) {
+    return choose(ask_sparse_backward, b, &b->attention.forward.where, name, chosen, reasons,
+                  error);
+}
+
+const char *fa_sparse_backward_kernel(const fa_sparse_backward *b, const fa_chosen *chosen) {
+    return chosen->backend->sparse_backward->kernel(b, &chosen->choice);
+}
+
+int64_t fa_sparse_backward_workspace(const fa_sparse_backward *b, const fa_chosen *chosen) {
+    return chosen->backend->sparse_backward->workspace(b, &chosen->choice);
+}
+
+fa_status fa_run_sparse_backward(const fa_sparse_backward *b, const fa_chosen *chosen,
+                                 void *workspace, fa_error *error) {
+    return chosen->backend->sparse_backward->run(b, &chosen->choice, workspace, error);
 }

@@ -12,6 +12,7 @@
 #include "kvcache.h"
 #include "merge.h"
 #include "sparsek.h"
+#include "sparse.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -31,6 +32,8 @@ typedef struct fa_backend {
     const fa_kvcache_op *kvcache;
     const fa_sparsek_op *sparsek;
     const fa_sparsek_backward_op *sparsek_backward;
+    const fa_sparse_op *sparse;
+    const fa_sparse_backward_op *sparse_backward;
     /* Of its tables: the names of the kernels built in, NULL at the end. NULL: it has no table. */
     const char *const *variants;
 } fa_backend;

@@ -15,7 +15,11 @@ const fa_feature fa_features[FA_FEATURE_COUNT] = {
 #define DTYPE(name) (1u << FA_##name)
 
 enum { SPARSEK = FA_WINDOW | FA_Q_OFFSET | FA_LENGTHS };
-enum { FLOATS = 1 << FA_F64 | 1 << FA_F32 | 1 << FA_F16 | 1 << FA_BF16 };
+enum {
+    FLOATS = 1 << FA_F64 | 1 << FA_F32 | 1 << FA_F16 | 1 << FA_BF16,
+    LISTED = FA_CAUSAL | FA_WINDOW | FA_Q_OFFSET | FA_LENGTHS | FA_VARLEN | FA_SOFTCAP | FA_SINK |
+        FA_GQA | FA_DV | FA_LSE, /* all that attention_sparse has */
+};
 
 /* The table stands here, not beside the backends: README's matrix and the tests ask for the lines
  * of backends that this build does not have, too. */
@@ -27,6 +31,9 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
     [FA_CPU_KVCACHE] = {"cpu", "kvcache", FLOATS, FA_ALL_FEATURES, {0}, 0, FA_MAX_LENGTH},
     [FA_CPU_SPARSEK] = {"cpu", "sparsek", FLOATS, SPARSEK, {0}, 0, 0},
     [FA_CPU_SPARSEK_BACKWARD] = {"cpu", "sparsek_backward", FLOATS, SPARSEK, {0}, 0, 0},
+    [FA_CPU_SPARSE] = {"cpu", "sparse", FLOATS, LISTED, {0}, 0, FA_MAX_LENGTH},
+    [FA_CPU_SPARSE_BACKWARD] =
+        {"cpu", "sparse_backward", FLOATS, LISTED | FA_DETERMINISTIC, {0}, 0, FA_MAX_LENGTH},
     /* One launch for each pair of a key head and a value head: random bits count heads. */
     [FA_SM90_FORWARD] = {"sm90",
                          "forward",
@@ -102,6 +109,12 @@ fa_demand fa_sparsek_demand(const fa_sparsek *r) {
     if (r->lengths.data) demand.features |= FA_LENGTHS;
     demand.dtype = r->dtype;
     return demand;
+}
+
+fa_demand fa_sparse_demand(const fa_sparse *s) { return fa_forward_demand(&s->forward); }
+
+fa_demand fa_sparse_backward_demand(const fa_sparse_backward *b) {
+    return fa_backward_demand(&b->attention);
 }
 
 static int32_t lowest_bit(uint32_t set) { return __builtin_ctz(set); }

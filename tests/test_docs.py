@@ -14,7 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
+import reference_sparse
+import sparse_cases
 import sparsek_cases
+import test_sparse
 from conftest import ROOT, has, needs, python
 
 # From the sources only: an installed package brings no README.
@@ -202,6 +205,13 @@ def selects():
         assert not sparsek_cases.run(case)
 
 
+def sparse():
+    call = sparse_cases.random_call(3, "float32")
+    results = test_sparse.run(call, poison=False)
+    given = {**call.keywords, "dout": call.dout, "dlse": call.dlse}
+    assert not reference_sparse.complaints(results, *call.arrays.values(), **given)
+
+
 def grades(hk=2, **keywords):
     torch = pytest.importorskip("torch")
     q, k, v = (torch.randn(1, h, 5, 16, requires_grad=True) for h in (2, hk, hk))
@@ -266,6 +276,7 @@ CALLS = {  # line of the matrix -> calls
         functools.partial(pages, mask=np.zeros((6, 8), np.float32)),
     ],
     "SparseK: gates, lists of the greatest keys, gradients": [selects],
+    "lists of keys or key blocks, with gates, and their gradients": [sparse],
 }
 
 
@@ -310,6 +321,10 @@ ASKS = {  # line of the matrix -> what it asks a backend to declare, in 16 bits 
     "SparseK: gates, lists of the greatest keys, gradients": tuple(
         {"operation": name, "d": 0, "features": ("lengths", "window", "q_offset")}
         for name in ("sparsek", "sparsek_backward")
+    ),
+    "lists of keys or key blocks, with gates, and their gradients": (
+        {"operation": "sparse"},
+        {"operation": "sparse_backward"},
     ),
 }
 

@@ -10,9 +10,8 @@ import pytest
 from conftest import needs, python
 
 RULE = (
-    "`function` must be attention, attention_varlen, attention_kvcache, "
-    "scaled_dot_product_attention or one's "
-    "backward, got "
+    "`function` must be attention, attention_varlen, attention_kvcache, attention_sparse, "
+    "attention_sparse_varlen, scaled_dot_product_attention or one's backward, got "
 )
 
 

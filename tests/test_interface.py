@@ -14,6 +14,9 @@ FUNCTIONS = [
     "attention",
     "attention_backward",
     "attention_kvcache",
+    "attention_sparse",
+    "attention_sparse_backward",
+    "attention_sparse_varlen",
     "attention_varlen",
     "attention_varlen_backward",
     "explain",
@@ -49,6 +52,12 @@ KVCACHE = (
 SPARSEK_LISTS = (
     "scores, k, *, sq, window=0, q_offset=None, q_lengths=None, k_lengths=None, k_start=None"
 )
+SPARSE = (
+    "q, k, v, key_lists, *, counts=None, q_block=1, k_block=64, gate=None, key_gate=False, "
+    "window_union=None, validate=False, causal=False, window=None, q_offset=None, q_lengths=None, "
+    "k_lengths=None, k_start=None, softcap=0.0, sink=None, scale=None, layout='bhsd', "
+    "return_lse=False, return_mass=False, out=None, deterministic=False, backend=None"
+)
 SDPA = (
     "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, "
     "enable_gqa=False"
@@ -81,6 +90,13 @@ def test_signatures():
     assert names_and_defaults(fastattn.attention_kvcache) == KVCACHE
     assert names_and_defaults(fastattn.sparsek) == "scores, k, *, lengths=None"
     assert names_and_defaults(fastattn.sparsek_lists) == SPARSEK_LISTS
+    assert names_and_defaults(fastattn.attention_sparse) == SPARSE
+    sparse = set(inspect.signature(fastattn.attention_sparse).parameters)
+    packed = set(inspect.signature(fastattn.attention_sparse_varlen).parameters)
+    assert sparse - packed == {"layout", "q_lengths", "k_lengths", "k_start"}
+    results = {"return_lse", "return_mass", "validate"}
+    both = set(inspect.signature(fastattn.attention_sparse_backward).parameters)
+    assert sparse | packed <= both | results
     attention = inspect.signature(fastattn.attention).parameters
     keywords = {name for name, p in attention.items() if p.kind is p.KEYWORD_ONLY}
     backward = set(inspect.signature(fastattn.attention_backward).parameters)

@@ -15,7 +15,7 @@ MODULE = fastattn._C.__file__
 SOURCES = [p for folder in ("csrc", "kernels") for p in sorted((ROOT / folder).rglob("*.[ch]*"))]
 TEXT = {p.relative_to(ROOT).as_posix(): p.read_text() for p in SOURCES}
 CONTRACT = (
-    *("fastattn.h", "forward.h", "backward.h", "kvcache.h", "merge.h", "sparsek.h"),
+    *("fastattn.h", "forward.h", "backward.h", "kvcache.h", "merge.h", "sparse.h", "sparsek.h"),
     *("support.h", "types.h", "dtype.h"),
 )
 SHARED = ("mask.h", "philox.h")  # what gcc and nvcc compile alike
@@ -89,8 +89,8 @@ def test_the_contract_is_a_header_per_operation():
     assert set(includes(TEXT["csrc/fastattn.h"])) == operations
     for name in operations:
         operation = name.removesuffix(".h")
-        holds = name in ("backward.h", "kvcache.h", "sparsek.h")  # the forward's request, or part
-        base = "forward.h" if holds else "types.h"
+        holds = dict.fromkeys(("backward.h", "kvcache.h", "sparsek.h"), "forward.h")
+        base = (holds | {"sparse.h": "backward.h"}).get(name, "types.h")  # whose request it holds
         assert includes(TEXT[f"csrc/{name}"]) == [base]
         assert f"FA_OPERATION({operation}, " in TEXT[f"csrc/{name}"]
         assert f"fa_{operation}_op *{operation};" in TEXT["csrc/fastattn.h"]

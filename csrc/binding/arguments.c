@@ -70,6 +70,25 @@ static const parameter kvcache[] = {P(q),
                                     P(out),
                                     P(backend)};
 
+#define LISTS P(counts), P(q_block), P(k_block), P(gate), P(key_gate), P(window_union)
+#define OF_LISTS P(softcap), P(sink), P(scale)
+#define LIST_RESULTS P(return_lse), P(return_mass), P(out), P(deterministic), P(backend)
+
+static const parameter sparse[] = {QKV,       P(key_lists), LISTS,    P(validate), P(causal),
+                                   P(window), LENGTHS,      OF_LISTS, P(layout),   LIST_RESULTS};
+
+static const parameter sparse_varlen[] = {
+    QKV,       P(key_lists), P(cu_seqlens_q), P(cu_seqlens_k), P(max_seqlen_q), P(max_seqlen_k),
+    LISTS,     P(validate),  P(seqused_q),    P(seqused_k),    P(q_offset),     P(causal),
+    P(window), OF_LISTS,     LIST_RESULTS};
+
+static const parameter sparse_backward[] = {
+    P(dout),         QKV,          P(out),          P(lse),           P(key_lists),
+    P(dlse),         P(need_dq),   P(need_dk),      P(need_dv),       P(need_dgate),
+    P(need_dsink),   LISTS,        P(cu_seqlens_q), P(cu_seqlens_k),  P(max_seqlen_q),
+    P(max_seqlen_k), P(seqused_q), P(seqused_k),    P(causal),        P(window),
+    LENGTHS,         OF_LISTS,     P(layout),       P(deterministic), P(backend)};
+
 #define COUNT(table) (sizeof(table) / sizeof *(table))
 
 static const struct {
@@ -83,6 +102,9 @@ static const struct {
     [BACKWARD] = {"attention_backward", backward, COUNT(backward)},
     [VARLEN_BACKWARD] = {"attention_varlen_backward", varlen_backward, COUNT(varlen_backward)},
     [KVCACHE] = {"attention_kvcache", kvcache, COUNT(kvcache)},
+    [SPARSE] = {"attention_sparse", sparse, COUNT(sparse)},
+    [SPARSE_VARLEN] = {"attention_sparse_varlen", sparse_varlen, COUNT(sparse_varlen)},
+    [SPARSE_BACKWARD] = {"attention_sparse_backward", sparse_backward, COUNT(sparse_backward)},
 };
 
 _Static_assert(COUNT(backward) <= MAX_PARAMETERS && COUNT(varlen_backward) <= MAX_PARAMETERS,

@@ -5,7 +5,18 @@
 #include <Python.h>
 
 /* The public functions that are builtins. */
-enum { ATTENTION, SDPA, VARLEN, BACKWARD, VARLEN_BACKWARD, KVCACHE, FUNCTIONS };
+enum {
+    ATTENTION,
+    SDPA,
+    VARLEN,
+    BACKWARD,
+    VARLEN_BACKWARD,
+    KVCACHE,
+    SPARSE,
+    SPARSE_VARLEN,
+    SPARSE_BACKWARD,
+    FUNCTIONS
+};
 
 enum { MAX_PARAMETERS = 40 }; /* of one function */
 
@@ -22,6 +33,8 @@ typedef struct arguments {
     PyObject *page_table, *k_cache, *v_cache, *cache_seqlens, *cache_batch_idx, *cache_leftpad;
     PyObject *rotary_cos, *rotary_sin, *rotary_interleaved, *k_scale, *v_scale;
     PyObject *num_splits, *return_mass;
+    PyObject *key_lists, *counts, *q_block, *k_block, *gate, *key_gate, *window_union, *validate;
+    PyObject *need_dgate;
     PyObject *mask, *attn_mask, *softcap, *alibi_slopes, *sink, *scale, *dropout_p, *seed;
     PyObject *layout, *enable_gqa, *return_lse, *deterministic, *batch_invariant, *backend;
 } arguments;

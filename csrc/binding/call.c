@@ -162,6 +162,7 @@ static PyObject *call_public(PyObject *module, int which, PyObject *const *given
     arguments a;
     if (arguments_parse(&state->signatures[which], given, count, keywords, &a) < 0) return NULL;
     if (which == KVCACHE) return kvcache_compute(state, &a);
+    if (which >= SPARSE) return sparse_compute(state, &a, which);
     return which >= BACKWARD ? backward_compute(state, &a, which) : compute(state, &a, which);
 }
 
@@ -177,6 +178,9 @@ ENTRY(attention_varlen, VARLEN)
 ENTRY(attention_backward, BACKWARD)
 ENTRY(attention_varlen_backward, VARLEN_BACKWARD)
 ENTRY(attention_kvcache, KVCACHE)
+ENTRY(attention_sparse, SPARSE)
+ENTRY(attention_sparse_varlen, SPARSE_VARLEN)
+ENTRY(attention_sparse_backward, SPARSE_BACKWARD)
 #undef ENTRY
 
 static PyObject *(*const entries[FUNCTIONS])(PyObject *, PyObject *const *, Py_ssize_t,
@@ -187,6 +191,9 @@ static PyObject *(*const entries[FUNCTIONS])(PyObject *, PyObject *const *, Py_s
     [BACKWARD] = attention_backward,
     [VARLEN_BACKWARD] = attention_varlen_backward,
     [KVCACHE] = attention_kvcache,
+    [SPARSE] = attention_sparse,
+    [SPARSE_VARLEN] = attention_sparse_varlen,
+    [SPARSE_BACKWARD] = attention_sparse_backward,
 };
 
 PyObject *call_function(PyObject *module, PyObject *args) {

@@ -59,6 +59,9 @@ fa_status prepare_followed(call *c);
 /* One array more; is_followed: it may have a gradient, which torch takes. */
 fa_status prepare_array(call *c, PyObject *object, const char *name, int is_followed,
                         const fa_array **out);
+/* One that torch's autocast casts, as q is; and q_offset=, an int or an array. */
+fa_status prepare_operand(call *c, PyObject *object, const char *name, const fa_array **out);
+fa_status prepare_offset(call *c, PyObject *object);
 /* Whether an argument that may be an int is an array; -1 with an exception. */
 int prepare_is_array(PyObject *object);
 /* An argument that may be None, and has no gradient. */
@@ -75,6 +78,12 @@ fa_status call_run(call *c, output *out, output *lse);
 PyObject *kvcache_compute(module_state *state, const arguments *a);
 fa_status kvcache_explain(module_state *state, const arguments *a, const fa_backend **chosen,
                           const char **kernel, fa_error *reasons, fa_error *error);
+
+/* sparse.c; which: SPARSE, SPARSE_VARLEN or SPARSE_BACKWARD */
+PyObject *sparse_compute(module_state *state, const arguments *a, int which);
+fa_status sparse_explain(module_state *state, const arguments *a, int which,
+                         const fa_backend **chosen, const char **kernel, fa_error *reasons,
+                         fa_error *error);
 
 /* backward.c */
 typedef struct backward_call {

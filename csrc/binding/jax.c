@@ -6,11 +6,12 @@
 #include "call.h"
 #include "jax_ffi.h"
 #include "options.h"
+#include "sparse.h"
 
 #include <stdlib.h>
 
-static const char *const targets[JAX_TARGETS] = {"forward", "backward", "merge", "sparsek",
-                                                 "sparsek_backward"};
+static const char *const targets[JAX_TARGETS] = {
+    "forward", "backward", "merge", "sparsek", "sparsek_backward", "sparse", "sparse_backward"};
 
 /* ---- a call taken apart ---- */
 
@@ -68,8 +69,8 @@ static PyObject *list_attributes(const jax_call *j, const char *backend) {
     return dict;
 }
 
-static PyObject *list_results(const call *c, const fa_gradient *gradients) {
-    static const char *const names[FA_GRADIENTS] = {"dq", "dk", "dv", "dmask", "dsink"};
+static PyObject *list_results(const call *c, const fa_gradient *gradients,
+                              const char *const names[FA_GRADIENTS]) {
     const fa_plan *p = &c->plan;
     PyObject *list = PyList_New(0);
     int fine = list != NULL;
@@ -84,7 +85,55 @@ static PyObject *list_results(const call *c, const fa_gradient *gradients) {
     return list;
 }
 
+/* (operands, attributes, results), or NULL with an exception; it takes over results. */
+static PyObject *make_plan(const call *f, const jax_call *j, PyObject *results) {
+    PyObject *operands = list_operands(f), *attributes = list_attributes(j, f->backend);
+    PyObject *plan =
+        operands && attributes && results ? PyTuple_Pack(3, operands, attributes, results) : NULL;
+    Py_XDECREF(operands);
+    Py_XDECREF(attributes);
+    Py_XDECREF(results);
+    return plan;
+}
+
+static PyObject *finish_plan(module_state *state, call *f, PyObject *plan, fa_status status) {
+    call_release(f);
+    if (call_is_elsewhere(status) || f->is_followed) /* by torch */
+        status = fa_fail(&f->error, FA_TYPE, "arrays of JAX and of another framework in one call");
+    return call_finish(state, plan, status, 0, &f->error);
+}
+
+/* dgate has the place of dmask. */
+static PyObject *list_sparse_results(const sparse_call *c) {
+    static const char *const names[FA_GRADIENTS] = {"dq", "dk", "dv", "dgate", "dsink"};
+    const fa_array *lists = c->request.entries;
+    PyObject *list = list_results(&c->forward, c->forward.is_backward ? c->gradients : NULL, names);
+    if (list && c->return_mass &&
+        !add_result(list, "mass", lists->ndim, lists->shape, (fa_any_dtype){FA_CODE_FLOAT, 32, 1}))
+        Py_CLEAR(list);
+    return list;
+}
+
+static PyObject *plan_sparse(module_state *state, int which, PyObject *values) {
+    arguments a;
+    sparse_call c;
+    call *f = &c.forward;
+    PyObject *plan = NULL;
+    if (arguments_unpack(&state->signatures[which], values, &a) < 0) return NULL;
+    sparse_start(&c, state);
+    fa_status status = sparse_prepare(&c, &a, which);
+    if (status == FA_OK) status = threads_warn(state);
+    if (status == FA_OK) {
+        const jax_call j = {.request = f->request,
+                            .backward = {.deterministic = f->deterministic},
+                            .sparse = c.request};
+        plan = make_plan(f, &j, list_sparse_results(&c));
+    }
+    return finish_plan(state, f, plan, status);
+}
+
 PyObject *jax_plan(PyObject *module, PyObject *const *given, Py_ssize_t count) {
+    static const char *const names[FA_GRADIENTS] = {"dq", "dk", "dv", "dmask", "dsink"};
     module_state *state = PyModule_GetState(module);
     char name[64] = "";
     if (count == 2) state_text(Py_NewRef(given[0]), sizeof name, name);
@@ -92,6 +141,7 @@ PyObject *jax_plan(PyObject *module, PyObject *const *given, Py_ssize_t count) {
     arguments a;
     backward_call c;
     call *f = &c.forward;
+    if (which >= SPARSE && which < FUNCTIONS) return plan_sparse(state, which, given[1]);
     if (which >= KVCACHE || arguments_unpack(&state->signatures[which], given[1], &a) < 0)
         return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "_C has no plan %s", name);
     backward_start(&c, state);
@@ -101,18 +151,9 @@ PyObject *jax_plan(PyObject *module, PyObject *const *given, Py_ssize_t count) {
     if (status == FA_OK) status = threads_warn(state);
     if (status == FA_OK) {
         jax_call j = {.request = f->request, .backward = {.deterministic = f->deterministic}};
-        PyObject *operands = list_operands(f), *attributes = list_attributes(&j, f->backend);
-        PyObject *results = list_results(f, which >= BACKWARD ? c.gradients : NULL);
-        if (operands && attributes && results)
-            result = PyTuple_Pack(3, operands, attributes, results);
-        Py_XDECREF(operands);
-        Py_XDECREF(attributes);
-        Py_XDECREF(results);
+        result = make_plan(f, &j, list_results(f, which >= BACKWARD ? c.gradients : NULL, names));
     }
-    call_release(f);
-    if (call_is_elsewhere(status) || f->is_followed) /* by torch */
-        status = fa_fail(&f->error, FA_TYPE, "arrays of JAX and of another framework in one call");
-    return call_finish(state, result, status, 0, &f->error);
+    return finish_plan(state, f, result, status);
 }
 
 /* ---- workspace ---- */

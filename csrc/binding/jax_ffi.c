@@ -167,6 +167,8 @@ HANDLERS(backward, JAX_BACKWARD)
 HANDLERS(merge, JAX_MERGE)
 HANDLERS(sparsek, JAX_SPARSEK)
 HANDLERS(sparsek_backward, JAX_SPARSEK_BACKWARD)
+HANDLERS(sparse, JAX_SPARSE)
+HANDLERS(sparse_backward, JAX_SPARSE_BACKWARD)
 #undef HANDLERS
 
 xla_handler *const jax_handler[JAX_TARGETS][2] = {
@@ -175,4 +177,6 @@ xla_handler *const jax_handler[JAX_TARGETS][2] = {
     [JAX_MERGE] = {merge_cpu, merge_cuda},
     [JAX_SPARSEK] = {sparsek_cpu, sparsek_cuda},
     [JAX_SPARSEK_BACKWARD] = {sparsek_backward_cpu, sparsek_backward_cuda},
+    [JAX_SPARSE] = {sparse_cpu, sparse_cuda},
+    [JAX_SPARSE_BACKWARD] = {sparse_backward_cpu, sparse_backward_cuda},
 };

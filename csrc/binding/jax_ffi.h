@@ -7,7 +7,7 @@
 #ifndef FASTATTN_JAX_FFI_H
 #define FASTATTN_JAX_FFI_H
 
-#include "check.h"
+#include "check_sparse.h"
 #include "xla_ffi.h"
 
 typedef enum jax_target {
@@ -16,6 +16,8 @@ typedef enum jax_target {
     JAX_MERGE,
     JAX_SPARSEK,
     JAX_SPARSEK_BACKWARD,
+    JAX_SPARSE,
+    JAX_SPARSE_BACKWARD,
     JAX_TARGETS
 } jax_target;
 
@@ -30,6 +32,7 @@ typedef struct jax_call {
     fa_request request;
     fa_backward_request backward;
     fa_sparsek_request sparsek;
+    fa_sparse_request sparse;
     int64_t runs;    /* the call is made for each index of a first axis; 0: there is none */
     int64_t stepped; /* bit i: operand i has that axis; all results have it */
     char backend[8]; /* or empty */
@@ -44,7 +47,7 @@ typedef struct jax_attribute {
     size_t offset; /* in jax_call */
 } jax_attribute;
 
-enum { JAX_ATTRIBUTES = 24 };
+enum { JAX_ATTRIBUTES = 32 };
 extern const jax_attribute jax_attributes[JAX_ATTRIBUTES];
 
 /* NULL where there is none of this name. */
@@ -61,6 +64,8 @@ fa_status jax_run(jax_call *c, int64_t *bytes, fa_error *error);
 
 /* What the runs of all targets share, jax_run.c: operands into the request, by their names. */
 fa_status jax_bind_operands(jax_call *c, fa_error *error);
+/* The same of attention: q, k and v are there. */
+fa_status jax_bind_attention(jax_call *c, fa_error *error);
 /* NULL: not asked for. */
 fa_array *jax_find_result(jax_call *c, const char *name);
 fa_status jax_check_result(const fa_array *a, int32_t ndim, const int64_t *shape,
@@ -72,6 +77,10 @@ fa_status jax_take_workspace(jax_call *c, int64_t needed, int64_t *bytes, void *
 /* jax_sparsek.c */
 fa_status jax_run_sparsek(jax_call *c, int64_t *bytes, fa_error *error);
 fa_status jax_run_sparsek_backward(jax_call *c, int64_t *bytes, fa_error *error);
+
+/* jax_sparse.c */
+fa_status jax_run_sparse(jax_call *c, int64_t *bytes, fa_error *error);
+fa_status jax_run_sparse_backward(jax_call *c, int64_t *bytes, fa_error *error);
 
 extern xla_handler *const jax_handler[JAX_TARGETS][2]; /* on the CPU, on CUDA */
 

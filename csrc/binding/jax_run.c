@@ -33,6 +33,14 @@ const jax_attribute jax_attributes[JAX_ATTRIBUTES] = {
     ATTRIBUTE(INT, has_lists, sparsek.has_lists),
     ATTRIBUTE(INT64, sq, sparsek.sq),
     ATTRIBUTE(INT64, window, sparsek.window),
+    ATTRIBUTE(INT64, q_block, sparse.q_block),
+    ATTRIBUTE(INT64, k_block, sparse.k_block),
+    ATTRIBUTE(INT, key_gate, sparse.key_gate),
+    ATTRIBUTE(INT, has_union, sparse.has_window),
+    ATTRIBUTE(INT, has_union_left, sparse.has_left),
+    ATTRIBUTE(INT64, union_left, sparse.left),
+    ATTRIBUTE(INT, has_union_right, sparse.has_right),
+    ATTRIBUTE(INT64, union_right, sparse.right),
     ATTRIBUTE(INT64, runs, runs),
     ATTRIBUTE(INT64, stepped, stepped),
 };
@@ -67,6 +75,9 @@ static const struct {
     OPERAND(seed, request.seed),
     OPERAND(cu_seqlens_q, request.cu_q),
     OPERAND(cu_seqlens_k, request.cu_k),
+    OPERAND(key_lists, sparse.entries),
+    OPERAND(counts, sparse.counts),
+    OPERAND(gate, sparse.gate),
     OPERAND(dout, backward.dout),
     OPERAND(out, backward.out),
     OPERAND(lse, backward.lse),
@@ -100,16 +111,20 @@ fa_status jax_bind_operands(jax_call *c, fa_error *error) {
     for (int32_t i = 0; i < c->operand_count; i++) {
         fa_array *a = &c->operands[i].array;
         size_t row = 0, rows = sizeof operand_fields / sizeof *operand_fields;
-        while (row < rows && strcmp(operand_fields[row].name, a->name)) row++;
-        if (row == rows) return fa_fail(error, FA_TYPE, "there is no operand `%s`", a->name);
-        if (!strcmp(a->name, "seed")) join_seed(a);
         const fa_array *bound = a;
-        memcpy((char *)c + operand_fields[row].offset, &bound, sizeof bound);
+        int found = 0;
+        if (!strcmp(a->name, "seed")) join_seed(a);
+        for (; row < rows; row++) { /* a name may be one of several requests */
+            if (strcmp(operand_fields[row].name, a->name)) continue;
+            memcpy((char *)c + operand_fields[row].offset, &bound, sizeof bound);
+            found = 1;
+        }
+        if (!found) return fa_fail(error, FA_TYPE, "there is no operand `%s`", a->name);
     }
     return FA_OK;
 }
 
-static fa_status bind_attention(jax_call *c, fa_error *error) {
+fa_status jax_bind_attention(jax_call *c, fa_error *error) {
     const fa_request *r = &c->request;
     TRY(jax_bind_operands(c, error));
     if (!r->q || !r->k || !r->v) return fa_fail(error, FA_TYPE, "`q`, `k` and `v` are operands");
@@ -143,7 +158,7 @@ static fa_status run_forward(jax_call *c, int64_t *bytes, fa_error *error) {
     fa_plan plan;
     void *workspace;
     const fa_array *out = jax_find_result(c, "out"), *lse = jax_find_result(c, "lse");
-    TRY(bind_attention(c, error));
+    TRY(jax_bind_attention(c, error));
     TRY(fa_check_attention(&c->request, &plan, error));
     if (!out) return fa_fail(error, FA_TYPE, "`out` is a result");
     TRY(jax_check_result(out, plan.out_ndim, plan.out_shape, plan.out_dtype, error));
@@ -165,7 +180,7 @@ static fa_status run_backward(jax_call *c, int64_t *bytes, fa_error *error) {
     fa_chosen chosen;
     void *workspace;
     fa_array *results[FA_GRADIENTS];
-    TRY(bind_attention(c, error));
+    TRY(jax_bind_attention(c, error));
     TRY(fa_check_attention(&c->request, &plan, error));
     for (int i = 0; i < FA_GRADIENTS; i++) {
         results[i] = jax_find_result(c, names[i]);
@@ -248,7 +263,9 @@ fa_status jax_run(jax_call *c, int64_t *bytes, fa_error *error) {
         [JAX_BACKWARD] = run_backward,
         [JAX_MERGE] = run_merge,
         [JAX_SPARSEK] = jax_run_sparsek,
-        [JAX_SPARSEK_BACKWARD] = jax_run_sparsek_backward};
+        [JAX_SPARSEK_BACKWARD] = jax_run_sparsek_backward,
+        [JAX_SPARSE] = jax_run_sparse,
+        [JAX_SPARSE_BACKWARD] = jax_run_sparse_backward};
     const int64_t runs = c->runs ? c->runs : 1;
     for (int64_t i = 0; i < runs; i++) {
         TRY(run[c->target](c, bytes, error));

@@ -104,7 +104,7 @@ static fa_status get_options(kvcache_call *c, const arguments *a) {
     TRY(option_layout(a->layout, &r->layout, error));
     TRY(option_bool(f->state, a->return_lse, "return_lse", &f->return_lse, error));
     TRY(option_bool(f->state, a->return_mass, "return_mass", &c->return_mass, error));
-    TRY(option_window(a->window, r, error));
+    TRY(option_window(a->window, "window", r, error));
     TRY(option_double(f->state, a->softcap, "softcap", &r->softcap, error));
     r->has_scale = a->scale != Py_None;
     if (r->has_scale) TRY(option_double(f->state, a->scale, "scale", &r->scale, error));

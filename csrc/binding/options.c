@@ -90,24 +90,25 @@ fa_status option_int(PyObject *object, const char *name, const char *rule, int64
     return FA_OK;
 }
 
-static fa_status get_bound(PyObject *object, int *has, int64_t *out, fa_error *error) {
+static fa_status get_bound(PyObject *object, const char *name, int *has, int64_t *out,
+                           fa_error *error) {
     int overflow;
     *has = object != Py_None;
     if (!*has) return FA_OK;
-    return option_int(object, "window", "hold two ints or None", out, &overflow, error);
+    return option_int(object, name, "hold two ints or None", out, &overflow, error);
 }
 
-fa_status option_window(PyObject *object, fa_request *r, fa_error *error) {
+fa_status option_window(PyObject *object, const char *name, fa_request *r, fa_error *error) {
     char got[64];
     if (object == Py_None) return FA_OK;
     if (!(PyTuple_Check(object) || PyList_Check(object)) || PySequence_Size(object) != 2)
-        return fa_fail(error, FA_TYPE, "`window` must be None or (left, right), got %s",
+        return fa_fail(error, FA_TYPE, "`%s` must be None or (left, right), got %s", name,
                        state_repr(object, got));
     for (int i = 0; i < 2; i++) {
         PyObject *bound = PySequence_GetItem(object, i);
         if (!bound) return FA_RAISED;
-        fa_status status =
-            get_bound(bound, i ? &r->has_right : &r->has_left, i ? &r->right : &r->left, error);
+        fa_status status = get_bound(bound, name, i ? &r->has_right : &r->has_left,
+                                     i ? &r->right : &r->left, error);
         Py_DECREF(bound);
         TRY(status);
     }

@@ -17,7 +17,8 @@ fa_status option_int(PyObject *object, const char *name, const char *rule, int64
 
 fa_status option_layout(PyObject *object, fa_layout *out, fa_error *error);
 fa_status option_causal(module_state *state, PyObject *object, fa_request *r, fa_error *error);
-fa_status option_window(PyObject *object, fa_request *r, fa_error *error);
+/* name: of the argument; into r's window. */
+fa_status option_window(PyObject *object, const char *name, fa_request *r, fa_error *error);
 
 /* *out stays as it is for None. */
 fa_status option_backend(PyObject *object, const char **out, fa_error *error);

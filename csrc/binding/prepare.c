@@ -27,7 +27,7 @@ static fa_status borrow(call *c, PyObject *object, const char *name, const fa_ar
 }
 
 /* q, k, v or a mask, which torch's autocast casts; the backward pass gets what came of that. */
-static fa_status borrow_operand(call *c, PyObject *object, const char *name, const fa_array **out) {
+fa_status prepare_operand(call *c, PyObject *object, const char *name, const fa_array **out) {
     TRY(prepare_array(c, object, name, 1, out));
     if (c->is_backward) return FA_OK;
     return torch_autocast(c->state, &c->now, &c->arrays[c->count - 1], &c->error);
@@ -127,7 +127,7 @@ static fa_status check_out(call *c, PyObject *object) {
 static fa_status get_scores(call *c, const arguments *a) {
     fa_request *r = &c->request;
     fa_error *error = &c->error;
-    if (a->mask != Py_None) TRY(borrow_operand(c, a->mask, "mask", &r->mask));
+    if (a->mask != Py_None) TRY(prepare_operand(c, a->mask, "mask", &r->mask));
     TRY(option_double(c->state, a->softcap, "softcap", &r->softcap, error));
     TRY(prepare_some(c, a->alibi_slopes, "alibi_slopes", &r->alibi_slopes));
     if (a->sink != Py_None) TRY(prepare_array(c, a->sink, "sink", 1, &r->sink));
@@ -161,11 +161,11 @@ static fa_status get_rest(call *c, const arguments *a) {
 static fa_status prepare_attention(call *c, const arguments *a) {
     fa_request *r = &c->request;
     fa_error *error = &c->error;
-    TRY(borrow_operand(c, a->q, "q", &r->q));
-    TRY(borrow_operand(c, a->k, "k", &r->k));
-    TRY(borrow_operand(c, a->v, "v", &r->v));
+    TRY(prepare_operand(c, a->q, "q", &r->q));
+    TRY(prepare_operand(c, a->k, "k", &r->k));
+    TRY(prepare_operand(c, a->v, "v", &r->v));
     TRY(option_causal(c->state, a->causal, r, error));
-    TRY(option_window(a->window, r, error));
+    TRY(option_window(a->window, "window", r, error));
     TRY(prepare_offset(c, a->q_offset));
     TRY(prepare_some(c, a->q_lengths, "q_lengths", &r->q_lengths));
     TRY(prepare_some(c, a->k_lengths, "k_lengths", &r->k_lengths));
@@ -196,9 +196,9 @@ static fa_status prepare_varlen(call *c, const arguments *a) {
     fa_error *error = &c->error;
     int overflow;
     r->layout = FA_BSHD;
-    TRY(borrow_operand(c, a->q, "q", &r->q));
-    TRY(borrow_operand(c, a->k, "k", &r->k));
-    TRY(borrow_operand(c, a->v, "v", &r->v));
+    TRY(prepare_operand(c, a->q, "q", &r->q));
+    TRY(prepare_operand(c, a->k, "k", &r->k));
+    TRY(prepare_operand(c, a->v, "v", &r->v));
     TRY(borrow(c, a->cu_seqlens_q, "cu_seqlens_q", &r->cu_q));
     if (a->page_table == Py_None) TRY(borrow(c, a->cu_seqlens_k, "cu_seqlens_k", &r->cu_k));
     TRY(option_int(a->max_seqlen_q, "max_seqlen_q", "be an int", &r->max_sq, &overflow, error));
@@ -208,7 +208,7 @@ static fa_status prepare_varlen(call *c, const arguments *a) {
     TRY(prepare_offset(c, a->q_offset));
     TRY(get_pages(c, a));
     TRY(option_causal(c->state, a->causal, r, error));
-    TRY(option_window(a->window, r, error));
+    TRY(option_window(a->window, "window", r, error));
     TRY(get_scores(c, a));
     return get_rest(c, a);
 }
@@ -219,7 +219,7 @@ static fa_status get_attn_mask(call *c, PyObject *object) {
     int64_t sq, sk;
     if (object == Py_None) return FA_OK;
     TRY(torch_causal_bias(c->state, object, &r->causal, &r->top_left, &sq, &sk));
-    if (!r->causal) return borrow_operand(c, object, "attn_mask", &r->mask);
+    if (!r->causal) return prepare_operand(c, object, "attn_mask", &r->mask);
     const int64_t q_rows = r->q->ndim < 2 ? 0 : r->q->shape[r->q->ndim - 2];
     const int64_t k_rows = r->k->ndim < 2 ? 0 : r->k->shape[r->k->ndim - 2];
     if (r->top_left || (sq == q_rows && sk == k_rows)) return FA_OK;
@@ -233,9 +233,9 @@ static fa_status prepare_sdpa(call *c, const arguments *a) {
     fa_request *r = &c->request;
     fa_error *error = &c->error;
     r->sdpa = 1;
-    TRY(borrow_operand(c, a->query, "query", &r->q));
-    TRY(borrow_operand(c, a->key, "key", &r->k));
-    TRY(borrow_operand(c, a->value, "value", &r->v));
+    TRY(prepare_operand(c, a->query, "query", &r->q));
+    TRY(prepare_operand(c, a->key, "key", &r->k));
+    TRY(prepare_operand(c, a->value, "value", &r->v));
     r->keeps_order = is_torch(c);
     TRY(get_attn_mask(c, a->attn_mask));
     TRY(option_double(c->state, a->dropout_p, "dropout_p", &r->dropout_p, error));

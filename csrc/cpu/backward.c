@@ -2,47 +2,11 @@
  *
  * What is computed is in backward_kernel.h; this file compiles it for every level.
  */
-#include "cpu.h"
+#include "backward_tasks.h"
 
 #include <sched.h>
 
 #include "pool.h"
-
-typedef struct fa_tile_size {
-    int keys, rows;
-} fa_tile_size;
-
-/* A block of keys of the query heads h .. h + heads - 1, to which whole key and value heads belong.
- */
-typedef struct fa_keys {
-    fa_sequence sequence;
-    int64_t n, h; /* of the sequence; the first head */
-    int heads;
-    int begin, end; /* keys of the sequence */
-    void *sums;     /* of dq, [heads][sums_rows][d in whole vectors]; NULL: they are made in dq */
-    int64_t sums_rows;
-    /* Of each head's blocks of rows, turn_row blocks apart, the number of the block of keys whose
-     * part of dq comes next. NULL: there is one thread. */
-    atomic_int *turns;
-    int64_t turn_row;
-} fa_keys;
-
-/* A tile of dmask, and all that is summed for it. */
-typedef struct fa_mask_tile {
-    struct {
-        int64_t begin, end;
-    } n, h;
-    fa_interval rows, keys;
-} fa_mask_tile;
-
-typedef struct fa_backward_kernel {
-    int number, lanes; /* bytes of a number; numbers in a vector */
-    fa_tile_size (*size)(const fa_what *what);
-    size_t (*bytes)(const fa_backward *b); /* of memory */
-    void (*keys)(const fa_backward *b, const fa_keys *task, void *memory);
-    void (*mask)(const fa_backward *b, const fa_mask_tile *task, void *memory);
-    void (*sink)(const fa_backward *b, int64_t h, void *memory);
-} fa_backward_kernel;
 
 /* Waits until the blocks of keys before this one have added their part of dq to a block of rows.
  * Tasks are drawn in order, so that the one before is done or another thread is at it. */
@@ -69,6 +33,10 @@ static void fa_end_turn(const fa_keys *task, int64_t h, int block, fa_tile_size 
 
 static const fa_backward_kernel *const kernels[][FA_DTYPE_COUNT] = FA_KERNELS;
 
+const fa_backward_kernel *fa_backward_kernel_of(fa_level level, fa_dtype dtype) {
+    return kernels[level][dtype];
+}
+
 /* ---- one call ---- */
 
 /* Tasks are drawn in order: of `live` groups of heads at a time, the first block of keys of each,
@@ -92,25 +60,6 @@ typedef struct call {
     int64_t in_all;
     void (*task)(struct call *c, int64_t at, void *memory);
 } call;
-
-/* Rows begin .. end - 1 of a head -> 0. */
-static void clear_rows(const fa_tensor *t, fa_dtype type, int64_t b, int64_t h, int64_t begin,
-                       int64_t end) {
-    const int64_t size = fa_dtype_size(type);
-    for (int64_t s = begin; s < end; s++) {
-        char *to = (char *)t->data + element(t, b, h, s) * size;
-        if (t->stride[3] == 1)
-            memset(to, 0, (size_t)(t->shape[3] * size));
-        else
-            for (int64_t i = 0; i < t->shape[3]; i++)
-                memset(to + i * t->stride[3] * size, 0, (size_t)size);
-    }
-}
-
-static void clear(const fa_tensor *t, fa_dtype type) {
-    for (int64_t b = 0; t->data && b < t->shape[0]; b++)
-        for (int64_t h = 0; h < t->shape[1]; h++) clear_rows(t, type, b, h, 0, t->shape[2]);
-}
 
 /* The rows of sequence n (past the last: the rows of none), and how many keys lie there. */
 static fa_sequence find(const fa_params *p, int64_t n, int *keys) {
@@ -137,8 +86,8 @@ static void clear_rows_without_keys(const fa_backward *b, const fa_keys *task) {
     const int64_t n = b->forward.varlen.cu_q ? 0 : task->n, q = task->sequence.q;
     const fa_dtype type = b->forward.what.dtype;
     for (int64_t h = task->h; b->dq.data && h < task->h + task->heads; h++) {
-        clear_rows(&b->dq, type, n, h, q, q + rows.begin);
-        clear_rows(&b->dq, type, n, h, q + rows.end, task->sequence.q_end);
+        fa_clear_rows(&b->dq, type, n, h, q, q + rows.begin);
+        fa_clear_rows(&b->dq, type, n, h, q + rows.end, task->sequence.q_end);
     }
 }
 
@@ -270,8 +219,9 @@ fa_status fa_cpu_backward(const fa_backward *b, fa_level level, fa_error *error)
               .threads = products < 2e6 ? 1 : fa_pool_threads()};
     c.size = c.kernel->size(what);
     if (what->hq == 0 || what->b == 0 || what->sq == 0) {
-        clear(&b->dq, what->dtype), clear(&b->dk, what->dtype), clear(&b->dv, what->dtype);
-        if (b->dmask.data) clear(&b->dmask, b->forward.scores.mask_dtype);
+        fa_clear_tensor(&b->dq, what->dtype), fa_clear_tensor(&b->dk, what->dtype),
+            fa_clear_tensor(&b->dv, what->dtype);
+        if (b->dmask.data) fa_clear_tensor(&b->dmask, b->forward.scores.mask_dtype);
         for (int64_t h = 0; b->dsink && h < what->hq; h++) b->dsink[h * b->dsink_stride] = 0;
         return FA_OK;
     }

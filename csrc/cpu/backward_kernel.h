@@ -23,29 +23,48 @@
 #ifndef FASTATTN_CPU_BACKWARD_KERNEL_H
 #define FASTATTN_CPU_BACKWARD_KERNEL_H
 
+#define add_columns FN(add_columns)
+#define add_mass FN(add_mass)
+#define add_parts FN(add_parts)
+#define add_rows FN(add_rows)
+#define add_sinks FN(add_sinks)
 #define add_to_keys FN(add_to_keys)
 #define add_to_mask FN(add_to_mask)
 #define add_to_rows FN(add_to_rows)
+#define add_to_sums FN(add_to_sums)
 #define backward FN(backward)
 #define cap FN(cap)
 #define change FN(change)
+#define column_row FN(column_row)
+#define count_seen FN(count_seen)
 #define drop FN(drop)
+#define fill_listed FN(fill_listed)
 #define fill_tile FN(fill_tile)
+#define gate_of FN(gate_of)
 #define is_alive FN(is_alive)
+#define is_alone FN(is_alone)
 #define lay_out FN(lay_out)
-#define load_keys FN(load_keys)
+#define list_bytes FN(list_bytes)
+#define listed_rows FN(listed_rows)
+#define load_columns FN(load_columns)
 #define load_key_rows FN(load_key_rows)
+#define load_keys FN(load_keys)
+#define load_one FN(load_one)
 #define load_row FN(load_row)
 #define load_rows FN(load_rows)
 #define load_values FN(load_values)
+#define multiply_by_row FN(multiply_by_row)
 #define open_backward FN(open_backward)
+#define open_listed FN(open_listed)
 #define open_tile FN(open_tile)
 #define out_dout FN(out_dout)
 #define pack_panel FN(pack_panel)
 #define read_lse FN(read_lse)
 #define read_panels FN(read_panels)
 #define row_of FN(row_of)
+#define run_columns FN(run_columns)
 #define run_keys FN(run_keys)
+#define run_lists FN(run_lists)
 #define run_mask FN(run_mask)
 #define run_sink FN(run_sink)
 #define scratch FN(scratch)
@@ -54,7 +73,6 @@
 #define sum_keys FN(sum_keys)
 #define tile FN(tile)
 #define tile_size FN(tile_size)
-#define is_alone FN(is_alone)
 #define is_coarse FN(is_coarse)
 #define weigh FN(weigh)
 #define weight FN(weight)
@@ -82,8 +100,9 @@ typedef struct backward {
     matrix q_steps, g_steps, ds; /* q, g and dS for products over rows, and over keys: the same
                                   * matrices, but for pairs */
     matrix sum;                  /* of a tile of dmask */
-    real *lse, *delta; /* of a block's rows; delta times the scale where nothing is changed */
-    uint8_t *seen;     /* keys that some row of the sequence sees */
+    real *lse, *delta;      /* of a block's rows; delta times the scale where nothing is changed */
+    uint8_t *seen;          /* keys that some row of the sequence sees */
+    const uint8_t *several; /* of lists: rows of a block that see more than one key; else NULL */
 } backward;
 
 /* Rows that meet the keys of a task. */
@@ -227,9 +246,15 @@ static void run_keys(const fa_backward *b, const fa_keys *task, void *memory) {
 }
 
 #include "backward_mask.h"
-
+#if FA_PAIRS
 static const fa_backward_kernel FN(kernel) = {sizeof(real), LANES,    tile_size, scratch,
                                               run_keys,     run_mask, run_sink};
+#else
+#include "backward_lists.h"
+static const fa_backward_kernel FN(kernel) = {sizeof(real), LANES,    tile_size, scratch,
+                                              run_keys,     run_mask, run_sink,  list_bytes,
+                                              run_lists,    add_rows};
+#endif
 
 #undef FA_NAME
 #undef FA_REAL

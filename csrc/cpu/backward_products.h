@@ -58,13 +58,15 @@ static void fill_tile(const backward *c, tile *r, int raw) {
         for (int i = begin; i < end; i++) {
             vec *x = (vec *)(s + i * width), *y = (vec *)(t + i * width);
             const int cuts = i < r->all[p].begin || i >= r->all[p].end || is_coarse(c, i);
-            if (c->changed || raw)
-                change(c, r, i, key, (real *)x, (real *)y, width, raw);
-            else if (width == WIDTH && !cuts)
+            if (!c->changed && !raw && width == WIDTH && !cuts) {
                 weigh(c, x, y, NV, i, (fa_interval){0, 0}, at, 0);
+                continue;
+            }
+            const fa_interval keys = fa_row_interval(c->sequence.lengths, r->first + i);
+            if (c->changed || raw)
+                change(c, r, i, keys, key, (real *)x, (real *)y, width, raw);
             else
-                weigh(c, x, y, width / LANES, i, fa_row_interval(c->sequence.lengths, r->first + i),
-                      at, 1);
+                weigh(c, x, y, width / LANES, i, keys, at, 1);
         }
         if (STEP == 2 && !raw) pack_panel(c, r, p);
     }

@@ -177,19 +177,23 @@ static real out_dout(const backward *c, int64_t h, int row, int i) {
 
 /* The row first + i of a tile -> row i of q and g, and its lse and delta. In a row that sees
  * nothing P and dS are 0. */
-static int load_row(const backward *c, const tile *r, int i) {
+static void load_one(const backward *c, int64_t h, int row, int i, real lse, int alive) {
     const fa_what *what = &c->p->what;
     const fa_tensor *dout = &c->b->dout;
-    const int row = r->first + i;
-    const real lse = read_lse(c, &what->lse, r->h, row);
-    const int alive = is_alive(c, r->h, row, lse);
-    const char *q = alive ? row_of(c, &what->q, r->h, row) : NULL;
-    const char *g = alive ? row_of(c, dout, r->h, row) : NULL;
+    const char *q = alive ? row_of(c, &what->q, h, row) : NULL;
+    const char *g = alive ? row_of(c, dout, h, row) : NULL;
     read_panels(c->q, i, q, what->dtype, what->q.stride[3], what->d);
     read_panels(c->g, i, g, what->dtype, dout->stride[3], what->dv);
-    const real delta = alive ? out_dout(c, r->h, row, i) - read_lse(c, &c->b->dlse, r->h, row) : 0;
+    const real delta = alive ? out_dout(c, h, row, i) - read_lse(c, &c->b->dlse, h, row) : 0;
     c->delta[i] = c->changed ? delta : delta * c->scale;
     c->lse[i] = alive ? lse : (real)INFINITY;
+}
+
+static int load_row(const backward *c, const tile *r, int i) {
+    const int row = r->first + i;
+    const real lse = read_lse(c, &c->p->what.lse, r->h, row);
+    const int alive = is_alive(c, r->h, row, lse);
+    load_one(c, r->h, row, i, lse, alive);
     return alive;
 }
 

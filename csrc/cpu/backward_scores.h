@@ -8,8 +8,8 @@ FA_FAST vec weight(const backward *c, vec x_less_lse, int i, int alone) {
     return splat(c->lse[i] == (real)INFINITY ? 0 : 1 + (c->lse[i] - c->lse[i]));
 }
 
-static int is_alone(const backward *c, fa_interval keys) {
-    return keys.end - keys.begin == 1 && !c->p->scores.sink;
+static int is_alone(const backward *c, int i, fa_interval keys) {
+    return keys.end - keys.begin == 1 && !c->p->scores.sink && !(c->several && c->several[i]);
 }
 
 /* Whether scores are so great that an ulp of lse changes P by 1e-3. There the scaled score is
@@ -25,7 +25,7 @@ FA_FAST int is_coarse(const backward *c, int i) {
 FA_FAST void weigh(const backward *c, vec *s, vec *t, int nv, int i, fa_interval keys, ivec key,
                    int cuts) {
     const vec lse = splat(c->lse[i]), delta = splat(c->delta[i]), scale = splat(c->scale);
-    const int alone = cuts && is_alone(c, keys), coarse = cuts && is_coarse(c, i);
+    const int alone = cuts && is_alone(c, i, keys), coarse = cuts && is_coarse(c, i);
 #pragma GCC unroll 4
     for (int j = 0; j < nv; j++, key += LANES) {
         const vec scaled = s[j] * scale; /* rounded */
@@ -63,12 +63,11 @@ static void drop(const backward *c, int64_t h, int row, int key, int width, real
 }
 
 /* The same where something changes the scores. `raw`: t becomes ds itself. */
-static void change(const backward *c, const tile *rows, int i, int key, real *s, real *t, int width,
-                   int raw) {
+static void change(const backward *c, const tile *rows, int i, fa_interval keys, int key, real *s,
+                   real *t, int width, int raw) {
     const fa_scores *scores = &c->p->scores;
     const int64_t *stride = scores->mask.stride, *slopes = scores->alibi_stride;
     const int row = rows->first + i, masked = scores->mask.data != NULL;
-    const fa_interval keys = fa_row_interval(c->sequence.lengths, row);
     const int last = c->sequence.lengths.sk, end = key + width < last ? key + width : last;
     vec bias[NV] = {{0}}, gain[NV];
     if (masked)
@@ -98,7 +97,7 @@ static void change(const backward *c, const tile *rows, int i, int key, real *s,
             x -= c->lse[i];
         else
             x = exponent(c->nats, ((vec *)s)[j], -splat(c->lse[i]));
-        const vec p = pick(visible, weight(c, x, i, is_alone(c, keys)), (vec){0});
+        const vec p = pick(visible, weight(c, x, i, is_alone(c, i, keys)), (vec){0});
         vec pz = p;
         if (c->p->dropout.p > 0) {
             pz = pick(gain[j] == 0, (vec){0}, p * gain[j]);

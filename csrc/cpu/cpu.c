@@ -189,6 +189,52 @@ SINGLE(sparsek, fa_sparsek, FA_CPU_SPARSEK)
 SINGLE(sparsek_backward, fa_sparsek_backward, FA_CPU_SPARSEK_BACKWARD)
 #undef SINGLE
 
+static fa_status reject_sparse(const fa_sparse *s, fa_choice *choice, fa_error *why) {
+    return reject_forward(&s->forward, choice, why);
+}
+
+static const char *name_sparse(const fa_sparse *s, const fa_choice *choice) {
+    return name_forward(&s->forward, choice);
+}
+
+static int64_t no_sparse_workspace(const fa_sparse *s, const fa_choice *choice) {
+    (void)s, (void)choice;
+    return 0;
+}
+
+static fa_status run_sparse(const fa_sparse *s, const fa_choice *choice, void *workspace,
+                            fa_error *error) {
+    (void)workspace;
+    return fa_cpu_sparse(s, level_of(choice), error);
+}
+
+static const fa_sparse_op sparse = {FA_CPU_SPARSE, reject_sparse, name_sparse, no_sparse_workspace,
+                                    run_sparse};
+
+static fa_status reject_sparse_backward(const fa_sparse_backward *b, fa_choice *choice,
+                                        fa_error *why) {
+    return reject_backward(&b->attention, choice, why);
+}
+
+static const char *name_sparse_backward(const fa_sparse_backward *b, const fa_choice *choice) {
+    return name_backward(&b->attention, choice);
+}
+
+static int64_t no_sparse_backward_workspace(const fa_sparse_backward *b, const fa_choice *choice) {
+    (void)b, (void)choice;
+    return 0;
+}
+
+static fa_status run_sparse_backward(const fa_sparse_backward *b, const fa_choice *choice,
+                                     void *workspace, fa_error *error) {
+    (void)workspace;
+    return fa_cpu_sparse_backward(b, level_of(choice), error);
+}
+
+static const fa_sparse_backward_op sparse_backward = {
+    FA_CPU_SPARSE_BACKWARD, reject_sparse_backward, name_sparse_backward,
+    no_sparse_backward_workspace, run_sparse_backward};
+
 const fa_backend fa_cpu = {.name = "cpu",
                            .device = FA_CPU,
                            .find_device = find_device,
@@ -196,5 +242,7 @@ const fa_backend fa_cpu = {.name = "cpu",
                            .backward = &backward,
                            .merge = &merge,
                            .kvcache = &kvcache,
+                           .sparse = &sparse,
+                           .sparse_backward = &sparse_backward,
                            .sparsek = &sparsek,
                            .sparsek_backward = &sparsek_backward};

@@ -59,5 +59,9 @@ fa_status fa_cpu_kvcache(const fa_kvcache *c, fa_level level, fa_error *error);
 fa_status fa_cpu_merge(const fa_merge *m, fa_error *error);
 fa_status fa_cpu_sparsek(const fa_sparsek *r, fa_error *error);
 fa_status fa_cpu_sparsek_backward(const fa_sparsek_backward *b, fa_error *error);
+fa_status fa_cpu_sparse(const fa_sparse *s, fa_level level, fa_error *error);
+fa_status fa_cpu_sparse_backward(const fa_sparse_backward *b, fa_level level, fa_error *error);
+/* The sums of `mass`, by the lse of the forward's request. */
+fa_status fa_cpu_mass(const fa_sparse *s, fa_level level, fa_error *error);
 
 #endif

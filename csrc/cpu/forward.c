@@ -12,21 +12,14 @@ static void write_lse(const fa_what *what, const fa_group *g, fa_row row, double
     if (what->lse.data) put_lse(&what->lse, what->dtype, element(&what->lse, g->b, h, s), value);
 }
 
-typedef struct fa_cpu_kernel {
-    int lanes, strip, rows; /* rows in a vector, in a strip; the most that run() takes at once */
-    size_t (*scratch)(const fa_params *p, int rows);
-    size_t (*state)(const fa_params *p, int rows); /* of one split, at most */
-    void (*run)(const fa_params *p, const fa_group *g, int64_t first, int count, void *memory);
-    void (*split)(const fa_params *p, const fa_group *g, int64_t first, int count, int split,
-                  void *memory, void *state);
-    void (*join)(const fa_params *p, const fa_group *g, int64_t first, int count, int begin,
-                 int end, void *memory, void *states, size_t bytes);
-} fa_cpu_kernel;
-
 #define FA_KERNEL "forward_kernel.h"
 #include "levels.h"
 
 static const fa_cpu_kernel *const kernels[][FA_DTYPE_COUNT] = FA_KERNELS;
+
+const fa_cpu_kernel *fa_forward_kernel(fa_level level, fa_dtype dtype) {
+    return kernels[level][dtype];
+}
 
 /* A call is cut into strips of one group, mostly a panel of rows each. Threads draw them, several
  * at once that share what is read of K and V, fewer towards the end, so that no thread waits long
@@ -50,8 +43,8 @@ typedef struct call {
 } call;
 
 /* Rows without a key: 0, and for lse -inf or the sink. */
-static void empty_rows(const fa_params *p, const fa_group *g, int64_t first, int64_t end,
-                       const float *sink) {
+void fa_empty_rows(const fa_params *p, const fa_group *g, int64_t first, int64_t end,
+                   const float *sink) {
     const fa_what *what = &p->what;
     const int64_t size = fa_dtype_size(what->dtype);
     for (int64_t at = first; at < end; at++) {
@@ -74,8 +67,8 @@ static void run_block(const call *c, const fa_group *g, int64_t first, int64_t e
     if (first < valid && row_keys(g, first).begin < row_keys(g, valid - 1).end)
         c->kernel->run(c->p, g, first, (int)(valid - first), memory);
     else
-        empty_rows(c->p, g, first, valid, c->p->scores.sink);
-    empty_rows(c->p, g, valid, end, NULL);
+        fa_empty_rows(c->p, g, first, valid, c->p->scores.sink);
+    fa_empty_rows(c->p, g, valid, end, NULL);
 }
 
 /* Sequence b and the heads from h on; the one past the last has the packed rows of none. */
@@ -151,7 +144,7 @@ static void run_part(const call *c, int64_t at, void *memory) {
     c->kernel->split(c->p, &g, first, count, split, memory, states + split * c->state);
     if (atomic_fetch_add(&c->done[part], 1) + 1 < splits.end - splits.begin) return;
     c->kernel->join(c->p, &g, first, count, splits.begin, splits.end, memory, states, c->state);
-    empty_rows(c->p, &g, valid, end, NULL);
+    fa_empty_rows(c->p, &g, valid, end, NULL);
 }
 
 /* The next strips, from *at on; returns how many. */

@@ -32,6 +32,7 @@
 #define attend_few_rows FN(attend_few_rows)
 #define attend_keys FN(attend_keys)
 #define attend_panel FN(attend_panel)
+#define attend_pass FN(attend_pass)
 #define block FN(block)
 #define cap FN(cap)
 #define change FN(change)
@@ -56,16 +57,19 @@
 #define lay_out FN(lay_out)
 #define load_block FN(load_block)
 #define look_ahead FN(look_ahead)
+#define meet_block FN(meet_block)
 #define multiply FN(multiply)
 #define one_key FN(one_key)
 #define open_group FN(open_group)
 #define open_panel FN(open_panel)
+#define open_pass FN(open_pass)
 #define open_rows FN(open_rows)
 #define open_scores FN(open_scores)
 #define page_row FN(page_row)
 #define panel FN(panel)
 #define read_bias FN(read_bias)
 #define read_bias_few FN(read_bias_few)
+#define run_lists FN(run_lists)
 #define run_rows FN(run_rows)
 #define run_split FN(run_split)
 #define score FN(score)
@@ -129,6 +133,8 @@ typedef struct context {
     vec *s, *bias; /* [KEYS][NV]: scores, then probabilities; the mask's block */
     real *rows;    /* [LANES][longest row], to transpose from and to */
     real *k_packed, *v_packed;
+    const double *gates; /* of lists: of each page, by which its values are multiplied, */
+    int key_gate;        /* and its keys; NULL: 1 */
 } context;
 
 /* Rows of K, or of V, in the caller's arrays. Rows that are read in place are asked for AHEAD of
@@ -278,9 +284,11 @@ static int has_one_key(const fa_params *p, fa_lengths lengths) {
 }
 
 #include "forward_runs.h"
+#include "forward_lists.h"
 
-static const fa_cpu_kernel FN(kernel) = {LANES,       PANEL,    PANELS * PANEL, scratch_bytes,
-                                         state_bytes, run_rows, run_split,      join_splits};
+static const fa_cpu_kernel FN(kernel) = {LANES,         PANEL,       PANELS * PANEL,
+                                         scratch_bytes, state_bytes, run_rows,
+                                         run_split,     join_splits, run_lists};
 
 #undef FA_NAME
 #undef FA_REAL

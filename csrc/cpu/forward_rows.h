@@ -25,6 +25,7 @@ static void open_scores(context *c) {
     c->few = c->group->sequence.lengths.sq <= FEW && c->group->sequence.lengths.sk >= FEW_KEYS;
     c->seed = p->dropout.p > 0 ? fa_dropout_seed(&p->dropout) : 0;
     c->bias = NULL;
+    c->gates = NULL, c->key_gate = 0;
     c->mask = scores->mask.data;
     if (c->mask)
         c->mask += (c->group->b * scores->mask.stride[0] + c->group->h * scores->mask.stride[1]) *
@@ -216,7 +217,7 @@ static void load_block(const context *c, block *keys, int visible, const uint8_t
     const int whole_rows = is_one_piece(&c->p->pages, keys);
     const char *k = key_row(c, c->k, &what->k, keys->begin);
     const char *v = key_row(c, c->v, &what->v, keys->begin);
-    const int packs_k = !c->unit_k || !whole_rows;
+    const int packs_k = !c->unit_k || !whole_rows || (c->gates && c->key_gate);
     keys->k_ahead = look_ahead(c, keys, c->k, &what->k, packs_k);
     keys->k = (const unit *)k;
     keys->k_row = what->k.stride[2] / STEP;
@@ -229,11 +230,13 @@ static void load_block(const context *c, block *keys, int visible, const uint8_t
             const char *x = whole_rows ? k + i * what->k.stride[2] * size
                                        : page_row(c, c->k, &what->k, keys->begin + i);
             read_units(to, x, what->dtype, what->k.stride[3], what->d);
+            if (c->gates && c->key_gate)
+                multiply_units(to, (real)c->gates[(keys->begin + i) / c->p->pages.size], what->d);
         }
     }
     const int hides = seen || (visible > keys->begin && (visible - keys->begin) % STEP);
     keys->zipped = c->zip_v && whole_rows && !hides && n % STEP == 0 ? what->v.stride[2] : 0;
-    const int packs_v = !keys->zipped && (!c->unit_v || seen || !whole_rows);
+    const int packs_v = !keys->zipped && (!c->unit_v || seen || !whole_rows || c->gates);
     keys->v_ahead = look_ahead(c, keys, c->v, &what->v, packs_v);
     keys->v = (const unit *)v;
     keys->v_row = what->v.stride[2];
@@ -252,6 +255,8 @@ static void load_block(const context *c, block *keys, int visible, const uint8_t
             real *to = c->v_packed + i / STEP * keys->v_row;
             if (dv < keys->v_row) memset(to + keys->v_row - LANES, 0, sizeof(vec));
             read_step(to, x, y, what->dtype, what->v.stride[3], dv);
+            if (c->gates && x)
+                multiply_units(to, (real)c->gates[(keys->begin + i) / c->p->pages.size], dv);
         }
     }
 }

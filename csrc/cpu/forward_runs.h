@@ -66,6 +66,20 @@ static char *open_rows(context *c, const fa_params *p, const fa_group *g, int64_
     return memory;
 }
 
+/* All panels meet a block of keys, of which those before `visible` are not seen. */
+static void meet_block(context *c, const block *keys, int visible) {
+    for (int i = 0; i < c->count; i++) {
+        panel *rows = &c->panels[i];
+        if (rows->few) {
+            attend_few_rows(c, rows, keys, visible);
+            continue;
+        }
+        int low = rows->any.begin > keys->begin ? rows->any.begin / STEP * STEP : keys->begin;
+        int high = rows->any.end < keys->end ? rows->any.end : keys->end;
+        if (low < high) attend_panel(c, rows, keys, low, high);
+    }
+}
+
 /* These rows meet the keys of [from, to) that they see. Blocks start at multiples of KEYS, chains
  * of additions at multiples of CHAIN, wherever the rows' keys do: how rows are grouped, and so how
  * many threads there are and how many sequences, changes no bit. */
@@ -82,16 +96,7 @@ static void attend_keys(context *c, int64_t first, int count, int from, int to) 
         const int sees = hides ? see(c, first, count, &keys, seen) : n;
         if (sees == 0) continue;
         load_block(c, &keys, begin, sees < n ? seen : NULL);
-        for (int i = 0; i < c->count; i++) {
-            panel *rows = &c->panels[i];
-            if (rows->few) {
-                attend_few_rows(c, rows, &keys, begin);
-                continue;
-            }
-            int low = rows->any.begin > keys.begin ? rows->any.begin / STEP * STEP : keys.begin;
-            int high = rows->any.end < keys.end ? rows->any.end : keys.end;
-            if (low < high) attend_panel(c, rows, &keys, low, high);
-        }
+        meet_block(c, &keys, begin);
     }
     for (int i = 0; i < c->count; i++)
         if (c->few) turn_few(c, &c->panels[i]);

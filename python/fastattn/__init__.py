@@ -19,6 +19,7 @@ from ._attention import (
     set_num_threads,
 )
 from ._sparsek import sparsek, sparsek_lists
+from ._sparse import attention_sparse, attention_sparse_backward, attention_sparse_varlen
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,9 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_kvcache",
+    "attention_sparse",
+    "attention_sparse_backward",
+    "attention_sparse_varlen",
     "attention_varlen",
     "attention_varlen_backward",
     "explain",
@@ -44,6 +48,7 @@ _compile.watch(
         *(attention, attention_kvcache, attention_varlen, scaled_dot_product_attention),
         *(attention_backward, attention_varlen_backward, merge_states),
         *(sparsek, sparsek_lists),
+        *(attention_sparse, attention_sparse_backward, attention_sparse_varlen),
         _C.gradients,  # of compiled autograd
     )
 )

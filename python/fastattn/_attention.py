@@ -711,8 +711,9 @@ def explain(function: Callable[..., Any], *args: Any, **keywords: Any) -> Explan
     """Which backend and kernel `function(*args, **keywords)` would run. Nothing is computed.
 
     Args:
-        function: attention, attention_varlen, attention_kvcache, scaled_dot_product_attention,
-            attention_backward or attention_varlen_backward.
+        function: attention, attention_varlen, attention_kvcache, attention_sparse,
+            attention_sparse_varlen, scaled_dot_product_attention, or attention_backward,
+            attention_varlen_backward, attention_sparse_backward.
 
     Returns:
         An Explanation with .backend, .kernel and .reasons.
@@ -721,14 +722,19 @@ def explain(function: Callable[..., Any], *args: Any, **keywords: Any) -> Explan
         What the call would raise before it chooses a backend; TypeError for another function.
     """
     # By identity: where the function was forgotten, it is an array with an equality of its own.
-    of_attention = (attention, attention_varlen, attention_kvcache, scaled_dot_product_attention)
-    if not any(
-        function is f for f in (*of_attention, attention_backward, attention_varlen_backward)
-    ):
+    from . import _sparse
+
+    known = (
+        *(attention, attention_varlen, attention_kvcache, scaled_dot_product_attention),
+        *(attention_backward, attention_varlen_backward),
+        *(_sparse.attention_sparse, _sparse.attention_sparse_varlen),
+        _sparse.attention_sparse_backward,
+    )
+    if not any(function is f for f in known):
         name = getattr(function, "__name__", None)
         raise TypeError(
-            "`function` must be attention, attention_varlen, attention_kvcache, "
-            "scaled_dot_product_attention or one's backward, got "
+            "`function` must be attention, attention_varlen, attention_kvcache, attention_sparse, "
+            "attention_sparse_varlen, scaled_dot_product_attention or one's backward, got "
             + (name or f"{type(function).__name__}: explain(fastattn.attention, q, k, v)")
         )
     return Explanation(*_C.explain(function.__name__, *args, **keywords))
@@ -769,7 +775,8 @@ def info() -> dict[str, Any]:
     [operation] with dtypes, the range of d and dv, features, and apart: sets of features that it
     does not take together. It refuses nothing else, but for a device that it does not run on. An
     operation is forward (attention and its kin), backward, kvcache, merge (merge_states), sparsek
-    (sparsek_lists too) or sparsek_backward.
+    (sparsek_lists too), sparsek_backward, sparse or sparse_backward (attention_sparse and its
+    gradients).
     """
     from . import __version__
 

@@ -25,7 +25,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from . import _C, _attention, _jax_kvcache
+from . import _C, _attention, _jax_kvcache, _sparse
 from ._attention import attention, attention_varlen, merge_states
 from ._renaming import renaming
 
@@ -45,7 +45,7 @@ for _name, _capsules in _C.jax_handlers().items():
 class _Call:
     """All of an operation that is no array. Shapes are those of one run."""
 
-    target: str  # "forward", "backward", "merge", "sparsek" or "sparsek_backward"
+    target: str  # "forward", "merge", "kvcache", "sparse", "sparsek", or one's "..._backward"
     operands: tuple[str, ...]
     results: tuple[tuple[str, tuple[int, ...], Any], ...]  # name, shape, dtype
     options: tuple[tuple[str, Any], ...]  # attributes of C's names
@@ -155,7 +155,7 @@ for _platform, _on_cuda in (("cpu", False), ("cuda", True)):
 
 # ------------------------------------------------------------------------------------- derivatives
 
-_FOLLOWED = ("q", "k", "v", "mask", "sink")  # may have a gradient
+_FOLLOWED = ("q", "k", "v", "mask", "gate", "sink")  # may have a gradient
 
 _tangent_p: Any = Primitive(
     _PREFIX + "tangent"
@@ -185,7 +185,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> Any
         if not isinstance(tangent, ad.Zero)
     }
     of = "sparsek" if "sparsek" in call.target else "attention"
-    if of == "sparsek" or call.target == "backward":  # the first ones are custom_vjp's there
+    if of == "sparsek" or call.target.endswith("backward"):  # the first ones are custom_vjp's there
         raise NotImplementedError(
             f"second derivatives of {of} are not served in JAX: its gradient has none"
         )
@@ -195,15 +195,25 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> Any
                 f"`{name}` has a tangent, and its gradient is not served: pass "
                 f"jax.lax.stop_gradient({name})"
             )
-    wanted = len(call.results)
-    _, shape, dtype = call.results[0]
-    if wanted == 1:  # the gradients are computed from lse, too
+    wanted = [name for name, _, _ in call.results]
+    (out, *rest), (_, shape, dtype) = call.results, call.results[0]
+    if "lse" not in wanted:  # the gradients are computed from it, too
         rows = shape[:-1] if _is_bhsd(call) else _swapped(shape[:-1])
         real = numpy.dtype("float64" if dtype == numpy.float64 else "float32")
-        call = dataclasses.replace(call, results=(*call.results, ("lse", rows, real)))
+        call = dataclasses.replace(call, results=(out, ("lse", rows, real), *rest))
     results = _bind(call, primals)
-    linear = _tangent_p.bind(*primals, *results, *moved.values(), call=call, names=tuple(moved))
-    return results[:wanted], linear[:wanted]
+    both = dataclasses.replace(call, results=call.results[:2])
+    names = tuple(moved)
+    linear = _tangent_p.bind(*primals, *results[:2], *moved.values(), call=both, names=names)
+    found = dict(zip((name for name, _, _ in call.results), results, strict=True))
+    pushed = dict(zip(("out", "lse"), linear, strict=True))
+    return (
+        [found[name] for name in wanted],
+        [
+            pushed[name] if name in pushed else jnp.zeros_like(found[name])  # mass
+            for name in wanted
+        ],
+    )
 
 
 def _is_bhsd(call: _Call) -> bool:
@@ -231,7 +241,7 @@ def _transpose(cotangents: Sequence[Any], *arrays: Any, call: _Call, names: Any)
             results[name] = (b, *shape[1:])  # stretched from a batch of 1
     backward = dataclasses.replace(
         call,
-        target="backward",
+        target="sparse_backward" if call.target == "sparse" else "backward",
         operands=(*call.operands, "out", "lse", *given),
         results=tuple(("d" + name, shape, of[name].dtype) for name, shape in results.items()),
         stepped=call.stepped and (*call.stepped, True, True, *[True] * len(given)),
@@ -295,6 +305,8 @@ def _fold(call: _Call, n: int, arrays: Sequence[Any], mapped: Sequence[bool]) ->
         return call.results[0][1][0], [
             _repeat(n, x, m) for x, m in zip(arrays, mapped, strict=True)
         ]
+    if call.target.startswith("sparse"):
+        return None  # the sequences of a call may share their lists
     if "max_seqlen_q" in options or "dropout_p" in options:
         return None  # packed sequences; random bits, which count sequences
     of, is_mapped = call.named(arrays), call.named(mapped)
@@ -358,6 +370,7 @@ def _dlpack_dtype(dtype: Any) -> tuple[int, int]:
 _ARRAYS = (
     *(*_FOLLOWED, "q_lengths", "k_lengths", "k_start", "q_offset", "alibi_slopes", "seed"),
     *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "out", "dout", "lse", "dlse"),
+    *("key_lists", "counts"),
     *("dq", "dk", "dv"),
 )
 _NAMES = {
@@ -366,6 +379,8 @@ _NAMES = {
         *(_attention.attention, _attention.attention_varlen),
         *(_attention.attention_backward, _attention.attention_varlen_backward),
         *(_attention.scaled_dot_product_attention, _attention.attention_kvcache),
+        *(_sparse.attention_sparse, _sparse.attention_sparse_varlen),
+        _sparse.attention_sparse_backward,
     )
 }
 
@@ -407,8 +422,9 @@ def call(name: str, values: Sequence[Any]) -> Any:
         return _jax_kvcache.attend(values)
     given = dict(zip(_NAMES[name], values, strict=True))
     is_backward = name.endswith("backward")
+    is_sparse = name.startswith("attention_sparse")
     for written in ("dq", "dk", "dv") if is_backward else ("out",):
-        if given[written] is not None:
+        if given.get(written) is not None:
             raise TypeError(f"`{written}` must be None: JAX arrays are never written")
     if given.get("page_table") is not None:
         raise NotImplementedError("`page_table` must be None in JAX's programs")
@@ -418,8 +434,11 @@ def call(name: str, values: Sequence[Any]) -> Any:
     mask: Any = arrays.get("mask")
     if mask is not None:
         arrays["mask"] = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    target = "backward" if is_backward else "forward"
+    if is_sparse:
+        target = "sparse_backward" if is_backward else "sparse"
     one = _Call(
-        "backward" if is_backward else "forward",
+        target,
         tuple(arrays),
         tuple(
             (key, arrays["mask"].shape if key == "dmask" else shape, jnp.dtype(dtype))
@@ -429,11 +448,12 @@ def call(name: str, values: Sequence[Any]) -> Any:
     )
     found = _bind(one, list(arrays.values()))
     if not is_backward:
-        return tuple(found) if given["return_lse"] else found[0]
+        return found[0] if len(found) == 1 else tuple(found)
     gradients = {key: x for (key, _, _), x in zip(results, found, strict=True)}
     if "dmask" in gradients:
         gradients["dmask"] = gradients["dmask"].reshape(mask.shape)
-    return tuple(gradients.get(key) for key in ("dq", "dk", "dv", "dmask", "dsink"))
+    fourth = "dgate" if is_sparse else "dmask"
+    return tuple(gradients.get(key) for key in ("dq", "dk", "dv", fourth, "dsink"))
 
 
 def merge_parts(outs: Sequence[Any], lses: Sequence[Any], layout: str) -> tuple[Any, Any]:

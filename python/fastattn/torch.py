@@ -15,7 +15,7 @@ need(__name__, "torch", "2.10")
 
 import torch
 
-from . import _C, _frameworks, _operators, _operators_kvcache, _provider
+from . import _C, _frameworks, _operators, _operators_kvcache, _operators_sparse, _provider
 from ._attention import (
     attention,
     attention_backward,
@@ -29,6 +29,7 @@ from ._derivatives import Problem, are_deterministic, gradients_of_gradients, in
 from ._merging import merge_parts  # noqa: F401 - csrc/binding/merge.c calls it
 from ._operators_sparsek import take_sparsek, take_sparsek_lists  # noqa: F401 - as merge_parts
 from ._routing import use_fastattn
+from ._sparse import attention_sparse, attention_sparse_backward, attention_sparse_varlen
 from ._transforms import (
     apply,
     each,
@@ -450,6 +451,8 @@ def record(name: str, values: tuple[Any, ...]) -> Any:
     values = tuple(map(unwrapped, values))
     if has_proxy(values):
         return leave_in_graph(_PUBLIC[name], values)
+    if name.startswith("attention_sparse"):
+        return call(name, values)
     if name != "scaled_dot_product_attention" and is_recorded(values):
         if name == "attention_kvcache":
             return _operators_kvcache.record(values)
@@ -461,6 +464,10 @@ _CALLS = {
     "attention": _call_attention,
     "attention_varlen": _call_attention,
     "attention_kvcache": _call_kvcache,
+    **dict.fromkeys(
+        ("attention_sparse", "attention_sparse_backward", "attention_sparse_varlen"),
+        _operators_sparse.call,
+    ),
     "scaled_dot_product_attention": _call_sdpa,
     "attention_backward": _call_backward,
     "attention_varlen_backward": _call_backward,
@@ -472,6 +479,7 @@ _PUBLIC = {
     for function in (
         *(attention, attention_kvcache, attention_varlen, scaled_dot_product_attention),
         *(attention_backward, attention_varlen_backward),
+        *(attention_sparse, attention_sparse_backward, attention_sparse_varlen),
     )
 }
 

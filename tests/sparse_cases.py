@@ -1,0 +1,92 @@
+"""Random calls of attention_sparse: every argument, everywhere, by a seed."""
+
+from dataclasses import dataclass
+
+import cases
+import numpy as np
+
+
+@dataclass
+class Call:
+    arrays: dict  # q, k, v, key_lists
+    keywords: dict
+    dout: np.ndarray
+    dlse: np.ndarray
+
+    def __str__(self):
+        shapes = {name: x.shape for name, x in self.arrays.items()}
+        said = {
+            n: x.tolist() if isinstance(x, np.ndarray) and x.size < 9 else x
+            for n, x in self.keywords.items()
+            if not isinstance(x, np.ndarray) or x.size < 9
+        }
+        return f"{self.arrays['q'].dtype} {shapes} {said}"
+
+
+def random_lists(rng, shape, blocks):
+    """Without repeats, in any order, voids anywhere."""
+    lists = np.full(shape, -1, np.int32)
+    for at in np.ndindex(shape[:-1]):
+        keep = min(blocks, shape[-1]) and rng.integers(0, min(blocks, shape[-1]) + 1)
+        places = rng.permutation(shape[-1])[:keep]
+        lists[at][places] = rng.permutation(blocks)[:keep]
+    voids = rng.choice([-1, -7, blocks, 2**31 - 1, -(2**31)], shape)
+    lists = np.where((lists == -1) & (rng.random(shape) < 0.5), voids, lists).astype(np.int32)
+    return np.sort(lists, axis=-1) if rng.random() < 0.3 else lists
+
+
+def random_call(seed, dtype=None):
+    rng = np.random.default_rng(seed)
+    dtype = cases.dtype_of(dtype or rng.choice(["float64", "float32", "float16", "bfloat16"]))
+    wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    b, hk, group = rng.integers(1, 3), rng.integers(1, 3), rng.choice([1, 2, 3])
+    q_block, k_block = rng.choice([1, 64, 128]), rng.choice([1, 16, 32, 64, 128])
+    sq = int(rng.integers(1, 40) if q_block == 1 else rng.integers(1, 200))
+    sk, d, dv = int(rng.integers(1, 300)), *map(int, rng.choice([3, 8, 16, 40], 2))
+    hq = hk * group
+
+    def maybe(share=0.3):
+        return rng.random() < share
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(dtype)
+
+    blocks, rows = -(-sk // k_block), -(-sq // q_block)
+    lead = (1 if maybe() else b, 1 if maybe() else hk)
+    length = int(rng.integers(0, min(blocks, 24) + 3))
+    lists = random_lists(rng, (*lead, rows, length), blocks)
+    keywords = {"q_block": int(q_block), "k_block": int(k_block)}
+    if maybe():
+        counts = rng.integers(-2, length + 3, (1 if maybe() else b, 1 if maybe() else hk, rows))
+        keywords["counts"] = counts.astype(np.int32)
+    if maybe(0.5):
+        shape = (1 if maybe() else b, 1 if maybe() else hk, rows, length)
+        keywords["gate"] = rng.uniform(-0.5, 1.5, shape).astype(wide)
+        keywords["key_gate"] = bool(maybe(0.4))
+    if maybe(0.5):
+        left, right = (None if maybe(0.15) else int(rng.integers(0, 40)) for _ in range(2))
+        keywords["window_union"] = (left, right)
+    if maybe(0.5):
+        keywords["causal"] = True
+    elif maybe(0.2):
+        keywords["causal"] = "top-left"
+    if maybe():
+        keywords["window"] = (None if maybe() else int(rng.integers(-3, 80)), 3 + sk)
+    if maybe() and keywords.get("causal") != "top-left":
+        keywords["q_offset"] = int(rng.integers(-20, sk))
+    if maybe(0.2):
+        keywords["k_lengths"] = rng.integers(0, sk + 1, b).astype(np.int32)
+    if maybe(0.2):
+        keywords["q_lengths"] = rng.integers(0, sq + 1, b).astype(np.int32)
+    if maybe(0.2):
+        keywords["k_start"] = rng.integers(0, sk + 1, b).astype(np.int32)
+    if maybe(0.2):
+        keywords["softcap"] = float(rng.choice([0.7, 5.0, 30.0]))
+    if maybe():
+        keywords["sink"] = rng.standard_normal(hq).astype(np.float32)
+    if maybe(0.2):
+        keywords["scale"] = float(rng.choice([-0.3, 0.0, 1.0]))
+    arrays = {"q": normal(b, hq, sq, d), "k": normal(b, hk, sk, d), "v": normal(b, hk, sk, dv)}
+    arrays["key_lists"] = lists
+    dout, dlse = normal(b, hq, sq, dv), rng.standard_normal((b, hq, sq)).astype(wide)
+    return Call(arrays, keywords, dout, dlse)

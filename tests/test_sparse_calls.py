@@ -1,0 +1,236 @@
+"""attention_sparse: packed sequences, storage, threads, and what it is beside dense attention."""
+
+import fastattn
+import numpy as np
+import pytest
+import reference_sparse
+from conftest import needs
+from sparse_cases import random_call
+from test_sparse import NAMES, run
+
+FULL = {"q_block": 64, "k_block": 64}
+
+
+def normal(*shape, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def every_block(b, hk, sq, sk, q_block=64, k_block=64):
+    blocks = np.arange(-(-sk // k_block), dtype=np.int32)
+    return np.broadcast_to(blocks, (b, hk, -(-sq // q_block), len(blocks)))
+
+
+@pytest.mark.parametrize("keywords", [{}, {"causal": True}, {"window": (70, 3)}, {"softcap": 2.0}])
+def test_all_blocks_are_dense_attention(keywords):
+    q, k, v = normal(2, 4, 150, 24), normal(2, 2, 190, 24, seed=1), normal(2, 2, 190, 16, seed=2)
+    lists = every_block(2, 2, 150, 190)
+    want, lse = fastattn.attention(q, k, v, return_lse=True, **keywords)
+    got = fastattn.attention_sparse(q, k, v, lists, **FULL, return_lse=True, **keywords)
+    for x, y in zip(got, (want, lse), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6)
+    dout = normal(*want.shape, seed=3)
+    wanted = fastattn.attention_backward(dout, q, k, v, want, lse, **keywords)
+    found = fastattn.attention_sparse_backward(dout, q, k, v, *got, lists, **FULL, **keywords)
+    for x, y in zip(found[:3], wanted[:3], strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5)
+
+
+def test_the_union_of_a_window_alone_is_a_window():
+    q, k, v = normal(1, 2, 150, 24), normal(1, 2, 150, 24, seed=1), normal(1, 2, 150, 24, seed=2)
+    none = np.zeros((1, 1, 150, 0), np.int32)
+    want = fastattn.attention(q, k, v, causal=True, window=(30, 0))
+    got = fastattn.attention_sparse(q, k, v, none, causal=True, window_union=(30, 0))
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+
+
+def test_a_block_that_is_named_twice_counts_twice():
+    """Cut by the diagonal, too; and each entry has a gate of its own."""
+    q, k, v = normal(1, 2, 130, 8), normal(1, 2, 130, 8, seed=1), normal(1, 2, 130, 8, seed=2)
+    lists = np.array([[0, 0, 1, -1, 1, 1], [1, 0, 1, 2, 2, 0], [2, 2, 1, 0, 0, 2]], np.int32)
+    lists = np.broadcast_to(lists, (1, 2, 3, 6))
+    gate = np.random.default_rng(4).uniform(0, 1, lists.shape).astype(np.float32)
+    for keywords in ({}, {"causal": True}, {"causal": True, "window_union": (20, 0)}):
+        keywords |= {**FULL, "gate": gate, "key_gate": True}
+        dout, dlse = normal(1, 2, 130, 8, seed=5), normal(1, 2, 130, seed=6)
+        out, lse, mass = fastattn.attention_sparse(
+            q, k, v, lists, **keywords, return_lse=True, return_mass=True
+        )
+        found = fastattn.attention_sparse_backward(
+            dout, q, k, v, out, lse, lists, dlse=dlse, need_dgate=True, **keywords
+        )
+        results = dict(zip(NAMES, found, strict=True), out=out, lse=lse, mass=mass)
+        del results["dsink"]
+        assert not reference_sparse.complaints(
+            results, q, k, v, lists, dout=dout, dlse=dlse, **keywords
+        )
+
+
+def test_parts_merge():
+    """A gate is not in the lse: lists of disjoint keys merge as parts of the keys do."""
+    q, k, v = normal(1, 2, 90, 8), normal(1, 2, 256, 8, seed=1), normal(1, 2, 256, 8, seed=2)
+    lists = np.random.default_rng(3).permutation(4).astype(np.int32)
+    lists = np.broadcast_to(lists, (1, 2, 2, 4))
+    gate = np.random.default_rng(4).uniform(0, 1, lists.shape).astype(np.float32)
+    whole = fastattn.attention_sparse(q, k, v, lists, gate=gate, **FULL, return_lse=True)
+    parts = [
+        fastattn.attention_sparse(
+            q, k, v, lists[..., x], gate=gate[..., x], **FULL, return_lse=True
+        )
+        for x in (slice(0, 1), slice(1, 4))
+    ]
+    for x, y in zip(fastattn.merge_states(*zip(*parts, strict=True)), whole, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_packed_sequences(seed):
+    """Each is the call of its own; rows in no sequence give 0, and have gradients of 0."""
+    rng = np.random.default_rng(seed)
+    q_block, k_block = rng.choice([1, 64, 128]), rng.choice([1, 16, 64])
+    n, tail = rng.integers(0, 150, (2, 3)), rng.integers(0, 9, 2)
+    hk, group, d, dv = 2, rng.choice([1, 2]), 16, 8
+    q = normal(n[0].sum() + tail[0], hk * group, d, seed=seed)
+    k, v = (normal(n[1].sum() + tail[1], hk, w, seed=seed + 9 * w) for w in (d, dv))
+    cu = [np.append(0, np.cumsum(x)).astype(np.int32) for x in n]
+    blocks = -(-n[0] // q_block)
+    lists = rng.integers(-1, max(1, 150 // k_block), (hk, blocks.sum() + 2, 5)).astype(np.int32)
+    gate = rng.uniform(0, 1, lists.shape).astype(np.float32)
+    keywords = {"q_block": q_block, "k_block": k_block, "causal": True, "window_union": (9, 0)}
+    sink = normal(hk * group, seed=7)
+    ends = (*cu, int(n[0].max()), int(n[1].max()))
+    out, lse, mass = fastattn.attention_sparse_varlen(
+        *(q, k, v, lists, *ends),
+        **keywords,
+        gate=gate,
+        sink=sink,
+        return_lse=True,
+        return_mass=True,
+    )
+    dout, dlse = normal(*out.shape, seed=8), normal(*lse.shape, seed=9)
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    packed = fastattn.attention_sparse_backward(
+        *(dout, q, k, v, out, lse, lists),
+        dlse=dlse,
+        gate=gate,
+        sink=sink,
+        need_dgate=True,
+        need_dsink=True,
+        **dict(zip(names, ends, strict=True)),
+        **keywords,
+    )
+    of_sink = np.zeros_like(sink)
+    first = np.append(0, np.cumsum(blocks))
+    for b in range(3):
+        rows, keys = (slice(cu[i][b], cu[i][b + 1]) for i in (0, 1))
+        mine = slice(first[b], first[b + 1])
+        alone = [x[None, part] for x, part in ((q, rows), (k, keys), (v, keys))]
+        options = {**keywords, "gate": gate[None, :, mine], "sink": sink, "layout": "bshd"}
+        got = fastattn.attention_sparse(
+            *(*alone, lists[None, :, mine]), **options, return_lse=True, return_mass=True
+        )
+        for x, y in zip(got, (out[rows], lse[:, rows], mass[:, mine]), strict=True):
+            np.testing.assert_array_equal(x[0], y)
+        found = fastattn.attention_sparse_backward(
+            *(dout[None, rows], *alone, *got[:2], lists[None, :, mine]),
+            dlse=dlse[None, :, rows],
+            need_dgate=True,
+            need_dsink=True,
+            **options,
+        )
+        wanted = packed[0][rows], packed[1][keys], packed[2][keys], packed[3][:, mine]
+        for x, y in zip(found[:4], wanted, strict=True):
+            np.testing.assert_allclose(x[0], y, rtol=1e-4, atol=1e-5)
+        of_sink += found[4]
+    np.testing.assert_allclose(packed[4], of_sink, rtol=1e-4, atol=1e-5)
+    assert (out[cu[0][3] :] == 0).all() and (lse[:, cu[0][3] :] == -np.inf).all()
+    assert (packed[0][cu[0][3] :] == 0).all() and (packed[1][cu[1][3] :] == 0).all()
+    assert (mass[:, blocks.sum() :] == 0).all() and (packed[3][:, blocks.sum() :] == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(100, 106))
+def test_strides_and_layouts_change_nothing(seed):
+    call = random_call(seed, "float32")
+    want = run(call, poison=False)
+    arrays, keywords = call.arrays, dict(call.keywords)
+
+    def sparse(x):  # every other element of a larger array, the axes swapped in memory
+        wide = np.full([2 * n for n in x.shape[::-1]], 77, x.dtype)
+        view = wide[(slice(None, None, 2),) * x.ndim].T
+        view[...] = x
+        return view[..., ::-1][..., ::-1]
+
+    for name in ("counts", "gate", "k_lengths", "q_lengths", "k_start", "sink"):
+        if name in keywords:
+            keywords[name] = sparse(keywords[name])
+    swapped = [sparse(arrays[n].swapaxes(1, 2)) for n in "qkv"]
+    out, lse, mass = fastattn.attention_sparse(
+        *(*swapped, sparse(arrays["key_lists"])),
+        **keywords,
+        layout="bshd",
+        return_lse=True,
+        return_mass=True,
+    )
+    results = {"out": out.swapaxes(1, 2), "lse": lse, "mass": mass}
+    needs = {"need_dgate": "gate" in keywords, "need_dsink": "sink" in keywords}
+    found = fastattn.attention_sparse_backward(
+        *(sparse(call.dout.swapaxes(1, 2)), *swapped, out, lse, sparse(arrays["key_lists"])),
+        dlse=call.dlse,
+        layout="bshd",
+        **needs,
+        **keywords,
+    )
+    for name, x in zip(NAMES, found, strict=True):
+        if x is not None:
+            results[name] = x.swapaxes(1, 2) if name in ("dq", "dk", "dv") else x
+    assert results.keys() == want.keys()
+    for name, x in results.items():
+        np.testing.assert_array_equal(x, want[name], err_msg=name)
+
+
+def test_threads_change_no_bit():
+    """Few groups, so that their rows are cut in parts; entries that groups share, too."""
+    q, k, v = (normal(1, h, 1200, 16, seed=h) for h in (4, 2, 2))
+    rng = np.random.default_rng(0)
+    before, found = fastattn.get_num_threads(), []
+    for q_block, lead in ((1, 2), (64, 1)):
+        lists = rng.integers(-1, 75, (1, lead, -(-1200 // q_block), 6)).astype(np.int32)
+        gate = rng.uniform(0, 1, lists.shape).astype(np.float32)
+        keywords = {"q_block": q_block, "k_block": 16, "gate": gate, "sink": normal(4)}
+        for threads in (1, 2, 5):
+            fastattn.set_num_threads(threads)
+            out, lse, mass = fastattn.attention_sparse(
+                q, k, v, lists, **keywords, return_lse=True, return_mass=True
+            )
+            gradients = fastattn.attention_sparse_backward(
+                *(q, q, k, v, out, lse, lists), need_dgate=True, need_dsink=True, **keywords
+            )
+            found.append([x.copy() for x in (out, lse, mass, *gradients)])
+        for others in found[1:]:
+            for x, y in zip(found[0], others, strict=True):
+                assert np.array_equal(x, y)
+        found.clear()
+    fastattn.set_num_threads(before)
+
+
+def test_nothing_at_all():
+    lists = np.zeros((1, 1, 0, 3), np.int32)
+    empty = np.zeros((1, 2, 0, 8), np.float32)
+    out, lse = fastattn.attention_sparse(empty, empty, empty, lists, return_lse=True)
+    assert out.shape == (1, 2, 0, 8) and lse.shape == (1, 2, 0)
+    q, lists = normal(1, 2, 5, 8), np.zeros((1, 1, 5, 3), np.int32)
+    sink = np.array([1, -2], np.float32)
+    out, lse, mass = fastattn.attention_sparse(
+        q, empty, empty, lists, sink=sink, return_lse=True, return_mass=True
+    )
+    assert (out == 0).all() and (mass == 0).all()
+    assert (lse == sink[:, None]).all()
+
+
+@needs("torch")
+def test_explain():
+    q, lists = normal(1, 2, 5, 8), np.zeros((1, 1, 5, 3), np.int32)
+    said = fastattn.explain(fastattn.attention_sparse, q, q, q, lists)
+    assert said.backend == "cpu" and said.kernel.startswith("cpu_")
+    out, lse = fastattn.attention_sparse(q, q, q, lists, return_lse=True)
+    said = fastattn.explain(fastattn.attention_sparse_backward, q, q, q, q, out, lse, lists)
+    assert said.backend == "cpu" and "bwd" in said.kernel
