@@ -114,3 +114,30 @@ static __attribute__((noinline)) void drop(const context *c, const panel *p, vec
         }
     }
 }
+
+/* Which keys of a block some row sees through the bool mask; returns how many. The rows' intervals
+ * count too: a key that every row has hidden, by the one or by the other, is not read as a value.
+ */
+static int see(const context *c, int64_t first, int count, const block *keys, uint8_t *seen) {
+    const fa_tensor *mask = &c->p->scores.mask;
+    const int64_t stride = mask->stride[3];
+    int n = 0;
+    memset(seen, 0, KEYS);
+    for (int64_t row = first; row < first + count; row++) {
+        fa_interval of = row_keys(c->group, row);
+        int begin = of.begin > keys->begin ? of.begin : keys->begin;
+        int end = of.end < keys->end ? of.end : keys->end;
+        const uint8_t *restrict from =
+            (const uint8_t *)c->mask + row_offset(mask, find_row(c->group, row)) + begin * stride;
+        uint8_t *restrict to = seen + (begin - keys->begin);
+        if (stride == 1 && end - begin == KEYS)
+            for (int i = 0; i < KEYS; i++) to[i] |= from[i];
+        else
+            for (int i = 0; i < end - begin; i++) to[i] |= from[i * stride];
+        if ((row - first) % 16 != 15 && row + 1 < first + count) continue;
+        n = 0;
+        for (int i = 0; i < KEYS; i++) n += seen[i] != 0;
+        if (n == keys->end - keys->begin) break; /* mostly after a few rows */
+    }
+    return n;
+}

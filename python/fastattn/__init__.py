@@ -18,8 +18,8 @@ from ._attention import (
     scaled_dot_product_attention,
     set_num_threads,
 )
-from ._sparsek import sparsek, sparsek_lists
 from ._sparse import attention_sparse, attention_sparse_backward, attention_sparse_varlen
+from ._sparsek import sparsek, sparsek_lists
 
 __version__ = "0.1.0"
 
