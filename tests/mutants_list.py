@@ -38,9 +38,9 @@ PLACES = (
         1,
         "tests/test_messages.py tests/test_values.py -k 'messages or test_feature'",
     ),
-    Place("csrc/check_sparsek.c", 2, "tests/test_errors_sparsek.py tests/test_sparsek.py"),
-    Place("csrc/cpu/sparsek.c", 4, "tests/test_sparsek.py"),
-    Place("csrc/cpu/sparsek_backward.c", 1, "tests/test_sparsek.py"),
+    Place("csrc/check_sparsek.c", 3, "tests/test_errors_sparsek.py tests/test_sparsek.py"),
+    Place("csrc/cpu/sparsek.c", 2, "tests/test_sparsek.py"),
+    Place("csrc/cpu/sparsek_backward.c", 2, "tests/test_sparsek.py"),
     Place(
         "csrc/views.c",
         2,
