@@ -38,8 +38,10 @@
 #define column_row FN(column_row)
 #define count_seen FN(count_seen)
 #define drop FN(drop)
+#define fetch_next FN(fetch_next)
 #define fill_listed FN(fill_listed)
 #define fill_tile FN(fill_tile)
+#define first_row FN(first_row)
 #define gate_of FN(gate_of)
 #define is_alive FN(is_alive)
 #define is_alone FN(is_alone)
@@ -78,6 +80,9 @@
 #define weight FN(weight)
 #define write_panels FN(write_panels)
 #define zip_panels FN(zip_panels)
+
+/* Rows or keys at a time where a block's edge is a diagonal: whole register tiles. */
+#define PART (3 * HIGH)
 
 enum { FA_KEYS = 128, FA_ROWS = 128, FA_PANELS = FA_KEYS / 8 }; /* most of a tile */
 
@@ -233,8 +238,8 @@ static void run_keys(const fa_backward *b, const fa_keys *task, void *memory) {
              first += c.size.rows) {
             tile r = open_tile(&c, h, first);
             fill_tile(&c, &r, 0);
-            if (c.wants_dv) add_to_keys(&r, c.dv, c.g_steps, c.s);
-            if (b->dk.data) add_to_keys(&r, c.dk, c.q_steps, c.t);
+            if (c.wants_dv) add_to_keys(&c, &r, c.dv, c.g_steps, c.s);
+            if (b->dk.data) add_to_keys(&c, &r, c.dk, c.q_steps, c.t);
             if (!b->dq.data) continue;
             fa_wait_turn(task, h, first / c.size.rows, c.size);
             add_to_rows(&c, task, &r);

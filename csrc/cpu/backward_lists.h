@@ -103,11 +103,11 @@ static void fill_listed(const backward *c, listed_rows *l) {
             memset(t + i * width, 0, (size_t)width * sizeof(real));
         }
         if (begin == end) continue;
-        product(s + begin * width, width, 0, width, panel(c->kt, p), c->q, 0, c->q.columns, begin,
-                end);
+        product(s + begin * width, width, 0, width, panel(c->kt, p), width, c->q, 0, c->q.columns,
+                begin, end);
         if (c->wants_ds)
-            product(t + begin * width, width, 0, width, panel(c->vt, p), c->g, 0, c->g.columns,
-                    begin, end);
+            product(t + begin * width, width, 0, width, panel(c->vt, p), width, c->g, 0,
+                    c->g.columns, begin, end);
         ivec at = {0};
         for (int j = 0; j < LANES; j++) at[j] = key + j;
         for (int i = begin; i < end; i++) {
@@ -209,11 +209,11 @@ static void run_columns(backward *c, const fa_list_task *task, const fa_pass *pa
             add_mass(c, task, pass, r);
             continue;
         }
-        if (c->wants_dv) add_to_keys(r, c->dv, c->g, c->s);
-        if (wants_dk) add_to_keys(r, c->dk, c->q, c->t);
+        if (c->wants_dv) add_to_keys(c, r, c->dv, c->g, c->s);
+        if (wants_dk) add_to_keys(c, r, c->dk, c->q, c->t);
         for (int j = 0; j < panels(c->k) && c->b->dq.data; j++)
             product(sums + (int64_t)(first + r->begin) * d + j * WIDTH, d, 1, width_of(c->k, j),
-                    panel(c->k, j), c->t, 0, c->t.columns, r->begin, r->end);
+                    panel(c->k, j), width_of(c->k, j), c->t, 0, c->t.columns, r->begin, r->end);
     }
     if (!task->is_mass) add_columns(c, task, pass);
 }

@@ -32,6 +32,26 @@ static void pack_panel(const backward *c, tile *r, int p) {
     }
 }
 
+/* A row of the next block comes from the L3 or further: it is asked for while this one's elements
+ * are worked on. */
+FA_FAST void fetch_next(const backward *c, int64_t h, int row) {
+    const fa_what *what = &c->p->what;
+    const fa_tensor *of[] = {&what->q, &c->b->dout, &what->out, &c->b->dq};
+    if (row >= c->sequence.lengths.sq) return;
+    for (int n = 0; n < 4; n++) {
+        const char *from = row_of(c, of[n], h, row);
+        const int64_t bytes = from ? of[n]->shape[3] * fa_dtype_size(what->dtype) : 0;
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+    }
+}
+
+/* The first row of a tile, from begin to end, that sees one of these keys. */
+static int first_row(const backward *c, const tile *r, int key, int last_key, int begin, int end) {
+    const fa_row_range rows =
+        fa_rows_seeing_some(c->sequence.lengths, (fa_interval){key, last_key});
+    return fa_clamp(rows.begin - r->first, begin, end);
+}
+
 /* P and dS of a block of rows. */
 static void fill_tile(const backward *c, tile *r, int raw) {
     load_rows(c, r);
@@ -48,15 +68,22 @@ static void fill_tile(const backward *c, tile *r, int raw) {
         const int begin = r->some[p].begin, end = r->some[p].end;
         real *s = panel(c->s, p), *t = panel(c->t, p);
         if (begin == end) continue;
-        product(s + begin * width, width, 0, width, panel(c->kt, p), c->q, 0, c->q.columns, begin,
-                end);
-        if (c->wants_ds)
-            product(t + begin * width, width, 0, width, panel(c->vt, p), c->g, 0, c->g.columns,
-                    begin, end);
+        /* Along a diagonal fewer vectors of keys for the first rows, whose other numbers are any.
+         */
+        for (int i = begin, nv = 1, stop; i < end; i = stop, nv++) {
+            const int seen = nv * LANES < width ? nv * LANES : width;
+            stop = seen < width ? first_row(c, r, key + seen, key + width, i, end) : end;
+            product(s + i * width, width, 0, seen, panel(c->kt, p), width, c->q, 0, c->q.columns, i,
+                    stop);
+            if (c->wants_ds)
+                product(t + i * width, width, 0, seen, panel(c->vt, p), width, c->g, 0,
+                        c->g.columns, i, stop);
+        }
         ivec at = {0};
         for (int j = 0; j < LANES; j++) at[j] = key + j;
         for (int i = begin; i < end; i++) {
             vec *x = (vec *)(s + i * width), *y = (vec *)(t + i * width);
+            if (p == 0) fetch_next(c, r->h, r->first + c->size.rows + i);
             const int cuts = i < r->all[p].begin || i >= r->all[p].end || is_coarse(c, i);
             if (!c->changed && !raw && width == WIDTH && !cuts) {
                 weigh(c, x, y, NV, i, (fa_interval){0, 0}, at, 0);
@@ -72,16 +99,24 @@ static void fill_tile(const backward *c, tile *r, int raw) {
     }
 }
 
-/* m += B' A for the keys of each panel of B: P' dO, or dS' Q. */
-static void add_to_keys(const tile *r, matrix m, matrix a, matrix b) {
+/* m += B' A for the keys of each panel of B: P' dO, or dS' Q. Of a panel that not all of its rows
+ * see whole, some keys at a time, each with the rows from the first that sees one. */
+static void add_to_keys(const backward *c, const tile *r, matrix m, matrix a, matrix b) {
     for (int p = 0; p < panels(b); p++) {
-        const int begin = r->some[p].begin / STEP, steps = r->some[p].end / STEP - begin;
-        const int left = b.columns - p * WIDTH, across = width_of(b, p);
-        for (int j = 0; j < panels(m) && steps; j++) {
-            const int width = width_of(m, j);
-            transposed_product(panel(m, j) + p * WIDTH * width, width, panel(a, j) + begin * width,
-                               panel(b, p) + begin * across, across, left < across ? left : across,
-                               steps);
+        const fa_row_range some = r->some[p], all = r->all[p];
+        const int left = b.columns - p * WIDTH, across = width_of(b, p), end = some.end / STEP;
+        const int count = left < across ? left : across;
+        const int cuts = all.begin > some.begin, most = cuts ? PART : count;
+        for (int at = 0; at < count; at += most) {
+            const int key = c->begin + p * WIDTH + at, keys = count - at < most ? count - at : most;
+            const int first = cuts ? first_row(c, r, key, key + keys, some.begin, some.end) : 0;
+            const int begin = (cuts ? first : some.begin) / STEP;
+            for (int j = 0; j < panels(m) && begin < end; j++) {
+                const int width = width_of(m, j);
+                transposed_product(panel(m, j) + (p * WIDTH + at) * width, width,
+                                   panel(a, j) + begin * width, panel(b, p) + begin * across + at,
+                                   across, keys, end - begin);
+            }
         }
     }
 }
@@ -114,10 +149,13 @@ static void add_to_rows(const backward *c, const fa_keys *task, const tile *r) {
             if (some.end > i && some.end < stop) stop = some.end;
         }
         begin *= WIDTH / STEP, end *= WIDTH / STEP;
+        if (fa_row_interval(lengths, r->first + i).end < c->end && stop > i + PART) stop = i + PART;
+        const int seen = fa_row_interval(lengths, r->first + stop - 1).end - c->begin;
+        if (end > units_of(seen)) end = units_of(seen);
         if (end > c->ds.columns) end = c->ds.columns;
         for (int j = 0; j < panels(c->k) && begin < end; j++)
             product(sums + i * row + j * WIDTH, row, i < fresh, width_of(c->k, j), panel(c->k, j),
-                    c->ds, begin, end, i, stop);
+                    width_of(c->k, j), c->ds, begin, end, i, stop);
     }
     for (int i = r->begin; i < r->end && task->sums; i++)
         if (fa_row_interval(lengths, r->first + i).end <= c->end)

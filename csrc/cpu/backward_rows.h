@@ -139,12 +139,11 @@ static int is_alive(const backward *c, int64_t h, int row, double lse) {
 
 /* One number of lse, or of dlse, which may be absent. */
 static real read_lse(const backward *c, const fa_tensor *t, int64_t h, int row) {
-    const fa_dtype type = c->p->what.dtype == FA_F64 ? FA_F64 : FA_F32;
     const int64_t n = c->p->varlen.cu_q ? 0 : c->n, s = c->sequence.q + (int64_t)row;
-    real x = 0;
-    if (t->data)
-        read_row(&x, (const char *)t->data + element(t, n, h, s) * fa_dtype_size(type), type, 1, 1);
-    return x;
+    if (!t->data) return 0;
+    const int64_t at = element(t, n, h, s);
+    return c->p->what.dtype == FA_F64 ? (real)((const double *)t->data)[at]
+                                      : (real)((const float *)t->data)[at];
 }
 
 /* Row `row` of head h of a tensor like q or out; NULL: there is no tensor. */
@@ -163,16 +162,18 @@ static real out_dout(const backward *c, int64_t h, int row, int i) {
     vec sum = {0};
     for (int at = 0; y && at < what->dv; at += WIDTH) {
         const int left = what->dv - at, n = left < WIDTH ? left : WIDTH;
-        vec a[NV] = {{0}}, b[NV] = {{0}};
+        vec a[NV], b[NV];
         const vec *g = STEP == 1 ? (const vec *)place(c->g, i, at) : b; /* there already */
+        if (n % LANES) a[n / LANES] = b[n / LANES] = (vec){0};
         read_row((real *)a, x + at * out->stride[3] * size, what->dtype, out->stride[3], n);
         if (STEP == 2)
             read_row((real *)b, y + at * dout->stride[3] * size, what->dtype, dout->stride[3], n);
         for (int j = 0; j < whole(n) / LANES; j++) sum = fma_(a[j], g[j], sum);
     }
-    real all = 0;
-    for (int j = 0; j < LANES; j++) all += sum[j];
-    return all;
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; n++)
+        if (1 << n < LANES) sum += across(sum, 1 << n);
+    return sum[0];
 }
 
 /* The row first + i of a tile -> row i of q and g, and its lse and delta. In a row that sees

@@ -103,8 +103,9 @@ static void change(const backward *c, const tile *rows, int i, fa_interval keys,
             pz = pick(gain[j] == 0, (vec){0}, p * gain[j]);
             dp = pick(gain[j] == 0, (vec){0}, dp * gain[j]);
         }
-        const vec ds = pick(visible, p * (dp - c->delta[i]), (vec){0});
-        ((vec *)s)[j] = pz;
-        if (c->wants_ds || raw) ((vec *)t)[j] = raw ? ds : ds * tangent * c->scale;
+        const vec ds = p * (dp - c->delta[i]);
+        ((vec *)s)[j] = pz; /* what is hidden may be any bits */
+        if (c->wants_ds || raw)
+            ((vec *)t)[j] = pick(visible, raw ? ds : ds * tangent * c->scale, (vec){0});
     }
 }

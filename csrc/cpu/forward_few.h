@@ -28,14 +28,6 @@ FA_FAST vec sum_lanes(vec *a) {
     return a[0];
 }
 
-/* x of the lane that is `distance` away, by a bit of the lane's number. */
-FA_FAST vec across(vec x, int distance) {
-    ivec from;
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) from[i] = i ^ distance;
-    return __builtin_shuffle(x, from);
-}
-
 /* How far one key's lanes of S^T are from the first of its vector, in keys. */
 FA_FAST ivec keys_of_lanes(int R) {
     ivec keys;

@@ -25,7 +25,6 @@
 #ifndef FASTATTN_CPU_FORWARD_KERNEL_H
 #define FASTATTN_CPU_FORWARD_KERNEL_H
 
-#define across FN(across)
 #define ahead FN(ahead)
 #define attend FN(attend)
 #define attend_few FN(attend_few)

@@ -58,11 +58,11 @@ static inline real *place(matrix m, int row, int column) {
     return panel(m, p) + (int64_t)row * width_of(m, p) + column % WIDTH;
 }
 
-/* acc[i][j] += sum over steps a[step][j] * b[i * row + step * next] */
-FA_FAST void add_steps(vec *acc, int high, int nv, const vec *a, const real *numbers, int64_t row,
-                       int64_t next, int steps) {
+/* acc[i][j] += sum over steps a[step * across + j] * b[i * row + step * next] */
+FA_FAST void add_steps(vec *acc, int high, int nv, const vec *a, int across, const real *numbers,
+                       int64_t row, int64_t next, int steps) {
     const unit *b = (const unit *)numbers;
-    for (int step = 0; step < steps; step++, a += nv, b += next) {
+    for (int step = 0; step < steps; step++, a += across, b += next) {
         vec y[HIGH];
 #pragma GCC unroll 8
         for (int i = 0; i < high; i++) y[i] = (vec)(b[i * row] - (ivec){0});
@@ -92,14 +92,14 @@ FA_FAST void rows_of_product(real *out, int64_t out_row, int adds, int high, int
 }
 
 FA_FAST void product_tile(real *out, int64_t out_row, int adds, int high, int nv, const vec *a,
-                          matrix b, int begin, int end, int row) {
+                          int across, matrix b, int begin, int end, int row) {
     vec acc[HIGH * NV];
     for (int at = begin; at < end;) {
 #pragma GCC unroll 32
         for (int i = 0; i < high * nv; i++) acc[i] = (vec){0};
         do {
             const int past = (at / WIDTH + 1) * WIDTH, stop = past < end ? past : end;
-            add_steps(acc, high, nv, a + (int64_t)at * nv, place(b, row, at),
+            add_steps(acc, high, nv, a + (int64_t)at * across, across, place(b, row, at),
                       width_of(b, at / WIDTH), 1, stop - at);
             at = stop;
         } while (at < end && at % CHAIN);
@@ -108,15 +108,15 @@ FA_FAST void product_tile(real *out, int64_t out_row, int adds, int high, int nv
     }
 }
 
-/* One panel, of `width`, of the rows first .. last - 1 of B A: out[row - first] = or += sum over
- * the columns begin .. end - 1 of B. a: that panel of A. */
+/* The first `width` columns of a panel of the rows first .. last - 1 of B A: out[row - first] = or
+ * += sum over the columns begin .. end - 1 of B. a: that panel of A, a_row wide. */
 static __attribute__((noinline)) void product(real *out, int64_t out_row, int adds, int width,
-                                              const real *a, matrix b, int begin, int end,
-                                              int first, int last) {
-#define ROWS(high, nv)                                                                             \
-    for (; row + high <= last; row += high)                                                        \
-    product_tile(out + (row - first) * out_row, out_row, adds, high, nv, (const vec *)a, b, begin, \
-                 end, row)
+                                              const real *a, int a_row, matrix b, int begin,
+                                              int end, int first, int last) {
+#define ROWS(high, nv)                                                                   \
+    for (; row + high <= last; row += high)                                              \
+    product_tile(out + (row - first) * out_row, out_row, adds, high, nv, (const vec *)a, \
+                 a_row / LANES, b, begin, end, row)
 #define CASE(nv)        \
     case nv:            \
         ROWS(HIGH, nv); \
@@ -142,12 +142,12 @@ static __attribute__((noinline)) void product(real *out, int64_t out_row, int ad
 static __attribute__((noinline)) void transposed_product(real *out, int width, const real *a,
                                                          const real *b, int b_row, int count,
                                                          int steps) {
-#define ROWS(high, nv)                                                    \
-    for (; i + high <= count; i += high) {                                \
-        vec acc[HIGH * NV];                                               \
-        for (int n = 0; n < high * nv; n++) acc[n] = (vec){0};            \
-        add_steps(acc, high, nv, (const vec *)a, b + i, 1, b_row, steps); \
-        rows_of_product(out + i * width, width, 1, high, nv, acc);        \
+#define ROWS(high, nv)                                                        \
+    for (; i + high <= count; i += high) {                                    \
+        vec acc[HIGH * NV];                                                   \
+        for (int n = 0; n < high * nv; n++) acc[n] = (vec){0};                \
+        add_steps(acc, high, nv, (const vec *)a, nv, b + i, 1, b_row, steps); \
+        rows_of_product(out + i * width, width, 1, high, nv, acc);            \
     }
     int i = 0;
     switch (width / LANES) {

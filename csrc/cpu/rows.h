@@ -34,6 +34,9 @@ FA_LOCAL void transpose(real *to, int64_t to_stride, const real *from, int64_t f
     for (int i = 0; i < LANES; i++) memcpy(to + i * to_stride, &a[i], sizeof(vec));
 }
 
+/* Numbers as the caller's arrays have them that are reals of this instance, side by side. */
+#define is_plain(type, stride) ((type) == (DOUBLE ? FA_F64 : FA_F32) && (stride) == 1)
+
 /* n strided elements of `type` -> contiguous reals. */
 #define READ(type, expression)                                           \
     do {                                                                 \
@@ -45,6 +48,13 @@ FA_LOCAL void transpose(real *to, int64_t to_stride, const real *from, int64_t f
         }                                                                \
     } while (0)
 FA_LOCAL void read_row(real *to, const void *from, fa_dtype type, int64_t stride, int n) {
+    if (is_plain(type, stride)) { /* rows are short: no call of memcpy() */
+        const real *x = from;
+        int i = 0;
+        for (; i + LANES <= n; i += LANES) memcpy(to + i, x + i, sizeof(vec));
+        for (; i < n; i++) to[i] = x[i];
+        return;
+    }
     switch (type) {
         case FA_F64:
             READ(double, (real)*x);

@@ -12,6 +12,7 @@
 #define real FA_REAL
 #define vec FN(vec)
 #define ivec FN(ivec)
+#define across FN(across)
 #define base FN(base)
 #define base_of FN(base_of)
 #define exponent FN(exponent)
@@ -61,6 +62,14 @@ FA_FAST vec fma_(vec a, vec b, vec c) {
 /* Lane by lane: a condition is all ones or all zeros. */
 FA_FAST vec pick(ivec condition, vec yes, vec no) {
     return (vec)((condition & (ivec)yes) | (~condition & (ivec)no));
+}
+
+/* x of the lane that is `distance` away, by a bit of the lane's number. */
+FA_FAST vec across(vec x, int distance) {
+    ivec from;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) from[i] = i ^ distance;
+    return __builtin_shuffle(x, from);
 }
 
 /* The larger; `b` where either is NaN. */
