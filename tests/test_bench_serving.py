@@ -52,3 +52,14 @@ def test_the_table():
         ["b1", "2.0", "2.5", "0.500", "1.50", "-", "1.0e-03"],
         ["b2", *["-"] * 6],
     ]
+
+
+def test_what_loses():
+    rows = [
+        {"label": "even", "us": {"fastattn": 2.0, "cudnn": 2.001}},
+        {"label": "lost", "us": {"fastattn": 2.0, "cudnn": 3.0, "fa3": 1.5}},
+        {"label": "alone", "us": {"fastattn": 2.0}},
+        {"label": "refused", "us": {"cudnn": 2.0}},
+        {"label": "worse", "us": {"fastattn": 4.0, "cudnn": 1.0}},
+    ]
+    assert serving.losing(rows) == [(0.25, "worse"), (0.75, "lost")]

@@ -15,6 +15,7 @@
     cpu.py      the CPU beside torch as a program meets them: `python -m fastattn.bench.cpu`
     training.py forward and backward so: `python -m fastattn.bench.training`
     decode.py   few rows against many keys so: `python -m fastattn.bench.decode`
+    serving.py  on a GPU, pages and ragged batches too: `python -m fastattn.bench.serving`
     llama.py    a Llama's training step on a GPU: `python -m fastattn.bench.llama`; llama_model.py
     merge.py    merging on a GPU beside a copy: `python -m fastattn.bench.merge`
     jax.py      programs of JAX beside those with jax.nn's: `python -m fastattn.bench.jax`

@@ -223,6 +223,16 @@ def lines(rows):
         yield [row["label"], *first, *others, f"{row['errors']['fastattn']:.1e}"]
 
 
+def losing(rows):
+    """[(the least of the others' times over ours, case)] of those below 1, the least first."""
+    found = []
+    for row in rows:
+        others = [time for name, time in row["us"].items() if name != "fastattn"]
+        if others and "fastattn" in row["us"]:
+            found.append((min(others) / row["us"]["fastattn"], row["label"]))
+    return sorted((x, label) for x, label in found if round(x, 2) < 1)
+
+
 def main(argv):
     parser = argparse.ArgumentParser(prog="python -m fastattn.bench.serving", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -241,6 +251,7 @@ def main(argv):
         torch.cuda.empty_cache()
         print("  ".join(list(lines(rows[-1:]))[1]), flush=True)
     print("\n".join(aligned(list(lines(rows)))))
+    print("slower:", "; ".join(f"{label} {x:.2f}" for x, label in losing(rows)) or "none")
     if args.json:
         header = environment(arrays, "python -m fastattn.bench.serving", args.commit)
         pathlib.Path(args.json).write_text(json.dumps({"header": header, "rows": rows}, indent=1))
