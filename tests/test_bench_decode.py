@@ -15,7 +15,7 @@ CAP = ("fp32 b1 h2:1 sq2 sk50 d8 softcap one thread", "fp32", 1, 2, 1, 2, 50, 8,
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """And both sides' threads as they were, afterwards."""
-    monkeypatch.setattr(decode, "read_rate", lambda _: 40e9)
+    monkeypatch.setattr(decode, "READ", 1000)
     monkeypatch.setattr(cpu, "matrix_rate", lambda _: 100.0)
     monkeypatch.setattr(cpu, "MODES", {"alone": 0})
     before = torch.get_num_threads()
@@ -36,7 +36,7 @@ def test_cells():
 @pytest.mark.parametrize("cell", [PLAIN, MASK, CAP], ids=lambda cell: cell[0])
 def test_a_cell_is_checked_and_timed(cell, monkeypatch):
     row = decode.measure(torch, cell, 0)
-    assert row["cell"] == cell[0] and row["right"] and row["read_rate"] == 40
+    assert row["cell"] == cell[0] and row["right"] and row["read_rate"] > 0
     assert ("sdpa" in row["x"]) == (cell is not CAP)
     size = 2 * 2 * cell[2] * cell[4] * cell[6] * cell[7] * (1 if cell is PLAIN else 2)
     assert row["gb_s"] == pytest.approx(size / row["ms"] / 1e6)

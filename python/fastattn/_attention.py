@@ -333,8 +333,8 @@ def attention_varlen(
         page_table: (b, pages) int32, as in attention_kvcache: k is (num_pages, page_size, hk, d), v
             likewise, and key j of sequence n is row j % page_size of page page_table[n, j //
             page_size]. Then cu_seqlens_k must be None, seqused_k is required, max_seqlen_k is at
-            most pages * page_size, and there is no gradient. Not in JAX's programs, and on a GPU not
-            with a mask or dropout.
+            most pages * page_size, and there is no gradient. Not in JAX's programs, and on a GPU
+            not with a mask or dropout.
         causal: as in attention, by each sequence's own lengths.
         window: likewise.
         mask: broadcastable to (b, hq, max_seqlen_q, max_seqlen_k), where i and j are positions in
