@@ -25,6 +25,9 @@
 #include "sm90/bwd_launch.cuh"
 #include "sm90/bwd_load.cuh"
 #include "sm90/bwd_loop.cuh"
+#if VARIANT_CLUSTER
+#include "sm90/bwd_pair.cuh"
+#endif
 #include "sm90/bwd_smem.h"
 #include "sm90/bwd_turns.cuh"
 #include "sm90/bwd_waits.cuh"
@@ -42,11 +45,11 @@ DEVICE work_tile describe(const bwd_args &a, int32_t number) {
     const fa_varlen &v = a.varlen;
     t.b = t.batch = head / a.hk; /* 0 of packed sequences, until their sequence is known */
     t.h_k = head % a.hk;
-    t.key = block * BLOCK_N, t.k_rows = a.sk;
+    t.key = block * TILE_N, t.k_rows = a.sk;
     t.q = t.k = t.first_block = 0;
     if (v.cu_k) {
         const fa_packed_block found =
-            fa_packed_find(v.cu_k, v.cu_k_stride, a.b, v.total_k, BLOCK_N, block);
+            fa_packed_find(v.cu_k, v.cu_k_stride, a.b, v.total_k, TILE_N, block);
         t.b = found.b, t.key = found.row, t.k_rows = found.end - found.first;
         t.k = found.first;
         t.first_block = fa_packed_first(v.cu_q, v.cu_q_stride, t.b, v.total_q, BLOCK_M);
@@ -57,20 +60,23 @@ DEVICE work_tile describe(const bwd_args &a, int32_t number) {
         t.q = s.q, t.lengths = s.lengths;
     }
     t.turn = turn_of(t.key, a.sk);
+    t.key += pair_rank() * BLOCK_N;
     find_seen(t);
     return t;
 }
 
 /* The number of a tile that nobody has. */
 DEVICE int32_t take_number(const bwd_args &a) { return a.begun + atomicAdd(a.taken, 1); }
-DEVICE int32_t first_number(const bwd_args &a) { return a.turns ? take_number(a) : blockIdx.x; }
+DEVICE int32_t first_number(const bwd_args &a) {
+    return a.turns ? take_number(a) : blockIdx.x / CLUSTER;
+}
 
-/* The first tile from `number` on that its sequence has keys for. */
-DEVICE work_tile find_tile(const bwd_args &a, int32_t number) {
+/* The first tile from `number` on that its sequence has keys for; of two blocks both find it. */
+DEVICE work_tile find_tile(const bwd_args &a, int32_t &number) {
     work_tile t;
     for (; number < a.tiles; number = take_number(a)) {
         t = describe(a, number);
-        if (t.key < t.k_rows) return t;
+        if (pair_key(t) < t.k_rows) return t;
     }
     t.key = -1;
     return t;
@@ -83,9 +89,16 @@ DEVICE void schedule(const bwd_args &a, smem_layout &smem) {
     for (uint32_t i = 0;; ++i) {
         work_tile &t = smem.tile[i % 2];
         mbarrier_wait(smem_address(&smem.tile_empty[i % 2]), i / 2 % 2 ^ 1);
+#if VARIANT_CLUSTER
+        if (pair_rank()) number = hear_number(smem, i);
         t = find_tile(a, number);
+        if (!pair_rank()) say_number(smem, number, i);
+#else
+        t = find_tile(a, number);
+#endif
         mbarrier_arrive(smem_address(&smem.tile_full[i % 2]));
         if (t.key < 0) return;
+        if (PAIRED && pair_rank()) continue;
         mbarrier_wait(smem_address(&smem.tile_loaded), i % 2);
         number = take_number(a);
     }
@@ -95,6 +108,9 @@ DEVICE void bring_keys(const bwd_args &a, smem_layout &smem, const work_tile &t)
     const int32_t b = t.batch, key = t.k + t.key;
     bring(a.k, a.moves[1], smem.k, key, t.h_k, b, NULL, NULL, smem.kv_full, EVICT_FIRST);
     bring(a.v, a.moves[2], smem.v, key, t.h_k, b, NULL, NULL, smem.kv_full, EVICT_FIRST);
+#if VARIANT_CLUSTER
+    bring_other_keys(a, smem, t);
+#endif
 }
 
 /* Block n of those that the tile walks over. */
@@ -179,8 +195,12 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
         const int32_t sums = walk<PLAIN>(a, smem, t, warpgroup, n, dk, dv);
 #else
         const float gain = 1.f;
+#if VARIANT_CLUSTER
+        const int32_t sums = walk_pair(a, smem, t, warpgroup, n, dk, dv);
+#else
         const int32_t sums = AHEAD ? walk_ahead(a, smem, t, warpgroup, n, dk, dv)
                                    : walk<PLAIN>(a, smem, t, warpgroup, n, dk, dv);
+#endif
 #endif
         n += a.group * (t.end - t.begin);
         mbarrier_arrive(smem_address(&smem.kv_empty));
@@ -203,43 +223,59 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
     if (lane == 0) cp_async_bulk_wait_group(); /* shared memory ends with the block */
 }
 
+DEVICE void init_barriers(const bwd_args &a, smem_layout &smem) {
+    /* What is empty every thread that has read it says itself, for racecheck sees no other. */
+    for (int i = 0; i < 2; ++i) {
+        mbarrier_init(smem_address(&smem.tile_full[i]), 1);
+        mbarrier_init(smem_address(&smem.tile_empty[i]), MMA_THREADS + (a.turns ? 2 : PAIRED));
+    }
+    mbarrier_init(smem_address(&smem.tile_loaded), PRODUCERS);
+    mbarrier_init(smem_address(&smem.kv_full), (2 + PAIRED) * PRODUCERS);
+    mbarrier_init(smem_address(&smem.kv_empty), MMA_THREADS);
+    for (int i = 0; i < Q_STAGES; ++i) {
+        mbarrier_init(smem_address(&smem.q_full[i]), PRODUCERS);
+        mbarrier_init(smem_address(&smem.q_empty[i]), MMA_THREADS);
+    }
+    for (int i = 0; i < STAGES; ++i) {
+        mbarrier_init(smem_address(&smem.dout_full[i]), PRODUCERS);
+        mbarrier_init(smem_address(&smem.dout_empty[i]), MMA_THREADS);
+    }
+    for (int i = 0; i < 2; ++i) mbarrier_init(smem_address(&smem.ds_full[i]), MMA_THREADS / 32);
+#if VARIANT_CLUSTER
+    init_pair(smem);
+#endif
+    for (int i = 0; i < TURNS; ++i) {
+        mbarrier_init(smem_address(&smem.turn_full[i]), 1);
+        mbarrier_init(smem_address(&smem.turn_added[i]), ADDERS);
+        mbarrier_init(smem_address(&smem.turn_empty[i]), 1);
+    }
+}
+
 __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant__ bwd_args a) {
     extern __shared__ uint8_t raw[];
     smem_layout &smem = *(smem_layout *)(raw + (-smem_address(raw) & 1023));
     if (threadIdx.x == 0) {
-        /* What is empty every thread that has read it says itself, for racecheck sees no other. */
-        for (int i = 0; i < 2; ++i) {
-            mbarrier_init(smem_address(&smem.tile_full[i]), 1);
-            mbarrier_init(smem_address(&smem.tile_empty[i]), MMA_THREADS + (a.turns ? 2 : 0));
-        }
-        mbarrier_init(smem_address(&smem.tile_loaded), PRODUCERS);
-        mbarrier_init(smem_address(&smem.kv_full), 2 * PRODUCERS);
-        mbarrier_init(smem_address(&smem.kv_empty), MMA_THREADS);
-        for (int i = 0; i < Q_STAGES; ++i) {
-            mbarrier_init(smem_address(&smem.q_full[i]), PRODUCERS);
-            mbarrier_init(smem_address(&smem.q_empty[i]), MMA_THREADS);
-        }
-        for (int i = 0; i < STAGES; ++i) {
-            mbarrier_init(smem_address(&smem.dout_full[i]), PRODUCERS);
-            mbarrier_init(smem_address(&smem.dout_empty[i]), MMA_THREADS);
-        }
-        for (int i = 0; i < 2; ++i) mbarrier_init(smem_address(&smem.ds_full[i]), MMA_THREADS / 32);
-        for (int i = 0; i < TURNS; ++i) {
-            mbarrier_init(smem_address(&smem.turn_full[i]), 1);
-            mbarrier_init(smem_address(&smem.turn_added[i]), ADDERS);
-            mbarrier_init(smem_address(&smem.turn_empty[i]), 1);
-        }
+        init_barriers(a, smem);
         fence_mbarrier_init();
     }
     wait_for_stream();
     let_next_start();
-    if (!STAYS && threadIdx.x == 0) smem.tile[0] = find_tile(a, first_number(a));
-    __syncthreads();
+    if (!STAYS && threadIdx.x == 0) {
+        int32_t number = first_number(a);
+        smem.tile[0] = find_tile(a, number);
+    }
+    if (PAIRED)
+        cluster_sync();
+    else
+        __syncthreads();
     const int32_t warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == WARPGROUPS) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x < MMA_THREADS + SEEKERS) produce(a, smem);
         if (STAYS && threadIdx.x == MMA_THREADS + 96) schedule(a, smem);
+#if VARIANT_CLUSTER
+        if (threadIdx.x == MMA_THREADS + 32) send_ds(a, smem);
+#endif
         if (HELPED && a.turns && threadIdx.x == MMA_THREADS + 32) ask_for_turns(a, smem);
         if (HELPED && a.turns && threadIdx.x == MMA_THREADS + 64) hand_turns_on(a, smem);
     } else {
@@ -251,4 +287,5 @@ __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant
 #endif
             consume<true>(a, smem, warpgroup);
     }
+    if (PAIRED) cluster_sync(); /* nobody sends to a block that has ended */
 }

@@ -21,6 +21,7 @@ typedef struct fa_bwd_variant {
     int32_t mma_registers; /* of a thread of an MMA warpgroup */
     int32_t general;       /* 1: it changes scores */
     int32_t strided;       /* 1: arrays that the copy engine does not take, by threads */
+    int32_t cluster;       /* 2: blocks of neighbouring keys in pairs (bwd_pair.cuh) */
 } fa_bwd_variant;
 
 static const fa_bwd_variant fa_bwd_variants[] = {
@@ -44,15 +45,25 @@ static inline int32_t fa_bwd_packs(const fa_params *p) {
     return p->scores.mask.data && p->scores.mask_dtype == FA_BOOL;
 }
 
+/* Whether pairs of blocks are faster, where there are any: half as many sums of dQ, but tiles of
+ * twice as many keys, of which few, or a diagonal, leave more idle. */
+static inline int32_t fa_bwd_pairs(const fa_backward *r) {
+    const fa_params *p = &r->forward;
+    if (r->deterministic || !r->dq.data || p->varlen.cu_q) return 0;
+    if (p->masks.flags & FA_HAS_LEFT) return 0;
+    return p->what.sk >= (p->masks.flags & FA_HAS_RIGHT ? 2048 : 1024);
+}
+
 /* The first of the least padding, or -1. */
 static inline int32_t fa_choose_bwd_variant(const fa_backward *r) {
     const fa_what *w = &r->forward.what;
     const int32_t strided = !fa_bwd_has_boxes(r), general = fa_needs_general(&r->forward);
+    const int32_t pairs = fa_bwd_pairs(r);
     int32_t best = -1;
     for (int32_t i = 0; i < FA_BWD_VARIANTS; ++i) {
         const fa_bwd_variant *v = &fa_bwd_variants[i];
         if (v->dtype != w->dtype || v->d < w->d || v->dv < w->dv) continue;
-        if (v->strided != strided || v->general != general) continue;
+        if (v->strided != strided || v->general != general || (v->cluster && !pairs)) continue;
         if (best < 0 || v->d + v->dv < fa_bwd_variants[best].d + fa_bwd_variants[best].dv) best = i;
     }
     return best;

@@ -60,8 +60,8 @@ static fa_status launch_main(bwd_args &a, const fa_backward *r, const fa_device 
     fa_status status =
         fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES, error);
     if (status != FA_OK) return status;
-    status = fa_launch_kernel((const void *)VARIANT_NAME, blocks, THREADS, SMEM_BYTES,
-                              r->forward.where.stream, device->early, &a, error);
+    status = fa_launch_clusters((const void *)VARIANT_NAME, blocks, CLUSTER, THREADS, SMEM_BYTES,
+                                r->forward.where.stream, device->early, &a, error);
 #if VARIANT_GENERAL
     if (status == FA_OK && r->dmask.data) status = launch_bwd_mask(a, r, device, error);
 #endif
@@ -74,8 +74,8 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     const fa_varlen *v = &r->forward.varlen;
     const fa_backward_workspace at = fa_lay_out_backward(&r->forward, BLOCK_M, SUM_COLUMNS);
     const int64_t rows = at.delta, batches = v->cu_q ? 1 : w->b;
-    const int64_t blocks = v->cu_q ? fa_packed_blocks(v->total_k, w->b, BLOCK_N)
-                                   : ((int64_t)w->sk + BLOCK_N - 1) / BLOCK_N;
+    const int64_t blocks = v->cu_q ? fa_packed_blocks(v->total_k, w->b, TILE_N)
+                                   : ((int64_t)w->sk + TILE_N - 1) / TILE_N;
     if (rows > INT32_MAX || batches * w->hk * blocks > INT32_MAX)
         return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 rows in all");
     const int32_t m_blocks = (int32_t)(at.head / BLOCK_M), n_blocks = (int32_t)blocks;
@@ -117,10 +117,10 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
 #if VARIANT_GENERAL
     a.scores = scores;
 #endif
-    const int32_t launched = STAYS && a.tiles > device->sms ? device->sms : a.tiles;
+    const int32_t launched = STAYS ? min(a.tiles, max(device->sms / CLUSTER, 1)) : a.tiles;
     a.begun = a.turns ? 0 : launched,
     a.section = a.turns ? fa_bwd_section(r, a.heads, SUM_COLUMNS) : 1;
-    status = launch_main(a, r, device, launched, error);
+    status = launch_main(a, r, device, launched * CLUSTER, error);
     if (status != FA_OK || !r->dq.data) return status;
 
     const bwd_dq_args behind = {r->dq,           sums,   *v, w->b, w->hq, w->sq, m_blocks,

@@ -61,4 +61,18 @@ DEVICE void issue_dq(float (&dq)[DQ_COLUMNS / 2], smem_layout &smem,
     wgmma_commit_group();
 }
 
+#if VARIANT_CLUSTER
+/* This warpgroup's share of dQ, of one block's keys: its dS^T and, of K, this panel. */
+DEVICE void issue_dq_of_keys(float (&dq)[DQ_COLUMNS / 2], uint8_t (&ds)[PANEL_N],
+                             uint8_t (&k)[PANEL_N], bool fresh) {
+    const uint64_t a = wgmma_descriptor(smem_address(ds), 1);
+    const uint64_t b = wgmma_descriptor(smem_address(k), 1);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 16; ++i)
+        wgmma_tt<DQ_COLUMNS>(dq, a + i * 128, b + i * 128, i > 0 || !fresh);
+    wgmma_commit_group();
+}
+#endif
+
 #endif

@@ -52,10 +52,18 @@ FA_INLINE int32_t own_row(int32_t warpgroup) { return SHARED_KEYS ? ROWS * warpg
 static constexpr int DK_COLUMNS = SHARED_KEYS ? SHARE<QK_PANELS> : D,
                      DV_COLUMNS = SHARED_KEYS ? SHARE<V_PANELS> : DV;
 
+/* Two blocks of threads of a cluster may have neighbouring keys and walk over the same rows: each
+ * sends the other its dS, and has its columns of dQ for the keys of both (bwd_pair.cuh). */
+static constexpr bool PAIRED = VARIANT_CLUSTER == 2;
+static constexpr int CLUSTER = PAIRED ? 2 : 1;
+static constexpr int TILE_N = CLUSTER * BLOCK_N; /* keys of a cluster's work tile */
+static_assert(!PAIRED || (SHARED_KEYS && STAYS), "what bwd_pair.cuh does");
+
 /* dQ of a block of rows is shared out by rows where each warpgroup gets 64, else by columns. */
 static constexpr bool DQ_BY_ROWS = BLOCK_M == 64 * WARPGROUPS;
-static constexpr int DQ_COLUMNS = DQ_BY_ROWS ? D : SHARE<QK_PANELS>;
-static constexpr int SUM_COLUMNS = DQ_BY_ROWS ? D : DQ_COLUMNS * WARPGROUPS; /* of a row of sums */
+static constexpr int DQ_COLUMNS = DQ_BY_ROWS ? D : SHARE<QK_PANELS> / CLUSTER;
+static constexpr int SUM_COLUMNS = /* of a row of sums */
+    DQ_BY_ROWS ? D : DQ_COLUMNS * WARPGROUPS * CLUSTER;
 static_assert(DQ_BY_ROWS || BLOCK_M == 64, "dQ is 64 rows, or 64 for each warpgroup");
 /* Added to the sums from registers, where shared memory has no place for it. */
 static constexpr bool DIRECT_DQ = D > 192;
@@ -63,7 +71,7 @@ static constexpr bool DIRECT_DQ = D > 192;
 /* S^T of the next block is begun in this one, where there are registers for it (walk_ahead() of
  * bwd_loop.cuh): its Q is there while dK still reads the last one's. */
 static constexpr bool AHEAD = BLOCK_M == 64 && !SHARED_KEYS && !VARIANT_STRIDED && !GENERAL;
-static constexpr int Q_STAGES = AHEAD ? 2 * STAGES : STAGES;
+static constexpr int Q_STAGES = AHEAD || PAIRED ? 2 * STAGES : STAGES;
 
 /* A work tile, and the rows that it walks over. */
 struct work_tile {
@@ -91,12 +99,18 @@ struct smem_layout {
     uint8_t q[Q_STAGES][QK_PANELS][PANEL_M], dout[STAGES][V_PANELS][PANEL_M];
     uint8_t ds[2][BLOCK_M / 64][PANEL_N]; /* dS^T: a row a key */
     uint8_t p[SHARED_KEYS ? 2 : 0][BLOCK_M / 64][PANEL_N];
+    /* The other block's, of a cluster's two: K of this block's columns of dQ, dS^T. */
+    uint8_t other_k[PAIRED ? QK_PANELS / 2 : 0][PANEL_N], other_ds[PAIRED ? 2 : 0][PANEL_N];
     /* Each warp's share, as its lanes hold it. */
     float dq[DIRECT_DQ ? 0 : MMA_THREADS / 32][DQ_COLUMNS / 8][32][4];
     float lse[Q_STAGES][BLOCK_M], delta[STAGES][BLOCK_M];
     uint64_t tile_full[2], tile_empty[2], tile_loaded, kv_full, kv_empty;
     uint64_t q_full[Q_STAGES], q_empty[Q_STAGES], dout_full[STAGES], dout_empty[STAGES];
     uint64_t ds_full[2], turn_full[TURNS], turn_added[TURNS], turn_empty[TURNS];
+#if VARIANT_CLUSTER
+    uint64_t p_full[2], other_full[2], number_full, number_empty;
+    int32_t number; /* of the tile, as the cluster's first block says */
+#endif
 #if VARIANT_GENERAL
     walk_step steps[STAGES];
     uint8_t seen[BLOCK_N]; /* keys that some row sees, of a bool mask */

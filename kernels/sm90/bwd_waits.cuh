@@ -7,6 +7,7 @@
 #include "common/compiler.cuh"
 #include "sm90/bwd_args.cuh"
 #include "sm90/bwd_smem.h"
+#include "sm90/bwd_walk.cuh"
 #include "sm90/ptx.cuh"
 #if VARIANT_GENERAL
 #include "sm90/bwd_scores.cuh"
@@ -73,9 +74,12 @@ DEVICE void wait_for_keys([[maybe_unused]] const bwd_args &a, smem_layout &smem,
 #if VARIANT_GENERAL
     clear_unseen_keys(a, smem, t);
 #endif
-    if (t.key >= t.keys.begin && t.key + BLOCK_N <= t.keys.end) return;
+    if (pair_key(t) >= t.keys.begin && pair_key(t) + TILE_N <= t.keys.end) return;
     clear_rows(smem.k, t.keys.begin - t.key, t.keys.end - t.key);
     clear_rows(smem.v, t.keys.begin - t.key, t.keys.end - t.key);
+#if VARIANT_CLUSTER
+    clear_rows(smem.other_k, t.keys.begin - other_key(t), t.keys.end - other_key(t));
+#endif
     fence_proxy_async();
     bar_sync(ROWS_BARRIER, MMA_THREADS);
 }

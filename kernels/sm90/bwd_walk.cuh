@@ -12,6 +12,12 @@
 #include "sm90/bwd_smem.h"
 #include "sm90/ptx.cuh"
 
+/* This block's place in its cluster, and where a cluster's keys begin, of a tile's own. */
+DEVICE int32_t pair_rank() { return PAIRED ? blockIdx.x % 2 : 0; }
+DEVICE int32_t pair_key(const work_tile &t) { return t.key - pair_rank() * BLOCK_N; }
+/* The other block's first key. */
+DEVICE int32_t other_key(const work_tile &t) { return t.key + (pair_rank() ? -BLOCK_N : BLOCK_N); }
+
 /* Tile i, once it is known; place: i % 2. */
 DEVICE const work_tile &next_tile(smem_layout &smem, uint32_t i, uint32_t place) {
     if (STAYS) mbarrier_wait(smem_address(&smem.tile_full[place]), i / 2 % 2);
@@ -21,7 +27,7 @@ DEVICE const work_tile &next_tile(smem_layout &smem, uint32_t i, uint32_t place)
 /* Which rows see a tile's keys: of its sequence's lengths. */
 DEVICE void find_seen(work_tile &t) {
     const fa_interval keys = {t.key, t.key + BLOCK_N};
-    t.some = fa_rows_seeing_some(t.lengths, keys);
+    t.some = fa_rows_seeing_some(t.lengths, fa_interval{pair_key(t), pair_key(t) + TILE_N});
     t.all = fa_rows_seeing_all(t.lengths, keys);
     t.rows = fa_rows_seeing_some(t.lengths, fa_interval{0, t.lengths.sk});
     t.keys.begin = t.keys.end = 0;

@@ -72,7 +72,7 @@ DEVICE void bar_arrive(uint32_t id, uint32_t threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-/* ---- clusters: blocks that read each other's shared memory ----------------------------------- */
+/* ---- clusters: blocks that reach each other's shared memory ---------------------------------- */
 
 /* All threads of all blocks have come; what they wrote is there for the others. */
 DEVICE void cluster_sync() {
@@ -83,6 +83,25 @@ DEVICE uint32_t mapa(uint32_t smem, uint32_t rank) {
     uint32_t x;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(x) : "r"(smem), "r"(rank));
     return x;
+}
+DEVICE void mbarrier_arrive_cluster(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+                 : "memory");
+}
+/* Four bytes, which the barrier there counts. */
+DEVICE void st_async(uint32_t to, uint32_t x, uint32_t barrier) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
+        "r"(x), "r"(barrier)
+        : "memory");
+}
+/* `bytes` of this block's, to the block that has `to` and the barrier. */
+DEVICE void cp_async_bulk_cluster(uint32_t to, uint32_t smem, uint32_t bytes, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+        "[%3];" ::"r"(to),
+        "r"(smem), "r"(bytes), "r"(barrier)
+        : "memory");
 }
 DEVICE float ld_cluster(uint32_t at) {
     float x;

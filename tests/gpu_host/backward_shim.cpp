@@ -6,6 +6,9 @@
 
 static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t threads, int32_t smem,
                                   void *stream, bool early, void *arguments, fa_error *error);
+static fa_status fa_launch_clusters(const void *kernel, int32_t blocks, int32_t cluster,
+                                    int32_t threads, int32_t smem, void *stream, bool early,
+                                    void *arguments, fa_error *error);
 
 #include "sm90/bwd.cu"
 #include "sm90/bwd_choice.h"
@@ -47,6 +50,18 @@ static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t th
         start_block();
         run_block(body);
     }
+    return FA_OK;
+}
+
+static fa_status fa_launch_clusters(const void *kernel, int32_t blocks, int32_t cluster,
+                                    int32_t threads, int32_t smem, void *stream, bool early,
+                                    void *arguments, fa_error *error) {
+    if (cluster == 1)
+        return fa_launch_kernel(kernel, blocks, threads, smem, stream, early, arguments, error);
+    kernel_now = kernel, arguments_now = arguments, threads_now = threads;
+    gridDim.x = blocks;
+    static uint64_t seed;
+    run_blocks(body, cluster, seed += 0x123456789);
     return FA_OK;
 }
 

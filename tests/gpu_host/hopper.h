@@ -87,8 +87,11 @@ static bool mbarrier_test(uint32_t barrier, uint32_t parity) {
     yield();
     return false;
 }
+/* What other blocks have sent, if that waits for who waits for it (side_by_side.h). */
+static void (*deliver)(uint32_t barrier);
 static void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     for (int64_t i = 0; (barrier_at(barrier).phases & 1) == parity; ++i) {
+        if (deliver) deliver(barrier);
         if (i > 1000000) {
             fprintf(stderr, "thread %d waits for ever\n", current);
             abort();
@@ -222,6 +225,11 @@ static void st_shared_v4(uint32_t smem, uint32_t a, uint32_t b, uint32_t c, uint
     memcpy(shared_at(smem), x, 16);
 }
 static void st_shared_b16(uint32_t smem, uint16_t x) { memcpy(shared_at(smem), &x, 2); }
+static uint32_t ld_shared(uint32_t smem) {
+    uint32_t x;
+    memcpy(&x, shared_at(smem), 4);
+    return x;
+}
 static float2 ld_shared_v2(uint32_t smem) {
     float2 x;
     memcpy(&x, shared_at(smem), 8);

@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 import gpu_host
-from gpu_host import BF16, F16
+from gpu_host import BF16, F16, HAS_LEFT, HAS_RIGHT
 
 pytestmark = gpu_host.marks
 
@@ -29,6 +29,21 @@ int choose(int dtype, const int *sizes, int which, int odd, int softcap) {
     }
     if (which == 4) r.dout.data = 0;
     r.forward.scores.softcap = softcap;
+    return fa_choose_bwd_variant(&r);
+}
+
+/* Contiguous arrays of one head, without dq if `no_dq`. */
+int choose_long(int dtype, int d, int sk, unsigned flags, int deterministic, int packed,
+                int no_dq) {
+    static const int32_t cu[2];
+    static int64_t array[2];
+    const fa_tensor t = {array, {1, 1, sk, d}, {(int64_t)sk * d, (int64_t)sk * d, d, 1}};
+    fa_backward r = {.forward.what = {.dtype = dtype, .b = 1, .hq = 1, .hk = 1, .hv = 1,
+                                      .sq = sk, .sk = sk, .d = d, .dv = d, .q = t, .k = t, .v = t},
+                     .dout = t, .dq = t, .deterministic = deterministic};
+    r.forward.masks.flags = flags;
+    if (packed) r.forward.varlen.cu_q = r.forward.varlen.cu_k = cu;
+    if (no_dq) r.dq.data = 0;
     return fa_choose_bwd_variant(&r);
 }
 
@@ -86,6 +101,21 @@ def test_every_head_size_has_the_variant_of_the_least_padding(library):
         assert got["d"] >= d and got["dv"] >= dv and got["d"] + got["dv"] == least
     assert chosen(library, BF16, 257, 64) is chosen(library, BF16, 64, 257) is None
     assert chosen(library, 2, 64, 64) is None
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_blocks_work_in_pairs_where_that_is_faster(library, dtype):
+    def cluster(d, sk, flags=0, deterministic=0, packed=0, no_dq=0):
+        found = library.choose_long(dtype, d, sk, flags, deterministic, packed, no_dq)
+        return VARIANTS[found]["cluster"]
+
+    assert [cluster(256, sk) for sk in (1023, 1024, 16384)] == [0, 2, 2]
+    assert [cluster(256, sk, HAS_RIGHT) for sk in (1024, 2047, 2048)] == [0, 0, 2]
+    assert cluster(200, 4096) == 2
+    assert cluster(192, 4096) == cluster(128, 4096) == cluster(64, 4096) == 0
+    assert cluster(256, 4096, HAS_LEFT) == cluster(256, 4096, HAS_LEFT | HAS_RIGHT) == 0
+    assert cluster(256, 4096, deterministic=1) == cluster(256, 4096, packed=1) == 0
+    assert cluster(256, 4096, no_dq=1) == 0
 
 
 @pytest.mark.parametrize("which", range(5))

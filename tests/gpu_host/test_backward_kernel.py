@@ -29,6 +29,7 @@ TESTED = [  # the dtypes share their code
     "sm90_bwd_bf16_d192_128_64x64",
     "sm90_bwd_f16_d192_64x64",
     "sm90_bwd_bf16_d256_64x64_strided",
+    "sm90_bwd_f16_d256_64x64_pair",
 ]
 CASES = {
     "causal": {"sq": 140, "sk": 200, "hq": 2, "b": 1, "causal": True, "dlse": True},

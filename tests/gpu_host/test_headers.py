@@ -29,9 +29,10 @@ def variant_for(header):
         kind = (
             header.endswith("load_strided.cuh"),
             header.endswith(("scores.cuh", "walk.cuh", "mask.cuh")),
+            2 * header.endswith("pair.cuh"),
         )
         backward = (v for v in EVERY_VARIANT if v.name.startswith("sm90_bwd_"))
-        return next(v for v in backward if (v["strided"], v["general"]) == kind)
+        return next(v for v in backward if (v["strided"], v["general"], v["cluster"]) == kind)
     if "/decode_" in header:
         return next(v for v in EVERY_VARIANT if v.name.startswith("sm90_decode_"))
     stem = header.rpartition("/fwd_")[2].partition(".")[0]
