@@ -3,11 +3,11 @@
     FASTATTN_CUDA=0 FASTATTN_SANITIZE=1 python setup.py build_ext --build-lib /some/where
     LD_PRELOAD=libasan.so:libubsan.so UBSAN_OPTIONS=halt_on_error=1 python tests/sanitize.py
 
-Random cases of every kind, a quarter of them of caches, as many of SparseK, half with their
-gradients, mostly without a verdict on their values (test_property.py and test_backward.py have
-that), each sentence of
-test_errors*.py, merge_states, explain and info, on every vector level and from several threads at
-once. NumPy alone: other frameworks have findings of their own.
+Random cases of every kind, a quarter of them of caches, as many of SparseK and of lists of keys,
+half with their gradients, mostly without a verdict on their values (test_property.py and
+test_backward.py have that), each sentence of test_errors*.py, merge_states, explain and info, on
+every vector level and from several threads at once. NumPy alone: other frameworks have findings of
+their own.
 
 A second, shorter run asks LeakSanitizer about what C has allocated (test_frameworks.py counts
 Python's objects). The interpreter leaves some hundred blocks at its end, so a leak counts where a
@@ -26,6 +26,7 @@ import gradient_cases
 import kvcache_cases
 import numpy as np
 import random_cases
+import sparse_cases
 import sparsek_cases
 from conftest import LEVELS
 
@@ -43,6 +44,7 @@ def calls(first, count):
         if seed % 4 == 0:
             kvcache_cases.run(kvcache_cases.random_case(seed))
             sparsek_cases.run(sparsek_cases.random_case(seed))
+            sparse_cases.run(sparse_cases.random_call(seed), poison=seed % 8 == 0)
             continue
         case = small(seed)
         if seed % 2:

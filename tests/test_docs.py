@@ -17,7 +17,6 @@ import reference
 import reference_sparse
 import sparse_cases
 import sparsek_cases
-import test_sparse
 from conftest import ROOT, has, needs, python
 
 # From the sources only: an installed package brings no README.
@@ -207,7 +206,7 @@ def selects():
 
 def sparse():
     call = sparse_cases.random_call(3, "float32")
-    results = test_sparse.run(call, poison=False)
+    results = sparse_cases.run(call, poison=False)
     given = {**call.keywords, "dout": call.dout, "dlse": call.dlse}
     assert not reference_sparse.complaints(results, *call.arrays.values(), **given)
 

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import reference_sparse
 from conftest import needs
-from sparse_cases import random_call
-from test_sparse import NAMES, run
+from sparse_cases import NAMES, random_call, run
 
 FULL = {"q_block": 64, "k_block": 64}
 
@@ -33,6 +32,19 @@ def test_all_blocks_are_dense_attention(keywords):
     found = fastattn.attention_sparse_backward(dout, q, k, v, *got, lists, **FULL, **keywords)
     for x, y in zip(found[:3], wanted[:3], strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5)
+
+
+def test_parts_of_many_rows_add_up():
+    """One group of heads: its rows are cut in parts, each with sums of its own."""
+    q, k, v = normal(1, 4, 700, 16), normal(1, 1, 300, 16, seed=1), normal(1, 1, 300, 16, seed=2)
+    lists, sink = every_block(1, 1, 700, 300), normal(4, seed=3)
+    out, lse = fastattn.attention(q, k, v, sink=sink, return_lse=True)
+    given = {"sink": sink, "need_dsink": True}
+    wanted = fastattn.attention_backward(q, q, k, v, out, lse, **given)
+    found = fastattn.attention_sparse_backward(q, q, k, v, out, lse, lists, **FULL, **given)
+    for x, y in zip(found, wanted, strict=True):
+        if y is not None:
+            np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4)
 
 
 def test_the_union_of_a_window_alone_is_a_window():
