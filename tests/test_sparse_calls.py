@@ -4,6 +4,7 @@ import fastattn
 import numpy as np
 import pytest
 import reference_sparse
+import sparse_cases
 from conftest import needs
 from sparse_cases import NAMES, random_call, run
 
@@ -53,6 +54,20 @@ def test_the_union_of_a_window_alone_is_a_window():
     want = fastattn.attention(q, k, v, causal=True, window=(30, 0))
     got = fastattn.attention_sparse(q, k, v, none, causal=True, window_union=(30, 0))
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [(9, 3), (9, 40), (70, 3), (70, 40), (-20, 60)])
+@pytest.mark.parametrize("union", [(9, 3), (9, 40), (70, 3), (70, 40), (20, -10), (None, 3)])
+def test_keys_beside_the_union_alone_are_read(window, union):
+    """Its window reaches further on neither, either or both sides; keys that no row sees are NaN."""
+    arrays = {"q": normal(1, 1, 100, 8), "k": normal(1, 1, 150, 8), "v": normal(1, 1, 150, 8)}
+    arrays["key_lists"] = np.array([[[[0, 3, 5], [7, -1, 2]]]], np.int32)
+    keywords = {"q_block": 64, "k_block": 16, "window": window, "window_union": union}
+    keywords["k_lengths"] = np.array([140], np.int32)
+    dout, dlse = normal(1, 1, 100, 8, seed=3), normal(1, 1, 100, seed=4)
+    results = run(sparse_cases.Call(arrays, keywords, dout, dlse), poison=True)
+    given = {"dout": dout, "dlse": dlse, **keywords}
+    assert not reference_sparse.complaints(results, *arrays.values(), **given)
 
 
 def test_a_block_that_is_named_twice_counts_twice():

@@ -95,6 +95,13 @@ static void fill_layer(fa_listed *l, int32_t times) {
     }
 }
 
+/* Whether rows see keys on this side of their windows. Where none does, their empty intervals would
+ * span keys that no row sees. */
+static int sees_side(const fa_listed *l, fa_side side) {
+    if (!l->lists->has_window) return side == FA_LEFT;
+    return side == FA_LEFT ? l->lengths.from < l->window.from : l->window.to < l->lengths.to;
+}
+
 int fa_next_pass(fa_listed *l, fa_pass *pass) {
     const int32_t of_layers = 2 * l->layers;
     while (l->step < of_layers + 2) {
@@ -107,7 +114,7 @@ int fa_next_pass(fa_listed *l, fa_pass *pass) {
         }
         if (step % 2) fill_layer(l, step / 2);
         pass->side = !step ? FA_WHOLE : step % 2 ? FA_LEFT : FA_RIGHT;
-        if (!some->count || (pass->side == FA_RIGHT && !l->lists->has_window)) continue;
+        if (!some->count || (step && !sees_side(l, pass->side))) continue;
         pass->blocks = some->blocks, pass->entries = some->entries;
         pass->gates = l->gate ? some->gates : NULL;
         pass->count = some->count, pass->columns = some->count * l->lists->k_block;
