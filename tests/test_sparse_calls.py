@@ -59,7 +59,7 @@ def test_the_union_of_a_window_alone_is_a_window():
 @pytest.mark.parametrize("window", [(9, 3), (9, 40), (70, 3), (70, 40), (-20, 60)])
 @pytest.mark.parametrize("union", [(9, 3), (9, 40), (70, 3), (70, 40), (20, -10), (None, 3)])
 def test_keys_beside_the_union_alone_are_read(window, union):
-    """Its window reaches further on neither, either or both sides; keys that no row sees are NaN."""
+    """Windows that reach further on neither, either or both sides; keys no row sees are NaN."""
     arrays = {"q": normal(1, 1, 100, 8), "k": normal(1, 1, 150, 8), "v": normal(1, 1, 150, 8)}
     arrays["key_lists"] = np.array([[[[0, 3, 5], [7, -1, 2]]]], np.int32)
     keywords = {"q_block": 64, "k_block": 16, "window": window, "window_union": union}
