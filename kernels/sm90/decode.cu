@@ -42,7 +42,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     const decode_tile t = find_tile(a, blockIdx.x);
     if (t.rows <= 0) return; /* and so do the others of its cluster */
     if (threadIdx.x >= MMA_THREADS) {
+#if !IS_STRIDED
         load_keys(a, smem, t);
+#endif
     } else {
         warp_rows w;
         attend(w, a, smem, t);

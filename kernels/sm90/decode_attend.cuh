@@ -236,6 +236,10 @@ DEVICE void stage_q(const decode_args &a, decode_smem &smem, const decode_tile &
 
 DEVICE void attend(warp_rows &w, const decode_args &a, decode_smem &smem, const decode_tile &t) {
     queries q;
+#if IS_STRIDED
+    loads l = start_loads(a, t);
+    for (int i = 0; i < STAGES - 1; ++i) load_block(l, a, smem, t);
+#endif
     stage_q(a, smem, t);
     start_rows(w, a, t);
     bar_sync(1, MMA_THREADS);
@@ -248,6 +252,9 @@ DEVICE void attend(warp_rows &w, const decode_args &a, decode_smem &smem, const 
 #pragma unroll 1
     for (int32_t block = t.first; block < t.last; ++block, advance(at)) {
         const int32_t key = block * BLOCK_N;
+#if IS_STRIDED
+        load_block(l, a, smem, t);
+#endif
         if (key >= t.all.begin && key + BLOCK_N <= t.all.end)
             attend_block<false>(w, q, a, smem, t, block, at);
         else

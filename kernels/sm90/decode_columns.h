@@ -14,7 +14,7 @@ typedef struct fa_decode_variant {
     int32_t block_n;       /* keys per step of the loop */
     int32_t stages;        /* of K and V in shared memory */
     int32_t blocks_per_sm; /* that share an SM */
-    int32_t strided;       /* 1: a warp brings K and V row by row, not the copy engine */
+    int32_t strided;       /* 1: warps bring K and V row by row, not the copy engine */
 } fa_decode_variant;
 
 #endif

@@ -1,6 +1,6 @@
-/* decode_load.cuh - the warp that brings K and V: boxes of the copy engine, a page or a block each,
- * or rows, by copies of each lane's own. Where a block's keys lie is looked up a block ahead: the
- * table's latency hides behind the wait for a free stage.
+/* decode_load.cuh - how K and V come: a warp brings boxes of the copy engine, a page or a block
+ * each; or each warp that computes brings a share of a block's rows, by copies of each lane's own.
+ * Where a block's keys lie is looked up a block ahead.
  */
 #ifndef FASTATTN_SM90_DECODE_LOAD_CUH
 #define FASTATTN_SM90_DECODE_LOAD_CUH
@@ -22,20 +22,15 @@ DEVICE void advance(stage &s) {
 
 #if IS_STRIDED
 
-static constexpr int LANE_ROWS = BLOCK_N / 32; /* of a block, that a lane looks up */
+static constexpr int OWN_ROWS = BLOCK_N / MMA_WARPS; /* of a block, that a warp brings */
+static_assert(OWN_ROWS <= 32, "a lane looks up one");
+static constexpr bool HAS_ROOM = D * ROWS < 256 * 64; /* for registers */
+static constexpr int UNROLL = HAS_ROOM ? 4 : 1;
 
-struct block_places {
-    key_place key[LANE_ROWS];
-};
-
-/* Of rows lane, lane + 32, ...; none is past the last key that is seen. */
-DEVICE block_places find_places(const decode_args &a, const decode_tile &t, int32_t block) {
-    block_places p;
-#pragma unroll
-    for (int i = 0; i < LANE_ROWS; ++i)
-        p.key[i] =
-            find_key(a, t.b, min(block * BLOCK_N + 32 * i + (int)threadIdx.x % 32, t.some.end - 1));
-    return p;
+/* The key of a lane's row of a block; none is past the last key that is seen. */
+DEVICE key_place find_row(const decode_args &a, const decode_tile &t, int32_t block) {
+    const int32_t row = threadIdx.x / 32 * OWN_ROWS + threadIdx.x % OWN_ROWS;
+    return find_key(a, t.b, min(block * BLOCK_N + row, t.some.end - 1));
 }
 
 DEVICE int64_t shuffle(int64_t x, int32_t lane) {
@@ -60,36 +55,32 @@ DEVICE void copy_elements(uint32_t to, const char *from, int64_t step, int32_t c
         st_shared_b16(to + 2 * i, i < columns ? load_u16(from + i * step) : 0);
 }
 
-/* A block of K or V; rows from `rows` on are 0. */
+/* A warp's rows of a block of K or V; those from `rows` on are 0. */
 template <int COLUMNS>
-DEVICE void load_rows(const decode_array &array, uint32_t to, int32_t head,
-                      const block_places &places, int32_t rows, uint32_t full) {
+DEVICE void load_rows(const decode_array &array, uint32_t to, int32_t head, key_place place,
+                      int32_t rows, uint32_t full) {
     constexpr int CHUNKS = COLUMNS / 8, AT_ONCE = 32 / CHUNKS; /* rows */
     const fa_tensor &t = array.tensor;
     const int32_t lane = threadIdx.x % 32, chunk = lane % CHUNKS;
     const int32_t d = (int32_t)t.shape[3] - 8 * chunk;
     const int64_t column = (head * t.stride[1] + 8 * chunk * t.stride[3]) * 2;
+    const int64_t own = (place.place * t.stride[0] + place.row * t.stride[2]) * 2;
     to += chunk / 8 * PANEL;
-#pragma unroll
-    for (int i = 0; i < LANE_ROWS; ++i) {
-        const int64_t own =
-            (places.key[i].place * t.stride[0] + places.key[i].row * t.stride[2]) * 2;
-#pragma unroll 4
-        for (int j = 0; j < 32; j += AT_ONCE) {
-            const int32_t row = 32 * i + j + lane / CHUNKS;
-            const char *from = (const char *)t.data + shuffle(own, row % 32) + column;
-            const uint32_t place = to + row * 128 + ((chunk ^ row) % 8 << 4);
-            const int32_t columns = row < rows ? d : 0;
-            if (columns <= 0) from = (const char *)t.data;
-            if (array.width == 16)
-                copy_chunk<16>(place, from, columns);
-            else if (array.width == 8)
-                copy_chunk<8>(place, from, columns);
-            else if (array.width == 4)
-                copy_chunk<4>(place, from, columns);
-            else
-                copy_elements(place, from, 2 * t.stride[3], columns);
-        }
+#pragma unroll UNROLL
+    for (int i = 0; i < OWN_ROWS; i += AT_ONCE) {
+        const int32_t mine = i + lane / CHUNKS, row = threadIdx.x / 32 * OWN_ROWS + mine;
+        const char *from = (const char *)t.data + shuffle(own, mine) + column;
+        const uint32_t at = to + row * 128 + ((chunk ^ row) % 8 << 4);
+        const int32_t columns = row < rows ? d : 0;
+        if (columns <= 0) from = (const char *)t.data;
+        if (array.width == 16)
+            copy_chunk<16>(at, from, columns);
+        else if (array.width == 8)
+            copy_chunk<8>(at, from, columns);
+        else if (array.width == 4)
+            copy_chunk<4>(at, from, columns);
+        else
+            copy_elements(at, from, 2 * t.stride[3], columns);
     }
     if (array.width == 2)
         mbarrier_arrive(full);
@@ -97,22 +88,33 @@ DEVICE void load_rows(const decode_array &array, uint32_t to, int32_t head,
         cp_async_mbarrier_arrive(full);
 }
 
-DEVICE void load_keys(const decode_args &a, decode_smem &smem, const decode_tile &t) {
-    stage s = {0, 0};
-    if (t.first >= t.last) return;
-    block_places next = find_places(a, t, t.first);
-#pragma unroll 1
-    for (int32_t block = t.first; block < t.last; ++block, advance(s)) {
-        const block_places here = next;
-        const int32_t rows = t.some.end - block * BLOCK_N;
-        if (block + 1 < t.last) next = find_places(a, t, block + 1);
-        mbarrier_wait(smem_address(&smem.k_empty[s.at]), s.lap ^ 1);
-        load_rows<D>(a.k, smem_address(smem.k[s.at]), t.head, here, rows,
-                     smem_address(&smem.k_full[s.at]));
-        mbarrier_wait(smem_address(&smem.v_empty[s.at]), s.lap ^ 1);
-        load_rows<DV>(a.v, smem_address(smem.v[s.at]), t.head, here, rows,
-                      smem_address(&smem.v_full[s.at]));
-    }
+/* Where a warp's loads have come to. */
+struct loads {
+    int32_t block;
+    stage at;
+    key_place next;
+};
+
+DEVICE loads start_loads(const decode_args &a, const decode_tile &t) {
+    loads l = {t.first, {0, 0}, {0, 0}};
+    if (HAS_ROOM && t.first < t.last) l.next = find_row(a, t, t.first);
+    return l;
+}
+
+/* A block's rows, if there is one; where those of the next lie is looked up meanwhile. */
+DEVICE void load_block(loads &l, const decode_args &a, decode_smem &smem, const decode_tile &t) {
+    if (l.block >= t.last) return;
+    const key_place here = HAS_ROOM ? l.next : find_row(a, t, l.block);
+    const int32_t rows = t.some.end - l.block * BLOCK_N;
+    if (HAS_ROOM && l.block + 1 < t.last) l.next = find_row(a, t, l.block + 1);
+    mbarrier_wait(smem_address(&smem.k_empty[l.at.at]), l.at.lap ^ 1);
+    load_rows<D>(a.k, smem_address(smem.k[l.at.at]), t.head, here, rows,
+                 smem_address(&smem.k_full[l.at.at]));
+    mbarrier_wait(smem_address(&smem.v_empty[l.at.at]), l.at.lap ^ 1);
+    load_rows<DV>(a.v, smem_address(smem.v[l.at.at]), t.head, here, rows,
+                  smem_address(&smem.v_full[l.at.at]));
+    ++l.block;
+    advance(l.at);
 }
 
 #else

@@ -3,7 +3,7 @@
 #ifndef FASTATTN_TESTS_DECODE_BLOCKS_H
 #define FASTATTN_TESTS_DECODE_BLOCKS_H
 
-#define FIBERS 160
+#define FIBERS (VARIANT_STRIDED ? 128 : 160)
 #include "decode_host.h"
 
 static fa_status fa_launch_clusters(const void *kernel, int32_t blocks, int32_t cluster,
