@@ -89,7 +89,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     before.rows = m_blocks * BLOCK_M;
     before.scaled_lse = lse, before.delta = delta, before.dq = r->dq.data ? (float4 *)sums : NULL;
     before.taken = (int32_t *)lse + at.taken;
-    if (r->deterministic && r->dq.data) before.turns = (int32_t *)lse + at.turns;
+    if (fa_bwd_takes_turns(r)) before.turns = (int32_t *)lse + at.turns;
     before.wide = is_wide(&w->out) && is_wide(&r->dout);
 #if VARIANT_GENERAL
     const score_args scores = make_scores(&r->forward, (const char *)(lse + at.mask));
@@ -118,8 +118,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     a.scores = scores;
 #endif
     const int32_t launched = STAYS ? min(a.tiles, max(device->sms / CLUSTER, 1)) : a.tiles;
-    a.begun = a.turns ? 0 : launched,
-    a.section = a.turns ? fa_bwd_section(r, a.heads, SUM_COLUMNS) : 1;
+    a.begun = a.turns ? 0 : launched, a.section = fa_bwd_section(r, a.heads, SUM_COLUMNS);
     status = launch_main(a, r, device, launched * CLUSTER, error);
     if (status != FA_OK || !r->dq.data) return status;
 

@@ -55,8 +55,11 @@ void lay_out(int b, int h, int sq, int sk, int block_m, int d, int64_t *got) {
     got[5] = n.floats;
 }
 
-int section(int heads, int hq, int hk, int sq, int d, int sum_columns) {
-    fa_backward r = {.forward.what = {.hq = hq, .hk = hk, .sq = sq, .d = d, .dv = d}};
+int section(int heads, int hq, int hk, int sq, int d, int sum_columns, int turns, int flags,
+            int sk, int packed) {
+    fa_backward r = {.forward.what = {.hq = hq, .hk = hk, .sq = sq, .sk = sk, .d = d, .dv = d}};
+    r.deterministic = turns, r.dq.data = turns < 2 ? &r : 0;
+    r.forward.masks.flags = flags, r.forward.varlen.cu_k = packed ? (const int32_t *)&r : 0;
     return fa_bwd_section(&r, heads, sum_columns);
 }
 
@@ -173,7 +176,25 @@ def test_workspace(library):
     ],
 )
 def test_a_section_has_the_heads_whose_rows_stay_in_the_l2(library, asked, want):
-    assert library.section(*asked) == want
+    assert library.section(*asked, 1, 0, 64, 0) == want
+    assert library.section(*asked, 0, HAS_RIGHT, 2048, 0) == want
+
+
+@pytest.mark.parametrize(
+    ("turns", "flags", "sk", "packed", "sections"),
+    [
+        (0, HAS_RIGHT, 2047, 0, False),
+        (0, HAS_RIGHT, 1 << 20, 1, False),  # its tiles are of any sequences
+        (0, HAS_LEFT | HAS_RIGHT, 4096, 0, False),  # tiles of a window are equally long
+        (0, 0, 4096, 0, False),
+        (2, 0, 4096, 0, False),  # no dq, no turns
+        (1, 0, 512, 1, True),
+        (0, HAS_RIGHT, 2048, 0, True),
+    ],
+)
+def test_which_tiles_lie_side_by_side(library, turns, flags, sk, packed, sections):
+    got = library.section(16, 16, 16, 2048, 64, 64, turns, flags, sk, packed)
+    assert got == (16 if sections else 1)
 
 
 @pytest.mark.parametrize(("sq", "sk"), [(1, 9), (65, 200), (700, 129)])
