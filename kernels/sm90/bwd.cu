@@ -20,6 +20,7 @@
 #include "common/element.cuh"
 #include "common/launch.cuh"
 #include "common/stream.cuh"
+#include "sm90/bwd_ahead.cuh"
 #include "sm90/bwd_args.cuh"
 #include "sm90/bwd_block.cuh"
 #include "sm90/bwd_launch.cuh"
@@ -104,12 +105,13 @@ DEVICE void schedule(const bwd_args &a, smem_layout &smem) {
     }
 }
 
-DEVICE void bring_keys(const bwd_args &a, smem_layout &smem, const work_tile &t) {
+DEVICE void bring_keys(const bwd_args &a, [[maybe_unused]] smem_layout &smem, smem_keys &kv,
+                       uint64_t &full, const work_tile &t) {
     const int32_t b = t.batch, key = t.k + t.key;
-    bring(a.k, a.moves[1], smem.k, key, t.h_k, b, NULL, NULL, smem.kv_full, EVICT_FIRST);
-    bring(a.v, a.moves[2], smem.v, key, t.h_k, b, NULL, NULL, smem.kv_full, EVICT_FIRST);
+    bring(a.k, a.moves[1], kv.k, key, t.h_k, b, NULL, NULL, full, EVICT_FIRST);
+    bring(a.v, a.moves[2], kv.v, key, t.h_k, b, NULL, NULL, full, EVICT_FIRST);
 #if VARIANT_CLUSTER
-    bring_other_keys(a, smem, t);
+    bring_other_keys(a, smem, full, t);
 #endif
 }
 
@@ -131,7 +133,7 @@ DEVICE void produce(const bwd_args &a, smem_layout &smem) {
     const work_tile &t = next_tile(smem, 0, 0);
     if (t.key < 0) return;
     const bool brings = threadIdx.x < MMA_THREADS + PRODUCERS;
-    if (brings) bring_keys(a, smem, t);
+    if (brings) bring_keys(a, smem, smem.keys[0], smem.kv_full[0], t);
     uint32_t n = 0; /* blocks of rows so far */
     for (int32_t g = 0; g < a.group; ++g) {
         const int32_t h = t.h_k * a.group + g;
@@ -161,8 +163,9 @@ DEVICE void produce(const bwd_args &a, smem_layout &smem) {
         const work_tile &t = next_tile(smem, i, i % 2);
         const int32_t begin = t.begin, end = t.end;
         if (t.key < 0) return;
-        mbarrier_wait(smem_address(&smem.kv_empty), i % 2 ^ 1);
-        bring_keys(a, smem, t);
+        const uint32_t place = i % KV_STAGES;
+        mbarrier_wait(smem_address(&smem.kv_empty[place]), i / KV_STAGES % 2 ^ 1);
+        bring_keys(a, smem, smem.keys[place], smem.kv_full[place], t);
 #pragma unroll 1
         for (int32_t g = 0; g < a.group; ++g) {
 #pragma unroll 1
@@ -189,26 +192,30 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
         if (t.key < 0) break;
         const uint32_t before = n;
         float dk[DK_COLUMNS / 2], dv[DV_COLUMNS / 2];
-        wait_for_keys(a, smem, t, i % 2);
+        const uint32_t place = KV_STAGES == 1 ? 0 : uniform(i % KV_STAGES);
+        smem_keys &kv = smem.keys[place];
+        wait_for_keys(a, smem, kv, t, place, i / KV_STAGES % 2);
 #if VARIANT_GENERAL
         const float gain = a.scores.gain;
-        const int32_t sums = walk<PLAIN>(a, smem, t, warpgroup, n, dk, dv);
+        const int32_t sums = walk<PLAIN>(a, smem, kv, t, warpgroup, n, dk, dv);
 #else
         const float gain = 1.f;
 #if VARIANT_CLUSTER
-        const int32_t sums = walk_pair(a, smem, t, warpgroup, n, dk, dv);
+        const int32_t sums = walk_pair(a, smem, kv, t, warpgroup, n, dk, dv);
 #else
-        const int32_t sums = AHEAD ? walk_ahead(a, smem, t, warpgroup, n, dk, dv)
-                                   : walk<PLAIN>(a, smem, t, warpgroup, n, dk, dv);
+        const int32_t sums = AHEAD ? walk_ahead(a, smem, kv, t, warpgroup, n, dk, dv)
+                                   : walk<PLAIN>(a, smem, kv, t, warpgroup, n, dk, dv);
 #endif
 #endif
         n += a.group * (t.end - t.begin);
-        mbarrier_arrive(smem_address(&smem.kv_empty));
+        mbarrier_arrive(smem_address(&smem.kv_empty[place]));
         if (sums < 0) {
             clear_keys<DK_COLUMNS>(a.dk, t, warpgroup);
             clear_keys<DV_COLUMNS>(a.dv, t, warpgroup);
         } else {
-            if (!DIRECT_DQ) {
+            if (DIRECT_DQ && !PAIRED) {
+                bar_sync(ROWS_BARRIER, MMA_THREADS); /* for all have read dS and P */
+            } else if (!DIRECT_DQ) {
                 fence_proxy_async();
                 __syncwarp();
                 add_dq(smem, a, t, sums, n - 1, n - before > 1, warp);
@@ -216,6 +223,7 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
             store_keys<DK_COLUMNS>(dk, a.dk, smem, t, warpgroup, a.scale);
             if (!DIRECT_DQ) end_turn(a, smem, n - 1);
             store_keys<DV_COLUMNS>(dv, a.dv, smem, t, warpgroup, gain);
+            if (DIRECT_DQ && STAYS && !PAIRED) bar_sync(ROWS_BARRIER, MMA_THREADS);
         }
         if (!STAYS) break;
         mbarrier_arrive(smem_address(&smem.tile_empty[i % 2]));
@@ -230,8 +238,10 @@ DEVICE void init_barriers(const bwd_args &a, smem_layout &smem) {
         mbarrier_init(smem_address(&smem.tile_empty[i]), MMA_THREADS + (a.turns ? 2 : PAIRED));
     }
     mbarrier_init(smem_address(&smem.tile_loaded), PRODUCERS);
-    mbarrier_init(smem_address(&smem.kv_full), (2 + PAIRED) * PRODUCERS);
-    mbarrier_init(smem_address(&smem.kv_empty), MMA_THREADS);
+    for (int i = 0; i < KV_STAGES; ++i) {
+        mbarrier_init(smem_address(&smem.kv_full[i]), (2 + PAIRED) * PRODUCERS);
+        mbarrier_init(smem_address(&smem.kv_empty[i]), MMA_THREADS);
+    }
     for (int i = 0; i < Q_STAGES; ++i) {
         mbarrier_init(smem_address(&smem.q_full[i]), PRODUCERS);
         mbarrier_init(smem_address(&smem.q_empty[i]), MMA_THREADS);
@@ -252,8 +262,8 @@ DEVICE void init_barriers(const bwd_args &a, smem_layout &smem) {
 }
 
 __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant__ bwd_args a) {
-    extern __shared__ uint8_t raw[];
-    smem_layout &smem = *(smem_layout *)(raw + (-smem_address(raw) & 1023));
+    alignas(1024) extern __shared__ uint8_t raw[];
+    smem_layout &smem = *(smem_layout *)raw;
     if (threadIdx.x == 0) {
         init_barriers(a, smem);
         fence_mbarrier_init();

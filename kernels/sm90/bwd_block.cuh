@@ -123,17 +123,18 @@ DEVICE void add_dq(smem_layout &smem, const bwd_args &a, const work_tile &t, int
     }
 }
 
-/* Or from registers, four side by side. */
+/* Or from registers, four side by side, in two halves. */
+template <int HALF>
 DEVICE void add_dq(const float (&dq)[DQ_COLUMNS / 2], smem_layout &smem, const bwd_args &a,
                    const work_tile &t, int32_t block, uint32_t n, int32_t warp) {
     if (!a.dq) return;
-    wait_for_turn(a, smem, t, block, n);
+    if (HALF == 0) wait_for_turn(a, smem, t, block, n);
     float *to = a.dq + (int64_t)block * (BLOCK_M * SUM_COLUMNS) + warp * (16 * DQ_COLUMNS) +
                 threadIdx.x % 32 * 4;
 #pragma unroll
-    for (int i = 0; i < DQ_COLUMNS / 8; ++i)
+    for (int i = HALF * (DQ_COLUMNS / 16); i < (HALF + 1) * (DQ_COLUMNS / 16); ++i)
         red_add_v4(to + 128 * i, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-    if (!a.turns) return;
+    if (HALF == 0 || !a.turns) return;
     __syncwarp();
     if (threadIdx.x % 32) return;
     if (HELPED)
@@ -155,13 +156,13 @@ DEVICE void hand_over(uint64_t &full) {
 template <int COLUMNS>
 DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, smem_layout &smem,
                        const work_tile &t, int32_t warpgroup, float factor) {
-    const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int32_t thread = thread_here(), warp = thread / 32, lane = thread % 32;
     const int32_t first = t.key + own_key(warpgroup) + warp % 4 * 16;
     const int32_t left = SHARED_KEYS ? COLUMNS * warpgroup : 0;
     if (!to.data) return;
     uint16_t *head = (uint16_t *)to.data + t.batch * to.stride[0] + t.h_k * to.stride[1] +
                      (int64_t)(t.k + first) * to.stride[2];
-    if (DIRECT_DQ || !has_eights(to)) {
+    if (PAIRED || !has_eights(to)) { /* a pair's dS may be on its way */
         const bool words = has_words(to);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -174,10 +175,12 @@ DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, smem_
         }
         return;
     }
-    /* Through this warp's place for dQ: sixteen rows, so that threads side by side have columns
-     * side by side. */
+    /* Through this warp's place for dQ, or its share of dS and P: sixteen rows, so that threads
+     * side by side have columns side by side. */
     constexpr int EIGHTS = COLUMNS / 8, PITCH = (COLUMNS + 63) / 64 * 128;
-    const uint32_t place = smem_address(smem.dq[DIRECT_DQ ? 0 : warp]);
+    static_assert(!DIRECT_DQ || MMA_THREADS / 2 * PITCH <= sizeof smem.ds + sizeof smem.p, "room");
+    const uint32_t place = DIRECT_DQ ? smem_address(smem.ds) + warp * (16 * PITCH)
+                                     : smem_address(smem.dq[DIRECT_DQ ? 0 : warp]);
     if (lane == 0) cp_async_bulk_wait_group_read();
     __syncwarp();
 #pragma unroll

@@ -1,10 +1,5 @@
-/* bwd_loop.cuh - the backward's loop over blocks of rows, in two orders of its products.
- *
- * walk() of any variant has each block's products to itself. walk_ahead() issues S^T of the next
- * block behind dV, and leaves dK in flight over the loop's end: that is what the tensor cores have
- * while exponentials are worked out.
- *
- * Both return where dQ's sums of the last block of rows lie, or -1 if there was none.
+/* bwd_loop.cuh - the loop over blocks of rows of all variants but those of bwd_ahead.cuh: each block
+ * has its products to itself.
  */
 #ifndef FASTATTN_SM90_BWD_LOOP_CUH
 #define FASTATTN_SM90_BWD_LOOP_CUH
@@ -22,12 +17,6 @@
 #include "sm90/bwd_scores.cuh"
 #endif
 
-/* How much further on dQ's sums of block m lie than those of the block before, where none is
- * passed by. */
-DEVICE int32_t next_sums(const bwd_args &a, int32_t m, int32_t begin, int32_t end) {
-    return m == begin ? a.m_blocks - (end - begin) + 1 : 1;
-}
-
 /* A block of rows, as a warpgroup comes to it. */
 struct row_step {
     walk_step block;
@@ -38,11 +27,11 @@ struct row_step {
 
 #if VARIANT_GENERAL
 /* What scores_of_block() does where scores change; dV is computed, for P^T makes room for dP^T. */
-DEVICE void weigh_block(const bwd_args &a, smem_layout &smem, const work_tile &t,
+DEVICE void weigh_block(const bwd_args &a, smem_layout &smem, smem_keys &kv, const work_tile &t,
                         const row_step &at, const score_bits &bits, float (&dv)[DV_COLUMNS / 2],
                         float (&s)[ROWS / 2], uint32_t (&p)[ROWS / 16][4], float (&dp)[ROWS / 2]) {
     const uint32_t stage = at.n % STAGES;
-    issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[stage], at.warpgroup);
+    issue_transposed<QK_PANELS, D>(s, kv.k, smem.q[stage], at.warpgroup);
     wgmma_wait_group<0>();
     wgmma_accumulators(s);
     weigh(a, t, at.block, at.warpgroup, smem.lse[stage], bits, s, p);
@@ -53,7 +42,7 @@ DEVICE void weigh_block(const bwd_args &a, smem_layout &smem, const work_tile &t
         wgmma_wait_group<0>();
         wgmma_accumulators(dv);
     }
-    issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[stage], at.warpgroup);
+    issue_transposed<V_PANELS, DV>(dp, kv.v, smem.dout[stage], at.warpgroup);
     wgmma_wait_group<0>();
     wgmma_accumulators(dp);
     bit_slopes(bits, a.scores.gain, s, dp, smem.delta[stage] + own_row(at.warpgroup));
@@ -63,7 +52,7 @@ DEVICE void weigh_block(const bwd_args &a, smem_layout &smem, const work_tile &t
 /* P^T and dS^T of a block of rows, in place of S^T and dP^T. PLAIN: nothing but what is seen
  * changes a score; else weigh_block(). */
 template <bool PLAIN>
-DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const work_tile &t,
+DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, smem_keys &kv, const work_tile &t,
                             const row_step &at, const fa_row_range &plain,
                             float (&dv)[DV_COLUMNS / 2], float (&s)[ROWS / 2],
                             uint32_t (&p)[ROWS / 16][4], float (&dp)[ROWS / 2]) {
@@ -71,15 +60,15 @@ DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const work_til
 #if VARIANT_GENERAL
     clear_empty_rows(smem, stage);
     const score_bits bits = bits_of(a, t, at.block, at.warpgroup);
-    if (!PLAIN) return weigh_block(a, smem, t, at, bits, dv, s, p, dp);
+    if (!PLAIN) return weigh_block(a, smem, kv, t, at, bits, dv, s, p, dp);
     const auto hide = [&](float (&x)[ROWS / 2]) { hide_scores(x, bits); };
 #else
     const auto hide = [&](float (&x)[ROWS / 2]) {
         mask_block(x, t, plain, at.block.m, at.warpgroup);
     };
 #endif
-    issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[stage], at.warpgroup);
-    issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[stage], at.warpgroup);
+    issue_transposed<QK_PANELS, D>(s, kv.k, smem.q[stage], at.warpgroup);
+    issue_transposed<V_PANELS, DV>(dp, kv.v, smem.dout[stage], at.warpgroup);
     wgmma_wait_group<1>();
     wgmma_accumulators(s);
     exponentials(s, smem.lse[stage] + own_row(at.warpgroup), a.scale_log2);
@@ -92,9 +81,11 @@ DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, const work_til
     hide(dp);
 }
 
+/* Returns as walk_ahead() does. */
 template <bool PLAIN>
-DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, const work_tile &t, int32_t warpgroup,
-                    uint32_t before, float (&dk)[DK_COLUMNS / 2], float (&dv)[DV_COLUMNS / 2]) {
+DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, smem_keys &kv, const work_tile &t,
+                    int32_t warpgroup, uint32_t before, float (&dk)[DK_COLUMNS / 2],
+                    float (&dv)[DV_COLUMNS / 2]) {
     const int32_t warp = uniform(threadIdx.x / 32);
     const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
     const int32_t begin = uniform(t.begin), end = uniform(t.end);
@@ -115,31 +106,34 @@ DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, const work_tile &t, in
                       GENERAL ? whole_blocks(t.rows) : clean, m);
         wait_for_rows(smem.dout[stage], smem.dout_full[stage], parity, t,
                       GENERAL ? whole_blocks(t.rows) : clean, m);
-        scores_of_block<PLAIN>(a, smem, t, {at, warpgroup, n, i == 0}, plain, dv, s, p, dp);
+        scores_of_block<PLAIN>(a, smem, kv, t, {at, warpgroup, n, i == 0}, plain, dv, s, p, dp);
         pack(dp, ds);
         store_ds(ds, smem.ds[n % 2], warpgroup);
+        if (PLAIN && !SHARED_KEYS) issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], i == 0);
         hand_over(smem.ds_full[n % 2]);
         if (i > 0 && !DIRECT_DQ) add_dq(smem, a, t, sums, n - 1, i > 1, warp);
         if (GENERAL)
             sums = sums_of(a, t, at);
         else if (i > 0)
             sums += next_sums(a, m, begin, end);
-        if (PLAIN && !SHARED_KEYS) issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], i == 0);
         mbarrier_wait(smem_address(&smem.ds_full[n % 2]), n / 2 % 2);
-        if (SHARED_KEYS) issue_shared_sum(dv, smem.p[n % 2], smem.dout[stage], warpgroup, i == 0);
-        issue_dq(dq, smem, smem.ds[n % 2], warpgroup);
-        if (SHARED_KEYS)
+        issue_dq(dq, kv, smem.ds[n % 2], warpgroup);
+        if (SHARED_KEYS) {
+            issue_shared_sum(dv, smem.p[n % 2], smem.dout[stage], warpgroup, i == 0);
             issue_shared_sum(dk, smem.ds[n % 2], smem.q[stage], warpgroup, i == 0);
-        else
+        } else {
             issue_sum<QK_PANELS, DK_COLUMNS>(dk, ds, smem.q[stage], i == 0);
-        wgmma_wait_group<1>();
+        }
+        wgmma_wait_group<SHARED_KEYS ? 2 : 1>(); /* dQ */
         wgmma_accumulators(dq);
-        wgmma_accumulators(dv);
-        mbarrier_arrive(smem_address(&smem.dout_empty[stage]));
         if (DIRECT_DQ)
-            add_dq(dq, smem, a, t, sums, n, warp);
+            add_dq<0>(dq, smem, a, t, sums, n, warp);
         else
             store_dq(dq, smem);
+        wgmma_wait_group<1>();
+        wgmma_accumulators(dv);
+        mbarrier_arrive(smem_address(&smem.dout_empty[stage]));
+        if (DIRECT_DQ) add_dq<1>(dq, smem, a, t, sums, n, warp);
         wgmma_wait_group<0>();
         wgmma_accumulators(dk);
         mbarrier_arrive(smem_address(&smem.q_empty[stage]));
@@ -147,67 +141,5 @@ DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, const work_tile &t, in
     }
     return i ? sums : -1;
 }
-
-#if !VARIANT_GENERAL
-DEVICE int32_t walk_ahead(const bwd_args &a, smem_layout &smem, const work_tile &t,
-                          int32_t warpgroup, uint32_t before, float (&dk)[DK_COLUMNS / 2],
-                          float (&dv)[DV_COLUMNS / 2]) {
-    const int32_t warp = uniform(threadIdx.x / 32);
-    const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
-    if (t.begin == t.end) return -1;
-    const uint32_t first_n = uniform(before),
-                   last = uniform(before + a.group * (t.end - t.begin) - 1);
-    int32_t m = uniform(t.begin), sums = sums_of(a, t, {t.h_k * a.group, m, 0});
-    float s[ROWS / 2];
-    uint32_t n = first_n;
-    wait_for_rows(smem.q[n % Q_STAGES], smem.q_full[n % Q_STAGES], n / Q_STAGES % 2, t, clean, m);
-    issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[n % Q_STAGES], warpgroup);
-    wgmma_wait_group<0>();
-    wgmma_accumulators(s);
-    for (;; ++n) {
-        const uint32_t q = n % Q_STAGES, stage = n % STAGES;
-        float dp[ROWS / 2], dq[DQ_COLUMNS / 2];
-        uint32_t p[ROWS / 16][4], ds[ROWS / 16][4];
-        wait_for_rows(smem.dout[stage], smem.dout_full[stage], n / STAGES % 2, t, clean, m);
-        issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[stage], warpgroup);
-        exponentials(s, smem.lse[q], a.scale_log2);
-        mask_block(s, t, plain, m, warpgroup);
-        pack(s, p);
-        wgmma_wait_group<0>(); /* dK of the block before, too */
-        wgmma_accumulators(dp);
-        wgmma_accumulators(dk);
-        if (n > first_n) mbarrier_arrive(smem_address(&smem.q_empty[(n - 1) % Q_STAGES]));
-        slopes(s, dp, smem.delta[stage]);
-        mask_block(dp, t, plain, m, warpgroup);
-        pack(dp, ds);
-        store_ds(ds, smem.ds[n % 2], warpgroup);
-        hand_over(smem.ds_full[n % 2]);
-        if (n > first_n) add_dq(smem, a, t, sums, n - 1, n - 1 > first_n, warp);
-        if (n > first_n) sums += next_sums(a, m, t.begin, t.end);
-        issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], n == first_n);
-        /* Of the last block once more, which nobody reads, rather than products in a branch. */
-        const uint32_t ahead = n < last ? n + 1 : n, next = ahead % Q_STAGES;
-        m = m + 1 == t.end ? t.begin : m + 1;
-        if (n < last)
-            wait_for_rows(smem.q[next], smem.q_full[next], ahead / Q_STAGES % 2, t, clean, m);
-        mbarrier_wait(smem_address(&smem.ds_full[n % 2]), n / 2 % 2);
-        wgmma_wait_group<0>();
-        wgmma_accumulators(dv);
-        mbarrier_arrive(smem_address(&smem.dout_empty[stage]));
-        issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[next], warpgroup);
-        issue_dq(dq, smem, smem.ds[n % 2], warpgroup);
-        issue_sum<QK_PANELS, DK_COLUMNS>(dk, ds, smem.q[q], n == first_n);
-        wgmma_wait_group<1>();
-        wgmma_accumulators(s);
-        wgmma_accumulators(dq);
-        store_dq(dq, smem);
-        if (n == last) break;
-    }
-    wgmma_wait_group<0>();
-    wgmma_accumulators(dk);
-    mbarrier_arrive(smem_address(&smem.q_empty[last % Q_STAGES]));
-    return sums;
-}
-#endif
 
 #endif

@@ -48,7 +48,7 @@ struct mask_smem {
     uint64_t full[MASK_STAGES], empty[MASK_STAGES];
     mask_step steps[MASK_STAGES];
 };
-static constexpr int MASK_SMEM_BYTES = sizeof(mask_smem) + 1024;
+static constexpr int MASK_SMEM_BYTES = sizeof(mask_smem);
 static_assert(MASK_SMEM_BYTES <= 227 * 1024, "a block has no more");
 
 /* Batches or heads that one element of the gradient stands for. */
@@ -246,8 +246,8 @@ DEVICE void consume_mask(const bwd_mask_args &a, mask_smem &smem, int32_t warpgr
 
 static __global__ void __launch_bounds__(THREADS, 1)
     bwd_mask(const __grid_constant__ bwd_mask_args a) {
-    extern __shared__ uint8_t raw[];
-    mask_smem &smem = *(mask_smem *)(raw + (-smem_address(raw) & 1023));
+    alignas(1024) extern __shared__ uint8_t raw[];
+    mask_smem &smem = *(mask_smem *)raw;
     if (threadIdx.x == 0) {
         for (int i = 0; i < MASK_STAGES; ++i) {
             mbarrier_init(smem_address(&smem.full[i]), 4 * PRODUCERS);

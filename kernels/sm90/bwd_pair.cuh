@@ -50,8 +50,9 @@ DEVICE int32_t hear_number(smem_layout &smem, uint32_t i) {
 }
 
 /* K of the other's keys, the columns of this block's dQ. */
-DEVICE void bring_other_keys(const bwd_args &a, smem_layout &smem, const work_tile &t) {
-    const uint32_t barrier = smem_address(&smem.kv_full);
+DEVICE void bring_other_keys(const bwd_args &a, smem_layout &smem, uint64_t &full,
+                             const work_tile &t) {
+    const uint32_t barrier = smem_address(&full);
     const int32_t key = t.k + other_key(t), first = pair_rank() * (QK_PANELS / 2);
     mbarrier_arrive_expect_tx(barrier, sizeof smem.other_k);
 #pragma unroll
@@ -102,11 +103,10 @@ DEVICE void add_some_dq(const float (&dq)[DQ_COLUMNS / 2], float *sums, int32_t 
         red_add_v4(to + 128 * i, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
 }
 
-/* As walk_ahead() of bwd_loop.cuh, but for dQ: of this block's keys it is begun before S^T of the
- * next rows, of the other's behind, for which dS^T has so much time to come. It is in flight over
- * the loop's end, and added in two parts with a fence between them: a warp that adds much at once
- * waits. */
-DEVICE int32_t walk_pair(const bwd_args &a, smem_layout &smem, const work_tile &t,
+/* S^T of the next rows is begun in this block's. dQ of this block's keys is begun before it, of the
+ * other's behind, for which dS^T has so much time to come. It is in flight over the loop's end, and
+ * added in two parts with a fence between them: a warp that adds much at once waits. */
+DEVICE int32_t walk_pair(const bwd_args &a, smem_layout &smem, smem_keys &kv, const work_tile &t,
                          int32_t warpgroup, uint32_t before, float (&dk)[DK_COLUMNS / 2],
                          float (&dv)[DV_COLUMNS / 2]) {
     const int32_t panel = pair_rank() * (QK_PANELS / 2) + warpgroup; /* of K, for dQ */
@@ -118,7 +118,7 @@ DEVICE int32_t walk_pair(const bwd_args &a, smem_layout &smem, const work_tile &
     float s[ROWS / 2], dq[DQ_COLUMNS / 2];
     uint32_t n = first_n;
     wait_for_rows(smem.q[n % 2], smem.q_full[n % 2], n / 2 % 2, t, clean, m);
-    issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[n % 2], warpgroup);
+    issue_transposed<QK_PANELS, D>(s, kv.k, smem.q[n % 2], warpgroup);
     wgmma_wait_group<0>();
     wgmma_accumulators(s);
     for (;; ++n) {
@@ -130,7 +130,7 @@ DEVICE int32_t walk_pair(const bwd_args &a, smem_layout &smem, const work_tile &
         mask_and_store(s, smem.p[place], t, plain, m, warpgroup);
         wgmma_wait_group<0>();
         wgmma_accumulators(dq); /* of the block before */
-        issue_transposed<V_PANELS, DV>(dp, smem.v, smem.dout[0], warpgroup);
+        issue_transposed<V_PANELS, DV>(dp, kv.v, smem.dout[0], warpgroup);
         hand_over(smem.p_full[place]);
         mbarrier_wait(smem_address(&smem.p_full[place]), parity);
         issue_shared_sum(dv, smem.p[place], smem.dout[0], warpgroup, n == first_n);
@@ -148,8 +148,8 @@ DEVICE int32_t walk_pair(const bwd_args &a, smem_layout &smem, const work_tile &
         if (n < last) wait_for_rows(smem.q[next], smem.q_full[next], ahead / 2 % 2, t, clean, m);
         mbarrier_wait(smem_address(&smem.ds_full[place]), parity);
         issue_shared_sum(dk, smem.ds[place], smem.q[place], warpgroup, n == first_n);
-        issue_dq_of_keys(dq, smem.ds[place][0], smem.k[panel], true);
-        issue_transposed<QK_PANELS, D>(s, smem.k, smem.q[next], warpgroup);
+        issue_dq_of_keys(dq, smem.ds[place][0], kv.k[panel], true);
+        issue_transposed<QK_PANELS, D>(s, kv.k, smem.q[next], warpgroup);
         wgmma_wait_group<3>();
         wgmma_accumulators(dv);
         mbarrier_arrive(smem_address(&smem.dout_empty[0]));

@@ -31,14 +31,15 @@ DEVICE void issue_sum(float (&sum)[COLUMNS / 2], const uint32_t (&p)[ROWS / 16][
     wgmma_commit_group();
 }
 
-/* This warpgroup's columns of dV or dK: all of P^T or dS^T, in shared memory. */
+/* The same of P^T or dS^T in shared memory: where all have the same keys, this warpgroup's columns.
+ */
 template <int PANELS, int REGISTERS>
 DEVICE void issue_shared_sum(float (&sum)[REGISTERS], uint8_t (&p)[BLOCK_M / 64][PANEL_N],
                              uint8_t (&rows)[PANELS][PANEL_M], int32_t warpgroup, bool fresh) {
     constexpr int COLUMNS = 2 * REGISTERS;
-    const uint64_t a = wgmma_descriptor(smem_address(p), 1);
-    const uint64_t b =
-        wgmma_descriptor(smem_address(rows) + warpgroup * (COLUMNS / 64) * PANEL_M, PANEL_M / 16);
+    const int32_t left = SHARED_KEYS ? warpgroup * (COLUMNS / 64) : 0;
+    const uint64_t a = wgmma_descriptor(smem_address(p) + own_key(warpgroup) * 128, 1);
+    const uint64_t b = wgmma_descriptor(smem_address(rows) + left * PANEL_M, PANEL_M / 16);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < BLOCK_M / 16; ++i)
@@ -48,11 +49,11 @@ DEVICE void issue_shared_sum(float (&sum)[REGISTERS], uint8_t (&p)[BLOCK_M / 64]
 }
 
 /* This warpgroup's share of dQ. */
-DEVICE void issue_dq(float (&dq)[DQ_COLUMNS / 2], smem_layout &smem,
+DEVICE void issue_dq(float (&dq)[DQ_COLUMNS / 2], smem_keys &kv,
                      uint8_t (&ds)[BLOCK_M / 64][PANEL_N], int32_t warpgroup) {
     const uint64_t a = wgmma_descriptor(smem_address(ds[DQ_BY_ROWS ? warpgroup : 0]), 1);
     const uint64_t b = wgmma_descriptor(
-        smem_address(smem.k) + (DQ_BY_ROWS ? 0 : warpgroup * (DQ_COLUMNS / 64) * PANEL_N),
+        smem_address(kv.k) + (DQ_BY_ROWS ? 0 : warpgroup * (DQ_COLUMNS / 64) * PANEL_N),
         PANEL_N / 16);
     wgmma_fence();
 #pragma unroll

@@ -19,9 +19,8 @@ static constexpr int D = VARIANT_D, DV = VARIANT_DV, BLOCK_M = VARIANT_BLOCK_M,
 static constexpr int MMA_REGISTERS = VARIANT_MMA_REGISTERS;
 static constexpr int THREADS = 128 * (WARPGROUPS + 1), MMA_THREADS = 128 * WARPGROUPS;
 static constexpr int POOL = 65536 / THREADS / 8 * 8 * (WARPGROUPS + 1);
-/* A block of threads stays and takes one work tile after the other, or has one. (Others spill when
- * they stay: the tile's end has too few registers.) */
-static constexpr bool STAYS = !GENERAL && !VARIANT_STRIDED && VARIANT_DV != 192;
+/* A block of threads stays and takes one work tile after the other, or has one. */
+static constexpr bool STAYS = !GENERAL && !VARIANT_STRIDED;
 /* Threads that bring Q, K, V and dO: one, where the copy engine does. */
 static constexpr int PRODUCERS = VARIANT_STRIDED ? 128 : 1;
 /* And those that look for what to bring: warps. */
@@ -68,8 +67,8 @@ static_assert(DQ_BY_ROWS || BLOCK_M == 64, "dQ is 64 rows, or 64 for each warpgr
 /* Added to the sums from registers, where shared memory has no place for it. */
 static constexpr bool DIRECT_DQ = D > 192;
 
-/* S^T of the next block is begun in this one, where there are registers for it (walk_ahead() of
- * bwd_loop.cuh): its Q is there while dK still reads the last one's. */
+/* S^T of the next block is begun in this one (bwd_ahead.cuh), where that pays: its Q is there while
+ * dK still reads the last one's. (128 rows a block: 4 to 21 % slower.) */
 static constexpr bool AHEAD = BLOCK_M == 64 && !SHARED_KEYS && !VARIANT_STRIDED && !GENERAL;
 static constexpr int Q_STAGES = AHEAD || PAIRED ? 2 * STAGES : STAGES;
 
@@ -94,8 +93,14 @@ struct walk_step {
     int32_t whole; /* a bool mask hides none of its scores */
 };
 
-struct smem_layout {
+/* Of the next tile, too, where there is room. */
+static constexpr int KV_STAGES = STAYS && D == 64 ? 2 : 1;
+struct smem_keys {
     uint8_t k[QK_PANELS][PANEL_N], v[V_PANELS][PANEL_N];
+};
+
+struct smem_layout {
+    smem_keys keys[KV_STAGES];
     uint8_t q[Q_STAGES][QK_PANELS][PANEL_M], dout[STAGES][V_PANELS][PANEL_M];
     uint8_t ds[2][BLOCK_M / 64][PANEL_N]; /* dS^T: a row a key */
     uint8_t p[SHARED_KEYS ? 2 : 0][BLOCK_M / 64][PANEL_N];
@@ -104,7 +109,8 @@ struct smem_layout {
     /* Each warp's share, as its lanes hold it. */
     float dq[DIRECT_DQ ? 0 : MMA_THREADS / 32][DQ_COLUMNS / 8][32][4];
     float lse[Q_STAGES][BLOCK_M], delta[STAGES][BLOCK_M];
-    uint64_t tile_full[2], tile_empty[2], tile_loaded, kv_full, kv_empty;
+    uint64_t tile_full[2], tile_empty[2], tile_loaded;
+    uint64_t kv_full[KV_STAGES], kv_empty[KV_STAGES];
     uint64_t q_full[Q_STAGES], q_empty[Q_STAGES], dout_full[STAGES], dout_empty[STAGES];
     uint64_t ds_full[2], turn_full[TURNS], turn_added[TURNS], turn_empty[TURNS];
 #if VARIANT_CLUSTER
@@ -117,7 +123,7 @@ struct smem_layout {
 #endif
     work_tile tile[2]; /* this one, and the next */
 };
-static constexpr int SMEM_BYTES = sizeof(smem_layout) + 1024;
+static constexpr int SMEM_BYTES = sizeof(smem_layout);
 static_assert(SMEM_BYTES <= 227 * 1024, "a block has no more");
 static_assert(offsetof(smem_layout, ds) % 1024 == 0, "wgmma's pattern");
 

@@ -56,27 +56,28 @@ DEVICE void clear_empty_rows(smem_layout &smem, uint32_t stage) {
 }
 
 /* K and V of keys that a bool mask hides from every row. */
-DEVICE void clear_unseen_keys(const bwd_args &a, smem_layout &smem, const work_tile &t) {
+DEVICE void clear_unseen_keys(const bwd_args &a, smem_layout &smem, smem_keys &kv,
+                              const work_tile &t) {
     if (a.scores.mask != BITS) return;
     if (threadIdx.x < BLOCK_N) smem.seen[threadIdx.x] = is_seen(a, t, t.key + threadIdx.x);
     bar_sync(ROWS_BARRIER, MMA_THREADS);
-    clear_rows_if(smem.k, [&](int32_t key) { return !smem.seen[key]; });
-    clear_rows_if(smem.v, [&](int32_t key) { return !smem.seen[key]; });
+    clear_rows_if(kv.k, [&](int32_t key) { return !smem.seen[key]; });
+    clear_rows_if(kv.v, [&](int32_t key) { return !smem.seen[key]; });
     fence_proxy_async();
     bar_sync(ROWS_BARRIER, MMA_THREADS);
 }
 #endif
 
 /* Waits for K and V. */
-DEVICE void wait_for_keys([[maybe_unused]] const bwd_args &a, smem_layout &smem, const work_tile &t,
-                          uint32_t parity) {
-    mbarrier_wait(smem_address(&smem.kv_full), parity);
+DEVICE void wait_for_keys([[maybe_unused]] const bwd_args &a, smem_layout &smem, smem_keys &kv,
+                          const work_tile &t, uint32_t place, uint32_t parity) {
+    mbarrier_wait(smem_address(&smem.kv_full[place]), parity);
 #if VARIANT_GENERAL
-    clear_unseen_keys(a, smem, t);
+    clear_unseen_keys(a, smem, kv, t);
 #endif
     if (pair_key(t) >= t.keys.begin && pair_key(t) + TILE_N <= t.keys.end) return;
-    clear_rows(smem.k, t.keys.begin - t.key, t.keys.end - t.key);
-    clear_rows(smem.v, t.keys.begin - t.key, t.keys.end - t.key);
+    clear_rows(kv.k, t.keys.begin - t.key, t.keys.end - t.key);
+    clear_rows(kv.v, t.keys.begin - t.key, t.keys.end - t.key);
 #if VARIANT_CLUSTER
     clear_rows(smem.other_k, t.keys.begin - other_key(t), t.keys.end - other_key(t));
 #endif

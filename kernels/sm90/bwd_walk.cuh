@@ -49,6 +49,12 @@ DEVICE int32_t sums_of(const bwd_args &a, const work_tile &t, const walk_step &a
     return uniform((t.batch * a.hq + at.h) * a.m_blocks + t.first_block + at.m);
 }
 
+/* How much further on dQ's sums of block m lie than those of the block before, where none is
+ * passed by. */
+DEVICE int32_t next_sums(const bwd_args &a, int32_t m, int32_t begin, int32_t end) {
+    return m == begin ? a.m_blocks - (end - begin) + 1 : 1;
+}
+
 #if VARIANT_GENERAL
 /* Of 32 blocks of rows a bit each: whether some scores of it are seen, whether all are. */
 struct seen_blocks {
