@@ -60,7 +60,7 @@ PLACES = (
     Place("kernels/sm90/fwd_cost.h", 1, f"{HOST}/test_choice.py {HOST}/test_positions.py", False),
     Place("kernels/sm90/loads.h", 2, f"{HOST}/test_choice.py", False),
     Place("kernels/sm90/fwd_workspace.h", 1, f"{HOST}/test_workspace.py", False),
-    Place("kernels/sm90/bwd_choice.h", 3, f"{HOST}/test_backward_choice.py", False),
+    Place("kernels/sm90/bwd_choice.h", 6, f"{HOST}/test_backward_choice.py", False),
     Place("kernels/sm90/decode_cache.h", 1, f"{HOST}/test_backend.py", False),
     Place("kernels/common/empty.h", 1, f"{HOST}/test_workspace.py", False),
 )
