@@ -94,8 +94,9 @@ def main(folder):
     assert fastattn.__file__.startswith(folder)
     library = ctypes.CDLL(fastattn._C.__file__)
     sms = ctypes.c_int32.in_dll(library, "sms_now")
-    for seed in range(60):
-        case = replace(kvcache_cases.random_case(seed), dtype="bfloat16")
+    drawn = [replace(kvcache_cases.random_case(seed), dtype="bfloat16") for seed in range(60)]
+    packed = kvcache_cases.Case(seed=1, sq=5, rotary=16, packed=True, dtype="bfloat16")
+    for seed, case in enumerate([*drawn, packed]):
         sms.value = (1, 4, 33, 132)[seed % 4]  # parts of the keys
         complaints = kvcache_cases.run(case, backend="sm90")
         assert not complaints, f"{case}: {complaints}"
