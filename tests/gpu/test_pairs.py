@@ -38,7 +38,7 @@ def gradients(arrays, **keywords):
     return fastattn.attention_backward(*call, **given, **keywords)[:3], said.kernel
 
 
-def inputs(b, hq, hk, sq, sk, d, dtype="bfloat16"):
+def inputs(b, hq, hk, sq, sk, d, dtype="bf16"):
     q, k, v = gpu.inputs(b, hq, hk, sq, sk, d, d, DTYPES[dtype])
     return q, k, v, normal(b, hq, sq, d, dtype=DTYPES[dtype], seed=9)
 
