@@ -1,5 +1,5 @@
-/* bwd_loop.cuh - the loop over blocks of rows of all variants but those of bwd_ahead.cuh: each block
- * has its products to itself.
+/* bwd_loop.cuh - the loop over blocks of rows of all variants but those of bwd_ahead.cuh: each
+ * block has its products to itself.
  */
 #ifndef FASTATTN_SM90_BWD_LOOP_CUH
 #define FASTATTN_SM90_BWD_LOOP_CUH
@@ -16,6 +16,9 @@
 #if VARIANT_GENERAL
 #include "sm90/bwd_scores.cuh"
 #endif
+
+/* dV is begun before the fence behind dS, but where registers are short. */
+static constexpr bool EARLY_DV = !SHARED_KEYS && (!GENERAL || D < 128);
 
 /* A block of rows, as a warpgroup comes to it. */
 struct row_step {
@@ -109,13 +112,15 @@ DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, smem_keys &kv, const w
         scores_of_block<PLAIN>(a, smem, kv, t, {at, warpgroup, n, i == 0}, plain, dv, s, p, dp);
         pack(dp, ds);
         store_ds(ds, smem.ds[n % 2], warpgroup);
-        if (PLAIN && !SHARED_KEYS) issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], i == 0);
+        if (PLAIN && EARLY_DV) issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], i == 0);
         hand_over(smem.ds_full[n % 2]);
         if (i > 0 && !DIRECT_DQ) add_dq(smem, a, t, sums, n - 1, i > 1, warp);
         if (GENERAL)
             sums = sums_of(a, t, at);
         else if (i > 0)
             sums += next_sums(a, m, begin, end);
+        if (PLAIN && !EARLY_DV && !SHARED_KEYS)
+            issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], i == 0);
         mbarrier_wait(smem_address(&smem.ds_full[n % 2]), n / 2 % 2);
         issue_dq(dq, kv, smem.ds[n % 2], warpgroup);
         if (SHARED_KEYS) {

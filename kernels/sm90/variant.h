@@ -17,7 +17,7 @@
 #define PTX_TYPE PASTE(PTX_TYPE_, VARIANT_DTYPE)
 
 static constexpr bool IS_BF16 = VARIANT_DTYPE == FA_BF16;
-#ifdef VARIANT_GENERAL /* of an operation that has such variants */
+#ifdef VARIANT_GENERAL                           /* of an operation that has such variants */
 static constexpr bool GENERAL = VARIANT_GENERAL; /* it changes scores: softcap, masks, ALiBi, ... */
 #endif
 
