@@ -6,12 +6,9 @@
 #ifndef FASTATTN_FORWARD_H
 #define FASTATTN_FORWARD_H
 
-#include "types.h"
+#include "mask_fields.h"
 
-enum {
-    FA_MAX_LENGTH = (1 << 30) - 1, /* sq and sk: any sum of two row numbers fits an int32 */
-    FA_MAX_SHIFT = 1 << 30,        /* window bounds and offsets lie in +-this: past every key */
-};
+enum { FA_MAX_LENGTH = (1 << 30) - 1 }; /* sq, sk: any sum of two row numbers fits an int32 */
 
 /* What is computed: softmax(scale * q k^T) v. Always valid. Of packed sequences (fa_varlen) the
  * shapes of q, k, v, out and lse are (1, h, total, ...) instead; b counts the sequences, and sq and
@@ -30,25 +27,6 @@ typedef struct fa_what {
     double scale;            /* multiplies q.k; any finite value, 0 and negative included */
     int32_t batch_invariant; /* 1: the bits of a sequence do not depend on the others */
 } fa_what;
-
-/* Which keys a row may see: one interval per row, computed by fa_row_interval() in mask.h. */
-enum {
-    FA_HAS_LEFT = 1,   /* `left` bounds the interval from below */
-    FA_HAS_RIGHT = 2,  /* `right` bounds it from above (causal is right = 0) */
-    FA_HAS_OFFSET = 4, /* i' = i + offset instead of i + sk - sq (top-left is offset = 0) */
-};
-
-typedef struct fa_masks {
-    uint32_t flags;           /* FA_HAS_LEFT | FA_HAS_RIGHT | FA_HAS_OFFSET */
-    int32_t left, right;      /* keys i' - left .. i' + right, inclusive; +-FA_MAX_SHIFT */
-    const int32_t *q_lengths; /* (b,) on the device, true query lengths, or NULL: sq */
-    const int32_t *k_lengths; /* (b,) on the device, true key lengths, or NULL: sk */
-    const int32_t *k_start;   /* (b,) on the device, first key that counts, or NULL: 0 */
-    int64_t q_lengths_stride, k_lengths_stride, k_start_stride; /* elements */
-    const int32_t *q_offset; /* (b,) on the device, i' = i + that, clamped; or NULL: `offset` */
-    int64_t q_offset_stride; /* elements */
-    int32_t offset;          /* of FA_HAS_OFFSET; +-FA_MAX_SHIFT */
-} fa_masks;
 
 /* What changes the scores. */
 typedef struct fa_scores {

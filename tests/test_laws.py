@@ -16,7 +16,7 @@ SOURCES = [p for folder in ("csrc", "kernels") for p in sorted((ROOT / folder).r
 TEXT = {p.relative_to(ROOT).as_posix(): p.read_text() for p in SOURCES}
 CONTRACT = (
     *("fastattn.h", "forward.h", "backward.h", "kvcache.h", "merge.h", "sparse.h", "sparsek.h"),
-    *("support.h", "types.h", "dtype.h"),
+    *("mask_fields.h", "support.h", "types.h", "dtype.h"),
 )
 SHARED = ("mask.h", "philox.h")  # what gcc and nvcc compile alike
 BINDING = {n for n in TEXT if n.startswith("csrc/binding/")}
@@ -57,7 +57,7 @@ def test_law_1_python_only_in_the_binding():
 def test_each_frameworks_insides_are_known_to_one_file():
     """NumPy's C API, torch's symbols, and the owners of DLPack's capsules."""
     insides = {
-        "numpy": r"numpy/\w+\.h",
+        "numpy_internals": r"numpy/\w+\.h",
         "torch_abi": "aoti_|_ZN",
         "dlpack": "Capsule_SetName",
     }
@@ -85,12 +85,13 @@ def test_law_1_the_contract_includes_only_stdint():
 
 def test_the_contract_is_a_header_per_operation():
     """fastattn.h includes them all, none includes another's, and each has an op in fa_backend."""
-    operations = set(CONTRACT) - {"fastattn.h", "support.h", "types.h", "dtype.h"}
+    operations = set(CONTRACT) - {"fastattn.h", "mask_fields.h", "support.h", "types.h", "dtype.h"}
     assert set(includes(TEXT["csrc/fastattn.h"])) == operations
     for name in operations:
         operation = name.removesuffix(".h")
         holds = dict.fromkeys(("backward.h", "kvcache.h", "sparsek.h"), "forward.h")
-        base = (holds | {"sparse.h": "backward.h"}).get(name, "types.h")  # whose request it holds
+        holds |= {"sparse.h": "backward.h", "forward.h": "mask_fields.h"}
+        base = holds.get(name, "types.h")  # whose request it holds
         assert includes(TEXT[f"csrc/{name}"]) == [base]
         assert f"FA_OPERATION({operation}, " in TEXT[f"csrc/{name}"]
         assert f"fa_{operation}_op *{operation};" in TEXT["csrc/fastattn.h"]
@@ -107,7 +108,8 @@ def test_a_forward_kernel_sees_no_other_operation():
                     seen.add(found)
                     left.append(found)
     ours = {name for name in seen if name.startswith("csrc/")}
-    assert ours == {f"csrc/{n}" for n in ("forward.h", "types.h", "dtype.h", *SHARED)}
+    contract = ("forward.h", "mask_fields.h", "types.h", "dtype.h")
+    assert ours == {f"csrc/{n}" for n in (*contract, *SHARED)}
 
 
 def operation_of(path):

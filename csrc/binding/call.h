@@ -2,7 +2,7 @@
 #ifndef FASTATTN_CALL_H
 #define FASTATTN_CALL_H
 
-#include "frameworks.h"
+#include "internals.h"
 
 enum { MAX_ARRAYS = 20 }; /* of one call; attention_varlen_backward has 19 */
 
@@ -157,7 +157,7 @@ PyObject *sparsek_lists(PyObject *module, PyObject *const *given, Py_ssize_t cou
 PyObject *sparsek_backward(PyObject *module, PyObject *const *given, Py_ssize_t count);
 PyObject *sparsek_lists_backward(PyObject *module, PyObject *const *given, Py_ssize_t count);
 
-/* jax.c: what fastattn.jax asks for while JAX traces. */
+/* jax_tracing.c: what fastattn.jax asks for while JAX traces. */
 
 /* jax_plan(name, arguments) -> (operands, attributes, results): a public function given every
  * argument in the order of its signature, its arrays described only. Operands are (name, object),

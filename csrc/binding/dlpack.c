@@ -4,7 +4,7 @@
  * By __dlpack__ as fastattn._frameworks calls it: capsules of DLPack 1 and of before. Seen with JAX
  * 0.6 to 0.11, CuPy 14, MLX, Paddle 3.3, torch before 2.10.
  */
-#include "frameworks.h"
+#include "internals.h"
 
 #include <stdlib.h>
 

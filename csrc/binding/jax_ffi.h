@@ -1,8 +1,8 @@
 /* jax_ffi.h - one operation of a program of XLA's, as fastattn.jax puts it there: operands by the
  * names of the public arguments, and attributes for all that is no array.
  *
- * jax.c, which knows Python, fills one while JAX traces, jax_ffi.c from what XLA calls it with;
- * jax_run.c runs it.
+ * jax_tracing.c, which knows Python, fills one while JAX traces, jax_ffi.c from what XLA calls it
+ * with; jax_run.c runs it.
  */
 #ifndef FASTATTN_JAX_FFI_H
 #define FASTATTN_JAX_FFI_H

@@ -1,7 +1,7 @@
 /* options.c - the arguments that are no arrays: bools, numbers, words, the window. */
 #include "options.h"
 
-#include "frameworks.h"
+#include "internals.h"
 
 /* *out is NULL where object is neither Python's nor NumPy's bool. */
 static fa_status as_bool(module_state *state, PyObject *object, PyObject **out) {

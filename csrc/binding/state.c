@@ -6,7 +6,7 @@
 
 #include <stdio.h>
 
-#include "frameworks.h"
+#include "internals.h"
 
 const char *state_text(PyObject *text, size_t size, char *buffer) {
     PyObject *bytes = text ? PyUnicode_AsUTF8String(text) : NULL;

@@ -1,9 +1,9 @@
 /* tensor.c - from Python objects to described arrays, and new arrays of the caller's own kind.
  *
- * Three ways in, fastest first: torch's own C functions (torch.c), NumPy's C API for ndarrays
- * (numpy.c), and __dlpack__ for everything else (dlpack.c).
+ * Three ways in, fastest first: torch's own C functions (torch_internals.c), NumPy's C API for
+ * ndarrays (numpy_internals.c), and __dlpack__ for everything else (dlpack.c).
  */
-#include "frameworks.h"
+#include "internals.h"
 
 #include <string.h>
 

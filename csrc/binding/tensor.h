@@ -19,7 +19,7 @@ typedef struct borrowed {
     DLManagedTensor *unversioned;        /* same */
 } borrowed;
 
-typedef struct torch_now torch_now; /* frameworks.h */
+typedef struct torch_now torch_now; /* internals.h */
 
 /* Describes object; owns nothing after a failure. */
 fa_status tensor_borrow(module_state *state, torch_now *now, PyObject *object, const char *name,

@@ -1,10 +1,10 @@
 /* torch_abi.c - functions of torch's libraries that are called without Python.
  *
  * Seen in torch 2.10, 2.11, 2.13 and 2.14; a torch that lacks one of them is served without any, by
- * torch.c. aoti_torch_* are its C interface for compiled models, which stays as it is between
- * versions; the others are C++ functions of simple types. A Python tensor holds its at::Tensor
- * where the address that torch tells of a sample stands. Against the ways through Python and the
- * exchange table:
+ * torch_internals.c. aoti_torch_* are its C interface for compiled models, which stays as it is
+ * between versions; the others are C++ functions of simple types. A Python tensor holds its
+ * at::Tensor where the address that torch tells of a sample stands. Against the ways through Python
+ * and the exchange table:
  * - requires_grad and is_neg take 3 ns instead of 50 and 75 (the method lets other threads in)
  * - a description of a tensor takes half the time of the table's
  * - so does a new tensor, and its memory is torch's: record_stream() does nothing on the table's,

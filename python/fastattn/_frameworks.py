@@ -98,7 +98,7 @@ def export(array: Any, name: str) -> Literal["torch", "jax"] | tuple[Any, int, i
     if _is(array, "torch", "Tensor"):
         array = (
             array.detach()
-        )  # a leaf under no_grad; csrc/binding/torch.c has refused all other grads
+        )  # a leaf under no_grad; csrc/binding/torch_internals.c has refused all other grads
     if on_gpu and jax_device:
         return "jax"
     if jax_device:

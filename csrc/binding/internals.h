@@ -1,11 +1,12 @@
-/* frameworks.h - what tensor.c asks of each framework: torch.c, numpy.c, and dlpack.c for all
- * others. A new one goes into python/fastattn/_frameworks.py, by what it does differently. */
-#ifndef FASTATTN_FRAMEWORKS_H
-#define FASTATTN_FRAMEWORKS_H
+/* internals.h - what tensor.c asks of those who know the insides of a library, of torch's and
+ * NumPy's, and of dlpack.c, which serves every other framework as it comes. A new one needs nothing
+ * here: what it does differently goes into python/fastattn/_frameworks.py. */
+#ifndef FASTATTN_INTERNALS_H
+#define FASTATTN_INTERNALS_H
 
 #include "tensor.h"
 
-/* ---- torch.c ------------------------------------------------------------------------------- */
+/* ---- torch_internals.c ----------------------------------------------------------------------- */
 
 /* What one call has asked torch so far; the answers hold for all its tensors. */
 struct torch_now {
@@ -66,7 +67,7 @@ fa_status torch_draw_seed(module_state *state, const borrowed *like, output *out
 fa_status torch_check_writable(module_state *state, const borrowed *out, fa_error *error);
 fa_status torch_mark_written(module_state *state, const borrowed *out);
 
-/* ---- numpy.c ------------------------------------------------------------------------------- */
+/* ---- numpy_internals.c ----------------------------------------------------------------------- */
 
 /* 0 with an exception. */
 int numpy_learn(module_state *state, PyObject *ndarray);

@@ -1,10 +1,10 @@
-/* numpy.c - ndarrays, by NumPy's C API: the only file that includes it.
+/* numpy_internals.c - ndarrays, by NumPy's C API: the only file that includes it.
  *
  * Built against NumPy 2, seen with 1.23 to 2.5. Faster than NumPy's own DLPack export, and takes
  * what that refuses: ml_dtypes.bfloat16, read-only arrays. The API is loaded with the first
  * ndarray that arrives.
  */
-#include "frameworks.h"
+#include "internals.h"
 
 #include <string.h>
 

@@ -1,11 +1,11 @@
-/* torch.c - plain torch tensors: what they hide, and what only torch knows.
+/* torch_internals.c - plain torch tensors: what they hide, and what only torch knows.
  *
  * Through torch_abi.c, or where that does not serve through DLPack's C exchange table and Python,
  * seen with torch 2.4 (no table: __dlpack__) to 2.14. Both ways see no more than memory: a
  * gradient, a negative bit, a tensor that is being traced are asked for here. What is not simply
  * numbers in memory gets its sentence from fastattn._frameworks.
  */
-#include "frameworks.h"
+#include "internals.h"
 
 #include <string.h>
 

@@ -1,5 +1,5 @@
-/* jax.c - what fastattn.jax asks for while JAX traces: a call checked and taken apart into
- * operands, attributes and results, and the workspace of one that JAX compiles for a GPU.
+/* jax_tracing.c - what fastattn.jax asks for while JAX traces: a call checked and taken apart
+ * into operands, attributes and results, and the workspace of one that JAX compiles for a GPU.
  *
  * What then runs is jax_ffi.c's.
  */
