@@ -179,8 +179,7 @@ DEVICE void attend_block(warp_rows &w, const queries &q, const decode_args &a, d
     release(smem_address(&smem.v_empty[at.at]));
 }
 
-/* Rows as they are before the first block. A sink is a key without a value, of the first part and
- * of the warps that have the first keys. */
+/* Rows as they are before the first block. */
 DEVICE void start_rows(warp_rows &w, const decode_args &a, const decode_tile &t) {
     const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
@@ -198,10 +197,6 @@ DEVICE void start_rows(warp_rows &w, const decode_args &a, const decode_tile &t)
         w.slope[r] =
             a.slopes ? LOG2_E * a.slopes[t.b * a.slope_stride[0] + head * a.slope_stride[1]] : 0.f;
         w.top[r] = -INFINITY, w.sum[r] = 0.f;
-        if (a.sink && t.part == 0 && warp / ROW_WARPS == 0) {
-            w.top[r] = LOG2_E * a.sink[head * a.sink_stride];
-            w.sum[r] = lane % 4 == 0 && w.top[r] != -INFINITY ? 1.f : 0.f;
-        }
     }
 }
 

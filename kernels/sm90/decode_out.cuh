@@ -72,6 +72,17 @@ DEVICE void add_part(row_sum &r, float top, float sum, float4 low, float4 high) 
     for (int e = 0; e < 8; ++e) r.x[e] = fmaf(weight, y[e], r.x[e]);
 }
 
+/* A sink is a key without a value. It joins when its row has all else of the part: were it the top
+ * before, P of the greatest key would be no power of 2, and be rounded. */
+DEVICE void add_sink(row_sum &r, float sink) {
+    if (sink == -INFINITY) return;
+    const float top = fmaxf(r.top, sink), shrink = r.top == top ? 1.f : ex2_approx(r.top - top);
+    r.sum = fmaf(r.sum, shrink, sink == top ? 1.f : ex2_approx(sink - top));
+    r.top = top;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) r.x[e] *= shrink;
+}
+
 /* What the warps have of the block's rows becomes one, in the place of the first warps'. */
 DEVICE void add_warps(decode_smem &smem) {
     constexpr int CHUNKS = DV / 8;
@@ -116,6 +127,7 @@ DEVICE void store_rows(const decode_args &a, decode_smem &smem, const decode_til
         for (int k = 0; k < a.cluster; ++k)
             add_part(r, ld_cluster(mapa(tops + 4 * row, k)), ld_cluster(mapa(sums + 4 * row, k)),
                      ld_cluster_v4(mapa(from, k)), ld_cluster_v4(mapa(from + 16, k)));
+        if (a.sink && part == 0) add_sink(r, LOG2_E * a.sink[head * a.sink_stride]);
         const float inverse = r.sum == 0.f ? 0.f : 1.f / r.sum;
 #pragma unroll
         for (int e = 0; e < 8; ++e) r.x[e] *= inverse;

@@ -64,6 +64,23 @@ def test_what_else_it_takes(sk):
         check(q, k, v, most=4, **keywords)
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("b", [1, 64])
+@pytest.mark.parametrize("d", [2, 64, 256])
+def test_one_key_beside_a_sink(d, b, invariant):
+    """P of a row's only key is 1, beside a sink or not: nothing but the result is rounded."""
+    q, k, v = inputs(b, 8, 2, 1, 5000, d)
+    sink = torch.linspace(-3, 3, 8, device="cuda")
+    keywords = {"sink": sink, "return_lse": True, "batch_invariant": invariant}
+    out, lse = fastattn.attention(q, k, v, k_lengths=int32(*[1] * b), **keywords)
+    key, value = (x[:, :, :1].double().repeat_interleave(4, 1) for x in (k, v))
+    s = (q.double() * key).sum(-1) * d**-0.5
+    exact = value * torch.sigmoid(s - sink.double()[:, None])[..., None]
+    ulp = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 8)
+    assert ((out.double() - exact).abs() <= 0.51 * ulp).all()
+    assert (lse.double() - torch.logaddexp(s, sink.double()[:, None])).abs().max() < 1e-5
+
+
 def test_others_stay_with_the_forward_kernel():
     few, many = inputs(2, 8, 2, 1, 500, 64), inputs(2, 8, 2, 100, 500, 64)
     mask = torch.ones(500, dtype=torch.bool, device="cuda")
