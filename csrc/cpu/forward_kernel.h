@@ -163,16 +163,21 @@ static int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
 /* One panel meets the keys [begin, end) of one block. */
 FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, int end, int nv) {
     const int n = end - begin, height = HEIGHT(nv);
+    const int64_t asks = keys->k_ahead.bytes | keys->v_ahead.bytes;
     const unit *k = keys->k + (begin - keys->begin) * keys->k_row;
     vec *s = c->s, top[NV], alpha[NV];
     for (int j = 0; j < nv; j++) top[j] = splat(-(real)INFINITY);
     for (int i = 0; i < n;) {
         if (n >= height) { /* at the end some of the last keys once more */
             if (i > n - height) i = n - height;
-            if (nv <= 2) /* of more vectors memory is not the limit */
+            if (nv <= 2 && asks) /* of more vectors memory is not the limit */
                 for (int j = i; j < i + height; j++) fetch_both(keys, begin - keys->begin + j);
             score(s + i * nv, top, height, nv, p->q, k + i * keys->k_row, keys->k_row, c->units);
             i += height;
+        } else if (height > 4 && n >= 4) { /* one key after the other waits for each sum */
+            if (i > n - 4) i = n - 4;
+            score(s + i * nv, top, 4, nv, p->q, k + i * keys->k_row, keys->k_row, c->units);
+            i += 4;
         } else {
             score(s + i * nv, top, 1, nv, p->q, k + i * keys->k_row, keys->k_row, c->units);
             i++;

@@ -41,7 +41,9 @@ static void open_scores(context *c) {
     c->units = (what->d + STEP - 1) / STEP;
     /* A scale that makes 0 of all scores is left to change(), too; one that leaves only the
      * greatest brings none to infinity. */
-    const double size_of_scale = fmin(fabs(what->scale), DOUBLE ? 1e300 : 1e30);
+    const double greatest = DOUBLE ? 1e300 : 1e30;
+    const double size_of_scale =
+        fabs(what->scale) < greatest ? fabs(what->scale) : greatest; /* no call of fmin() */
     c->changed = scores->softcap > 0 || scores->alibi_slopes ||
                  (c->mask && scores->mask_dtype != FA_BOOL) || !(size_of_scale > 1e-30);
     c->scale = (real)copysign(size_of_scale, what->scale);
@@ -49,7 +51,9 @@ static void open_scores(context *c) {
     c->nats = c->changed ? 1 : c->scale * c->sign;
     c->score_base = base_of(c->changed ? FA_LOG2E : size_of_scale * FA_LOG2E);
     c->e_squared = base_of(2 * FA_LOG2E);
-    c->softcap = (real)(DOUBLE ? scores->softcap : fmin(fmax(scores->softcap, FLT_MIN), FLT_MAX));
+    if (scores->softcap > 0)
+        c->softcap =
+            (real)(DOUBLE ? scores->softcap : fmin(fmax(scores->softcap, FLT_MIN), FLT_MAX));
 }
 
 /* No key was met yet. */
@@ -86,8 +90,9 @@ static void open_panel(const context *c, panel *p, int64_t first, int count) {
             real *to = p->few ? (real *)p->q + n * width : c->rows + i * width;
             p->row[j * LANES + i] = row;
             p->begin[j][i] = p->end[j][i] = p->position[j][i] = 0;
-            if (n >= count) {
-                memset(to, 0, (size_t)width * sizeof(real));
+            if (n >= count) { /* of one panel such rows lie side by side */
+                if (p->few || n == count)
+                    memset(to, 0, (size_t)(width * (p->few ? 1 : LANES - i)) * sizeof(real));
                 continue;
             }
             const fa_interval keys = fa_row_interval(g->sequence.lengths, row.row);
@@ -172,6 +177,7 @@ static ahead look_ahead(const context *c, const block *keys, const char *from, c
     const int64_t size = fa_dtype_size(c->p->what.dtype);
     const int left = n.sk - keys->end, count = keys->end - keys->begin;
     const int fetches = t->stride[3] == 1 && is_one_piece(&c->p->pages, keys);
+    if (left <= 0 && count <= AHEAD) return (ahead){0}; /* all are read at once */
     return (ahead){.rows = key_row(c, from, t, keys->begin),
                    .next = key_row(c, from, t, left > 0 ? keys->end : keys->begin),
                    .stride = t->stride[2] * size,
