@@ -73,6 +73,7 @@
 #define run_split FN(run_split)
 #define score FN(score)
 #define score_few FN(score_few)
+#define score_keys FN(score_keys)
 #define scratch_bytes FN(scratch_bytes)
 #define see FN(see)
 #define state_bytes FN(state_bytes)
@@ -160,29 +161,37 @@ static int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
 #include "forward_scores.h"
 #include "forward_few.h"
 
-/* One panel meets the keys [begin, end) of one block. */
-FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, int end, int nv) {
-    const int n = end - begin, height = HEIGHT(nv);
-    const int64_t asks = keys->k_ahead.bytes | keys->v_ahead.bytes;
-    const unit *k = keys->k + (begin - keys->begin) * keys->k_row;
-    vec *s = c->s, top[NV], alpha[NV];
+/* S^T of the keys [begin, begin + n) of a block, and the maxima. */
+FA_FAST void score_keys(const context *c, const panel *p, const block *keys, int begin, int n,
+                        int nv, vec *top) {
+    const int height = HEIGHT(nv), first = begin - keys->begin;
+    const int64_t asks = keys->k_ahead.bytes | keys->v_ahead.bytes, row = keys->k_row;
+    const unit *k = keys->k + first * row;
+    vec *s = c->s;
     for (int j = 0; j < nv; j++) top[j] = splat(-(real)INFINITY);
     for (int i = 0; i < n;) {
         if (n >= height) { /* at the end some of the last keys once more */
             if (i > n - height) i = n - height;
             if (nv <= 2 && asks) /* of more vectors memory is not the limit */
-                for (int j = i; j < i + height; j++) fetch_both(keys, begin - keys->begin + j);
-            score(s + i * nv, top, height, nv, p->q, k + i * keys->k_row, keys->k_row, c->units);
+                for (int j = i; j < i + height; j++) fetch_both(keys, first + j);
+            score(s + i * nv, top, height, nv, p->q, k + i * row, row, c->units);
             i += height;
         } else if (height > 4 && n >= 4) { /* one key after the other waits for each sum */
             if (i > n - 4) i = n - 4;
-            score(s + i * nv, top, 4, nv, p->q, k + i * keys->k_row, keys->k_row, c->units);
+            score(s + i * nv, top, 4, nv, p->q, k + i * row, row, c->units);
             i += 4;
         } else {
-            score(s + i * nv, top, 1, nv, p->q, k + i * keys->k_row, keys->k_row, c->units);
+            score(s + i * nv, top, 1, nv, p->q, k + i * row, row, c->units);
             i++;
         }
     }
+}
+
+/* One panel meets the keys [begin, end) of one block. */
+FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, int end, int nv) {
+    const int n = end - begin, height = HEIGHT(nv);
+    vec *s = c->s, top[NV], alpha[NV];
+    score_keys(c, p, keys, begin, n, nv, top);
     if (c->changed || c->bias || begin < p->all.begin || end > p->all.end) {
         if (c->bias) read_bias(c, p, begin, n);
         change(c, p, s, top, begin, n, nv);
