@@ -2,8 +2,7 @@
  * begun between the sums of this one, so that tensor cores have something to do whatever threads
  * wait for or work out.
  *
- *     dQ, S' | dQ to its sums | dP', dK | P' of S' | dS' of dP' | dV' | fence, the others' dS' |
- * dQ'
+ *     dQ, S' | dQ to its sums | dP', dK | P' of S' | dS' of dP' | dV' | fence, others' dS' | dQ'
  *
  * In flight meanwhile: S', then dP' and dK, and dV', which comes before the fence. dK is the
  * product of dS in shared memory: its registers are the next block's.
@@ -64,10 +63,14 @@ struct tile_walk {
         mbarrier_arrive(smem_address(&smem.dout_empty[n % STAGES]));
     }
 
-    /* P of S. */
+    /* P of S, behind which so many products may still run. */
+    template <int RUNNING>
     __device__ __forceinline__ void weigh(uint32_t n) {
+        const float *lse = smem.lse[n % Q_STAGES];
+        const bool great = has_great_rows(lse);
+        wgmma_wait_group<RUNNING>();
         wgmma_accumulators(s);
-        exponentials(s, smem.lse[n % Q_STAGES], a.scale_log2);
+        exponentials(s, lse, a.scale_log2, great);
         mask_block(s, t, plain, m, warpgroup);
         pack(s, p);
     }
@@ -85,8 +88,7 @@ struct tile_walk {
     __device__ __forceinline__ void start() {
         begin_s(first);
         begin_dp(first);
-        wgmma_wait_group<1>();
-        weigh(first);
+        weigh<1>(first);
         wgmma_wait_group<0>();
         slope(first);
     }
@@ -102,8 +104,7 @@ struct tile_walk {
         store_dq(dq, smem);
         begin_dp(n + 1);
         begin_dk(n);
-        wgmma_wait_group<2>();
-        weigh(n + 1);
+        weigh<2>(n + 1);
         wgmma_wait_group<1>();
         slope(n + 1);
         wgmma_wait_group<1>();

@@ -40,17 +40,43 @@ DEVICE void mask_columns(const seen_rows &seen, float (&x)[N]) {
     }
 }
 
-/* P^T of S^T, in place. */
+/* Whether lse of one of a warpgroup's rows is so great (or inf) that P may come out above 1. All of
+ * a warp find the same. */
+DEVICE bool has_great_rows(const float *lse) {
+    bool some = false;
+#pragma unroll
+    for (int i = 0; i < ROWS; i += 32) some |= fabsf(lse[i + threadIdx.x % 32]) > GREAT_LSE;
+    return __any_sync(~0u, some);
+}
+
+/* P of an exponent; NaN of NaN. */
+template <bool GREAT>
+DEVICE float weight(float x) {
+    return ex2_approx(GREAT && x > 0.f ? 0.f : x);
+}
+
+template <bool GREAT>
 DEVICE void exponentials(float (&s)[ROWS / 2], const float *lse, float scale) {
     const uint32_t from = smem_address(lse) + threadIdx.x % 4 * 8;
 #pragma unroll
     for (int j = 0; j < ROWS / 8; ++j) {
         const float2 l = ld_shared_v2(from + 32 * j);
-        s[4 * j] = ex2_approx(fmaf(s[4 * j], scale, -l.x));
-        s[4 * j + 1] = ex2_approx(fmaf(s[4 * j + 1], scale, -l.y));
-        s[4 * j + 2] = ex2_approx(fmaf(s[4 * j + 2], scale, -l.x));
-        s[4 * j + 3] = ex2_approx(fmaf(s[4 * j + 3], scale, -l.y));
+        s[4 * j] = weight<GREAT>(fmaf(s[4 * j], scale, -l.x));
+        s[4 * j + 1] = weight<GREAT>(fmaf(s[4 * j + 1], scale, -l.y));
+        s[4 * j + 2] = weight<GREAT>(fmaf(s[4 * j + 2], scale, -l.x));
+        s[4 * j + 3] = weight<GREAT>(fmaf(s[4 * j + 3], scale, -l.y));
     }
+}
+
+/* P^T of S^T, in place. `great`: has_great_rows(), asked for while S is computed. */
+DEVICE void exponentials(float (&s)[ROWS / 2], const float *lse, float scale, bool great) {
+    if (great)
+        exponentials<true>(s, lse, scale);
+    else
+        exponentials<false>(s, lse, scale);
+}
+DEVICE void exponentials(float (&s)[ROWS / 2], const float *lse, float scale) {
+    exponentials(s, lse, scale, has_great_rows(lse));
 }
 
 /* dS^T of P^T, in place of dP^T. */

@@ -50,6 +50,14 @@ DEVICE float dot_row(const uint16_t *x, const uint16_t *y, int64_t x_step, int64
     return sum;
 }
 
+/* lse of great scores has been rounded four times on its way here, by half an ulp each, and is off
+ * by more than the scores' differences. It is lowered by as much: a row's one greatest score keeps
+ * the weight of 1, beyond which weight() lets none. */
+DEVICE float lowered(float lse) {
+    const float beyond = fabsf(lse) - 0x1p13f;
+    return beyond > 0.f && beyond < INFINITY ? fmaf(beyond, -0x1p-21f, lse) : lse;
+}
+
 /* Of a block's sequence; of the rows of none, zeros. b: of the arrays. */
 DEVICE fa_lengths lengths_of(const bwd_rows_args &a, const row_block &rows, int32_t b) {
     if (a.varlen.cu_q) b = rows.b;
@@ -90,7 +98,7 @@ static __global__ void __launch_bounds__(ENDS_THREADS)
     if (place % BLOCK_M < rows.count) {
         const float x =
             ((const float *)l.data)[b * l.stride[0] + h * l.stride[1] + row * l.stride[2]];
-        if (x != -INFINITY) lse = x * 1.4426950408889634f;
+        if (x != -INFINITY) lse = lowered(x * 1.4426950408889634f);
         if (dl.data)
             delta =
                 -((const float *)dl.data)[b * dl.stride[0] + h * dl.stride[1] + row * dl.stride[2]];

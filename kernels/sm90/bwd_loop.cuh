@@ -72,9 +72,11 @@ DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, smem_keys &kv,
 #endif
     issue_transposed<QK_PANELS, D>(s, kv.k, smem.q[stage], at.warpgroup);
     issue_transposed<V_PANELS, DV>(dp, kv.v, smem.dout[stage], at.warpgroup);
+    const float *lse = smem.lse[stage] + own_row(at.warpgroup);
+    const bool great = has_great_rows(lse);
     wgmma_wait_group<1>();
     wgmma_accumulators(s);
-    exponentials(s, smem.lse[stage] + own_row(at.warpgroup), a.scale_log2);
+    exponentials(s, lse, a.scale_log2, great);
     hide(s);
     pack(s, p);
     if (SHARED_KEYS) store_ds(p, smem.p[at.n % 2], at.warpgroup);

@@ -13,6 +13,7 @@
 #include "common/element.cuh"
 #include "philox.h"
 #include "sm90/bwd_args.cuh"
+#include "sm90/bwd_block.cuh"
 #include "sm90/bwd_smem.h"
 #include "sm90/ptx.cuh"
 #include "sm90/quads.cuh"
@@ -259,6 +260,7 @@ DEVICE void weigh(const bwd_args &a, const work_tile &t, const walk_step &at, in
     const int32_t thread = thread_here() % 128;
     const int32_t key = t.key + own_key(warpgroup) + thread / 32 * 16 + thread % 32 / 4;
     const score_args &c = a.scores;
+    const bool great = has_great_rows(lse + own_row(warpgroup));
     if (c.caps)
 #pragma unroll
         for (int i = 0; i < ROWS / 2; i += OWN) cap_scores(c, *(float (*)[OWN])(s + i));
@@ -272,8 +274,12 @@ DEVICE void weigh(const bwd_args &a, const work_tile &t, const walk_step &at, in
         const uint32_t from = smem_address(lse + own_row(warpgroup)) + 64 * i + thread % 4 * 8;
         const float2 l[2] = {ld_shared_v2(from), ld_shared_v2(from + 32)};
 #pragma unroll
-        for (int j = 0; j < FEW; ++j)
-            x[j] = ex2_approx(fmaf(x[j], c.scale, j % 2 ? -l[j / 4].y : -l[j / 4].x));
+        for (int j = 0; j < FEW; ++j) x[j] = fmaf(x[j], c.scale, j % 2 ? -l[j / 4].y : -l[j / 4].x);
+        if (great)
+#pragma unroll
+            for (int j = 0; j < FEW; ++j) x[j] = x[j] > 0.f ? 0.f : x[j];
+#pragma unroll
+        for (int j = 0; j < FEW; ++j) x[j] = ex2_approx(x[j]);
         if (bits.some) keep_scores(x, bits.seen[i / 4] >> i % 4 * FEW);
         p[i][0] = cvt_pack(x[0], x[1]), p[i][1] = cvt_pack(x[2], x[3]);
         p[i][2] = cvt_pack(x[4], x[5]), p[i][3] = cvt_pack(x[6], x[7]);

@@ -72,6 +72,9 @@ static constexpr bool DIRECT_DQ = D > 192;
 static constexpr bool AHEAD = BLOCK_M == 64 && !SHARED_KEYS && !VARIANT_STRIDED && !GENERAL;
 static constexpr int Q_STAGES = AHEAD || PAIRED ? 2 * STAGES : STAGES;
 
+/* Below that the error of lse is too small for a P above 1 to be rounded to another number. */
+static constexpr float GREAT_LSE = 0x1p11f;
+
 /* A work tile, and the rows that it walks over. */
 struct work_tile {
     int32_t b, h_k, key; /* its first key; -1: there are no more tiles */

@@ -43,6 +43,8 @@ CASES = {
     "everything dropped": {"dropout_p": 1.0, "dlse": True},
     "dropout": {"dropout_p": 0.3, "hq": 2, "b": 2, "causal": True},
     "hidden blocks of heads": {"mask": "blocks", "b": 2, "hq": 3, "sq": 600, "causal": True},
+    "great scores": {"mask": "float32", "of": (1, 1, 0, 0), "factor": 1e4, "scale": 1e5},
+    "great scores, bool mask": {"mask": "bool", "factor": 1e4, "scale": 1e5},
     "all": {
         "softcap": 5.0,
         "mask": "float32",
