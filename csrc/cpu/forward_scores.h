@@ -27,15 +27,17 @@ FA_FAST vec change_score(const context *c, const panel *p, int j, vec x, vec bia
     return x;
 }
 
-/* Changes the scores, and hides keys; the maxima anew. */
-FA_FAST void change(const context *c, const panel *p, vec *s, vec *top, int begin, int n, int nv) {
+/* Changes the scores, and hides keys; the maxima anew. ends: of each vector, the keys that it
+ * sees. */
+FA_FAST void change(const context *c, const panel *p, vec *s, vec *top, int begin, int n, int nv,
+                    const int *ends) {
     const int packed = c->p->scores.mask_dtype == FA_BOOL ? (int)sizeof(real) : 1;
     const int cuts = begin < p->all.begin || begin + n > p->all.end;
     const vec hidden = splat(-(real)INFINITY);
-    for (int j = 0; j < nv; j++) top[j] = hidden;
-    for (int i = 0; i < n; i++) {
-        const FA_INT key = begin + i;
-        for (int j = 0; j < nv; j++) {
+    for (int j = 0; j < nv; j++) {
+        top[j] = hidden;
+        for (int i = 0; i < ends[j]; i++) {
+            const FA_INT key = begin + i;
             const vec bias = c->bias ? c->bias[i / packed * nv + j] : (vec){0};
             const ivec byte = (ivec)bias & (FA_INT)(0xffull << 8 * (i % packed));
             vec x = change_score(c, p, j, s[i * nv + j], bias, byte != 0, key - (ivec){0});
