@@ -245,7 +245,7 @@ DEVICE void attend(warp_rows &w, const decode_args &a, decode_smem &smem, const 
         for (int i = 0; i < D / 16; ++i) load_q(q.kept[KEEPS_Q ? i : 0], q.smem, q.row, i);
     stage at = {0, 0};
 #pragma unroll 1
-    for (int32_t block = t.first; block < t.last; ++block, advance(at)) {
+    for (int32_t block = t.first; block < t.last; block += t.step, advance(at)) {
         const int32_t key = block * BLOCK_N;
 #if IS_STRIDED
         load_block(l, a, smem, t);

@@ -25,6 +25,8 @@ enum {
                           * often for them */
     FA_PART_KEYS = 1024, /* of a part whose bounds depend on nothing but the keys' numbers */
     FA_MOST_SUMS = 32,   /* of clusters, that are merged */
+    FA_DEALT_PARTS = 8,  /* of a sequence among many, at least: the longest may be as many times
+                          * longer than the mean */
     FA_MOST_CLUSTER = 8, /* blocks; the most that every chip takes */
     FA_EIGHT = 8,        /* rows that a swizzled panel repeats after */
 };
@@ -88,6 +90,8 @@ typedef struct fa_decode_plan {
     int32_t cluster;     /* of these, that become one sum in the kernel; the sums are merged */
     int32_t part_blocks; /* blocks of keys that a part has, counted from key 0; 0: an equal share of
                           * those that the tile sees */
+    int64_t deal;        /* parts of about the same length that all sequences share, `parts` one
+                          * sequence at most; 0: each has `parts` */
     int64_t rows;        /* of out */
     int64_t lse, merged; /* bytes from the workspace's start: the parts' lse; where that of the
                           * result goes if nobody wants it */
@@ -96,14 +100,25 @@ typedef struct fa_decode_plan {
 
 static inline int64_t fa_decode_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* Blocks of the grid; of packed sequences each may have one ragged tile. */
+/* Blocks of the grid. Where parts are dealt, each sequence may have one that is shorter. */
 static inline int64_t fa_decode_grid(const fa_params *p, const fa_decode_plan *plan) {
-    return (p->varlen.cu_q ? 1 : p->what.b) * (int64_t)p->what.hk * plan->tiles * plan->parts;
+    const int64_t tiles = p->what.hk * plan->tiles;
+    if (plan->deal) return (plan->deal + p->what.b) * tiles;
+    return (p->varlen.cu_q ? 1 : p->what.b) * tiles * plan->parts;
 }
+
+/* Of packed sequences each may have one ragged tile. */
 static inline int64_t fa_decode_tiles(const fa_params *p, int32_t rows) {
     const int64_t group = fa_decode_group(&p->what);
     if (!p->varlen.cu_q) return fa_decode_ceil(p->what.sq * group, rows);
     return p->varlen.total_q * group / rows + p->what.b;
+}
+
+/* Whether sequences may differ in length by much: the host does not read how long they are. */
+static inline int32_t fa_decode_deals(const fa_params *p) {
+    const fa_what *w = &p->what;
+    return p->masks.k_lengths && !p->varlen.cu_q && !w->batch_invariant && w->b > 1 &&
+           w->sk > FA_PART_KEYS;
 }
 
 /* Microseconds that a split into clusters takes, by a model that was fitted to 110 measured ones
@@ -135,7 +150,8 @@ static inline double fa_decode_cost(const fa_decode_variant *v, const fa_decode_
 static inline fa_decode_plan fa_decode_make(const fa_params *p, const fa_decode_variant *v,
                                             int32_t sms) {
     const fa_what *w = &p->what;
-    fa_decode_plan plan = {1, 1, 1, 0, 0, 0, 0, 0};
+    fa_decode_plan plan = {1, 1, 1, 0, 0, 0, 0, 0, 0};
+    const int32_t deals = fa_decode_deals(p);
     const int64_t blocks = fa_decode_ceil(w->sk, v->block_n);
     plan.tiles = fa_decode_tiles(p, v->rows);
     plan.rows = w->q.shape[0] * w->q.shape[1] * w->q.shape[2];
@@ -145,11 +161,16 @@ static inline fa_decode_plan fa_decode_make(const fa_params *p, const fa_decode_
     } else {
         const fa_decode_plan whole = plan;
         double least = fa_decode_cost(v, &whole, p, 1, 1, sms);
-        for (int32_t cluster = 1; cluster <= FA_MOST_CLUSTER; cluster *= 2)
+        for (int32_t cluster = 1; cluster <= (deals ? 1 : FA_MOST_CLUSTER); cluster *= 2)
             for (int32_t sums = 1; sums <= FA_MOST_SUMS && sums * cluster <= blocks; sums *= 2) {
                 const double cost = fa_decode_cost(v, &whole, p, cluster, sums, sms);
                 if (cost < least) plan.parts = cluster * sums, plan.cluster = cluster, least = cost;
             }
+    }
+    if (deals) {
+        const int64_t most = plan.parts < FA_DEALT_PARTS / 2 ? FA_DEALT_PARTS : 2 * plan.parts;
+        plan.deal = (int64_t)w->b * plan.parts;
+        plan.parts = most < FA_MOST_SUMS ? (int32_t)most : FA_MOST_SUMS;
     }
     const int64_t sums = plan.parts / plan.cluster;
     if (sums < 2) return plan;

@@ -100,6 +100,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
     a.group = fa_decode_group(w), a.heads = w->hk;
     a.b = w->b, a.sq = w->sq, a.sk = w->sk;
     a.tiles = (int32_t)plan->tiles, a.parts = plan->parts, a.part_blocks = plan->part_blocks;
+    a.deal = (int32_t)plan->deal;
     a.by_size = fa_divisor_make(p->pages.table ? p->pages.size : 1);
     a.by_group = fa_divisor_make(a.group);
     a.by_tiles = fa_divisor_make(a.tiles);

@@ -106,14 +106,14 @@ DEVICE void load_block(loads &l, const decode_args &a, decode_smem &smem, const 
     if (l.block >= t.last) return;
     const key_place here = HAS_ROOM ? l.next : find_row(a, t, l.block);
     const int32_t rows = t.some.end - l.block * BLOCK_N;
-    if (HAS_ROOM && l.block + 1 < t.last) l.next = find_row(a, t, l.block + 1);
+    if (HAS_ROOM && l.block + t.step < t.last) l.next = find_row(a, t, l.block + t.step);
     mbarrier_wait(smem_address(&smem.k_empty[l.at.at]), l.at.lap ^ 1);
     load_rows<D>(a.k, smem_address(smem.k[l.at.at]), t.head, here, rows,
                  smem_address(&smem.k_full[l.at.at]));
     mbarrier_wait(smem_address(&smem.v_empty[l.at.at]), l.at.lap ^ 1);
     load_rows<DV>(a.v, smem_address(smem.v[l.at.at]), t.head, here, rows,
                   smem_address(&smem.v_full[l.at.at]));
-    ++l.block;
+    l.block += t.step;
     advance(l.at);
 }
 
@@ -141,12 +141,12 @@ DEVICE void load_keys(const decode_args &a, decode_smem &smem, const decode_tile
     if (t.first >= t.last) return;
     key_place next = find_box(a, t, t.first);
 #pragma unroll 1
-    for (int32_t block = t.first; block < t.last; ++block, advance(s)) {
+    for (int32_t block = t.first; block < t.last; block += t.step, advance(s)) {
         const key_place here = next;
         const uint32_t to = lane * a.box_rows * 128;
         const uint32_t k_full = smem_address(&smem.k_full[s.at]);
         const uint32_t v_full = smem_address(&smem.v_full[s.at]);
-        if (block + 1 < t.last) next = find_box(a, t, block + 1);
+        if (block + t.step < t.last) next = find_box(a, t, block + t.step);
         mbarrier_wait(smem_address(&smem.k_empty[s.at]), s.lap ^ 1);
         if (lane == 0) mbarrier_arrive_expect_tx(k_full, K_BYTES);
         __syncwarp();

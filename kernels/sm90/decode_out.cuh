@@ -136,9 +136,12 @@ DEVICE void store_rows(const decode_args &a, decode_smem &smem, const decode_til
                            (t.q + i) * a.out.stride[2] + 8 * chunk * a.out.stride[3]);
         if (columns > 0) store_chunk(a, to, r.x, columns);
         if (a.lse && chunk == 0) {
-            a.lse[part * a.lse_step + t.batch * a.lse_stride[0] + head * a.lse_stride[1] +
-                  (t.q + i) * a.lse_stride[2]] =
+            float *lse = a.lse + t.batch * a.lse_stride[0] + head * a.lse_stride[1] +
+                         (t.q + i) * a.lse_stride[2];
+            lse[part * a.lse_step] =
                 r.sum == 0.f || i >= t.n.sq ? -INFINITY : natural_lse(a, head, r.top, r.sum);
+            for (int32_t n = t.parts; n < a.parts && part == 0; ++n) /* dealt to others */
+                lse[n * a.lse_step] = -INFINITY;
         }
     }
 }

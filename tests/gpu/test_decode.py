@@ -119,6 +119,27 @@ def test_pages(size, sq):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("keywords", [{}, {"causal": True}, {"window": (1500, 0)}], ids=str)
+@pytest.mark.parametrize("b", [2, 70])
+def test_ragged_sequences(b, keywords):
+    """The device deals parts of the keys by the lengths; few sequences are long."""
+    sk = 9000
+    q, k, v = inputs(b, 16, 2, 1, sk, 128)
+    lengths = [0, sk, 1, 64, 65, *(int(128 * 70 ** (n % 13 / 13)) for n in range(b))][:b]
+    for n, length in enumerate(lengths):
+        k[n, :, length:] = v[n, :, length:] = torch.nan
+    out, lse = fastattn.attention(q, k, v, k_lengths=int32(*lengths), return_lse=True, **keywords)
+    k, v = k.nan_to_num(), v.nan_to_num()
+    assert not gpu.complaints(out, lse, q, k, v, most=12, k_lengths=lengths, **keywords)
+    for n in {0, 1, b // 2, b - 1}:
+        only, keys = slice(n, n + 1), slice(None, lengths[n])
+        if not lengths[n]:
+            assert not out[n].any() and (lse[n] == -torch.inf).all()
+            continue
+        alone = fastattn.attention(q[only], k[only, :, keys], v[only, :, keys], **keywords)
+        assert (out[only] - alone).abs().max() <= 2**-6 * alone.abs().max()
+
+
 def test_a_graph_is_replayed_with_other_lengths():
     b, sk = 4, 5000
     q, k, v = (x.transpose(1, 2).contiguous() for x in inputs(b, 16, 4, 1, sk, 128))

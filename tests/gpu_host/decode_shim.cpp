@@ -9,7 +9,7 @@ struct decode_call {
     const int32_t *lengths[4]; /* of queries, of keys, starts, offsets; or NULL */
     const int32_t *table;
     int32_t columns, size, count; /* of the table; keys in a page; pages */
-    int32_t flags, left, right, sk, parts, cluster, invariant;
+    int32_t flags, left, right, sk, parts, cluster, deal, invariant;
     double scale, softcap;
     const float *slopes, *sink; /* (hq,), or NULL */
 };
@@ -48,7 +48,7 @@ extern "C" int decode(const decode_call *c, int is_late) {
     const fa_device device = {2, 0, encode_host};
     const fa_decode_variant *v = &fa_decode_variants[fa_choose_decode(&p)];
     fa_decode_plan plan = fa_decode_make(&p, v, 2);
-    if (!c->invariant) plan.parts = c->parts, plan.cluster = c->cluster;
+    if (!c->invariant) plan.parts = c->parts, plan.cluster = c->cluster, plan.deal = c->deal;
     if (plan.parts != c->parts) return -1;
     fa_error error = {};
     late = is_late;

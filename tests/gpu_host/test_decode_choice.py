@@ -32,6 +32,7 @@ void choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int
     if (size) p.pages = (fa_pages){&x, {columns, 1}, size, n};
     if (change == 7) p.varlen.cu_q = &x, p.varlen.total_q = 1000;
     fa_tensor q = {(void *)4096, {b, hq, sq, d}, {hq * sq * d, sq * d, d, 1}};
+    if (change == 8) p.masks.k_lengths = &x;
     if (change == 7) q.shape[0] = 1, q.shape[2] = 1000;
     p.what.q = q;
     if (change == 1) p.scores.mask.data = &x;
@@ -48,10 +49,11 @@ void choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int
     got[0] = r->rows, got[1] = r->d, got[2] = r->dv, got[3] = r->strided;
     got[5] = plan.tiles, got[6] = plan.parts, got[7] = plan.part_blocks, got[8] = plan.lse;
     got[9] = plan.merged, got[10] = plan.bytes, got[11] = r->block_n, got[12] = plan.cluster;
+    got[13] = plan.deal;
 }
 """
 FIELDS = ("rows", "d", "dv", "strided", "is_decode", "tiles", "parts", "part_blocks")
-FIELDS += ("lse", "merged", "bytes", "block_n", "cluster")
+FIELDS += ("lse", "merged", "bytes", "block_n", "cluster", "deal")
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,19 @@ def test_few_sequences_fill_the_chip_and_many_are_not_split(choose):
         parts = choose(b, 32, 8, 1, 4096)["parts"]
         assert parts <= before
         before = parts
+
+
+def test_parts_are_dealt_where_sequences_may_differ(choose):
+    """As many to a sequence, were all as long as the cache, as if they were no longer than that."""
+    for b, sk in itertools.product((2, 16, 64, 300), (1025, 4096, 70000)):
+        whole, dealt = choose(b, 32, 8, 1, sk), choose(b, 32, 8, 1, sk, change=8)
+        assert not whole["deal"] and dealt["cluster"] == 1
+        parts = dealt["deal"] // b
+        assert dealt["deal"] % b == 0 and parts <= 32
+        assert dealt["parts"] == min(32, max(8, 2 * parts))
+        assert dealt["bytes"] > dealt["parts"] * b * 32 * 128 * 4
+    for b, sk, invariant in ((1, 70000, 0), (64, 1024, 0), (64, 4096, 1)):
+        assert not choose(b, 32, 8, 1, sk, change=8, invariant=invariant)["deal"]
 
 
 def test_a_fixed_split_knows_the_keys_alone(choose):

@@ -26,6 +26,7 @@ VARIANTS = (
     "sm90_decode_bf16_d128_16_strided",
     "sm90_decode_bf16_d64_64_strided",
 )
+MANY = [n * 37 % 261 for n in range(45)]
 CASES = {  # hq: of each key head; many: rows of a tile of 64
     "one token": {"sk": 300, "parts": 3, "k_lengths": [300, 37]},
     "causal": {"many": 5, "sk": 200, "causal": True, "k_lengths": [200, 3], "q_lengths": [5, 4]},
@@ -39,6 +40,16 @@ CASES = {  # hq: of each key head; many: rows of a tile of 64
     "a key and a sink": {"sk": 70, "k_lengths": [1, 1], "sink": True},
     "that in parts": {"sk": 300, "parts": 3, "k_lengths": [1, 200], "sink": True},
     "that in a cluster": {"sk": 300, "parts": 2, "cluster": 2, "k_lengths": [1, 70], "sink": True},
+    "dealt": {
+        "sk": 900,
+        "parts": 4,
+        "deal": 5,
+        "b": 4,
+        "k_lengths": [200, 900, 0, 64],
+        "sink": True,
+    },
+    "dealt rows": {"many": 3, "sk": 600, "parts": 3, "deal": 4, "window": (200, 0), "hk": 2},
+    "dealt to many": {"sk": 260, "parts": 2, "deal": 45, "b": 45, "k_lengths": MANY},
     "empty": {"sk": 64, "k_lengths": [0, 64], "parts": 2},
     "pages of 256": {"sk": 500, "size": 256, "k_lengths": [500, 200], "parts": 2},
     "pages of 16": {"many": 2, "sk": 200, "size": 16, "k_lengths": [190, 33], "causal": True},
@@ -62,7 +73,8 @@ class Call(ctypes.Structure):
         ("lengths", ctypes.c_void_p * 4),
         ("table", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("columns", "size", "count", "flags", "left")),
-        *((name, ctypes.c_int32) for name in ("right", "sk", "parts", "cluster", "invariant")),
+        *((name, ctypes.c_int32) for name in ("right", "sk", "parts", "cluster")),
+        *((name, ctypes.c_int32) for name in ("deal", "invariant")),
         *((name, ctypes.c_double) for name in ("scale", "softcap")),
         *((name, ctypes.c_void_p) for name in ("slopes", "sink")),
     )
@@ -105,6 +117,7 @@ class Problem:
     ):
         self.rng = np.random.default_rng(1)
         self.parts, self.cluster = rest.pop("parts", 1), rest.pop("cluster", 1)
+        self.deal = rest.pop("deal", 0)
         self.sums, self.invariant = self.parts // self.cluster, rest.pop("invariant", False)
         rows = variant["rows"]
         group, sq = (5, many) if rows == 64 and many > 1 else (3, many)
@@ -186,7 +199,8 @@ class Problem:
         elif "window" in self.keywords:
             c.flags = HAS_LEFT | HAS_RIGHT
             c.left, c.right = self.keywords["window"]
-        c.sk, c.parts, c.cluster, c.invariant = self.sk, self.parts, self.cluster, self.invariant
+        c.sk, c.parts, c.cluster, c.deal = self.sk, self.parts, self.cluster, self.deal
+        c.invariant = self.invariant
         c.scale, c.softcap = self.keywords["scale"], self.keywords.get("softcap", 0)
         c.slopes = pointer(self.keywords.get("alibi_slopes"), np.float32)
         c.sink = pointer(self.keywords.get("sink"), np.float32)
