@@ -63,14 +63,10 @@ struct tile_walk {
         mbarrier_arrive(smem_address(&smem.dout_empty[n % STAGES]));
     }
 
-    /* P of S, behind which so many products may still run. */
-    template <int RUNNING>
+    /* P of S. */
     __device__ __forceinline__ void weigh(uint32_t n) {
-        const float *lse = smem.lse[n % Q_STAGES];
-        const bool great = has_great_rows(lse);
-        wgmma_wait_group<RUNNING>();
         wgmma_accumulators(s);
-        exponentials(s, lse, a.scale_log2, great);
+        exponentials(s, smem.lse[n % Q_STAGES], a.scale_log2);
         mask_block(s, t, plain, m, warpgroup);
         pack(s, p);
     }
@@ -88,7 +84,8 @@ struct tile_walk {
     __device__ __forceinline__ void start() {
         begin_s(first);
         begin_dp(first);
-        weigh<1>(first);
+        wgmma_wait_group<1>();
+        weigh(first);
         wgmma_wait_group<0>();
         slope(first);
     }
@@ -104,7 +101,8 @@ struct tile_walk {
         store_dq(dq, smem);
         begin_dp(n + 1);
         begin_dk(n);
-        weigh<2>(n + 1);
+        wgmma_wait_group<2>();
+        weigh(n + 1);
         wgmma_wait_group<1>();
         slope(n + 1);
         wgmma_wait_group<1>();

@@ -98,7 +98,8 @@ static __global__ void __launch_bounds__(ENDS_THREADS)
     if (place % BLOCK_M < rows.count) {
         const float x =
             ((const float *)l.data)[b * l.stride[0] + h * l.stride[1] + row * l.stride[2]];
-        if (x != -INFINITY) lse = lowered(x * 1.4426950408889634f);
+        if (x != -INFINITY)
+            lse = GENERAL ? lowered(x * 1.4426950408889634f) : x * 1.4426950408889634f;
         if (dl.data)
             delta =
                 -((const float *)dl.data)[b * dl.stride[0] + h * dl.stride[1] + row * dl.stride[2]];

@@ -73,7 +73,7 @@ DEVICE void scores_of_block(const bwd_args &a, smem_layout &smem, smem_keys &kv,
     issue_transposed<QK_PANELS, D>(s, kv.k, smem.q[stage], at.warpgroup);
     issue_transposed<V_PANELS, DV>(dp, kv.v, smem.dout[stage], at.warpgroup);
     const float *lse = smem.lse[stage] + own_row(at.warpgroup);
-    const bool great = has_great_rows(lse);
+    const bool great = GENERAL && has_great_rows(lse);
     wgmma_wait_group<1>();
     wgmma_accumulators(s);
     exponentials(s, lse, a.scale_log2, great);
