@@ -232,7 +232,8 @@ def complaints(results, q, k, v, key_lists, **keywords):
         rough = 0 if low is None else 2 * np.max(np.abs(low.gradients[name] - ref), initial=0)
         limit = rough + 2 * reference.ulp(np.max(np.abs(ref), initial=0), got.dtype)
         limit += size * (unit + 8 * float(np.finfo(own if careful else np.float64).eps)) + 1e-30
-        if name == "dsink" and careful:  # few sums, of outputs that were rounded
+        of_rounded = name == "dsink" or (name == "dgate" and keywords.get("key_gate"))
+        if of_rounded and careful:  # few sums, of delta, which outputs give that were rounded
             limit += size * float(reference.finfo(q.dtype).eps) / 2
         if name == "mass":
             limit += 4e-6 * size * (1 + exact.biggest)  # exp() of scores in float32
