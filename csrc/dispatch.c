@@ -6,6 +6,7 @@
  */
 #include "check.h"
 #include "check_sparse.h"
+#include "check_sparsek_attention.h"
 #include "support.h"
 
 #include <stdio.h>
@@ -58,6 +59,9 @@ ASK(sparsek_backward, fa_sparsek_demand(&((const fa_sparsek_backward *)request)-
 ASK(sparse, fa_sparse_demand(request), "it has no attention to lists of keys")
 ASK(sparse_backward, fa_sparse_backward_demand(request),
     "it has no gradients of attention to lists of keys")
+ASK(sparsek_attention, fa_sparsek_attention_demand(request), "it has no SparseK attention")
+ASK(sparsek_attention_backward, fa_sparsek_attention_backward_demand(request),
+    "it has no gradients of SparseK attention")
 #undef ASK
 
 static fa_status ask(const fa_backend *b, ask_operation *operation, const void *request,
@@ -155,26 +159,6 @@ fa_status fa_run(const fa_plan *plan, void *workspace, fa_error *error) {
     return FA_OK;
 }
 
-/* ---- the backward pass ---- */
-
-const fa_backend *fa_choose_backward(const fa_backward *b, const char *name, fa_chosen *chosen,
-                                     fa_error *reasons, fa_error *error) {
-    return choose(ask_backward, b, &b->forward.where, name, chosen, reasons, error);
-}
-
-const char *fa_backward_kernel(const fa_backward *b, const fa_chosen *chosen) {
-    return chosen->backend->backward->kernel(b, &chosen->choice);
-}
-
-int64_t fa_backward_workspace(const fa_backward *b, const fa_chosen *chosen) {
-    return chosen->backend->backward->workspace(b, &chosen->choice);
-}
-
-fa_status fa_run_backward(const fa_backward *b, const fa_chosen *chosen, void *workspace,
-                          fa_error *error) {
-    return chosen->backend->backward->run(b, &chosen->choice, workspace, error);
-}
-
 /* ---- merging ---- */
 
 const fa_backend *fa_choose_merge(const fa_merge *m, fa_chosen *chosen, fa_error *error) {
@@ -188,26 +172,6 @@ int64_t fa_merge_workspace(const fa_merge *m, const fa_chosen *chosen) {
 fa_status fa_run_merge(const fa_merge *m, const fa_chosen *chosen, void *workspace,
                        fa_error *error) {
     return chosen->backend->merge->run(m, &chosen->choice, workspace, error);
-}
-
-/* ---- attention to a cache ---- */
-
-const fa_backend *fa_choose_kvcache(const fa_kvcache *c, const char *name, fa_chosen *chosen,
-                                    fa_error *reasons, fa_error *error) {
-    return choose(ask_kvcache, c, &c->forward.where, name, chosen, reasons, error);
-}
-
-const char *fa_kvcache_kernel(const fa_kvcache *c, const fa_chosen *chosen) {
-    return chosen->backend->kvcache->kernel(c, &chosen->choice);
-}
-
-int64_t fa_kvcache_workspace(const fa_kvcache *c, const fa_chosen *chosen) {
-    return chosen->backend->kvcache->workspace(c, &chosen->choice);
-}
-
-fa_status fa_run_kvcache(const fa_kvcache *c, const fa_chosen *chosen, void *workspace,
-                         fa_error *error) {
-    return chosen->backend->kvcache->run(c, &chosen->choice, workspace, error);
 }
 
 /* ---- SparseK ---- */
@@ -239,41 +203,27 @@ fa_status fa_run_sparsek_backward(const fa_sparsek_backward *b, const fa_chosen 
     return chosen->backend->sparsek_backward->run(b, &chosen->choice, workspace, error);
 }
 
-/* ---- attention to lists of keys ---- */
+/* ---- operations that explain() knows, whose backend may be asked for by its name ---- */
 
-const fa_backend *fa_choose_sparse(const fa_sparse *s, const char *name, fa_chosen *chosen,
-                                   fa_error *reasons, fa_error *error) {
-    return choose(ask_sparse, s, &s->forward.where, name, chosen, reasons, error);
-}
-
-const char *fa_sparse_kernel(const fa_sparse *s, const fa_chosen *chosen) {
-    return chosen->backend->sparse->kernel(s, &chosen->choice);
-}
-
-int64_t fa_sparse_workspace(const fa_sparse *s, const fa_chosen *chosen) {
-    return chosen->backend->sparse->workspace(s, &chosen->choice);
-}
-
-fa_status fa_run_sparse(const fa_sparse *s, const fa_chosen *chosen, void *workspace,
-                        fa_error *error) {
-    return chosen->backend->sparse->run(s, &chosen->choice, workspace, error);
-}
-
-const fa_backend *fa_choose_sparse_backward(const fa_sparse_backward *b, const char *name,
-                                            fa_chosen *chosen, fa_error *reasons, fa_error *error) {
-    return choose(ask_sparse_backward, b, &b->attention.forward.where, name, chosen, reasons,
-                  error);
-}
-
-const char *fa_sparse_backward_kernel(const fa_sparse_backward *b, const fa_chosen *chosen) {
-    return chosen->backend->sparse_backward->kernel(b, &chosen->choice);
-}
-
-int64_t fa_sparse_backward_workspace(const fa_sparse_backward *b, const fa_chosen *chosen) {
-    return chosen->backend->sparse_backward->workspace(b, &chosen->choice);
-}
-
-fa_status fa_run_sparse_backward(const fa_sparse_backward *b, const fa_chosen *chosen,
-                                 void *workspace, fa_error *error) {
-    return chosen->backend->sparse_backward->run(b, &chosen->choice, workspace, error);
-}
+#define NAMED(operation, request, where_of)                                                    \
+    const fa_backend *fa_choose_##operation(const request *r, const char *name, fa_chosen *to, \
+                                            fa_error *reasons, fa_error *error) {              \
+        return choose(ask_##operation, r, &r->where_of.where, name, to, reasons, error);       \
+    }                                                                                          \
+    const char *fa_##operation##_kernel(const request *r, const fa_chosen *chosen) {           \
+        return chosen->backend->operation->kernel(r, &chosen->choice);                         \
+    }                                                                                          \
+    int64_t fa_##operation##_workspace(const request *r, const fa_chosen *chosen) {            \
+        return chosen->backend->operation->workspace(r, &chosen->choice);                      \
+    }                                                                                          \
+    fa_status fa_run_##operation(const request *r, const fa_chosen *chosen, void *workspace,   \
+                                 fa_error *error) {                                            \
+        return chosen->backend->operation->run(r, &chosen->choice, workspace, error);          \
+    }
+NAMED(backward, fa_backward, forward)
+NAMED(kvcache, fa_kvcache, forward)
+NAMED(sparse, fa_sparse, forward)
+NAMED(sparse_backward, fa_sparse_backward, attention.forward)
+NAMED(sparsek_attention, fa_sparsek_attention, forward)
+NAMED(sparsek_attention_backward, fa_sparsek_attention_backward, attention.forward)
+#undef NAMED

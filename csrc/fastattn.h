@@ -13,6 +13,7 @@
 #include "merge.h"
 #include "sparsek.h"
 #include "sparse.h"
+#include "sparsek_attention.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -34,6 +35,8 @@ typedef struct fa_backend {
     const fa_sparsek_backward_op *sparsek_backward;
     const fa_sparse_op *sparse;
     const fa_sparse_backward_op *sparse_backward;
+    const fa_sparsek_attention_op *sparsek_attention;
+    const fa_sparsek_attention_backward_op *sparsek_attention_backward;
     /* Of its tables: the names of the kernels built in, NULL at the end. NULL: it has no table. */
     const char *const *variants;
 } fa_backend;

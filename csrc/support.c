@@ -34,6 +34,15 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
     [FA_CPU_SPARSE] = {"cpu", "sparse", FLOATS, LISTED, {0}, 0, FA_MAX_LENGTH},
     [FA_CPU_SPARSE_BACKWARD] =
         {"cpu", "sparse_backward", FLOATS, LISTED | FA_DETERMINISTIC, {0}, 0, FA_MAX_LENGTH},
+    [FA_CPU_SPARSEK_ATTENTION] =
+        {"cpu", "sparsek_attention", FLOATS, LISTED & ~FA_CAUSAL, {0}, 0, FA_MAX_LENGTH},
+    [FA_CPU_SPARSEK_ATTENTION_BACKWARD] = {"cpu",
+                                           "sparsek_attention_backward",
+                                           FLOATS,
+                                           (LISTED & ~FA_CAUSAL) | FA_DETERMINISTIC,
+                                           {0},
+                                           0,
+                                           FA_MAX_LENGTH},
     /* One launch for each pair of a key head and a value head: random bits count heads. */
     [FA_SM90_FORWARD] = {"sm90",
                          "forward",
@@ -115,6 +124,20 @@ fa_demand fa_sparse_demand(const fa_sparse *s) { return fa_forward_demand(&s->fo
 
 fa_demand fa_sparse_backward_demand(const fa_sparse_backward *b) {
     return fa_backward_demand(&b->attention);
+}
+
+/* Causal by what it is; a window it always has. */
+static fa_demand of_kept(fa_demand demand) {
+    demand.features = (demand.features & ~(uint32_t)FA_CAUSAL) | FA_WINDOW;
+    return demand;
+}
+
+fa_demand fa_sparsek_attention_demand(const fa_sparsek_attention *r) {
+    return of_kept(fa_forward_demand(&r->forward));
+}
+
+fa_demand fa_sparsek_attention_backward_demand(const fa_sparsek_attention_backward *b) {
+    return of_kept(fa_backward_demand(&b->attention));
 }
 
 static int32_t lowest_bit(uint32_t set) { return __builtin_ctz(set); }

@@ -63,6 +63,8 @@ enum {
     FA_CPU_SPARSEK_BACKWARD,
     FA_CPU_SPARSE,
     FA_CPU_SPARSE_BACKWARD,
+    FA_CPU_SPARSEK_ATTENTION,
+    FA_CPU_SPARSEK_ATTENTION_BACKWARD,
     FA_SM90_FORWARD,
     FA_SM90_BACKWARD,
     FA_SM90_MERGE,
@@ -96,6 +98,8 @@ fa_demand fa_kvcache_demand(const fa_kvcache *c);
 fa_demand fa_sparsek_demand(const fa_sparsek *r);
 fa_demand fa_sparse_demand(const fa_sparse *s);
 fa_demand fa_sparse_backward_demand(const fa_sparse_backward *b);
+fa_demand fa_sparsek_attention_demand(const fa_sparsek_attention *r);
+fa_demand fa_sparsek_attention_backward_demand(const fa_sparsek_attention_backward *b);
 
 /* FA_OK where the line declares all of it; else FA_UNSUPPORTED, and why it does not. */
 fa_status fa_check_support(int32_t line, const fa_demand *demand, fa_error *why);

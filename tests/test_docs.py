@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import reference
 import reference_sparse
+import reference_sparsek_attention
 import sparse_cases
+import sparsek_attention_cases
 import sparsek_cases
 from conftest import ROOT, has, needs, python
 
@@ -211,6 +213,15 @@ def sparse():
     assert not reference_sparse.complaints(results, *call.arrays.values(), **given)
 
 
+def keeps():
+    call = sparsek_attention_cases.random_call(45, "float32")
+    results = sparsek_attention_cases.run(call)
+    given = {**call.keywords, "dout": call.dout, "dlse": call.dlse}
+    assert not reference_sparsek_attention.complaints(
+        results, *call.arrays.values(), call.k, **given
+    )
+
+
 def grades(hk=2, **keywords):
     torch = pytest.importorskip("torch")
     q, k, v = (torch.randn(1, h, 5, 16, requires_grad=True) for h in (2, hk, hk))
@@ -276,6 +287,7 @@ CALLS = {  # line of the matrix -> calls
     ],
     "SparseK: gates, lists of the greatest keys, gradients": [selects],
     "lists of keys or key blocks, with gates, and their gradients": [sparse],
+    "SparseK attention, to the keys it keeps and a window, and its gradients": [keeps],
 }
 
 
@@ -324,6 +336,10 @@ ASKS = {  # line of the matrix -> what it asks a backend to declare, in 16 bits 
     "lists of keys or key blocks, with gates, and their gradients": (
         {"operation": "sparse"},
         {"operation": "sparse_backward"},
+    ),
+    "SparseK attention, to the keys it keeps and a window, and its gradients": tuple(
+        {"operation": name, "features": ("window", "lengths", "q_offset", "varlen", "gqa", "sink")}
+        for name in ("sparsek_attention", "sparsek_attention_backward")
     ),
 }
 

@@ -11,7 +11,8 @@ from conftest import needs, python
 
 RULE = (
     "`function` must be attention, attention_varlen, attention_kvcache, attention_sparse, "
-    "attention_sparse_varlen, scaled_dot_product_attention or one's backward, got "
+    "attention_sparse_varlen, sparsek_attention, sparsek_attention_varlen, "
+    "scaled_dot_product_attention or one's backward, got "
 )
 
 

@@ -26,6 +26,9 @@ FUNCTIONS = [
     "scaled_dot_product_attention",
     "set_num_threads",
     "sparsek",
+    "sparsek_attention",
+    "sparsek_attention_backward",
+    "sparsek_attention_varlen",
     "sparsek_lists",
 ]
 OTHERS = ("explain", "get_num_threads", "info", "set_num_threads")  # compute no attention
@@ -57,6 +60,12 @@ SPARSE = (
     "window_union=None, validate=False, causal=False, window=None, q_offset=None, q_lengths=None, "
     "k_lengths=None, k_start=None, softcap=0.0, sink=None, scale=None, layout='bhsd', "
     "return_lse=False, return_mass=False, out=None, deterministic=False, backend=None"
+)
+SPARSEK_ATTENTION = (
+    "q, k, v, scores, k_keep, *, window, key_gate=False, keep_all=False, q_offset=None, "
+    "q_lengths=None, k_lengths=None, k_start=None, softcap=0.0, sink=None, scale=None, "
+    "layout='bhsd', return_lse=False, return_selection=False, out=None, deterministic=False, "
+    "backend=None"
 )
 SDPA = (
     "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, "
@@ -94,6 +103,12 @@ def test_signatures():
     sparse = set(inspect.signature(fastattn.attention_sparse).parameters)
     packed = set(inspect.signature(fastattn.attention_sparse_varlen).parameters)
     assert sparse - packed == {"layout", "q_lengths", "k_lengths", "k_start"}
+    assert names_and_defaults(fastattn.sparsek_attention) == SPARSEK_ATTENTION
+    kept = set(inspect.signature(fastattn.sparsek_attention).parameters)
+    of_packed = set(inspect.signature(fastattn.sparsek_attention_varlen).parameters)
+    assert kept - of_packed == {"layout", "q_lengths", "k_lengths", "k_start"}
+    gradients = set(inspect.signature(fastattn.sparsek_attention_backward).parameters)
+    assert kept | of_packed <= gradients | {"return_lse", "return_selection"}
     results = {"return_lse", "return_mass", "validate"}
     both = set(inspect.signature(fastattn.attention_sparse_backward).parameters)
     assert sparse | packed <= both | results

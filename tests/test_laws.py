@@ -16,7 +16,7 @@ SOURCES = [p for folder in ("csrc", "kernels") for p in sorted((ROOT / folder).r
 TEXT = {p.relative_to(ROOT).as_posix(): p.read_text() for p in SOURCES}
 CONTRACT = (
     *("fastattn.h", "forward.h", "backward.h", "kvcache.h", "merge.h", "sparse.h", "sparsek.h"),
-    *("mask_fields.h", "support.h", "types.h", "dtype.h"),
+    *("sparsek_attention.h", "mask_fields.h", "support.h", "types.h", "dtype.h"),
 )
 SHARED = ("mask.h", "philox.h")  # what gcc and nvcc compile alike
 BINDING = {n for n in TEXT if n.startswith("csrc/binding/")}
@@ -91,6 +91,7 @@ def test_the_contract_is_a_header_per_operation():
         operation = name.removesuffix(".h")
         holds = dict.fromkeys(("backward.h", "kvcache.h", "sparsek.h"), "forward.h")
         holds |= {"sparse.h": "backward.h", "forward.h": "mask_fields.h"}
+        holds["sparsek_attention.h"] = "backward.h"
         base = holds.get(name, "types.h")  # whose request it holds
         assert includes(TEXT[f"csrc/{name}"]) == [base]
         assert f"FA_OPERATION({operation}, " in TEXT[f"csrc/{name}"]

@@ -89,6 +89,25 @@ static const parameter sparse_backward[] = {
     P(max_seqlen_k), P(seqused_q), P(seqused_k),    P(causal),        P(window),
     LENGTHS,         OF_LISTS,     P(layout),       P(deterministic), P(backend)};
 
+#define SELECTION P(key_gate), P(keep_all)
+#define ENDS P(cu_seqlens_q), P(cu_seqlens_k), P(max_seqlen_q), P(max_seqlen_k)
+
+static const parameter sparsek[] = {
+    QKV,       P(scores),     P(k_keep),           P(window), SELECTION,        LENGTHS,   OF_LISTS,
+    P(layout), P(return_lse), P(return_selection), P(out),    P(deterministic), P(backend)};
+
+static const parameter sparsek_varlen[] = {
+    QKV,          P(scores),        P(k_keep),   ENDS,     P(window),     SELECTION,
+    P(seqused_q), P(seqused_k),     P(q_offset), OF_LISTS, P(return_lse), P(return_selection),
+    P(out),       P(deterministic), P(backend)};
+
+static const parameter sparsek_backward[] = {
+    P(dout),    QKV,        P(scores),        P(k_keep),       P(out),
+    P(lse),     P(tau),     P(ends),          P(window),       P(dlse),
+    P(need_dq), P(need_dk), P(need_dv),       P(need_dscores), P(need_dsink),
+    SELECTION,  ENDS,       P(seqused_q),     P(seqused_k),    LENGTHS,
+    OF_LISTS,   P(layout),  P(deterministic), P(backend)};
+
 #define COUNT(table) (sizeof(table) / sizeof *(table))
 
 static const struct {
@@ -105,6 +124,9 @@ static const struct {
     [SPARSE] = {"attention_sparse", sparse, COUNT(sparse)},
     [SPARSE_VARLEN] = {"attention_sparse_varlen", sparse_varlen, COUNT(sparse_varlen)},
     [SPARSE_BACKWARD] = {"attention_sparse_backward", sparse_backward, COUNT(sparse_backward)},
+    [SPARSEK] = {"sparsek_attention", sparsek, COUNT(sparsek)},
+    [SPARSEK_VARLEN] = {"sparsek_attention_varlen", sparsek_varlen, COUNT(sparsek_varlen)},
+    [SPARSEK_BACKWARD] = {"sparsek_attention_backward", sparsek_backward, COUNT(sparsek_backward)},
 };
 
 _Static_assert(COUNT(backward) <= MAX_PARAMETERS && COUNT(varlen_backward) <= MAX_PARAMETERS,

@@ -15,6 +15,9 @@ enum {
     SPARSE,
     SPARSE_VARLEN,
     SPARSE_BACKWARD,
+    SPARSEK,
+    SPARSEK_VARLEN,
+    SPARSEK_BACKWARD,
     FUNCTIONS
 };
 
@@ -35,6 +38,7 @@ typedef struct arguments {
     PyObject *num_splits, *return_mass;
     PyObject *key_lists, *counts, *q_block, *k_block, *gate, *key_gate, *window_union, *validate;
     PyObject *need_dgate;
+    PyObject *scores, *k_keep, *keep_all, *return_selection, *tau, *ends, *need_dscores;
     PyObject *mask, *attn_mask, *softcap, *alibi_slopes, *sink, *scale, *dropout_p, *seed;
     PyObject *layout, *enable_gqa, *return_lse, *deterministic, *batch_invariant, *backend;
 } arguments;

@@ -162,6 +162,7 @@ static PyObject *call_public(PyObject *module, int which, PyObject *const *given
     arguments a;
     if (arguments_parse(&state->signatures[which], given, count, keywords, &a) < 0) return NULL;
     if (which == KVCACHE) return kvcache_compute(state, &a);
+    if (which >= SPARSEK) return selection_compute(state, &a, which);
     if (which >= SPARSE) return sparse_compute(state, &a, which);
     return which >= BACKWARD ? backward_compute(state, &a, which) : compute(state, &a, which);
 }
@@ -181,6 +182,9 @@ ENTRY(attention_kvcache, KVCACHE)
 ENTRY(attention_sparse, SPARSE)
 ENTRY(attention_sparse_varlen, SPARSE_VARLEN)
 ENTRY(attention_sparse_backward, SPARSE_BACKWARD)
+ENTRY(sparsek_attention, SPARSEK)
+ENTRY(sparsek_attention_varlen, SPARSEK_VARLEN)
+ENTRY(sparsek_attention_backward, SPARSEK_BACKWARD)
 #undef ENTRY
 
 static PyObject *(*const entries[FUNCTIONS])(PyObject *, PyObject *const *, Py_ssize_t,
@@ -194,6 +198,9 @@ static PyObject *(*const entries[FUNCTIONS])(PyObject *, PyObject *const *, Py_s
     [SPARSE] = attention_sparse,
     [SPARSE_VARLEN] = attention_sparse_varlen,
     [SPARSE_BACKWARD] = attention_sparse_backward,
+    [SPARSEK] = sparsek_attention,
+    [SPARSEK_VARLEN] = sparsek_attention_varlen,
+    [SPARSEK_BACKWARD] = sparsek_attention_backward,
 };
 
 PyObject *call_function(PyObject *module, PyObject *args) {

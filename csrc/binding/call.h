@@ -85,6 +85,12 @@ fa_status sparse_explain(module_state *state, const arguments *a, int which,
                          const fa_backend **chosen, const char **kernel, fa_error *reasons,
                          fa_error *error);
 
+/* selection.c; which: SPARSEK, SPARSEK_VARLEN or SPARSEK_BACKWARD */
+PyObject *selection_compute(module_state *state, const arguments *a, int which);
+fa_status selection_explain(module_state *state, const arguments *a, int which,
+                            const fa_backend **chosen, const char **kernel, fa_error *reasons,
+                            fa_error *error);
+
 /* backward.c */
 typedef struct backward_call {
     call forward;

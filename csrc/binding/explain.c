@@ -37,6 +37,8 @@ static PyObject *explain(module_state *state, const arguments *a, int which, int
     explanation e = {0};
     const fa_status status =
         which == KVCACHE ? kvcache_explain(state, a, &e.backend, &e.kernel, e.reasons, &e.error)
+        : which >= SPARSEK
+            ? selection_explain(state, a, which, &e.backend, &e.kernel, e.reasons, &e.error)
         : which >= SPARSE
             ? sparse_explain(state, a, which, &e.backend, &e.kernel, e.reasons, &e.error)
         : which >= BACKWARD

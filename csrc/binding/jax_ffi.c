@@ -169,6 +169,8 @@ HANDLERS(sparsek, JAX_SPARSEK)
 HANDLERS(sparsek_backward, JAX_SPARSEK_BACKWARD)
 HANDLERS(sparse, JAX_SPARSE)
 HANDLERS(sparse_backward, JAX_SPARSE_BACKWARD)
+HANDLERS(selection, JAX_SPARSEK_ATTENTION)
+HANDLERS(selection_backward, JAX_SPARSEK_ATTENTION_BACKWARD)
 #undef HANDLERS
 
 xla_handler *const jax_handler[JAX_TARGETS][2] = {
@@ -179,4 +181,6 @@ xla_handler *const jax_handler[JAX_TARGETS][2] = {
     [JAX_SPARSEK_BACKWARD] = {sparsek_backward_cpu, sparsek_backward_cuda},
     [JAX_SPARSE] = {sparse_cpu, sparse_cuda},
     [JAX_SPARSE_BACKWARD] = {sparse_backward_cpu, sparse_backward_cuda},
+    [JAX_SPARSEK_ATTENTION] = {selection_cpu, selection_cuda},
+    [JAX_SPARSEK_ATTENTION_BACKWARD] = {selection_backward_cpu, selection_backward_cuda},
 };

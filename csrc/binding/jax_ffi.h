@@ -8,6 +8,7 @@
 #define FASTATTN_JAX_FFI_H
 
 #include "check_sparse.h"
+#include "check_sparsek_attention.h"
 #include "xla_ffi.h"
 
 typedef enum jax_target {
@@ -18,6 +19,8 @@ typedef enum jax_target {
     JAX_SPARSEK_BACKWARD,
     JAX_SPARSE,
     JAX_SPARSE_BACKWARD,
+    JAX_SPARSEK_ATTENTION,
+    JAX_SPARSEK_ATTENTION_BACKWARD,
     JAX_TARGETS
 } jax_target;
 
@@ -33,6 +36,7 @@ typedef struct jax_call {
     fa_backward_request backward;
     fa_sparsek_request sparsek;
     fa_sparse_request sparse;
+    fa_selection_request selection;
     int64_t runs;    /* the call is made for each index of a first axis; 0: there is none */
     int64_t stepped; /* bit i: operand i has that axis; all results have it */
     char backend[8]; /* or empty */
@@ -47,7 +51,7 @@ typedef struct jax_attribute {
     size_t offset; /* in jax_call */
 } jax_attribute;
 
-enum { JAX_ATTRIBUTES = 32 };
+enum { JAX_ATTRIBUTES = 36 };
 extern const jax_attribute jax_attributes[JAX_ATTRIBUTES];
 
 /* NULL where there is none of this name. */
@@ -81,6 +85,10 @@ fa_status jax_run_sparsek_backward(jax_call *c, int64_t *bytes, fa_error *error)
 /* jax_sparse.c */
 fa_status jax_run_sparse(jax_call *c, int64_t *bytes, fa_error *error);
 fa_status jax_run_sparse_backward(jax_call *c, int64_t *bytes, fa_error *error);
+
+/* jax_selection.c */
+fa_status jax_run_selection(jax_call *c, int64_t *bytes, fa_error *error);
+fa_status jax_run_selection_backward(jax_call *c, int64_t *bytes, fa_error *error);
 
 extern xla_handler *const jax_handler[JAX_TARGETS][2]; /* on the CPU, on CUDA */
 

@@ -41,6 +41,10 @@ const jax_attribute jax_attributes[JAX_ATTRIBUTES] = {
     ATTRIBUTE(INT64, union_left, sparse.left),
     ATTRIBUTE(INT, has_union_right, sparse.has_right),
     ATTRIBUTE(INT64, union_right, sparse.right),
+    ATTRIBUTE(DOUBLE, k_keep, selection.k),
+    ATTRIBUTE(INT64, kept_window, selection.window),
+    ATTRIBUTE(INT, keep_all, selection.keep_all),
+    ATTRIBUTE(INT, gates_keys, selection.key_gate),
     ATTRIBUTE(INT64, runs, runs),
     ATTRIBUTE(INT64, stepped, stepped),
 };
@@ -87,6 +91,9 @@ static const struct {
     OPERAND(tau, sparsek.tau),
     OPERAND(key_lists, sparsek.key_lists),
     OPERAND(dgates, sparsek.dgates),
+    OPERAND(scores, selection.scores),
+    OPERAND(tau, selection.tau),
+    OPERAND(ends, selection.ends),
 };
 
 /* A seed of 64 bits comes as two numbers of 32, for most programs of JAX have no int64. */
@@ -265,7 +272,9 @@ fa_status jax_run(jax_call *c, int64_t *bytes, fa_error *error) {
         [JAX_SPARSEK] = jax_run_sparsek,
         [JAX_SPARSEK_BACKWARD] = jax_run_sparsek_backward,
         [JAX_SPARSE] = jax_run_sparse,
-        [JAX_SPARSE_BACKWARD] = jax_run_sparse_backward};
+        [JAX_SPARSE_BACKWARD] = jax_run_sparse_backward,
+        [JAX_SPARSEK_ATTENTION] = jax_run_selection,
+        [JAX_SPARSEK_ATTENTION_BACKWARD] = jax_run_selection_backward};
     const int64_t runs = c->runs ? c->runs : 1;
     for (int64_t i = 0; i < runs; i++) {
         TRY(run[c->target](c, bytes, error));

@@ -6,12 +6,15 @@
 #include "call.h"
 #include "jax_ffi.h"
 #include "options.h"
+#include "selection.h"
 #include "sparse.h"
 
 #include <stdlib.h>
 
 static const char *const targets[JAX_TARGETS] = {
-    "forward", "backward", "merge", "sparsek", "sparsek_backward", "sparse", "sparse_backward"};
+    "forward",         "backward",          "merge",
+    "sparsek",         "sparsek_backward",  "sparse",
+    "sparse_backward", "sparsek_attention", "sparsek_attention_backward"};
 
 /* ---- a call taken apart ---- */
 
@@ -132,6 +135,37 @@ static PyObject *plan_sparse(module_state *state, int which, PyObject *values) {
     return finish_plan(state, f, plan, status);
 }
 
+/* dscores has the place of dmask. */
+static PyObject *list_selection_results(const selection_call *c) {
+    static const char *const names[FA_GRADIENTS] = {"dq", "dk", "dv", "dscores", "dsink"};
+    static const char *const more[FA_SELECTION_RESULTS] = {"tau", "ends"};
+    const int is_backward = c->forward.is_backward;
+    PyObject *list = list_results(&c->forward, is_backward ? c->gradients : NULL, names);
+    for (int i = 0; i < FA_SELECTION_RESULTS && list && !is_backward; i++) {
+        const fa_result *r = &c->results[i];
+        if (!add_result(list, more[i], r->ndim, r->shape, r->dtype)) Py_CLEAR(list);
+    }
+    return list;
+}
+
+static PyObject *plan_selection(module_state *state, int which, PyObject *values) {
+    arguments a;
+    selection_call c;
+    call *f = &c.forward;
+    PyObject *plan = NULL;
+    if (arguments_unpack(&state->signatures[which], values, &a) < 0) return NULL;
+    selection_start(&c, state);
+    fa_status status = selection_prepare(&c, &a, which);
+    if (status == FA_OK) status = threads_warn(state);
+    if (status == FA_OK) {
+        const jax_call j = {.request = f->request,
+                            .backward = {.deterministic = f->deterministic},
+                            .selection = c.request};
+        plan = make_plan(f, &j, list_selection_results(&c));
+    }
+    return finish_plan(state, f, plan, status);
+}
+
 PyObject *jax_plan(PyObject *module, PyObject *const *given, Py_ssize_t count) {
     static const char *const names[FA_GRADIENTS] = {"dq", "dk", "dv", "dmask", "dsink"};
     module_state *state = PyModule_GetState(module);
@@ -141,6 +175,7 @@ PyObject *jax_plan(PyObject *module, PyObject *const *given, Py_ssize_t count) {
     arguments a;
     backward_call c;
     call *f = &c.forward;
+    if (which >= SPARSEK && which < FUNCTIONS) return plan_selection(state, which, given[1]);
     if (which >= SPARSE && which < FUNCTIONS) return plan_sparse(state, which, given[1]);
     if (which >= KVCACHE || arguments_unpack(&state->signatures[which], given[1], &a) < 0)
         return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "_C has no plan %s", name);

@@ -14,12 +14,12 @@ void sparse_start(sparse_call *c, module_state *state) {
 
 /* ---- arguments ---- */
 
-static fa_status borrow_some(call *c, PyObject *object, const char *name, int is_followed,
-                             const fa_array **out) {
+fa_status sparse_borrow(call *c, PyObject *object, const char *name, int is_followed,
+                        const fa_array **out) {
     return object == Py_None ? FA_OK : prepare_array(c, object, name, is_followed, out);
 }
 
-static fa_status get_size(call *f, PyObject *object, const char *name, int64_t *to) {
+fa_status sparse_get_size(call *f, PyObject *object, const char *name, int64_t *to) {
     int overflow;
     return option_int(object, name, "be an int", to, &overflow, &f->error);
 }
@@ -29,10 +29,10 @@ static fa_status get_lists(sparse_call *c, const arguments *a) {
     fa_sparse_request *q = &c->request;
     fa_request window = {.causal = 0};
     TRY(prepare_array(f, a->key_lists, "key_lists", 0, &q->entries));
-    TRY(borrow_some(f, a->counts, "counts", 0, &q->counts));
-    TRY(get_size(f, a->q_block, "q_block", &q->q_block));
-    TRY(get_size(f, a->k_block, "k_block", &q->k_block));
-    TRY(borrow_some(f, a->gate, "gate", 1, &q->gate));
+    TRY(sparse_borrow(f, a->counts, "counts", 0, &q->counts));
+    TRY(sparse_get_size(f, a->q_block, "q_block", &q->q_block));
+    TRY(sparse_get_size(f, a->k_block, "k_block", &q->k_block));
+    TRY(sparse_borrow(f, a->gate, "gate", 1, &q->gate));
     TRY(option_bool(f->state, a->key_gate, "key_gate", &q->key_gate, &f->error));
     TRY(option_window(a->window_union, "window_union", &window, &f->error));
     q->has_window = a->window_union != Py_None;
@@ -43,24 +43,24 @@ static fa_status get_lists(sparse_call *c, const arguments *a) {
 }
 
 /* Lengths, or where sequences are packed, their ends. */
-static fa_status get_sequences(call *f, const arguments *a) {
+fa_status sparse_get_sequences(call *f, const arguments *a) {
     fa_request *r = &f->request;
     const int packed = a->cu_seqlens_q && a->cu_seqlens_q != Py_None;
     TRY(prepare_offset(f, a->q_offset));
     if (a->q_lengths) {
-        TRY(borrow_some(f, a->q_lengths, "q_lengths", 0, &r->q_lengths));
-        TRY(borrow_some(f, a->k_lengths, "k_lengths", 0, &r->k_lengths));
-        TRY(borrow_some(f, a->k_start, "k_start", 0, &r->k_start));
+        TRY(sparse_borrow(f, a->q_lengths, "q_lengths", 0, &r->q_lengths));
+        TRY(sparse_borrow(f, a->k_lengths, "k_lengths", 0, &r->k_lengths));
+        TRY(sparse_borrow(f, a->k_start, "k_start", 0, &r->k_start));
         TRY(option_layout(a->layout, &r->layout, &f->error));
     }
     if (!packed) return FA_OK;
     r->layout = FA_BSHD;
     TRY(prepare_array(f, a->cu_seqlens_q, "cu_seqlens_q", 0, &r->cu_q));
     TRY(prepare_array(f, a->cu_seqlens_k, "cu_seqlens_k", 0, &r->cu_k));
-    TRY(get_size(f, a->max_seqlen_q, "max_seqlen_q", &r->max_sq));
-    TRY(get_size(f, a->max_seqlen_k, "max_seqlen_k", &r->max_sk));
-    TRY(borrow_some(f, a->seqused_q, "seqused_q", 0, &r->q_lengths));
-    return borrow_some(f, a->seqused_k, "seqused_k", 0, &r->k_lengths);
+    TRY(sparse_get_size(f, a->max_seqlen_q, "max_seqlen_q", &r->max_sq));
+    TRY(sparse_get_size(f, a->max_seqlen_k, "max_seqlen_k", &r->max_sk));
+    TRY(sparse_borrow(f, a->seqused_q, "seqused_q", 0, &r->q_lengths));
+    return sparse_borrow(f, a->seqused_k, "seqused_k", 0, &r->k_lengths);
 }
 
 /* What all three functions have, and the verdict on it. */
@@ -74,9 +74,9 @@ static fa_status get_forward(sparse_call *c, const arguments *a) {
     TRY(get_lists(c, a));
     TRY(option_causal(f->state, a->causal, r, error));
     TRY(option_window(a->window, "window", r, error));
-    TRY(get_sequences(f, a));
+    TRY(sparse_get_sequences(f, a));
     TRY(option_double(f->state, a->softcap, "softcap", &r->softcap, error));
-    TRY(borrow_some(f, a->sink, "sink", 1, &r->sink));
+    TRY(sparse_borrow(f, a->sink, "sink", 1, &r->sink));
     r->has_scale = a->scale != Py_None;
     if (r->has_scale) TRY(option_double(f->state, a->scale, "scale", &r->scale, error));
     TRY(option_bool(f->state, a->deterministic, "deterministic", &f->deterministic, error));
@@ -115,10 +115,10 @@ static fa_status get_gradients(sparse_call *c, const arguments *a) {
                  {a->need_dv, "need_dv", &r->need[FA_OF_V]},
                  {a->need_dgate, "need_dgate", &c->need_dgate},
                  {a->need_dsink, "need_dsink", &r->need[FA_OF_SINK]}};
-    TRY(borrow_some(f, a->dout, "dout", 0, &r->dout));
+    TRY(sparse_borrow(f, a->dout, "dout", 0, &r->dout));
     TRY(prepare_array(f, a->out, "out", 0, &r->out));
     TRY(prepare_array(f, a->lse, "lse", 0, &r->lse));
-    TRY(borrow_some(f, a->dlse, "dlse", 0, &r->dlse));
+    TRY(sparse_borrow(f, a->dlse, "dlse", 0, &r->dlse));
     for (size_t i = 0; i < sizeof needs / sizeof *needs; i++)
         TRY(option_bool(f->state, needs[i].object, needs[i].name, needs[i].to, &f->error));
     if (c->need_dgate && !c->request.gate)

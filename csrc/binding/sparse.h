@@ -24,4 +24,11 @@ void sparse_start(sparse_call *c, module_state *state);
 /* which: SPARSE, SPARSE_VARLEN or SPARSE_BACKWARD. As prepare_forward(). */
 fa_status sparse_prepare(sparse_call *c, const arguments *a, int which);
 
+/* What selection.c has, too: an array or None, an int, and lengths or where sequences are packed
+ * their ends. */
+fa_status sparse_borrow(call *c, PyObject *object, const char *name, int is_followed,
+                        const fa_array **out);
+fa_status sparse_get_size(call *c, PyObject *object, const char *name, int64_t *to);
+fa_status sparse_get_sequences(call *c, const arguments *a);
+
 #endif

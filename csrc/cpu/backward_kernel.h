@@ -24,6 +24,7 @@
 #define FASTATTN_CPU_BACKWARD_KERNEL_H
 
 #define add_columns FN(add_columns)
+#define add_kept_columns FN(add_kept_columns)
 #define add_mass FN(add_mass)
 #define add_parts FN(add_parts)
 #define add_rows FN(add_rows)
@@ -37,6 +38,7 @@
 #define change FN(change)
 #define column_row FN(column_row)
 #define count_seen FN(count_seen)
+#define count_kept FN(count_kept)
 #define drop FN(drop)
 #define fetch_next FN(fetch_next)
 #define fill_listed FN(fill_listed)
@@ -45,6 +47,7 @@
 #define gate_of FN(gate_of)
 #define is_alive FN(is_alive)
 #define is_alone FN(is_alone)
+#define kept_tile FN(kept_tile)
 #define lay_out FN(lay_out)
 #define list_bytes FN(list_bytes)
 #define listed_rows FN(listed_rows)
@@ -56,6 +59,8 @@
 #define load_rows FN(load_rows)
 #define load_values FN(load_values)
 #define multiply_by_row FN(multiply_by_row)
+#define only_column FN(only_column)
+#define open_kept_columns FN(open_kept_columns)
 #define open_backward FN(open_backward)
 #define open_listed FN(open_listed)
 #define open_tile FN(open_tile)
@@ -77,6 +82,7 @@
 #define tile_size FN(tile_size)
 #define is_coarse FN(is_coarse)
 #define weigh FN(weigh)
+#define weigh_kept FN(weigh_kept)
 #define weight FN(weight)
 #define write_panels FN(write_panels)
 #define zip_panels FN(zip_panels)
@@ -255,6 +261,7 @@ static void run_keys(const fa_backward *b, const fa_keys *task, void *memory) {
 static const fa_backward_kernel FN(kernel) = {sizeof(real), LANES,    tile_size, scratch,
                                               run_keys,     run_mask, run_sink};
 #else
+#include "backward_kept.h"
 #include "backward_lists.h"
 static const fa_backward_kernel FN(kernel) = {sizeof(real), LANES,    tile_size, scratch,
                                               run_keys,     run_mask, run_sink,  list_bytes,

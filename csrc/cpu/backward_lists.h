@@ -11,6 +11,7 @@ typedef struct listed_rows {
     tile tile;
     fa_interval keys[FA_ROWS];
     uint8_t several[FA_ROWS]; /* sees more than one key in all */
+    kept_tile *kept;          /* of keys that SparseK keeps; else NULL */
 } listed_rows;
 
 static size_t list_bytes(const fa_backward *b, const fa_lists *lists) {
@@ -27,7 +28,8 @@ static void count_seen(fa_listed *l, uint8_t *seen) {
     for (l->step = 0; fa_next_pass(l, &pass);)
         for (int row = l->first; row < l->end; row++) {
             const fa_interval keys = fa_pass_columns(l, &pass, row);
-            const int n = seen[row - l->first] + (keys.end - keys.begin);
+            const int more = pass.kept ? count_kept(pass.kept, row) : keys.end - keys.begin;
+            const int n = seen[row - l->first] + more;
             seen[row - l->first] = (uint8_t)(n < 2 ? n : 2);
         }
 }
@@ -72,7 +74,9 @@ static void open_listed(const backward *c, const fa_list_task *task, const fa_pa
     for (int i = 0; i < n; i++) {
         const int row = find_row(&task->group, start + first + i).row;
         if (row != before) keys = fa_pass_columns(task->listed, pass, before = row);
+        if (pass->kept && seen[row - task->listed->first] < 2) keys = only_column(pass->kept, row);
         l->keys[i] = keys;
+        if (pass->kept) l->kept->row[i] = row, l->kept->tau[i] = (real)fa_kept_tau(pass->kept, row);
         if (keys.begin >= c->end || keys.end <= c->begin || keys.begin == keys.end) continue;
         if (i < l->tile.begin) l->tile.begin = i;
         l->tile.end = i + 1;
@@ -88,7 +92,7 @@ static void open_listed(const backward *c, const fa_list_task *task, const fa_pa
 }
 
 /* P and dS of a tile; 0 in the rows of a panel that see nothing of it. */
-static void fill_listed(const backward *c, listed_rows *l) {
+static void fill_listed(const backward *c, const fa_list_task *task, listed_rows *l) {
     tile *r = &l->tile;
     for (int p = 0; p < panels(c->s); p++) {
         const int width = width_of(c->s, p), key = c->begin + p * WIDTH;
@@ -114,7 +118,9 @@ static void fill_listed(const backward *c, listed_rows *l) {
             vec *x = (vec *)(s + i * width), *y = (vec *)(t + i * width);
             const fa_interval keys = l->keys[i];
             const int cuts = keys.begin > key || keys.end < key + width || is_coarse(c, i);
-            if (c->changed)
+            if (l->kept)
+                weigh_kept(c, task, l->kept, r, i, keys, p * WIDTH / LANES, x, y, width);
+            else if (c->changed)
                 change(c, r, i, keys, key, (real *)x, (real *)y, width, 0);
             else if (width == WIDTH && !cuts)
                 weigh(c, x, y, NV, i, keys, at, 0);
@@ -192,9 +198,12 @@ static void run_columns(backward *c, const fa_list_task *task, const fa_pass *pa
     const int count = whole(end - begin), d = whole(what->d);
     const int wants_dk = task->dk || (task->entries && task->listed->lists->key_gate);
     listed_rows l;
+    kept_tile kept;
+    l.kept = pass->kept ? &kept : NULL;
     c->several = l.several;
     set_keys(c, &task->group.sequence, task->group.b, begin, end);
     c->k.rows = c->dk.rows = c->dv.rows = count;
+    if (pass->kept) open_kept_columns(c, pass->kept, &kept);
     load_columns(c, task, pass, &what->k, c->k, c->kt, task->listed->lists->key_gate);
     if (c->wants_ds)
         load_columns(c, task, pass, &what->v, (matrix){c->dv.data, count, what->dv}, c->vt, 1);
@@ -204,7 +213,7 @@ static void run_columns(backward *c, const fa_list_task *task, const fa_pass *pa
         open_listed(c, task, pass, seen, first, rows, &l);
         const tile *r = &l.tile;
         if (r->begin >= r->end) continue;
-        fill_listed(c, &l);
+        fill_listed(c, task, &l);
         if (task->is_mass) {
             add_mass(c, task, pass, r);
             continue;
@@ -216,6 +225,7 @@ static void run_columns(backward *c, const fa_list_task *task, const fa_pass *pa
                     panel(c->k, j), width_of(c->k, j), c->t, 0, c->t.columns, r->begin, r->end);
     }
     if (!task->is_mass) add_columns(c, task, pass);
+    if (pass->kept) add_kept_columns(c, task, &kept);
 }
 
 /* What the sinks of the group's heads get of the block's rows. */

@@ -40,6 +40,9 @@ typedef struct fa_list_task {
                       * mass; NULL: neither is wanted */
     double *sinks;   /* of each head of the group the same of its sink; or NULL */
     int is_mass;     /* p alone is summed, to entries */
+    /* Of keys that SparseK keeps, or NULL: of each of the sequence's keys, and of its rows, what is
+     * added to the sums of the gradients of gates that are neither 0 nor 1. */
+    double *of_keys, *of_rows;
 } fa_list_task;
 
 /* Keys whose sums are done: to dk and dv, all parts of them in order. */

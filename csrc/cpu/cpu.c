@@ -1,7 +1,6 @@
 /* cpu.c - the CPU backend: chooses the vector level, and is what dispatch.c calls.
  *
- * Each operation is computed in a file of its own: forward.c, backward.c, kvcache.c, merge.c,
- * sparsek.c, sparsek_backward.c.
+ * Each operation is computed in a file of its own.
  */
 #include "cpu.h"
 
@@ -189,51 +188,31 @@ SINGLE(sparsek, fa_sparsek, FA_CPU_SPARSEK)
 SINGLE(sparsek_backward, fa_sparsek_backward, FA_CPU_SPARSEK_BACKWARD)
 #undef SINGLE
 
-static fa_status reject_sparse(const fa_sparse *s, fa_choice *choice, fa_error *why) {
-    return reject_forward(&s->forward, choice, why);
-}
-
-static const char *name_sparse(const fa_sparse *s, const fa_choice *choice) {
-    return name_forward(&s->forward, choice);
-}
-
-static int64_t no_sparse_workspace(const fa_sparse *s, const fa_choice *choice) {
-    (void)s, (void)choice;
-    return 0;
-}
-
-static fa_status run_sparse(const fa_sparse *s, const fa_choice *choice, void *workspace,
-                            fa_error *error) {
-    (void)workspace;
-    return fa_cpu_sparse(s, level_of(choice), error);
-}
-
-static const fa_sparse_op sparse = {FA_CPU_SPARSE, reject_sparse, name_sparse, no_sparse_workspace,
-                                    run_sparse};
-
-static fa_status reject_sparse_backward(const fa_sparse_backward *b, fa_choice *choice,
-                                        fa_error *why) {
-    return reject_backward(&b->attention, choice, why);
-}
-
-static const char *name_sparse_backward(const fa_sparse_backward *b, const fa_choice *choice) {
-    return name_backward(&b->attention, choice);
-}
-
-static int64_t no_sparse_backward_workspace(const fa_sparse_backward *b, const fa_choice *choice) {
-    (void)b, (void)choice;
-    return 0;
-}
-
-static fa_status run_sparse_backward(const fa_sparse_backward *b, const fa_choice *choice,
-                                     void *workspace, fa_error *error) {
-    (void)workspace;
-    return fa_cpu_sparse_backward(b, level_of(choice), error);
-}
-
-static const fa_sparse_backward_op sparse_backward = {
-    FA_CPU_SPARSE_BACKWARD, reject_sparse_backward, name_sparse_backward,
-    no_sparse_backward_workspace, run_sparse_backward};
+/* Of lists of keys: with the variants of the forward, or of the backward pass. field: of which. */
+#define LISTED(operation, request, like, field, line)                                            \
+    static fa_status reject_##operation(const request *r, fa_choice *choice, fa_error *why) {    \
+        return reject_##like(&r->field, choice, why);                                            \
+    }                                                                                            \
+    static const char *name_##operation(const request *r, const fa_choice *choice) {             \
+        return name_##like(&r->field, choice);                                                   \
+    }                                                                                            \
+    static int64_t no_##operation##_workspace(const request *r, const fa_choice *choice) {       \
+        (void)r, (void)choice;                                                                   \
+        return 0;                                                                                \
+    }                                                                                            \
+    static fa_status run_##operation(const request *r, const fa_choice *choice, void *workspace, \
+                                     fa_error *error) {                                          \
+        (void)workspace;                                                                         \
+        return fa_cpu_##operation(r, level_of(choice), error);                                   \
+    }                                                                                            \
+    static const fa_##operation##_op operation = {line, reject_##operation, name_##operation,    \
+                                                  no_##operation##_workspace, run_##operation};
+LISTED(sparse, fa_sparse, forward, forward, FA_CPU_SPARSE)
+LISTED(sparse_backward, fa_sparse_backward, backward, attention, FA_CPU_SPARSE_BACKWARD)
+LISTED(sparsek_attention, fa_sparsek_attention, forward, forward, FA_CPU_SPARSEK_ATTENTION)
+LISTED(sparsek_attention_backward, fa_sparsek_attention_backward, backward, attention,
+       FA_CPU_SPARSEK_ATTENTION_BACKWARD)
+#undef LISTED
 
 const fa_backend fa_cpu = {.name = "cpu",
                            .device = FA_CPU,
@@ -245,4 +224,6 @@ const fa_backend fa_cpu = {.name = "cpu",
                            .sparse = &sparse,
                            .sparse_backward = &sparse_backward,
                            .sparsek = &sparsek,
-                           .sparsek_backward = &sparsek_backward};
+                           .sparsek_backward = &sparsek_backward,
+                           .sparsek_attention = &sparsek_attention,
+                           .sparsek_attention_backward = &sparsek_attention_backward};

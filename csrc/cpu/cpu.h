@@ -1,6 +1,5 @@
 /* cpu.h - what the files of the CPU backend share: cpu.c chooses the level, forward.c, backward.c
- * kvcache.c, merge.c, sparsek.c and sparsek_backward.c are an operation each, pool.c has the
- * threads.
+ * kvcache.c, merge.c, sparse*.c and sparsek*.c are an operation each, pool.c has the threads.
  */
 #ifndef FASTATTN_CPU_H
 #define FASTATTN_CPU_H
@@ -61,6 +60,13 @@ fa_status fa_cpu_sparsek(const fa_sparsek *r, fa_error *error);
 fa_status fa_cpu_sparsek_backward(const fa_sparsek_backward *b, fa_error *error);
 fa_status fa_cpu_sparse(const fa_sparse *s, fa_level level, fa_error *error);
 fa_status fa_cpu_sparse_backward(const fa_sparse_backward *b, fa_level level, fa_error *error);
+fa_status fa_cpu_sparsek_attention(const fa_sparsek_attention *r, fa_level level, fa_error *error);
+fa_status fa_cpu_sparsek_attention_backward(const fa_sparsek_attention_backward *b, fa_level level,
+                                            fa_error *error);
+/* Of keys whose runs are known; sparse.c, sparse_backward.c */
+fa_status fa_cpu_kept(const fa_sparsek_attention *r, fa_level level);
+fa_status fa_cpu_kept_backward(const fa_sparsek_attention_backward *b, fa_level level,
+                               fa_error *error);
 /* The sums of `mass`, by the lse of the forward's request. */
 fa_status fa_cpu_mass(const fa_sparse *s, fa_level level, fa_error *error);
 

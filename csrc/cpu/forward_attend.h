@@ -60,7 +60,9 @@ FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, in
     vec *s = c->s, top[NV], alpha[NV];
     find_ends(p, begin, n, nv, ends);
     score_keys(c, p, keys, begin, n, nv, ends, top);
-    if (c->changed || c->bias || begin < p->all.begin || end > p->all.end) {
+    if (c->kept) {
+        gate_scores(c, p, s, top, begin, n, nv);
+    } else if (c->changed || c->bias || begin < p->all.begin || end > p->all.end) {
         if (c->bias) read_bias(c, p, begin, n);
         change(c, p, s, top, begin, n, nv, ends);
     }
@@ -88,6 +90,7 @@ FA_FAST void attend(const context *c, panel *p, const block *keys, int begin, in
         p->m[j] = top_j;
     }
     if (c->p->dropout.p > 0) drop(c, p, s, begin, n, nv);
+    if (c->kept) gate_weights(c, p, s, begin, n, nv);
 
     const unit *v = keys->v + (begin - keys->begin) / STEP * keys->v_row;
     const int dv = c->p->what.dv;

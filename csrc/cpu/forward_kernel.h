@@ -49,6 +49,9 @@
 #define fetch_row FN(fetch_row)
 #define find_ends FN(find_ends)
 #define fold FN(fold)
+#define gate_at FN(gate_at)
+#define gate_scores FN(gate_scores)
+#define gate_weights FN(gate_weights)
 #define has_one_key FN(has_one_key)
 #define is_one_piece FN(is_one_piece)
 #define join_splits FN(join_splits)
@@ -69,6 +72,7 @@
 #define panel FN(panel)
 #define read_bias FN(read_bias)
 #define read_bias_few FN(read_bias_few)
+#define keeps FN(keeps)
 #define run_lists FN(run_lists)
 #define run_rows FN(run_rows)
 #define run_split FN(run_split)
@@ -107,6 +111,7 @@ typedef struct panel {
     /* Of each row; begin = end in the lanes past the last row. */
     ivec begin[NV], end[NV], position[NV];
     vec slope[NV];
+    vec tau[NV];          /* of keys that SparseK keeps */
     fa_interval any, all; /* keys that some row, and that every row sees */
     fa_row row[PANEL];    /* the last one in the lanes past it */
     int count, nv;        /* rows, vectors of rows */
@@ -137,6 +142,7 @@ typedef struct context {
     real *k_packed, *v_packed;
     const double *gates; /* of lists: of each page, by which its values are multiplied, */
     int key_gate;        /* and its keys; NULL: 1 */
+    const fa_kept *kept; /* of keys that SparseK keeps: their gates, of each row; else NULL */
 } context;
 
 /* Rows of K, or of V, in the caller's arrays. Rows that are read in place are asked for AHEAD of
@@ -161,6 +167,7 @@ static int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
 
 #include "forward_products.h"
 #include "forward_scores.h"
+#include "forward_kept.h"
 #include "forward_few.h"
 #include "forward_attend.h"
 #include "forward_rows.h"

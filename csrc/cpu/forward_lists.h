@@ -14,6 +14,9 @@ static void open_pass(panel *p, const fa_listed *l, const fa_pass *pass) {
             if (row != before) keys = fa_pass_columns(l, pass, before = row);
             p->begin[j][i] = n < p->count ? keys.begin : 0;
             p->end[j][i] = n < p->count ? keys.end : 0;
+            if (!pass->kept) continue;
+            p->position[j][i] = n < p->count ? row : -1;
+            p->tau[j][i] = (real)fa_kept_tau(pass->kept, row);
         }
     const fa_interval top = fa_pass_columns(l, pass, p->row[0].row);
     const fa_interval bottom = fa_pass_columns(l, pass, p->row[p->count - 1].row);
@@ -27,7 +30,7 @@ static void attend_pass(context *c, fa_params *p, fa_group *g, const fa_listed *
     for (int i = 0; i < c->count; i++) open_pass(&c->panels[i], l, pass);
     p->pages.table = pass->blocks;
     g->sequence.lengths.sk = pass->columns;
-    c->gates = pass->gates;
+    c->gates = pass->gates, c->kept = pass->kept;
     const int begin = c->panels[0].any.begin, end = c->panels[c->count - 1].any.end;
     const int start = c->few ? begin / (LANES * STEP) * (LANES * STEP) : begin / STEP * STEP;
     for (int at = begin / KEYS * KEYS; at < end; at += KEYS) {
@@ -53,6 +56,7 @@ static void run_lists(const fa_params *p, const fa_group *g, fa_listed *l, int64
     group.sequence.lengths.sq = count, group.sequence.lengths.sk = what->sk = FA_MAX_LENGTH;
     open_scores(&c);
     c.key_gate = l->lists->key_gate;
+    if (l->kept) c.few = 0; /* rows have gates of their own */
     lay_out(&c, memory, what, 0, count);
     const int most = c.few ? FEW : PANEL;
     for (int i = 0; i < c.count; i++)

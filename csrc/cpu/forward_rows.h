@@ -25,7 +25,7 @@ static void open_scores(context *c) {
     c->few = c->group->sequence.lengths.sq <= FEW && c->group->sequence.lengths.sk >= FEW_KEYS;
     c->seed = p->dropout.p > 0 ? fa_dropout_seed(&p->dropout) : 0;
     c->bias = NULL;
-    c->gates = NULL, c->key_gate = 0;
+    c->gates = NULL, c->key_gate = 0, c->kept = NULL;
     c->mask = scores->mask.data;
     if (c->mask)
         c->mask += (c->group->b * scores->mask.stride[0] + c->group->h * scores->mask.stride[1]) *

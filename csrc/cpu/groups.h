@@ -3,7 +3,7 @@
 #define FASTATTN_CPU_GROUPS_H
 
 #include "cpu.h"
-#include "lists.h"
+#include "kept.h"
 
 /* Query heads that share the keys and values of one sequence. Their rows are one list, in which
  * the heads alternate, so that along it the ends of what a row sees never decrease. */

@@ -1,5 +1,5 @@
 /* lists.c - lists of key blocks, read and cut into passes. */
-#include "lists.h"
+#include "kept.h"
 
 enum { BYTES = 8 + 2 * (4 + 4 + 8) }; /* for an entry: cut, and both fa_some */
 
@@ -49,20 +49,32 @@ static void sort_cut(fa_listed *l) {
     }
 }
 
-void fa_read_list(fa_listed *l, fa_dtype dtype, int64_t b, int64_t h, int64_t block, int32_t first,
-                  int32_t end) {
+/* The keys that SparseK keeps: as blocks that every row sees, for which of them does is known by
+ * the kernels. */
+static void read_kept(fa_listed *l, int64_t b, int64_t h) {
+    fa_read_kept(l->kept, b, h, l->first, l->end);
+    l->whole.blocks = l->kept->keys, l->whole.count = l->kept->count;
+}
+
+void fa_read_list(fa_listed *l, const fa_params *p, int64_t b, int64_t h, int64_t block,
+                  int32_t first, int32_t end) {
     const fa_tensor *t = &l->lists->entries, *c = &l->lists->counts;
+    const int64_t at = p->varlen.cu_q ? 0 : b;
     const int32_t size = l->lists->k_block, sk = l->lengths.sk;
     const int32_t blocks = sk / size + (sk % size > 0);
-    const int32_t *from = (const int32_t *)t->data + element(t, b, h, block);
     int32_t length = (int32_t)t->shape[3];
-    if (c->data) length = fa_clamp(((const int32_t *)c->data)[element(c, b, h, block)], 0, length);
     l->first = first, l->end = end;
     l->step = l->whole.count = l->cut_count = l->layers = 0;
-    l->gate_type = fa_gate_dtype(dtype), l->gate = NULL;
+    l->gate_type = fa_gate_dtype(p->what.dtype), l->gate = NULL;
+    if (l->kept) {
+        read_kept(l, b, h);
+        return;
+    }
+    const int32_t *from = (const int32_t *)t->data + element(t, at, h, block);
+    if (c->data) length = fa_clamp(((const int32_t *)c->data)[element(c, at, h, block)], 0, length);
     if (l->lists->gate.data)
         l->gate = (const char *)l->lists->gate.data +
-                  element(&l->lists->gate, b, h, block) * fa_dtype_size(l->gate_type);
+                  element(&l->lists->gate, at, h, block) * fa_dtype_size(l->gate_type);
     if (first >= end) return;
     const fa_interval top = fa_row_interval(l->lengths, first);
     const fa_interval bottom = fa_row_interval(l->lengths, end - 1);
@@ -115,6 +127,7 @@ int fa_next_pass(fa_listed *l, fa_pass *pass) {
         if (step % 2) fill_layer(l, step / 2);
         pass->side = !step ? FA_WHOLE : step % 2 ? FA_LEFT : FA_RIGHT;
         if (!some->count || (step && !sees_side(l, pass->side))) continue;
+        pass->kept = step ? NULL : l->kept;
         pass->blocks = some->blocks, pass->entries = some->entries;
         pass->gates = l->gate ? some->gates : NULL;
         pass->count = some->count, pass->columns = some->count * l->lists->k_block;

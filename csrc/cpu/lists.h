@@ -14,6 +14,8 @@
 
 typedef enum fa_side { FA_WHOLE, FA_LEFT, FA_RIGHT, FA_WINDOW } fa_side;
 
+typedef struct fa_kept fa_kept; /* kept.h */
+
 typedef struct fa_pass {
     fa_side side;
     const int32_t *blocks;  /* the key blocks whose columns follow one another; NULL: columns are
@@ -22,6 +24,7 @@ typedef struct fa_pass {
     const double *gates;    /* of each; NULL: 1 */
     int32_t count;          /* of blocks */
     int32_t columns;
+    const fa_kept *kept; /* that these blocks, of a key each, are; or NULL */
 } fa_pass;
 
 /* Some blocks, in memory for all entries of a list. */
@@ -42,6 +45,7 @@ typedef struct fa_listed {
     int32_t step;              /* passes so far, empty ones too */
     const char *gate;          /* of its first entry, or NULL */
     fa_dtype gate_type;
+    fa_kept *kept; /* whose keys the list is instead; or NULL */
 } fa_listed;
 
 /* Memory for lists of this request. */
@@ -50,8 +54,8 @@ void fa_open_lists(fa_listed *l, const fa_lists *lists, void *memory);
 
 /* The rows [first, end) of sequence b, which are the block `block` of queries of all that `lists`
  * has, for key head h. l->lengths and l->window are the sequence's. */
-void fa_read_list(fa_listed *l, fa_dtype dtype, int64_t b, int64_t h, int64_t block, int32_t first,
-                  int32_t end);
+void fa_read_list(fa_listed *l, const fa_params *p, int64_t b, int64_t h, int64_t block,
+                  int32_t first, int32_t end);
 
 /* The passes, from the first on after l->step = 0; 0: there is no further one. */
 int fa_next_pass(fa_listed *l, fa_pass *pass);

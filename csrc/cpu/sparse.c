@@ -3,13 +3,14 @@
  * What is computed is in forward_lists.h, of lists that lists.c has read.
  */
 #include "groups.h"
-#include "lists.h"
+#include "kept.h"
 #include "pool.h"
 
-enum { QUERIES = 64 }; /* that a thread draws at once, but for larger blocks */
+enum { QUERIES = 64, BLOCKS = 8 }; /* that a thread draws at once, of single rows; of kept keys */
 
 typedef struct call {
     const fa_sparse *s;
+    const fa_sparsek_attention *selection; /* instead of lists; or NULL */
     fa_params p;
     const fa_cpu_kernel *kernel;
     int heads;           /* of a group, which shares its lists */
@@ -51,8 +52,8 @@ static void run_block(const call *c, const fa_group *g, fa_listed *l, int64_t bl
     const int64_t rows = g->sequence.q_end - g->sequence.q, begin = block * lists->q_block;
     const int64_t end = rows - begin < lists->q_block ? rows : begin + lists->q_block;
     const int64_t sq = g->sequence.lengths.sq, valid = sq < begin ? begin : sq < end ? sq : end;
-    fa_read_list(l, c->p.what.dtype, c->p.varlen.cu_q ? 0 : g->b, g->h / g->heads,
-                 c->first[g->b] + block, (int32_t)begin, (int32_t)valid);
+    fa_read_list(l, &c->p, g->b, g->h / g->heads, c->first[g->b] + block, (int32_t)begin,
+                 (int32_t)valid);
     for (int64_t at = begin * g->heads; at < valid * g->heads; at += c->rows) {
         const int64_t left = valid * g->heads - at;
         c->kernel->lists(&c->p, g, l, at, (int)(left < c->rows ? left : c->rows), memory);
@@ -79,11 +80,18 @@ static void work(void *argument) {
     fa_params p = c->p;
     p.what.sk = FA_MAX_LENGTH; /* columns may be more than keys */
     const size_t scratch = (c->kernel->scratch(&p, c->rows) + 63) / 64 * 64;
-    char *memory = malloc(scratch + fa_list_bytes(&c->s->lists) + 64);
+    const size_t of_lists = (fa_list_bytes(&c->s->lists) + 63) / 64 * 64;
+    char *memory =
+        malloc(scratch + of_lists + 64 + (c->selection ? fa_kept_bytes(c->selection) : 0));
     if (!memory) return; /* the other threads do the work */
     char *aligned = memory + (-(uintptr_t)memory & 63);
     fa_listed l;
+    fa_kept kept;
     fa_open_lists(&l, &c->s->lists, aligned + scratch);
+    if (c->selection) {
+        fa_open_kept(&kept, c->selection, aligned + scratch + of_lists);
+        l.kept = &kept;
+    }
     for (int64_t at; (at = atomic_fetch_add(&c->next, 1)) < c->most;) run_draw(c, at, &l, aligned);
     free(memory);
 }
@@ -94,7 +102,7 @@ static fa_status run(call *c, fa_level level) {
     const int packed = c->p.varlen.cu_q != NULL;
     if (w->hq == 0 || w->q.shape[2] == 0 || (!packed && w->b == 0)) return FA_OK;
     /* Gates multiply numbers, not pairs of bfloat16. */
-    if (lists->gate.data && level == FA_AVX512_BF16) level = FA_AVX512;
+    if ((lists->gate.data || c->selection) && level == FA_AVX512_BF16) level = FA_AVX512;
     c->kernel = fa_forward_kernel(level, w->dtype);
     c->first = fa_first_blocks(&c->p, lists);
     if (!c->first) return FA_MEMORY;
@@ -103,11 +111,11 @@ static fa_status run(call *c, fa_level level) {
     c->rows = c->kernel->rows;
     while (c->rows > c->kernel->lanes && (int64_t)c->rows * (w->d + (int64_t)w->dv) > 1 << 18)
         c->rows = (c->rows / 2 + c->kernel->lanes - 1) / c->kernel->lanes * c->kernel->lanes;
-    c->draw = lists->q_block == 1 ? QUERIES : 1;
+    c->draw = c->selection ? BLOCKS : lists->q_block == 1 ? QUERIES : 1;
     c->draws = (fa_q_blocks(lists, (int32_t)longest) + c->draw - 1) / c->draw;
     if (c->draws == 0) c->draws = 1;
     c->most = ((int64_t)w->b + packed) * w->hk * c->draws;
-    const double keys = (double)lists->entries.shape[3] * lists->k_block;
+    const double keys = c->selection ? w->sk : (double)lists->entries.shape[3] * lists->k_block;
     const int threads =
         keys * w->q.shape[2] * w->b * w->hq * (w->d + w->dv) < 2e6 && !lists->has_window
             ? 1
@@ -115,6 +123,12 @@ static fa_status run(call *c, fa_level level) {
     fa_pool_run(c->most < threads ? (int)c->most : threads, work, c);
     free(c->first);
     return atomic_load(&c->next) < c->most ? FA_MEMORY : FA_OK; /* no thread had memory */
+}
+
+fa_status fa_cpu_kept(const fa_sparsek_attention *r, fa_level level) {
+    const fa_sparse s = {.forward = r->forward, .lists = fa_kept_lists(r)};
+    call c = {.s = &s, .selection = r, .p = r->forward};
+    return run(&c, level);
 }
 
 fa_status fa_cpu_sparse(const fa_sparse *s, fa_level level, fa_error *error) {

@@ -15,6 +15,7 @@ typedef struct call {
     const fa_backward *b; /* the caller's, */
     fa_backward roomy;    /* and with scratch for lists of any length */
     const fa_lists *lists;
+    const fa_sparsek_attention_backward *kept; /* keys instead of lists; or NULL */
     const fa_backward_kernel *kernel;
     const fa_tensor *entries; /* dgate or mass, of data NULL where it is not wanted */
     fa_dtype entries_type;
@@ -26,10 +27,12 @@ typedef struct call {
     char *sums;              /* of each task; NULL: they are the thread's */
     double *shared;          /* [group][q block][L] where groups share entries; or NULL */
     double *sinks;           /* [task][head] or NULL */
+    fa_gate_sums gates;      /* of kept keys */
     void (*task)(struct call *c, int64_t at, fa_listed *l, char *memory);
     int64_t in_all;
     size_t scratch;
     atomic_llong next;
+    atomic_int failed;
 } call;
 
 static size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -57,7 +60,7 @@ static void run_block(const call *c, fa_list_task *task, int64_t block, double *
     const int64_t begin = block * c->lists->q_block, sq = g->sequence.lengths.sq;
     const int64_t end = sq - begin < c->lists->q_block ? sq : begin + c->lists->q_block;
     if (begin >= end) return;
-    fa_read_list(task->listed, c->b->forward.what.dtype, b, h, at, (int32_t)begin, (int32_t)end);
+    fa_read_list(task->listed, &c->b->forward, g->b, h, at, (int32_t)begin, (int32_t)end);
     if (c->entries->data) {
         const int64_t group = g->b * c->b->forward.what.hk + h;
         if (c->shared) entries = c->shared + (group * c->lists->entries.shape[2] + at) * length;
@@ -103,6 +106,8 @@ static void run_group(call *c, int64_t at, fa_listed *l, char *memory) {
     if (c->width[0]) task.dk = sums;
     if (c->width[1]) task.dv = sums + whole_lines((size_t)(keys * c->width[0] * c->kernel->number));
     if (c->sinks) task.sinks = c->sinks + at * c->heads;
+    if (c->kept) task.of_keys = c->gates.of_keys + at * c->gates.keys;
+    if (c->kept) task.of_rows = c->gates.of_rows + group * c->gates.rows;
     memset(sums, 0, (size_t)c->bytes);
     for (int64_t n = blocks * part / c->parts; n < blocks * (part + 1) / c->parts; n++)
         run_block(c, &task, n, entries, memory);
@@ -120,16 +125,29 @@ static void run_keys(call *c, int64_t at, fa_listed *l, char *memory) {
         add_parts(c, &g, c->sums + group * c->parts * c->bytes, (int)begin, (int)end, memory);
 }
 
+/* du of a group. */
+static void run_scores(call *c, int64_t at, fa_listed *l, char *memory) {
+    (void)l, (void)memory;
+    const int64_t hk = c->b->forward.what.hk;
+    if (!fa_put_dscores(c->kept, &c->gates, at / hk, at % hk)) atomic_store(&c->failed, 1);
+}
+
 static void work(void *argument) {
     call *c = argument;
+    const fa_sparsek_attention *selection = c->kept ? &c->kept->selection : NULL;
     const size_t own = whole_lines(fa_list_bytes(c->lists)) +
                        whole_lines((size_t)c->lists->entries.shape[3] * 8) +
                        (c->sums ? 0 : (size_t)c->bytes);
-    char *memory = malloc(c->scratch + own + 64);
+    char *memory = malloc(c->scratch + own + 128 + (selection ? fa_kept_bytes(selection) : 0));
     if (!memory) return; /* the other threads do the work */
     char *aligned = memory + (-(uintptr_t)memory & 63);
     fa_listed l;
+    fa_kept kept;
     fa_open_lists(&l, c->lists, aligned + c->scratch);
+    if (selection) {
+        fa_open_kept(&kept, selection, aligned + c->scratch + whole_lines(own));
+        l.kept = &kept;
+    }
     for (int64_t at; (at = atomic_fetch_add(&c->next, 1)) < c->in_all;) c->task(c, at, &l, aligned);
     free(memory);
 }
@@ -209,6 +227,10 @@ static fa_status open_call(call *c) {
                            (size_t)c->lists->entries.shape[3] * sizeof(double) + 8);
         if (!c->shared) return FA_MEMORY;
     }
+    if (c->kept) {
+        c->gates = (fa_gate_sums){.parts = c->parts, .keys = keys, .rows = rows};
+        if (!fa_open_gate_sums(&c->gates, c->groups)) return FA_MEMORY;
+    }
     if (c->b->dsink) {
         c->sinks = calloc((size_t)(c->groups * c->parts * c->heads) + 1, sizeof *c->sinks);
         if (!c->sinks) return FA_MEMORY;
@@ -237,12 +259,18 @@ static fa_status run(call *c, fa_level level, fa_error *error) {
         const int64_t tasks = (keys + FA_KEYS_OF_TASK - 1) / FA_KEYS_OF_TASK;
         status = share(c, c->groups * tasks, run_keys);
     }
+    if (status == FA_OK && c->kept && c->kept->dscores.data) {
+        status = share(c, c->groups, run_scores);
+        if (atomic_load(&c->failed)) status = FA_MEMORY;
+    }
     if (status == FA_OK && c->shared) sum_shared(c);
     if (status == FA_OK && c->sinks) sum_sinks(c);
     free(c->first);
     free(c->sums);
     free(c->shared);
     free(c->sinks);
+    free(c->gates.of_keys);
+    free(c->gates.of_rows);
     if (status == FA_MEMORY)
         snprintf(error->text, sizeof error->text, "no memory for the CPU backend's scratch");
     return status;
@@ -253,6 +281,14 @@ fa_status fa_cpu_sparse_backward(const fa_sparse_backward *b, fa_level level, fa
               .lists = &b->lists,
               .entries = &b->dgate,
               .entries_type = fa_gate_dtype(b->attention.forward.what.dtype)};
+    return run(&c, level, error);
+}
+
+fa_status fa_cpu_kept_backward(const fa_sparsek_attention_backward *b, fa_level level,
+                               fa_error *error) {
+    static const fa_tensor none = {NULL, {0}, {0}};
+    const fa_lists lists = fa_kept_lists(&b->selection);
+    call c = {.b = &b->attention, .lists = &lists, .kept = b, .entries = &none};
     return run(&c, level, error);
 }
 

@@ -20,6 +20,11 @@ from ._attention import (
 )
 from ._sparse import attention_sparse, attention_sparse_backward, attention_sparse_varlen
 from ._sparsek import sparsek, sparsek_lists
+from ._sparsek_attention import (
+    sparsek_attention,
+    sparsek_attention_backward,
+    sparsek_attention_varlen,
+)
 
 __version__ = "0.1.0"
 
@@ -40,6 +45,9 @@ __all__ = [
     "scaled_dot_product_attention",
     "set_num_threads",
     "sparsek",
+    "sparsek_attention",
+    "sparsek_attention_backward",
+    "sparsek_attention_varlen",
     "sparsek_lists",
 ]
 
@@ -49,6 +57,7 @@ _compile.watch(
         *(attention_backward, attention_varlen_backward, merge_states),
         *(sparsek, sparsek_lists),
         *(attention_sparse, attention_sparse_backward, attention_sparse_varlen),
+        *(sparsek_attention, sparsek_attention_backward, sparsek_attention_varlen),
         _C.gradients,  # of compiled autograd
     )
 )

@@ -712,8 +712,9 @@ def explain(function: Callable[..., Any], *args: Any, **keywords: Any) -> Explan
 
     Args:
         function: attention, attention_varlen, attention_kvcache, attention_sparse,
-            attention_sparse_varlen, scaled_dot_product_attention, or attention_backward,
-            attention_varlen_backward, attention_sparse_backward.
+            attention_sparse_varlen, sparsek_attention, sparsek_attention_varlen,
+            scaled_dot_product_attention, or attention_backward, attention_varlen_backward,
+            attention_sparse_backward, sparsek_attention_backward.
 
     Returns:
         An Explanation with .backend, .kernel and .reasons.
@@ -722,19 +723,22 @@ def explain(function: Callable[..., Any], *args: Any, **keywords: Any) -> Explan
         What the call would raise before it chooses a backend; TypeError for another function.
     """
     # By identity: where the function was forgotten, it is an array with an equality of its own.
-    from . import _sparse
+    from . import _sparse, _sparsek_attention
 
     known = (
         *(attention, attention_varlen, attention_kvcache, scaled_dot_product_attention),
         *(attention_backward, attention_varlen_backward),
         *(_sparse.attention_sparse, _sparse.attention_sparse_varlen),
         _sparse.attention_sparse_backward,
+        *(_sparsek_attention.sparsek_attention, _sparsek_attention.sparsek_attention_varlen),
+        _sparsek_attention.sparsek_attention_backward,
     )
     if not any(function is f for f in known):
         name = getattr(function, "__name__", None)
         raise TypeError(
             "`function` must be attention, attention_varlen, attention_kvcache, attention_sparse, "
-            "attention_sparse_varlen, scaled_dot_product_attention or one's backward, got "
+            "attention_sparse_varlen, sparsek_attention, sparsek_attention_varlen, "
+            "scaled_dot_product_attention or one's backward, got "
             + (name or f"{type(function).__name__}: explain(fastattn.attention, q, k, v)")
         )
     return Explanation(*_C.explain(function.__name__, *args, **keywords))
@@ -776,7 +780,7 @@ def info() -> dict[str, Any]:
     does not take together. It refuses nothing else, but for a device that it does not run on. An
     operation is forward (attention and its kin), backward, kvcache, merge (merge_states), sparsek
     (sparsek_lists too), sparsek_backward, sparse or sparse_backward (attention_sparse and its
-    gradients).
+    gradients), sparsek_attention or sparsek_attention_backward.
     """
     from . import __version__
 

@@ -25,7 +25,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from . import _C, _attention, _jax_kvcache, _sparse
+from . import _C, _attention, _jax_kvcache, _sparse, _sparsek_attention
 from ._attention import attention, attention_varlen, merge_states
 from ._renaming import renaming
 
@@ -184,8 +184,10 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> Any
         for name, tangent in zip(call.operands, tangents, strict=True)
         if not isinstance(tangent, ad.Zero)
     }
-    of = "sparsek" if "sparsek" in call.target else "attention"
-    if of == "sparsek" or call.target.endswith("backward"):  # the first ones are custom_vjp's there
+    of = call.target.removesuffix("_backward") if "sparsek" in call.target else "attention"
+    if of != "attention" or call.target.endswith(
+        "backward"
+    ):  # the first ones are custom_vjp's there
         raise NotImplementedError(
             f"second derivatives of {of} are not served in JAX: its gradient has none"
         )
@@ -370,7 +372,7 @@ def _dlpack_dtype(dtype: Any) -> tuple[int, int]:
 _ARRAYS = (
     *(*_FOLLOWED, "q_lengths", "k_lengths", "k_start", "q_offset", "alibi_slopes", "seed"),
     *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "out", "dout", "lse", "dlse"),
-    *("key_lists", "counts"),
+    *("key_lists", "counts", "scores", "tau", "ends"),
     *("dq", "dk", "dv"),
 )
 _NAMES = {
@@ -381,6 +383,8 @@ _NAMES = {
         *(_attention.scaled_dot_product_attention, _attention.attention_kvcache),
         *(_sparse.attention_sparse, _sparse.attention_sparse_varlen),
         _sparse.attention_sparse_backward,
+        *(_sparsek_attention.sparsek_attention, _sparsek_attention.sparsek_attention_varlen),
+        _sparsek_attention.sparsek_attention_backward,
     )
 }
 
@@ -420,6 +424,8 @@ def call(name: str, values: Sequence[Any]) -> Any:
         return _sdpa(values)
     if name == "attention_kvcache":
         return _jax_kvcache.attend(values)
+    if name.startswith("sparsek_attention"):
+        return _jax_sparsek_attention.call(name, values)
     given = dict(zip(_NAMES[name], values, strict=True))
     is_backward = name.endswith("backward")
     is_sparse = name.startswith("attention_sparse")
@@ -642,4 +648,5 @@ def dot_product_attention(
     return (out[0], residual[0]) if single else (out, residual)
 
 
+from . import _jax_sparsek_attention
 from ._jax_sparsek import take_sparsek, take_sparsek_lists  # noqa: F401 - needs all the above

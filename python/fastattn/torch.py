@@ -15,7 +15,15 @@ need(__name__, "torch", "2.10")
 
 import torch
 
-from . import _C, _frameworks, _operators, _operators_kvcache, _operators_sparse, _provider
+from . import (
+    _C,
+    _frameworks,
+    _operators,
+    _operators_kvcache,
+    _operators_sparse,
+    _operators_sparsek_attention,
+    _provider,
+)
 from ._attention import (
     attention,
     attention_backward,
@@ -30,6 +38,11 @@ from ._merging import merge_parts  # noqa: F401 - csrc/binding/merge.c calls it
 from ._operators_sparsek import take_sparsek, take_sparsek_lists  # noqa: F401 - as merge_parts
 from ._routing import use_fastattn
 from ._sparse import attention_sparse, attention_sparse_backward, attention_sparse_varlen
+from ._sparsek_attention import (
+    sparsek_attention,
+    sparsek_attention_backward,
+    sparsek_attention_varlen,
+)
 from ._transforms import (
     apply,
     each,
@@ -451,7 +464,7 @@ def record(name: str, values: tuple[Any, ...]) -> Any:
     values = tuple(map(unwrapped, values))
     if has_proxy(values):
         return leave_in_graph(_PUBLIC[name], values)
-    if name.startswith("attention_sparse"):
+    if name.startswith(("attention_sparse", "sparsek_attention")):
         return call(name, values)
     if name != "scaled_dot_product_attention" and is_recorded(values):
         if name == "attention_kvcache":
@@ -468,6 +481,10 @@ _CALLS = {
         ("attention_sparse", "attention_sparse_backward", "attention_sparse_varlen"),
         _operators_sparse.call,
     ),
+    **dict.fromkeys(
+        ("sparsek_attention", "sparsek_attention_backward", "sparsek_attention_varlen"),
+        _operators_sparsek_attention.call,
+    ),
     "scaled_dot_product_attention": _call_sdpa,
     "attention_backward": _call_backward,
     "attention_varlen_backward": _call_backward,
@@ -480,6 +497,7 @@ _PUBLIC = {
         *(attention, attention_kvcache, attention_varlen, scaled_dot_product_attention),
         *(attention_backward, attention_varlen_backward),
         *(attention_sparse, attention_sparse_backward, attention_sparse_varlen),
+        *(sparsek_attention, sparsek_attention_backward, sparsek_attention_varlen),
     )
 }
 
@@ -494,7 +512,8 @@ def explain(name: str, values: tuple[Any, ...]) -> Any:
     is_followed = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     primals = tuple(map(primal, values))
     with torch.no_grad():
-        if is_followed and not name.endswith("_backward"):
+        listed = name.startswith(("attention_sparse", "sparsek_attention"))  # served both ways
+        if is_followed and not listed and not name.endswith("_backward"):
             return _C.explain_forward(name, primals)
         names = inspect.signature(_PUBLIC[name]).parameters
         return _C.explain(name, **dict(zip(names, primals, strict=True)))
