@@ -23,13 +23,20 @@ struct decode_array {
 #endif
 };
 
+/* Where rows go. */
+struct decode_rows {
+    fa_tensor out; /* of the variant's dtype, or float32: the first part */
+    float *lse;    /* NULL: not wanted */
+    int64_t lse_stride[3];
+    int32_t is_part; /* there are several such sums */
+    int32_t wide;    /* rows are stored 16 bytes at a time */
+};
+
 struct decode_args {
     decode_array k, v;
     fa_tensor q;
-    fa_tensor out;    /* of the variant's dtype, or float32: the first part */
-    int64_t out_step; /* elements from part to part */
-    float *lse;       /* NULL: not wanted */
-    int64_t lse_stride[3], lse_step;
+    decode_rows to, single;     /* single: of dealt parts, one that is all of its row */
+    int64_t out_step, lse_step; /* elements from part to part */
     fa_masks masks;
     fa_varlen varlen; /* cu_q NULL: queries are not packed */
     fa_pages pages;   /* table NULL: a place for each sequence */
@@ -38,11 +45,10 @@ struct decode_args {
     int32_t deal;    /* units that sequences share by their lengths; 0: each has `parts` */
     int32_t cluster; /* blocks that add up their parts before they are stored */
     int32_t box_rows;
-    int32_t is_part;          /* out is float32: there are several such sums */
-    int32_t q_wide, out_wide; /* rows are loaded, stored 16 bytes at a time */
-    float scale;              /* of q.k, in exponents */
-    float cap, by_cap;        /* softcap in exponents; what of q.k tanh is taken of. 0: none */
-    const float *slopes;      /* of ALiBi, or NULL */
+    int32_t q_wide;      /* rows of q are loaded 16 bytes at a time */
+    float scale;         /* of q.k, in exponents */
+    float cap, by_cap;   /* softcap in exponents; what of q.k tanh is taken of. 0: none */
+    const float *slopes; /* of ALiBi, or NULL */
     int64_t slope_stride[2];
     const float *sink; /* or NULL */
     int64_t sink_stride;

@@ -62,6 +62,12 @@ static bool is_wide(const fa_tensor *t, int32_t size) {
     return bits % 16 == 0 && (t->shape[3] == 1 || t->stride[3] == 1);
 }
 
+static decode_rows rows_to(const fa_tensor *out, const fa_tensor *lse, bool is_part) {
+    decode_rows to = {*out, (float *)lse->data, {}, is_part, is_wide(out, is_part ? 4 : 2)};
+    for (int i = 0; i < 3; ++i) to.lse_stride[i] = lse->stride[i];
+    return to;
+}
+
 /* What the scores are made of, in exponents. */
 static void set_scores(decode_args &a, const fa_params *p) {
     const double log2_e = 1.4426950408889634, scale = usable_scale(p->what.scale);
@@ -93,9 +99,10 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
     a.box_rows = fa_decode_box(p, BLOCK_N);
     if (!describe(&a.k, device, &w->k, a.box_rows) || !describe(&a.v, device, &w->v, a.box_rows))
         return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected k or v");
-    a.q = w->q, a.out = *out, a.out_step = out_step;
-    a.lse = (float *)lse->data, a.lse_step = lse_step;
-    for (int i = 0; i < 3; ++i) a.lse_stride[i] = lse->stride[i];
+    a.q = w->q;
+    a.to = rows_to(out, lse, plan->parts > plan->cluster);
+    if (plan->deal) a.single = rows_to(&w->out, &w->lse, false);
+    a.out_step = out_step, a.lse_step = lse_step;
     a.masks = p->masks, a.varlen = p->varlen, a.pages = p->pages;
     a.group = fa_decode_group(w), a.heads = w->hk;
     a.b = w->b, a.sq = w->sq, a.sk = w->sk;
@@ -107,9 +114,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
     a.by_parts = fa_divisor_make(a.parts);
     a.by_heads = fa_divisor_make(a.heads);
     a.cluster = plan->cluster;
-    a.is_part = plan->parts > plan->cluster;
     a.q_wide = is_wide(&a.q, 2);
-    a.out_wide = is_wide(out, a.is_part ? 4 : 2);
     set_scores(a, p);
 
     static uint64_t allowed;

@@ -26,9 +26,9 @@ DEVICE void share_rows(const warp_rows &w, decode_smem &smem) {
 }
 
 /* Eight columns of a row, of which `columns` exist. */
-DEVICE void store_chunk(const decode_args &a, char *to, const float (&x)[8], int32_t columns) {
+DEVICE void store_chunk(const decode_rows &a, char *to, const float (&x)[8], int32_t columns) {
     if (a.is_part) {
-        if (a.out_wide && columns == 8) {
+        if (a.wide && columns == 8) {
             *(float4 *)to = make_float4(x[0], x[1], x[2], x[3]);
             *(float4 *)(to + 16) = make_float4(x[4], x[5], x[6], x[7]);
             return;
@@ -40,7 +40,7 @@ DEVICE void store_chunk(const decode_args &a, char *to, const float (&x)[8], int
     }
     const uint32_t y[4] = {cvt_pack(x[0], x[1]), cvt_pack(x[2], x[3]), cvt_pack(x[4], x[5]),
                            cvt_pack(x[6], x[7])};
-    if (a.out_wide && columns == 8) {
+    if (a.wide && columns == 8) {
         *(uint4 *)to = make_uint4(y[0], y[1], y[2], y[3]);
         return;
     }
@@ -104,10 +104,19 @@ DEVICE void add_warps(decode_smem &smem) {
     }
 }
 
+DEVICE float *lse_of(const decode_args &a, const decode_rows &rows, const decode_tile &t,
+                     int32_t part, int32_t head, int32_t i) {
+    return rows.lse + part * a.lse_step + t.batch * rows.lse_stride[0] + head * rows.lse_stride[1] +
+           (t.q + i) * rows.lse_stride[2];
+}
+
 /* Each block of a cluster stores its share of the rows, of what all blocks have of them. */
 DEVICE void store_rows(const decode_args &a, decode_smem &smem, const decode_tile &t) {
     constexpr int CHUNKS = DV / 8;
-    const int32_t size = a.is_part ? 4 : 2, dv = (int32_t)a.out.shape[3];
+    const bool is_single = a.deal && t.parts == 1;
+    const decode_rows &rows = is_single ? a.single : a.to;
+    const fa_tensor &out = rows.out;
+    const int32_t size = rows.is_part ? 4 : 2, dv = (int32_t)out.shape[3];
     const int32_t rank = t.part % a.cluster, part = t.part / a.cluster;
     const uint32_t o = smem_address(&smem), tops = smem_address(smem.all_top);
     const uint32_t sums = smem_address(smem.all_sum);
@@ -131,18 +140,16 @@ DEVICE void store_rows(const decode_args &a, decode_smem &smem, const decode_til
         const float inverse = r.sum == 0.f ? 0.f : 1.f / r.sum;
 #pragma unroll
         for (int e = 0; e < 8; ++e) r.x[e] *= inverse;
-        char *to = (char *)a.out.data +
-                   size * (part * a.out_step + t.batch * a.out.stride[0] + head * a.out.stride[1] +
-                           (t.q + i) * a.out.stride[2] + 8 * chunk * a.out.stride[3]);
-        if (columns > 0) store_chunk(a, to, r.x, columns);
-        if (a.lse && chunk == 0) {
-            float *lse = a.lse + t.batch * a.lse_stride[0] + head * a.lse_stride[1] +
-                         (t.q + i) * a.lse_stride[2];
-            lse[part * a.lse_step] =
+        char *to = (char *)out.data +
+                   size * (part * a.out_step + t.batch * out.stride[0] + head * out.stride[1] +
+                           (t.q + i) * out.stride[2] + 8 * chunk * out.stride[3]);
+        if (columns > 0) store_chunk(rows, to, r.x, columns);
+        if (chunk != 0) continue;
+        if (rows.lse)
+            *lse_of(a, rows, t, part, head, i) =
                 r.sum == 0.f || i >= t.n.sq ? -INFINITY : natural_lse(a, head, r.top, r.sum);
-            for (int32_t n = t.parts; n < a.parts && part == 0; ++n) /* dealt to others */
-                lse[n * a.lse_step] = -INFINITY;
-        }
+        for (int32_t n = is_single ? 0 : t.parts; n < a.parts && part == 0 && a.deal; ++n)
+            *lse_of(a, a.to, t, n, head, i) = -INFINITY; /* nothing is there */
     }
 }
 

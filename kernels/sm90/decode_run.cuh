@@ -9,6 +9,7 @@
 #include "common/empty.h"
 #include "common/merge_plan.h"
 #include "sm90/decode_choice.h"
+#include "sm90/decode_gather.cuh"
 
 typedef fa_status fa_decode_launcher(const fa_params *p, const fa_device *device,
                                      const fa_decode_plan *plan, const fa_tensor *out,
@@ -72,6 +73,8 @@ static fa_status launch_decode(const fa_params *p, const fa_device *device,
     if (status == FA_OK)
         status = run(p, device, &plan, &out, stack.out_step, &lse, stack.lse_step, error);
     if (status != FA_OK || sums == 1) return status;
+    if (plan.deal)
+        return launch_gather(p, &out, stack.out_step, &lse, stack.lse_step, sums, device, error);
     fa_merge m = {sums, &out, &lse, w->out, w->lse, w->dtype, p->where};
     if (!m.lse.data) m.lse = decode_part(w, (char *)workspace + plan.merged, 1);
     return fa_merge_launch(&m, &stack, fa_merge_choose(&m, &stack), device, NULL, error);

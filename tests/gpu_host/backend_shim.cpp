@@ -86,14 +86,17 @@ static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t th
                                   void *, bool, void *arguments, fa_error *) {
     const bool appends = kernel == (const void *)kvcache_append<FA_BF16>;
     const bool weighs = kernel == mass_kernel<FA_BF16>(64);
-    if (threads != FIBERS || (!appends && !weighs && kernel != (const void *)write_empty_rows))
+    const bool gathers = kernel == (const void *)gather_dealt<FA_BF16>;
+    if (threads != FIBERS ||
+        (!appends && !weighs && !gathers && kernel != (const void *)write_empty_rows))
         abort();
     kernel_now = kernel, arguments_now = arguments;
     gridDim.x = blocks;
     for (blockIdx.x = blocks - 1; blockIdx.x >= 0; --blockIdx.x)
-        run_block(appends  ? run_kernel<append_args>
-                  : weighs ? run_kernel<mass_args>
-                           : run_kernel<empty_args>);
+        run_block(appends   ? run_kernel<append_args>
+                  : weighs  ? run_kernel<mass_args>
+                  : gathers ? run_kernel<gather_args>
+                            : run_kernel<empty_args>);
     return FA_OK;
 }
 

@@ -5,6 +5,7 @@
 /* What a call is made of: as views.c and check_pages.c describe arrays. */
 struct decode_call {
     fa_tensor q, k, v, out, lse; /* out and lse: of the result, or of the first part */
+    fa_tensor single[2];         /* out and lse of rows that have one of the parts that are dealt */
     int64_t out_step, lse_step;
     const int32_t *lengths[4]; /* of queries, of keys, starts, offsets; or NULL */
     const int32_t *table;
@@ -44,12 +45,13 @@ extern "C" const char *chosen(const decode_call *c) {
 
 /* Returns a status. */
 extern "C" int decode(const decode_call *c, int is_late) {
-    const fa_params p = request_of(c);
+    fa_params p = request_of(c);
     const fa_device device = {2, 0, encode_host};
     const fa_decode_variant *v = &fa_decode_variants[fa_choose_decode(&p)];
     fa_decode_plan plan = fa_decode_make(&p, v, 2);
     if (!c->invariant) plan.parts = c->parts, plan.cluster = c->cluster, plan.deal = c->deal;
     if (plan.parts != c->parts) return -1;
+    if (c->deal) p.what.out = c->single[0], p.what.lse = c->single[1];
     fa_error error = {};
     late = is_late;
     return PASTE(fa_launch_, VARIANT_NAME)(&p, &device, &plan, &c->out, c->out_step, &c->lse,

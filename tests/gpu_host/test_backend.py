@@ -104,6 +104,16 @@ def main(folder):
     q, cache = np.ones((2, 3, 4, 8), dtype), np.ones((2, 2, 50, 2, 8), dtype)
     _, mass = fastattn.attention_kvcache(q, *cache, 50, return_mass=True, backend="sm90")
     np.testing.assert_allclose(mass.sum(2), 6, rtol=1e-5)  # without the caller's lse
+    rng = np.random.default_rng(2)  # parts are dealt to sequences whose lengths differ
+    shapes = (4, 2, 6, 64), (4, 1200, 2, 64), (4, 1200, 2, 40)
+    q, k, v = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+    for sms.value, lengths in ((4, [1200, 70, 0, 600]), (132, [1, 2, 3, 1100])):
+        keywords = {"layout": "bshd", "k_lengths": np.int32(lengths), "return_lse": True}
+        got, want = (
+            fastattn.attention(q, k, v, backend=name, **keywords) for name in ("sm90", "cpu")
+        )
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_allclose(x.astype(float), y.astype(float), atol=2e-2)
     for n, (name, keywords) in enumerate(pages_of.FEATURES.items()):
         sms.value = (132, 4)[n % 2]
         q, _, pages, table = pages_of.arrays((1, 16, 3, 64)[n % 4], "bfloat16")
