@@ -129,13 +129,14 @@ static inline double fa_decode_cost(const fa_decode_variant *v, const fa_decode_
                                     const fa_params *p, int32_t cluster, int32_t sums,
                                     int32_t sms) {
     const fa_what *w = &p->what;
-    const double RATE = 4.28e6, FEWER = 0.1, ALONE = 72, WAVE = 3.6, MERGE = 2.2, SUM = 0.073;
+    const double RATE = 4.5e6, FEWER = 0.1, ALONE = 72, WAVE = 3.6, MERGE = 2.2, SUM = 0.073;
     const double share_of_sms = cluster == 8 ? 0.92 : cluster == 4 ? 0.86 : 1;
-    const double meeting = cluster == 8 ? 3.2 : cluster == 4 ? 1.45 : cluster == 2 ? 0.75 : 0;
     const int32_t parts = cluster * sums;
     const double block_bytes = 2.0 * v->block_n * (w->d + w->dv);
     const double blocks = (double)fa_decode_ceil(fa_decode_ceil(w->sk, v->block_n), parts);
     const int64_t grid = fa_decode_grid(p, plan) * parts;
+    const double of_four = 1.1 + 0.012 * (double)grid; /* clusters, of which many find no room */
+    const double meeting = cluster == 8 ? 3.2 : cluster == 4 ? of_four : cluster == 2 ? 0.75 : 0;
     const int64_t room = (int64_t)(share_of_sms * sms) * v->blocks_per_sm;
     const int64_t slots = room > cluster ? room : cluster, waves = (grid - 1) / slots;
     const double last = (double)(grid - waves * slots);
