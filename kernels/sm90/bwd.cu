@@ -28,6 +28,7 @@
 #include "sm90/bwd_loop.cuh"
 #if VARIANT_CLUSTER
 #include "sm90/bwd_pair.cuh"
+#include "sm90/bwd_roles.cuh"
 #endif
 #include "sm90/bwd_smem.h"
 #include "sm90/bwd_turns.cuh"
@@ -200,12 +201,8 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
         const int32_t sums = walk<PLAIN>(a, smem, kv, t, warpgroup, n, dk, dv);
 #else
         const float gain = 1.f;
-#if VARIANT_CLUSTER
-        const int32_t sums = walk_pair(a, smem, kv, t, warpgroup, n, dk, dv);
-#else
         const int32_t sums = AHEAD ? walk_ahead(a, smem, kv, t, warpgroup, n, dk, dv)
                                    : walk<PLAIN>(a, smem, kv, t, warpgroup, n, dk, dv);
-#endif
 #endif
         n += a.group * (t.end - t.begin);
         mbarrier_arrive(smem_address(&smem.kv_empty[place]));
@@ -213,9 +210,9 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
             clear_keys<DK_COLUMNS>(a.dk, t, warpgroup);
             clear_keys<DV_COLUMNS>(a.dv, t, warpgroup);
         } else {
-            if (DIRECT_DQ && !PAIRED) {
+            if (DIRECT_DQ) {
                 bar_sync(ROWS_BARRIER, MMA_THREADS); /* for all have read dS and P */
-            } else if (!DIRECT_DQ) {
+            } else {
                 fence_proxy_async();
                 __syncwarp();
                 add_dq(smem, a, t, sums, n - 1, n - before > 1, warp);
@@ -223,7 +220,7 @@ DEVICE void consume(const bwd_args &a, smem_layout &smem, int32_t warpgroup) {
             store_keys<DK_COLUMNS>(dk, a.dk, smem, t, warpgroup, a.scale);
             if (!DIRECT_DQ) end_turn(a, smem, n - 1);
             store_keys<DV_COLUMNS>(dv, a.dv, smem, t, warpgroup, gain);
-            if (DIRECT_DQ && STAYS && !PAIRED) bar_sync(ROWS_BARRIER, MMA_THREADS);
+            if (DIRECT_DQ && STAYS) bar_sync(ROWS_BARRIER, MMA_THREADS);
         }
         if (!STAYS) break;
         mbarrier_arrive(smem_address(&smem.tile_empty[i % 2]));
@@ -250,7 +247,8 @@ DEVICE void init_barriers(const bwd_args &a, smem_layout &smem) {
         mbarrier_init(smem_address(&smem.dout_full[i]), PRODUCERS);
         mbarrier_init(smem_address(&smem.dout_empty[i]), MMA_THREADS);
     }
-    for (int i = 0; i < 2; ++i) mbarrier_init(smem_address(&smem.ds_full[i]), MMA_THREADS / 32);
+    for (int i = 0; i < 2; ++i)
+        mbarrier_init(smem_address(&smem.ds_full[i]), PAIRED ? 128 : MMA_THREADS / 32);
 #if VARIANT_CLUSTER
     init_pair(smem);
 #endif
@@ -290,12 +288,16 @@ __global__ void __launch_bounds__(THREADS, 1) VARIANT_NAME(const __grid_constant
         if (HELPED && a.turns && threadIdx.x == MMA_THREADS + 64) hand_turns_on(a, smem);
     } else {
         setmaxnreg_inc<MMA_REGISTERS>();
-#if VARIANT_GENERAL
+#if VARIANT_CLUSTER
+        consume_by_roles(a, smem);
+#elif VARIANT_GENERAL
         if (VARIANT_STRIDED || a.scores.only != WORDS)
             consume<false>(a, smem, warpgroup);
         else
-#endif
             consume<true>(a, smem, warpgroup);
+#else
+        consume<true>(a, smem, warpgroup);
+#endif
     }
     if (PAIRED) cluster_sync(); /* nobody sends to a block that has ended */
 }

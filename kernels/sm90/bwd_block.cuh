@@ -182,11 +182,11 @@ DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, smem_
                        const work_tile &t, int32_t warpgroup, float factor) {
     const int32_t thread = thread_here(), warp = thread / 32, lane = thread % 32;
     const int32_t first = t.key + own_key(warpgroup) + warp % 4 * 16;
-    const int32_t left = SHARED_KEYS ? COLUMNS * warpgroup : 0;
+    const int32_t left = SHARED_OUT ? COLUMNS * warpgroup : 0;
     if (!to.data) return;
     uint16_t *head = (uint16_t *)to.data + t.batch * to.stride[0] + t.h_k * to.stride[1] +
                      (int64_t)(t.k + first) * to.stride[2];
-    if (PAIRED || !has_eights(to)) { /* a pair's dS may be on its way */
+    if (PAIRED || !has_eights(to)) { /* a pair has no room */
         const bool words = has_words(to);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -202,7 +202,8 @@ DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, smem_
     /* Through this warp's place for dQ, or its share of dS and P: sixteen rows, so that threads
      * side by side have columns side by side. */
     constexpr int EIGHTS = COLUMNS / 8, PITCH = (COLUMNS + 63) / 64 * 128;
-    static_assert(!DIRECT_DQ || MMA_THREADS / 2 * PITCH <= sizeof smem.ds + sizeof smem.p, "room");
+    static_assert(!DIRECT_DQ || PAIRED || MMA_THREADS / 2 * PITCH <= sizeof smem.ds + sizeof smem.p,
+                  "room");
     const uint32_t place = DIRECT_DQ ? smem_address(smem.ds) + warp * (16 * PITCH)
                                      : smem_address(smem.dq[DIRECT_DQ ? 0 : warp]);
     if (lane == 0) cp_async_bulk_wait_group_read();
@@ -231,7 +232,7 @@ DEVICE void store_keys(const float (&x)[COLUMNS / 2], const fa_tensor &to, smem_
 /* Zeros there: no row sees the keys. */
 template <int COLUMNS>
 DEVICE void clear_keys(const fa_tensor &to, const work_tile &t, int32_t warpgroup) {
-    const int32_t left = SHARED_KEYS ? COLUMNS * warpgroup : 0;
+    const int32_t left = SHARED_OUT ? COLUMNS * warpgroup : 0;
     if (!to.data) return;
     uint16_t *head = (uint16_t *)to.data + t.batch * to.stride[0] + t.h_k * to.stride[1];
     for (int32_t i = threadIdx.x % 128; i < 64 * COLUMNS; i += 128) {

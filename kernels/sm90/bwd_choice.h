@@ -46,12 +46,11 @@ static inline int32_t fa_bwd_packs(const fa_params *p) {
 }
 
 /* Whether pairs of blocks are faster, where there are any: half as many sums of dQ, but tiles of
- * twice as many keys, of which few, or a diagonal, leave more idle. */
+ * twice as many keys, of which few leave more idle. */
 static inline int32_t fa_bwd_pairs(const fa_backward *r) {
     const fa_params *p = &r->forward;
     if (r->deterministic || !r->dq.data || p->varlen.cu_q) return 0;
-    if (p->masks.flags & FA_HAS_LEFT) return 0;
-    return p->what.sk >= (p->masks.flags & FA_HAS_RIGHT ? 2048 : 1024);
+    return !(p->masks.flags & FA_HAS_LEFT) && p->what.sk >= 1024;
 }
 
 /* The first of the least padding, or -1. */

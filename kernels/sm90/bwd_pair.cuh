@@ -12,20 +12,13 @@
 
 #include "common/compiler.cuh"
 #include "sm90/bwd_args.cuh"
-#include "sm90/bwd_block.cuh"
-#include "sm90/bwd_loop.cuh"
-#include "sm90/bwd_products.cuh"
 #include "sm90/bwd_smem.h"
-#include "sm90/bwd_waits.cuh"
 #include "sm90/bwd_walk.cuh"
 #include "sm90/ptx.cuh"
-#include "sm90/wgmma.cuh"
 
 DEVICE void init_pair(smem_layout &smem) {
-    for (int i = 0; i < 2; ++i) {
-        mbarrier_init(smem_address(&smem.p_full[i]), MMA_THREADS / 32);
-        mbarrier_init(smem_address(&smem.other_full[i]), 1);
-    }
+    mbarrier_init(smem_address(&smem.p_full), 128);
+    for (int i = 0; i < 2; ++i) mbarrier_init(smem_address(&smem.other_full[i]), 1);
     mbarrier_init(smem_address(&smem.number_full), 1);
     mbarrier_init(smem_address(&smem.number_empty), 1);
 }
@@ -80,91 +73,14 @@ DEVICE void send_ds(const bwd_args &a, smem_layout &smem) {
     }
 }
 
-/* P^T or dS^T. */
-DEVICE void mask_and_store(float (&x)[ROWS / 2], uint8_t (&to)[BLOCK_M / 64][PANEL_N],
-                           const work_tile &t, const fa_row_range &plain, int32_t m,
-                           int32_t warpgroup) {
-    uint32_t rounded[ROWS / 16][4];
-    mask_block(x, t, plain, m, warpgroup);
-    pack(x, rounded);
-    store_ds(rounded, to, warpgroup);
-}
-
-static constexpr int PARTS = DQ_COLUMNS / 8;
-
-/* Some of the PARTS of this warp's dQ. */
-template <int FIRST, int END>
-DEVICE void add_some_dq(const float (&dq)[DQ_COLUMNS / 2], float *sums, int32_t block) {
+/* This warp's dQ of a block of rows. */
+DEVICE void add_pair_dq(const float (&dq)[DQ_COLUMNS / 2], float *sums, int32_t block) {
     const int32_t warp = uniform(threadIdx.x / 32) + pair_rank() * (MMA_THREADS / 32);
     float *to = sums + (int64_t)block * (BLOCK_M * SUM_COLUMNS) + warp * (16 * DQ_COLUMNS) +
                 threadIdx.x % 32 * 4;
 #pragma unroll
-    for (int i = FIRST; i < END; ++i)
+    for (int i = 0; i < DQ_COLUMNS / 8; ++i)
         red_add_v4(to + 128 * i, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-}
-
-/* S^T of the next rows is begun in this block's. dQ of this block's keys is begun before it, of the
- * other's behind, for which dS^T has so much time to come. It is in flight over the loop's end, and
- * added in two parts with a fence between them: a warp that adds much at once waits. */
-DEVICE int32_t walk_pair(const bwd_args &a, smem_layout &smem, smem_keys &kv, const work_tile &t,
-                         int32_t warpgroup, uint32_t before, float (&dk)[DK_COLUMNS / 2],
-                         float (&dv)[DV_COLUMNS / 2]) {
-    const int32_t panel = pair_rank() * (QK_PANELS / 2) + warpgroup; /* of K, for dQ */
-    const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
-    if (t.begin == t.end) return -1;
-    const uint32_t first_n = uniform(before),
-                   last = uniform(before + a.group * (t.end - t.begin) - 1);
-    int32_t m = uniform(t.begin), sums = sums_of(a, t, {t.h_k * a.group, m, 0});
-    float s[ROWS / 2], dq[DQ_COLUMNS / 2];
-    uint32_t n = first_n;
-    wait_for_rows(smem.q[n % 2], smem.q_full[n % 2], n / 2 % 2, t, clean, m);
-    issue_transposed<QK_PANELS, D>(s, kv.k, smem.q[n % 2], warpgroup);
-    wgmma_wait_group<0>();
-    wgmma_accumulators(s);
-    for (;; ++n) {
-        const uint32_t place = n % 2, parity = n / 2 % 2;
-        const bool adds = n > first_n && a.dq;
-        float dp[ROWS / 2];
-        wait_for_rows(smem.dout[0], smem.dout_full[0], n % 2, t, clean, m);
-        exponentials(s, smem.lse[place] + own_row(warpgroup), a.scale_log2);
-        mask_and_store(s, smem.p[place], t, plain, m, warpgroup);
-        wgmma_wait_group<0>();
-        wgmma_accumulators(dq); /* of the block before */
-        issue_transposed<V_PANELS, DV>(dp, kv.v, smem.dout[0], warpgroup);
-        hand_over(smem.p_full[place]);
-        mbarrier_wait(smem_address(&smem.p_full[place]), parity);
-        issue_shared_sum(dv, smem.p[place], smem.dout[0], warpgroup, n == first_n);
-        if (adds) add_some_dq<0, PARTS / 2>(dq, a.dq, sums);
-        wgmma_wait_group<1>();
-        wgmma_accumulators(dp);
-        slopes(s, dp, smem.delta[0] + own_row(warpgroup));
-        mask_and_store(dp, smem.ds[place], t, plain, m, warpgroup);
-        hand_over(smem.ds_full[place]);
-        if (adds) add_some_dq<PARTS / 2, PARTS>(dq, a.dq, sums);
-        if (n > first_n) sums += next_sums(a, m, t.begin, t.end);
-        /* Of the last block once more, which nobody reads, rather than products in a branch. */
-        const uint32_t ahead = n < last ? n + 1 : n, next = ahead % 2;
-        m = m + 1 == t.end ? t.begin : m + 1;
-        if (n < last) wait_for_rows(smem.q[next], smem.q_full[next], ahead / 2 % 2, t, clean, m);
-        mbarrier_wait(smem_address(&smem.ds_full[place]), parity);
-        issue_shared_sum(dk, smem.ds[place], smem.q[place], warpgroup, n == first_n);
-        issue_dq_of_keys(dq, smem.ds[place][0], kv.k[panel], true);
-        issue_transposed<QK_PANELS, D>(s, kv.k, smem.q[next], warpgroup);
-        wgmma_wait_group<3>();
-        wgmma_accumulators(dv);
-        mbarrier_arrive(smem_address(&smem.dout_empty[0]));
-        mbarrier_wait(smem_address(&smem.other_full[place]), parity);
-        issue_dq_of_keys(dq, smem.other_ds[place], smem.other_k[warpgroup], false);
-        wgmma_wait_group<1>();
-        wgmma_accumulators(dk);
-        wgmma_accumulators(s);
-        mbarrier_arrive(smem_address(&smem.q_empty[place]));
-        if (n == last) break;
-    }
-    wgmma_wait_group<0>();
-    wgmma_accumulators(dq);
-    if (a.dq) add_some_dq<0, PARTS>(dq, a.dq, sums);
-    return sums;
 }
 
 #endif

@@ -37,7 +37,7 @@ template <int PANELS, int REGISTERS>
 DEVICE void issue_shared_sum(float (&sum)[REGISTERS], uint8_t (&p)[BLOCK_M / 64][PANEL_N],
                              uint8_t (&rows)[PANELS][PANEL_M], int32_t warpgroup, bool fresh) {
     constexpr int COLUMNS = 2 * REGISTERS;
-    const int32_t left = SHARED_KEYS ? warpgroup * (COLUMNS / 64) : 0;
+    const int32_t left = SHARED_OUT ? warpgroup * (COLUMNS / 64) : 0;
     const uint64_t a = wgmma_descriptor(smem_address(p) + own_key(warpgroup) * 128, 1);
     const uint64_t b = wgmma_descriptor(smem_address(rows) + left * PANEL_M, PANEL_M / 16);
     wgmma_fence();

@@ -44,19 +44,20 @@ static constexpr int SHARE = (PANELS + WARPGROUPS - 1) / WARPGROUPS * 64;
  * the scores of its own rows, and its columns of dK and dV. Then P^T goes through shared memory. */
 static constexpr bool SHARED_KEYS = BLOCK_N < 64 * WARPGROUPS;
 static_assert(BLOCK_N == 64 * (SHARED_KEYS ? 1 : WARPGROUPS), "the rows of a wgmma");
-static constexpr int ROWS = SHARED_KEYS ? BLOCK_M / WARPGROUPS : BLOCK_M; /* of a warpgroup's S^T */
+/* Two blocks of threads of a cluster may have neighbouring keys and walk over the same rows: each
+ * sends the other its dS, and has its columns of dQ for the keys of both (bwd_pair.cuh). Their
+ * warpgroups have all rows and columns, and share out the products (bwd_roles.cuh). */
+static constexpr bool PAIRED = VARIANT_CLUSTER == 2, SHARED_OUT = SHARED_KEYS && !PAIRED;
+static constexpr int ROWS = SHARED_OUT ? BLOCK_M / WARPGROUPS : BLOCK_M; /* of a warpgroup's S^T */
 /* Where these begin among the block's keys and rows. */
 FA_INLINE int32_t own_key(int32_t warpgroup) { return SHARED_KEYS ? 0 : 64 * warpgroup; }
-FA_INLINE int32_t own_row(int32_t warpgroup) { return SHARED_KEYS ? ROWS * warpgroup : 0; }
-static constexpr int DK_COLUMNS = SHARED_KEYS ? SHARE<QK_PANELS> : D,
-                     DV_COLUMNS = SHARED_KEYS ? SHARE<V_PANELS> : DV;
+FA_INLINE int32_t own_row(int32_t warpgroup) { return SHARED_OUT ? ROWS * warpgroup : 0; }
+static constexpr int DK_COLUMNS = SHARED_OUT ? SHARE<QK_PANELS> : D,
+                     DV_COLUMNS = SHARED_OUT ? SHARE<V_PANELS> : DV;
 
-/* Two blocks of threads of a cluster may have neighbouring keys and walk over the same rows: each
- * sends the other its dS, and has its columns of dQ for the keys of both (bwd_pair.cuh). */
-static constexpr bool PAIRED = VARIANT_CLUSTER == 2;
 static constexpr int CLUSTER = PAIRED ? 2 : 1;
 static constexpr int TILE_N = CLUSTER * BLOCK_N; /* keys of a cluster's work tile */
-static_assert(!PAIRED || (SHARED_KEYS && STAYS), "what bwd_pair.cuh does");
+static_assert(!PAIRED || (SHARED_KEYS && STAYS && D == DV), "what bwd_pair.cuh does");
 
 /* dQ of a block of rows is shared out by rows where each warpgroup gets 64, else by columns. */
 static constexpr bool DQ_BY_ROWS = BLOCK_M == 64 * WARPGROUPS;
@@ -107,7 +108,8 @@ struct smem_layout {
     smem_keys keys[KV_STAGES];
     uint8_t q[Q_STAGES][QK_PANELS][PANEL_M], dout[STAGES][V_PANELS][PANEL_M];
     uint8_t ds[2][BLOCK_M / 64][PANEL_N]; /* dS^T: a row a key */
-    uint8_t p[SHARED_KEYS ? 2 : 0][BLOCK_M / 64][PANEL_N];
+    uint8_t p[SHARED_OUT ? 2 : 0][BLOCK_M / 64][PANEL_N];
+    float4 exact_p[PAIRED ? ROWS / 8 : 0][128]; /* P^T as a warpgroup's threads hold it */
     /* The other block's, of a cluster's two: K of this block's columns of dQ, dS^T. */
     uint8_t other_k[PAIRED ? QK_PANELS / 2 : 0][PANEL_N], other_ds[PAIRED ? 2 : 0][PANEL_N];
     /* Each warp's share, as its lanes hold it. */
@@ -118,7 +120,7 @@ struct smem_layout {
     uint64_t q_full[Q_STAGES], q_empty[Q_STAGES], dout_full[STAGES], dout_empty[STAGES];
     uint64_t ds_full[2], turn_full[TURNS], turn_added[TURNS], turn_empty[TURNS];
 #if VARIANT_CLUSTER
-    uint64_t p_full[2], other_full[2], number_full, number_empty;
+    uint64_t p_full, other_full[2], number_full, number_empty;
     int32_t number; /* of the tile, as the cluster's first block says */
 #endif
 #if VARIANT_GENERAL

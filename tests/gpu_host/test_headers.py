@@ -29,7 +29,7 @@ def variant_for(header):
         kind = (
             header.endswith("load_strided.cuh"),
             header.endswith(("scores.cuh", "walk.cuh", "mask.cuh")),
-            2 * header.endswith("pair.cuh"),
+            2 * header.endswith(("pair.cuh", "roles.cuh")),
         )
         backward = (v for v in EVERY_VARIANT if v.name.startswith("sm90_bwd_"))
         return next(v for v in backward if (v["strided"], v["general"], v["cluster"]) == kind)
