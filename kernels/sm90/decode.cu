@@ -49,9 +49,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         warp_rows w;
         attend(w, a, smem, t);
         bar_sync(1, MMA_THREADS);
-        share_rows(w, smem);
+        share_rows(w, smem, t.rows);
         bar_sync(1, MMA_THREADS);
-        add_warps(smem);
+        add_warps(smem, t.rows);
     }
     if (a.cluster > 1)
         cluster_sync();

@@ -6,8 +6,8 @@
 
 #include "sm90/decode_attend.cuh"
 
-/* Each warp's O, tops and sums, into the stages, which nobody reads any more. */
-DEVICE void share_rows(const warp_rows &w, decode_smem &smem) {
+/* Each warp's O, tops and sums of `rows` rows, into the stages, which nobody reads any more. */
+DEVICE void share_rows(const warp_rows &w, decode_smem &smem, int32_t rows) {
     const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, by_keys = warp / ROW_WARPS;
     const int32_t row = warp % ROW_WARPS * 16 + lane / 4;
     float *o = (float *)&smem + (by_keys * ROWS + row) * O_PITCH + lane % 4 * 2;
@@ -18,6 +18,7 @@ DEVICE void share_rows(const warp_rows &w, decode_smem &smem) {
         sum += __shfl_xor_sync(~0u, sum, 2);
         if (lane % 4 == 0)
             smem.top[by_keys][row + 8 * r] = w.top[r], smem.sum[by_keys][row + 8 * r] = sum;
+        if (row + 8 * r >= rows) continue;
 #pragma unroll
         for (int j = 0; j < DV / 8; ++j)
             *(float2 *)(o + 8 * r * O_PITCH + 8 * j) =
@@ -84,10 +85,10 @@ DEVICE void add_sink(row_sum &r, float sink) {
 }
 
 /* What the warps have of the block's rows becomes one, in the place of the first warps'. */
-DEVICE void add_warps(decode_smem &smem) {
+DEVICE void add_warps(decode_smem &smem, int32_t rows) {
     constexpr int CHUNKS = DV / 8;
 #pragma unroll 1
-    for (int32_t n = threadIdx.x; n < ROWS * CHUNKS; n += MMA_THREADS) {
+    for (int32_t n = threadIdx.x; n < rows * CHUNKS; n += MMA_THREADS) {
         const int32_t row = n / CHUNKS, chunk = n % CHUNKS;
         float4 *const o = (float4 *)((float *)&smem + row * O_PITCH + 8 * chunk);
         row_sum r = {-INFINITY, 0.f, {}};
