@@ -85,6 +85,12 @@ FA_INLINE fa_sequence fa_find_cached(const fa_varlen *v, const fa_masks *m, int6
     return s;
 }
 
+/* Whether a sequence of packed queries has at most so many rows, no padding among them: then it is
+ * left to another kernel. */
+FA_INLINE int32_t fa_is_short(fa_sequence s, int32_t rows) {
+    return s.q_end - s.q <= rows && s.lengths.sq == s.q_end - s.q;
+}
+
 /* The page of key j; where the table names none that there is, the nearest. */
 FA_INLINE int32_t fa_find_page(const fa_pages *p, int64_t b, int32_t j) {
     return fa_clamp(p->table[b * p->stride[0] + j / p->size * p->stride[1]], 0, p->count - 1);

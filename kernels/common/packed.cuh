@@ -17,6 +17,8 @@ struct packed_args {
     fa_varlen varlen;
     fa_masks masks;
     int32_t sq, sk;
+    int32_t cached; /* keys are a cache's; of its sequences those of at most `few` rows, without */
+    int32_t few;    /* padding, are not listed */
 };
 
 /* The sum over this lane and those before it. */
@@ -72,8 +74,10 @@ static __global__ void __launch_bounds__(PACKED_THREADS)
             int32_t tiles = 0, its_class = 0;
             if (b <= p.b) {
                 const fa_sequence s =
-                    fa_packed_sequence(&p, &a.varlen, &a.masks, (int32_t)b, a.sq, a.sk);
-                tiles = fa_packed_m_blocks(&p, s);
+                    a.cached ? fa_packed_cached(&p, &a.varlen, &a.masks, (int32_t)b, a.sq, a.sk)
+                             : fa_packed_sequence(&p, &a.varlen, &a.masks, (int32_t)b, a.sq, a.sk);
+                const bool left_out = b < p.b && fa_is_short(s, a.few);
+                tiles = left_out ? 0 : fa_packed_m_blocks(&p, s);
                 its_class = fa_packed_class(s.lengths.sk);
             }
             const int32_t first = take_places(places, tiles, its_class, capacity);

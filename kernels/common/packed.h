@@ -79,6 +79,12 @@ FA_INLINE fa_sequence fa_packed_sequence(const fa_packed *p, const fa_varlen *v,
     return rest;
 }
 
+/* The same where the keys are a cache's. */
+FA_INLINE fa_sequence fa_packed_cached(const fa_packed *p, const fa_varlen *v, const fa_masks *m,
+                                       int32_t b, int32_t sq, int32_t sk) {
+    return b < p->b ? fa_find_cached(v, m, b, sq, sk) : fa_packed_sequence(p, v, m, b, sq, sk);
+}
+
 /* The last of b >= 1 sequences that starts at this row of q or before: it has it, if any has. */
 FA_INLINE int32_t fa_packed_at(const fa_varlen *v, int32_t b, int32_t row) {
     int32_t first = 0;

@@ -88,7 +88,7 @@ static fa_status reject(const fa_params *p, fa_choice *choice, fa_error *why) {
         choice->variant = &fa_decode_variants[decode];
         return FA_OK;
     }
-    if (fa_is_cached(p)) return no_decode_kernel(w, why);
+    if (fa_is_cached(p) && !fa_is_prefill(p)) return no_decode_kernel(w, why);
     const fa_device *device = (const fa_device *)choice->device;
     for (int32_t i = 0, parts = fa_head_parts(w); i < parts; ++i) {
         fa_params part;
@@ -134,8 +134,14 @@ static fa_status launch_list(const fa_params *p, const fa_device *device, int32_
     const fa_what *w = &p->what;
     if (fa_packed_capacity(&p->varlen, w->b, block_m) > INT32_MAX)
         return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 tiles of %d rows", block_m);
-    packed_args a = {fa_packed_make(w, &p->masks, &p->varlen, block_m, workspace), p->varlen,
-                     p->masks, w->sq, w->sk};
+    const int32_t cached = fa_is_cached(p);
+    packed_args a = {fa_packed_make(w, &p->masks, &p->varlen, block_m, workspace),
+                     p->varlen,
+                     p->masks,
+                     w->sq,
+                     w->sk,
+                     cached,
+                     cached ? fa_few_rows(p) : 0};
     return fa_launch_kernel((const void *)list_tiles, 1, PACKED_THREADS, 0, p->where.stream,
                             device->early, &a, error);
 }
@@ -166,6 +172,8 @@ static fa_status launch_all(const fa_params *p, const fa_choice *choice, void *w
         const fa_params *part = fa_head_part(p, i, &memory);
         status = launch(part, device, variant_of(part, i, choice), workspace, error);
     }
+    if (status == FA_OK && fa_is_cached(p) && fa_few_rows(p) && !fa_is_empty(&p->what))
+        status = launch_few(p, device, error);
     return status;
 }
 

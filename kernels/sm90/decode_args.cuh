@@ -11,6 +11,7 @@
 #include "common/schedule.h"
 #include "common/stream.cuh"
 #include "sm90/decode_variant.h"
+#include "sm90/page_rows.cuh"
 
 /* K or V: a place is a sequence or, of paged ones, a page. */
 struct decode_array {
@@ -43,6 +44,7 @@ struct decode_args {
     fa_divisor by_size, by_group, by_tiles, by_parts, by_heads;
     int32_t b, sq, sk, heads, group, tiles, parts, part_blocks; /* heads: of k and v */
     int32_t deal;    /* units that sequences share by their lengths; 0: each has `parts` */
+    int32_t few;     /* rows of packed sequences, longer ones are others'; 0: none is */
     int32_t cluster; /* blocks that add up their parts before they are stored */
     int32_t box_rows;
     int32_t q_wide;      /* rows of q are loaded 16 bytes at a time */
@@ -93,7 +95,8 @@ DEVICE void find_packed(const decode_args &a, int32_t tile, decode_tile &t) {
         int32_t count = 0;
         if (first + lane < a.b) {
             const fa_sequence s = fa_find_cached(&a.varlen, &a.masks, first + lane, a.sq, a.sk);
-            count = (s.lengths.sq * a.group + ROWS - 1) / ROWS;
+            const bool here = !a.few || fa_is_short(s, a.few);
+            count = here ? (s.lengths.sq * a.group + ROWS - 1) / ROWS : 0;
         }
         const int32_t found = find_lane(count, tile, before);
         if (found < 0) continue;
@@ -188,16 +191,8 @@ DEVICE decode_tile find_tile(const decode_args &a, int32_t block) {
     return t;
 }
 
-/* Where a key lies: its place and row. */
-struct key_place {
-    int32_t place, row;
-};
-
 DEVICE key_place find_key(const decode_args &a, int32_t b, int32_t key) {
-    if (!a.pages.table) return {b, key};
-    const int32_t column = fa_divide(key, a.by_size);
-    const int32_t page = a.pages.table[b * a.pages.stride[0] + column * a.pages.stride[1]];
-    return {fa_clamp(page, 0, a.pages.count - 1), key - column * a.pages.size};
+    return find_key(a.pages, a.by_size, b, key);
 }
 
 #endif

@@ -27,10 +27,11 @@ static inline fa_kvcache_layout fa_kvcache_lay_out(const fa_kvcache *c) {
     return at;
 }
 
-/* Whether it runs on the decode kernels: many rows of a cache that lies in one piece do not. */
+/* Whether it runs on the decode kernels: many rows do not, if the forward kernel takes them. */
 static inline int32_t fa_kvcache_decodes(const fa_params *p) {
     const fa_what *w = &p->what;
-    return fa_is_cached(p) || (int64_t)w->sq * fa_decode_group(w) <= FA_DECODE_ROWS;
+    const int32_t many = (int64_t)w->sq * fa_decode_group(w) > FA_DECODE_ROWS;
+    return fa_is_cached(p) ? !fa_is_prefill(p) : !many;
 }
 
 /* What attention runs on. Of a workspace that is to come, but aligned like it, the choice of a
@@ -40,19 +41,20 @@ static inline fa_params fa_kvcache_params(const fa_kvcache *c, void *workspace) 
     fa_params p = c->forward;
     fa_what *w = &p.what;
     const int64_t b = w->q.shape[0], h = w->q.shape[1], s = w->q.shape[2], d = w->q.shape[3];
+    const int64_t apart = p.varlen.cu_q ? 0 : h * s; /* rows of sequences that are not packed */
     char *memory = (char *)workspace;
     if (at.lengths_bytes) p.masks.k_lengths = (const int32_t *)memory, p.masks.k_lengths_stride = 1;
     memory += at.lengths_bytes;
     if (at.q_bytes) {
-        const fa_tensor q = {memory, {b, h, s, d}, {h * s * d, s * d, d, 1}};
+        const fa_tensor q = {memory, {b, h, s, d}, {apart * d, s * d, d, 1}};
         w->q = q;
     }
     memory += at.q_bytes;
     if (at.lse_bytes) {
-        const fa_tensor lse = {memory, {b, h, s, 1}, {h * s, s, 1, 1}};
+        const fa_tensor lse = {memory, {b, h, s, 1}, {apart, s, 1, 1}};
         w->lse = lse;
     }
-    if (!fa_kvcache_decodes(&p))
+    if (!fa_is_cached(&p) && !fa_kvcache_decodes(&p))
         w->k.shape[2] = w->v.shape[2] = w->sk; /* what lies behind is not */
     return p;
 }

@@ -9,6 +9,7 @@
 
 #include "common/packed.h"
 #include "sm90/decode_columns.h"
+#include "sm90/general.h"
 #include "sm90/loads.h"
 
 /* Where setup.py was asked for some of them alone, a copy of the table comes first on the path. */
@@ -28,26 +29,12 @@ enum {
     FA_DEALT_PARTS = 8,  /* of a sequence among many, at least: the longest may be as many times
                           * longer than the mean */
     FA_MOST_CLUSTER = 8, /* blocks; the most that every chip takes */
-    FA_EIGHT = 8,        /* rows that a swizzled panel repeats after */
 };
 
 static inline int32_t fa_decode_group(const fa_what *w) { return w->hk ? w->hq / w->hk : 1; }
 
-/* Rows of a box: a whole block of keys, or a page where blocks are whole pages. 0: neither. */
-static inline int32_t fa_decode_box(const fa_params *p, int32_t block_n) {
-    const fa_pages *pages = &p->pages;
-    if (!pages->table || pages->size >= p->what.sk || pages->size % block_n == 0) return block_n;
-    return block_n % pages->size == 0 && pages->size % FA_EIGHT == 0 ? pages->size : 0;
-}
-
 static inline int32_t fa_decode_is_strided(const fa_params *p, int32_t block_n) {
-    return !fa_tma_takes(&p->what.k, 2) || !fa_tma_takes(&p->what.v, 2) ||
-           !fa_decode_box(p, block_n);
-}
-
-/* Whether keys are a cache's, and queries may be packed: these kernels alone know them. */
-static inline int32_t fa_is_cached(const fa_params *p) {
-    return p->pages.table || (p->varlen.cu_q && !p->varlen.cu_k);
+    return !fa_tma_takes(&p->what.k, 2) || !fa_tma_takes(&p->what.v, 2) || !fa_box_rows(p, block_n);
 }
 
 /* Whether the kernels know all that a request asks for. */
@@ -72,12 +59,30 @@ static inline int32_t fa_choose_decode(const fa_params *p) {
     return -1;
 }
 
+/* Whether the forward kernel reads a cache's keys for so many rows, in its paged variants. Who has
+ * many rows among packed sequences must not change others' bits where those are invariant: then
+ * these kernels take all. */
+static inline int32_t fa_is_prefill(const fa_params *p) {
+    const fa_what *w = &p->what;
+    return fa_is_cached(p) && !(p->varlen.cu_q && w->batch_invariant) && w->hk == w->hv &&
+           (int64_t)w->sq * fa_decode_group(w) > FA_DECODE_ROWS && !fa_needs_general(p) &&
+           fa_forward_reads_pages(p);
+}
+
+/* Rows up to which a prefill's packed sequences are nevertheless these kernels': a tile's. 0: none
+ * is. Where a token's rows are 16, so are the tile's: most short ones have one token. */
+static inline int32_t fa_few_rows(const fa_params *p) {
+    const int32_t group = fa_decode_group(&p->what);
+    if (!p->varlen.cu_q || group > FA_DECODE_ROWS) return 0;
+    return (group <= 16 ? 16 : FA_DECODE_ROWS) / group;
+}
+
 /* Whether a forward request has few rows and many keys: then it is bound by memory, and reads each
  * key once here, once a query head there. */
 static inline int32_t fa_is_decode(const fa_params *p) {
     const fa_what *w = &p->what;
     const int64_t rows = (int64_t)w->sq * fa_decode_group(w);
-    if (fa_is_cached(p)) return fa_decode_knows(p);
+    if (fa_is_cached(p)) return fa_decode_knows(p) && !fa_is_prefill(p);
     return fa_decode_knows(p) && w->b && rows && rows <= FA_DECODE_ROWS && w->sk >= 4 * w->sq &&
            w->sk > 0;
 }
@@ -92,6 +97,8 @@ typedef struct fa_decode_plan {
                           * those that the tile sees */
     int64_t deal;        /* parts of about the same length that all sequences share, `parts` one
                           * sequence at most; 0: each has `parts` */
+    int32_t few;         /* rows of packed sequences: longer ones are the forward kernel's; 0: none
+                          * is */
     int64_t rows;        /* of out */
     int64_t lse, merged; /* bytes from the workspace's start: the parts' lse; where that of the
                           * result goes if nobody wants it */
@@ -148,13 +155,16 @@ static inline double fa_decode_cost(const fa_decode_variant *v, const fa_decode_
     return cost;
 }
 
+/* `few`: fa_few_rows() where it is the rest of a request that it is made for, else 0. What the
+ * forward kernel wrote is not merged, so that there is one sum. */
 static inline fa_decode_plan fa_decode_make(const fa_params *p, const fa_decode_variant *v,
-                                            int32_t sms) {
+                                            int32_t few, int32_t sms) {
     const fa_what *w = &p->what;
-    fa_decode_plan plan = {1, 1, 1, 0, 0, 0, 0, 0, 0};
+    fa_decode_plan plan = {1, 1, 1, 0, 0, few, 0, 0, 0, 0};
     const int32_t deals = fa_decode_deals(p);
     const int64_t blocks = fa_decode_ceil(w->sk, v->block_n);
-    plan.tiles = fa_decode_tiles(p, v->rows);
+    const int32_t most_sums = few ? 1 : FA_MOST_SUMS;
+    plan.tiles = few ? w->b : fa_decode_tiles(p, v->rows);
     plan.rows = w->q.shape[0] * w->q.shape[1] * w->q.shape[2];
     if (w->batch_invariant) {
         plan.part_blocks = FA_PART_KEYS / v->block_n;
@@ -163,7 +173,7 @@ static inline fa_decode_plan fa_decode_make(const fa_params *p, const fa_decode_
         const fa_decode_plan whole = plan;
         double least = fa_decode_cost(v, &whole, p, 1, 1, sms);
         for (int32_t cluster = 1; cluster <= (deals ? 1 : FA_MOST_CLUSTER); cluster *= 2)
-            for (int32_t sums = 1; sums <= FA_MOST_SUMS && sums * cluster <= blocks; sums *= 2) {
+            for (int32_t sums = 1; sums <= most_sums && sums * cluster <= blocks; sums *= 2) {
                 const double cost = fa_decode_cost(v, &whole, p, cluster, sums, sms);
                 if (cost < least) plan.parts = cluster * sums, plan.cluster = cluster, least = cost;
             }

@@ -12,19 +12,9 @@ __global__ void VARIANT_NAME(const __grid_constant__ decode_args a);
 
 #if IS_STRIDED
 
-/* Bytes at a time: as many as all rows begin on. */
 static bool describe(decode_array *to, const fa_device *, const fa_tensor *t, int32_t) {
     to->tensor = *t;
-    to->width = 2;
-    const bool beside = t->shape[3] == 1 || t->stride[3] == 1;
-    int64_t bits = (int64_t)(uintptr_t)t->data;
-    for (int i = 0; i < 3; ++i)
-        if (t->shape[i] > 1) bits |= 2 * t->stride[i];
-    for (int32_t width = 16; width > 2 && beside; width /= 2)
-        if (bits % width == 0) {
-            to->width = width;
-            break;
-        }
+    to->width = fa_copy_width(t);
     return true;
 }
 
@@ -96,7 +86,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
     if (blocks > INT32_MAX)
         return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 parts of tiles");
     decode_args a = {};
-    a.box_rows = fa_decode_box(p, BLOCK_N);
+    a.box_rows = fa_box_rows(p, BLOCK_N);
     if (!describe(&a.k, device, &w->k, a.box_rows) || !describe(&a.v, device, &w->v, a.box_rows))
         return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected k or v");
     a.q = w->q;
@@ -113,7 +103,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
     a.by_tiles = fa_divisor_make(a.tiles);
     a.by_parts = fa_divisor_make(a.parts);
     a.by_heads = fa_divisor_make(a.heads);
-    a.cluster = plan->cluster;
+    a.cluster = plan->cluster, a.few = plan->few;
     a.q_wide = is_wide(&a.q, 2);
     set_scores(a, p);
 

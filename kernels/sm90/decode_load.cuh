@@ -33,28 +33,6 @@ DEVICE key_place find_row(const decode_args &a, const decode_tile &t, int32_t bl
     return find_key(a, t.b, min(block * BLOCK_N + row, t.some.end - 1));
 }
 
-DEVICE int64_t shuffle(int64_t x, int32_t lane) {
-    const uint32_t low = __shfl_sync(~0u, (uint32_t)x, lane);
-    const uint32_t high = __shfl_sync(~0u, (uint32_t)(x >> 32), lane);
-    return (int64_t)((uint64_t)high << 32 | low);
-}
-
-/* Eight columns of a row, of which `columns` exist, by copies of BYTES. */
-template <int BYTES>
-DEVICE void copy_chunk(uint32_t to, const char *from, int32_t columns) {
-#pragma unroll
-    for (int i = 0; i < 16; i += BYTES) {
-        const int32_t bytes = max(0, min(BYTES, 2 * columns - i));
-        cp_async_or_zero<BYTES>(to + i, bytes ? from + i : from, bytes);
-    }
-}
-
-DEVICE void copy_elements(uint32_t to, const char *from, int64_t step, int32_t columns) {
-#pragma unroll 1
-    for (int i = 0; i < 8; ++i)
-        st_shared_b16(to + 2 * i, i < columns ? load_u16(from + i * step) : 0);
-}
-
 /* A warp's rows of a block of K or V; those from `rows` on are 0. */
 template <int COLUMNS>
 DEVICE void load_rows(const decode_array &array, uint32_t to, int32_t head, key_place place,
@@ -73,14 +51,7 @@ DEVICE void load_rows(const decode_array &array, uint32_t to, int32_t head, key_
         const uint32_t at = to + row * 128 + ((chunk ^ row) % 8 << 4);
         const int32_t columns = row < rows ? d : 0;
         if (columns <= 0) from = (const char *)t.data;
-        if (array.width == 16)
-            copy_chunk<16>(at, from, columns);
-        else if (array.width == 8)
-            copy_chunk<8>(at, from, columns);
-        else if (array.width == 4)
-            copy_chunk<4>(at, from, columns);
-        else
-            copy_elements(at, from, 2 * t.stride[3], columns);
+        copy_columns(at, from, array.width, 2 * t.stride[3], columns);
     }
     if (array.width == 2)
         mbarrier_arrive(full);

@@ -36,7 +36,7 @@ static const fa_decode_variant *decode_variant_of(const fa_choice *choice) {
 }
 
 static int64_t decode_workspace(const fa_params *p, const fa_choice *choice) {
-    return fa_decode_make(p, decode_variant_of(choice), ((const fa_device *)choice->device)->sms)
+    return fa_decode_make(p, decode_variant_of(choice), 0, ((const fa_device *)choice->device)->sms)
         .bytes;
 }
 
@@ -63,7 +63,7 @@ static fa_status launch_decode(const fa_params *p, const fa_device *device,
                                const fa_decode_variant *variant, void *workspace, fa_error *error) {
     const fa_what *w = &p->what;
     if (fa_is_empty(w)) return launch_empty(p, device, error);
-    const fa_decode_plan plan = fa_decode_make(p, variant, device->sms);
+    const fa_decode_plan plan = fa_decode_make(p, variant, 0, device->sms);
     fa_decode_launcher *const run = decode_launchers[variant - fa_decode_variants];
     const int32_t sums = plan.parts / plan.cluster;
     const fa_tensor out = sums == 1 ? w->out : decode_part(w, workspace, w->dv);
@@ -78,6 +78,17 @@ static fa_status launch_decode(const fa_params *p, const fa_device *device,
     fa_merge m = {sums, &out, &lse, w->out, w->lse, w->dtype, p->where};
     if (!m.lse.data) m.lse = decode_part(w, (char *)workspace + plan.merged, 1);
     return fa_merge_launch(&m, &stack, fa_merge_choose(&m, &stack), device, NULL, error);
+}
+
+/* The sequences of few rows that a prefill leaves. */
+static fa_status launch_few(const fa_params *p, const fa_device *device, fa_error *error) {
+    fa_params rest = *p;
+    rest.what.sq = fa_few_rows(p);
+    const int32_t chosen = fa_choose_decode(&rest);
+    const fa_decode_plan plan =
+        fa_decode_make(&rest, &fa_decode_variants[chosen], rest.what.sq, device->sms);
+    return decode_launchers[chosen](&rest, device, &plan, &rest.what.out, 0, &rest.what.lse, 0,
+                                    error);
 }
 
 #endif

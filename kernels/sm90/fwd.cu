@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(THREADS, SHARES)
         int producer = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
         if (producer == 0 && lane == 0) schedule(a, smem, tile, round);
         if (producer == 1 && lane < LOADERS) bring_q(a, smem);
-        if (producer == 2 && lane < LOADERS) bring_k(a, smem);
-        if (producer == 3 && lane < LOADERS) bring_v(a, smem);
+        if (producer == 2 && lane < LANES) bring_k(a, smem);
+        if (producer == 3 && lane < LANES) bring_v(a, smem);
     } else {
         setmaxnreg_inc<MMA_REGISTERS>();
         consume(a, smem, warpgroup);

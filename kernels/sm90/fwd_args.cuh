@@ -41,6 +41,15 @@ struct kernel_args {
 #if HAS_SLICES
     int32_t d; /* of Q and K: columns that are not cleared */
 #endif
+#if IS_PAGED
+    fa_pages pages; /* table NULL: a place for each sequence */
+    fa_divisor by_size;
+#if IS_STRIDED
+    int32_t widths[2]; /* of k, v: copy_columns() */
+#else
+    int32_t box_rows; /* of K and V */
+#endif
+#endif
     float scale; /* times log2(e) */
     float slack; /* softmax_slack of it */
     float *lse;  /* (b, hq, sq), strides in elements; NULL: not wanted */

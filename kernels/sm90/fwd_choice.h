@@ -21,11 +21,11 @@ static const fa_variant fa_variants[] = {
 enum { FA_VARIANTS = sizeof fa_variants / sizeof fa_variants[0] - 1 };
 
 static inline int32_t fa_variant_takes(const fa_variant *v, const fa_what *w, enum fa_loads loads,
-                                       int32_t general) {
+                                       int32_t general, int32_t paged) {
     const int32_t d = w->d + (loads == FA_SLICES ? fa_slack_of(&w->q) : 0);
     const int32_t dv = w->dv + (loads == FA_SLICES ? fa_slack_of(&w->v) : 0);
     return v->dtype == w->dtype && v->d >= d && v->dv >= dv && v->loads == loads &&
-           v->general == general && !(v->ones && w->lse.data);
+           v->general == general && v->paged == paged && !(v->ones && w->lse.data);
 }
 
 /* The shape that a variant is chosen for. Of packed sequences only the longest and the mean are
@@ -33,7 +33,7 @@ static inline int32_t fa_variant_takes(const fa_variant *v, const fa_what *w, en
  * bits may not depend on the others, not even that: then it is that of 1,024 rows and keys. */
 static inline fa_what fa_typical_shape(const fa_params *p) {
     fa_what w = p->what;
-    if (!p->varlen.cu_q) return w;
+    if (!p->varlen.cu_q || fa_is_cached(p)) return w;
     int64_t sq = 1024, sk = 1024;
     if (!w.batch_invariant && w.b > 0) {
         sq = 2 * fa_ceil_div(p->varlen.total_q, w.b), sk = 2 * fa_ceil_div(p->varlen.total_k, w.b);
@@ -49,12 +49,14 @@ static inline int32_t fa_choose_variant(const fa_params *p, int32_t sms) {
     const fa_what shape = fa_typical_shape(p), *w = &shape;
     const fa_masks *m = &p->masks;
     int32_t best = -1, least = 0, general = fa_needs_general(p);
+    const int32_t paged = fa_is_cached(p);
     enum fa_loads loads = fa_loads_of(w, general);
     double cost = -1; /* of the best so far, where it was needed */
     for (int32_t i = 0; i < FA_VARIANTS; ++i) {
         const fa_variant *v = &fa_variants[i];
         int32_t size = v->d + v->dv;
-        if (!fa_variant_takes(v, w, loads, general) || (best >= 0 && size > least)) continue;
+        if (paged) loads = fa_loads_of_pages(p, v->block_n);
+        if (!fa_variant_takes(v, w, loads, general, paged) || (best >= 0 && size > least)) continue;
         if (best >= 0 && size == least) {
             double other = fa_variant_cost(v, w, m, sms);
             if (cost < 0) cost = fa_variant_cost(&fa_variants[best], w, m, sms);

@@ -29,6 +29,7 @@ typedef struct fa_variant {
     int32_t ones;    /* 1: the row sum is one more column of V, so that of the rounded P: no lse */
     int32_t staged;  /* 1: O leaves through shared memory, by the copy engine */
     int32_t general; /* 1: it changes scores: softcap, masks, ALiBi, dropout (fwd_scores.cuh) */
+    int32_t paged;   /* 1: keys are a cache's, in pages; FA_STRIDED: row by row */
 } fa_variant;
 
 static inline int32_t fa_block_m(const fa_variant *v) { return 64 * v->warpgroups; }

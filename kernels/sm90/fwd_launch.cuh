@@ -63,18 +63,41 @@ static bool encode(fa_tensor *array, const fa_device *, const fa_tensor *t, int,
 }
 #endif
 
+#if IS_PAGED
+/* Where keys lie; what boxes or copies bring at a time. */
+static void set_pages(kernel_args &a, const fa_params *p) {
+    a.pages = p->pages;
+    a.by_size = fa_divisor_make(p->pages.table ? p->pages.size : 1);
+#if IS_STRIDED
+    a.widths[0] = fa_copy_width(&p->what.k), a.widths[1] = fa_copy_width(&p->what.v);
+#else
+    a.box_rows = fa_box_rows(p, BLOCK_N);
+#endif
+}
+#endif
+
+/* Of K and V. */
+static int32_t rows_of_box(const kernel_args &a) {
+#if IS_PAGED && !IS_STRIDED
+    return a.box_rows;
+#else
+    return BLOCK_N;
+#endif
+}
+
 /* The arrays, as the loaders and the stores address them. */
 static fa_status encode_arrays(kernel_args &a, const fa_device *device, const fa_what *w,
                                fa_error *error) {
+    const int32_t box_rows = rows_of_box(a);
     if (!encode(&a.q, device, &w->q, 64, a.moves[0]) ||
-        !encode(&a.k, device, &w->k, BLOCK_N, a.moves[1]) ||
-        !encode(&a.v, device, &w->v, BLOCK_N, a.moves[2]) ||
+        !encode(&a.k, device, &w->k, box_rows, a.moves[1]) ||
+        !encode(&a.v, device, &w->v, box_rows, a.moves[2]) ||
         (STAGED && !encode(&a.out_map, device, &w->out, 16, a.moves[3])))
         return fa_fail(error, FA_RUNTIME, "cuTensorMapEncodeTiled rejected q, k, v or out");
 #if !IS_STRIDED
     const fa_tensor *heads[3] = {&w->q, &w->k, &w->v};
     for (int i = 0; i < 3; ++i) {
-        const int32_t slack = SLICES ? fa_slack_of(heads[i]) : 0, rows = i ? BLOCK_N : 64;
+        const int32_t slack = SLICES ? fa_slack_of(heads[i]) : 0, rows = i ? box_rows : 64;
         a.columns[i] = ((int32_t)heads[i]->shape[3] + slack + 7) & -8;
         const int tail = a.columns[i] % 64 * 2;
         if (tail && !encode(&a.tails[i], device, heads[i], rows, a.moves[i], 2, tail))
@@ -112,6 +135,9 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
     if (tiles > INT32_MAX - slots)
         return fa_fail(error, FA_UNSUPPORTED, "sm90 takes at most 2^31 tiles of %d rows", BLOCK_M);
     kernel_args a = {};
+#if IS_PAGED
+    set_pages(a, p);
+#endif
     fa_status status = encode_arrays(a, device, w, error);
     if (status != FA_OK) return status;
     a.descriptor_high = 64 | 1u << 30; /* as in wgmma_descriptor() */
@@ -147,7 +173,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
     }
     /* Who claims far ahead takes the last tiles from blocks that have nothing left; but where tiles
      * are short or many, only the time to find them counts. */
-    const int64_t keys = packed ? p->varlen.total_k / w->b : w->sk;
+    const int64_t keys = packed && !IS_PAGED ? p->varlen.total_k / w->b : w->sk;
     if (tiles < 16 * (int64_t)slots && keys >= 4 * BLOCK_N) a.ahead = 2;
 
     static uint64_t allowed;

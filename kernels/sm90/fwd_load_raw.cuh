@@ -33,7 +33,8 @@ DEVICE raw_rows raw_rows_of(const fa_tensor &t, const uint8_t *smem, const uint6
         r.rows /= 2;
     r.ring = min(RAW_BYTES / r.bytes, RING);
     r.begin = (int64_t)t.data + 15 & -16;
-    r.end = (int64_t)element(t, t.shape[0] - 1, t.shape[1] - 1, t.shape[2] - 1, t.shape[3]) & -16;
+    r.end =
+        (int64_t)element_at(t, t.shape[0] - 1, t.shape[1] - 1, t.shape[2] - 1, t.shape[3]) & -16;
     return r;
 }
 

@@ -8,7 +8,7 @@
 #include "sm90/fwd_smem.h"
 #include "sm90/ptx.cuh"
 
-DEVICE uint16_t *element(const fa_tensor &t, int32_t b, int32_t h, int32_t row, int32_t column) {
+DEVICE uint16_t *element_at(const fa_tensor &t, int32_t b, int32_t h, int32_t row, int32_t column) {
     return (uint16_t *)t.data + b * t.stride[0] + h * t.stride[1] + row * t.stride[2] +
            column * t.stride[3];
 }
@@ -82,7 +82,7 @@ template <int ROWS, int COLUMNS, int>
 DEVICE void load(const kernel_args &, uint32_t smem, const fa_tensor &from, int32_t first,
                  int32_t h, int32_t b, const int32_t (&)[2], uint32_t barrier, uint64_t) {
     const int32_t rows = min((int32_t)from.shape[2] - first, ROWS), d = from.shape[3];
-    const char *source = (const char *)element(from, b, h, first, 0);
+    const char *source = (const char *)element_at(from, b, h, first, 0);
     const int64_t stride = 2 * from.stride[2];
     if (from.stride[3] == 1 && stride >> 26 == stride >> 63) { /* 32 rows are within 2^31 bytes */
         const uint32_t unit = (uint32_t)(uintptr_t)source | (uint32_t)stride;
@@ -110,7 +110,7 @@ DEVICE void load(const kernel_args &, uint32_t smem, const fa_tensor &from, int3
 #pragma unroll 4
         for (int i = threadIdx.x % 32; i < ROWS * panels<COLUMNS> * 8; i += 32) {
             int32_t row = i / 8 % ROWS, column = i / 8 / ROWS * 64 + i % 8 * 8;
-            const uint16_t *chunk = element(from, b, h, first + row, column);
+            const uint16_t *chunk = element_at(from, b, h, first + row, column);
             int32_t there = row < rows ? d - column : 0;
             uint32_t x[8];
 #pragma unroll

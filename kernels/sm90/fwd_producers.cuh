@@ -22,6 +22,9 @@
 #else
 #include "sm90/fwd_load_boxes.cuh"
 #endif
+#if IS_PAGED
+#include "sm90/fwd_load_pages.cuh"
+#endif
 #if VARIANT_GENERAL
 #include "sm90/fwd_mask_tiles.cuh"
 #include "sm90/fwd_tags.cuh"
@@ -69,7 +72,7 @@ DEVICE void bring(const kernel_args &a, smem_layout &smem, const array &from,
         if (t.last) return;
         const int32_t blocks = t.end - t.begin;
 #if IS_RAW
-        raw.head = (int64_t)element(from, t.b, t.h_k, t.k, 0);
+        raw.head = (int64_t)element_at(from, t.b, t.h_k, t.k, 0);
         const int32_t rows = (int32_t)from.shape[2] - t.k;
 #endif
 #if VARIANT_GENERAL
@@ -106,6 +109,10 @@ DEVICE void bring(const kernel_args &a, smem_layout &smem, const array &from,
             const int32_t first = block * BLOCK_N, next = key_block(t, i + 1) * BLOCK_N;
             load_raw<BLOCK_N>(raw, smem_address(stages[kv.stage]), first, rows - first, next,
                               more ? rows - next : 0, smem_address(&full[kv.stage]));
+#elif IS_PAGED
+            load_pages<COLUMNS, 2 - IS_K>(a, t, smem_address(stages[kv.stage]), from,
+                                          block * BLOCK_N, moves, smem_address(&full[kv.stage]),
+                                          KV_POLICY);
 #else
             load<BLOCK_N, COLUMNS, 2 - IS_K>(a, smem_address(stages[kv.stage]), from,
                                              t.k + block * BLOCK_N, t.h_k, t.b, moves,

@@ -21,8 +21,13 @@ DEVICE void locate(const kernel_args &a, work_tile &t, int32_t number) {
     fa_tile tile;
     if (a.packed.counts) {
         fa_packed_entry entry = a.packed.entries[fa_divide(number, a.by_hq)];
+#if IS_PAGED
+        fa_sequence s =
+            fa_packed_cached(&a.packed, &a.varlen, &a.masks, entry.sequence, a.sq, a.sk);
+#else
         fa_sequence s =
             fa_packed_sequence(&a.packed, &a.varlen, &a.masks, entry.sequence, a.sq, a.sk);
+#endif
         tile = fa_packed_tile(&a.packed, number - entry.first * a.hq,
                               max(fa_packed_m_blocks(&a.packed, s), 1), s.lengths.sk);
         t.b = entry.sequence;
@@ -48,6 +53,9 @@ DEVICE void locate(const kernel_args &a, work_tile &t, int32_t number) {
         t.keys = a.sk;
         t.boxed = INT32_MAX;
     }
+#if IS_PAGED
+    t.keys = INT32_MAX; /* a block's rows past the last key are other keys */
+#endif
     t.row = tile.m_block * BLOCK_M;
 }
 

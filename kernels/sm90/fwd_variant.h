@@ -18,6 +18,8 @@
 #define IS_STRIDED (PASTE(LOADS_, VARIANT_LOADS) == 1 || IS_RAW)
 #define HAS_SLICES (PASTE(LOADS_, VARIANT_LOADS) == 2)
 
+#define IS_PAGED VARIANT_PAGED
+
 /* ---- the columns ------------------------------------------------------------------------------*/
 
 static constexpr bool ONES = VARIANT_ONES, STRIDED = IS_STRIDED, SLICES = HAS_SLICES;
@@ -73,10 +75,12 @@ static constexpr int PRODUCER_REGISTERS = POOL - WARPGROUPS * MMA_REGISTERS;
 static_assert(PRODUCER_REGISTERS >= 24, "the pool is too small");
 
 static constexpr int LOADERS = STRIDED ? 32 : 1; /* threads that bring Q, K, V, each */
+/* Lanes that bring K, V: a page each, where boxes are pages; the first speaks for them. */
+static constexpr int LANES = IS_PAGED ? 32 : LOADERS;
 /* Threads of a warpgroup that hand back what was loaded: one, where wgmma alone has read it; where
  * threads have too, or where a stage's tag soon has a successor, each speaks for itself. */
 static constexpr int RELEASERS = STRIDED || SLICES || (GENERAL && DV > 128) ? 128 : 1;
 /* Threads that read a work tile: the warpgroups', and the loaders of K and V. */
-static constexpr int READERS = 128 * WARPGROUPS + 2 * LOADERS;
+static constexpr int READERS = 128 * WARPGROUPS + 2 * LANES;
 
 #endif

@@ -28,6 +28,16 @@ static inline int32_t fa_tma_takes(const fa_tensor *t, int32_t element_bytes) {
     return 1;
 }
 
+/* Bytes, 16 to 2, that a row of 16-bit elements can be copied by: as many as all rows begin on. */
+static inline int32_t fa_copy_width(const fa_tensor *t) {
+    int64_t bits = (int64_t)(uintptr_t)t->data;
+    for (int i = 0; i < 3; ++i)
+        if (t->shape[i] > 1) bits |= 2 * t->stride[i];
+    int32_t width = 16;
+    while (width > 2 && bits % width) width /= 2;
+    return t->shape[3] == 1 || t->stride[3] == 1 ? width : 2;
+}
+
 enum { FA_SLICE = 8 }; /* columns of 16 bytes */
 
 /* Whether it can if all heads' rows are one row. A box begins on 16 bytes of it, at most 7 columns
@@ -57,6 +67,21 @@ static inline int32_t fa_is_of_bytes(const fa_tensor *t, int32_t bytes) {
     return ((uintptr_t)t->data / 2 | t->stride[0] | t->stride[1] | t->stride[2]) % (bytes / 2) == 0;
 }
 
+/* Whether keys are a cache's, in pages or with a place for each sequence of packed queries. */
+static inline int32_t fa_is_cached(const fa_params *p) {
+    return p->pages.table || (p->varlen.cu_q && !p->varlen.cu_k);
+}
+
+enum { FA_EIGHT = 8 }; /* rows that a swizzled panel repeats after */
+
+/* Rows of a box of a cache's keys: a whole block of them, or a page where blocks are whole pages.
+ * 0: neither. */
+static inline int32_t fa_box_rows(const fa_params *p, int32_t block_n) {
+    const fa_pages *pages = &p->pages;
+    if (!pages->table || pages->size >= p->what.sk || pages->size % block_n == 0) return block_n;
+    return block_n % pages->size == 0 && pages->size % FA_EIGHT == 0 ? pages->size : 0;
+}
+
 static inline enum fa_loads fa_loads_of(const fa_what *w, int32_t general) {
     /* The output is stored 16 bytes at a time. */
     if (fa_tma_takes(&w->q, 2) && fa_tma_takes(&w->k, 2) && fa_tma_takes(&w->v, 2) &&
@@ -75,6 +100,19 @@ static inline enum fa_loads fa_loads_of(const fa_what *w, int32_t general) {
         !(fa_is_of_bytes(&w->k, 8) && fa_is_of_bytes(&w->v, 8)))
         return FA_RAW;
     return FA_STRIDED;
+}
+
+/* How a variant that reads pages would load. */
+static inline enum fa_loads fa_loads_of_pages(const fa_params *p, int32_t block_n) {
+    const enum fa_loads loads = fa_loads_of(&p->what, 0);
+    return loads == FA_BOXES && fa_box_rows(p, block_n) ? FA_BOXES : FA_STRIDED;
+}
+
+/* Whether the forward kernel has a variant for a cache's keys: row by row up to a head size. */
+static inline int32_t fa_forward_reads_pages(const fa_params *p) {
+    const fa_what *w = &p->what;
+    const int32_t most = w->d > w->dv ? w->d : w->dv, block_n = most > 128 ? 64 : 128;
+    return most <= 128 || fa_loads_of_pages(p, block_n) == FA_BOXES;
 }
 
 #endif

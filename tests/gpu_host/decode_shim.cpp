@@ -48,7 +48,7 @@ extern "C" int decode(const decode_call *c, int is_late) {
     fa_params p = request_of(c);
     const fa_device device = {2, 0, encode_host};
     const fa_decode_variant *v = &fa_decode_variants[fa_choose_decode(&p)];
-    fa_decode_plan plan = fa_decode_make(&p, v, 2);
+    fa_decode_plan plan = fa_decode_make(&p, v, 0, 2);
     if (!c->invariant) plan.parts = c->parts, plan.cluster = c->cluster, plan.deal = c->deal;
     if (plan.parts != c->parts) return -1;
     if (c->deal) p.what.out = c->single[0], p.what.lse = c->single[1];

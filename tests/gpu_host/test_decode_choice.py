@@ -19,7 +19,8 @@ SOURCE = """
 #include "sm90/decode_choice.h"
 
 /* {rows, d, dv, strided, is_decode} of the choice, or is_decode alone and -1; then {tiles, parts,
- * part_blocks, lse, merged, bytes} of the plan. `change`: what else is asked for. */
+ * part_blocks, lse, merged, bytes} of the plan. `change`: what else is asked for; 9: packed
+ * queries, as the rest of a prefill. */
 void choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int size, int columns,
             int invariant, int change, int sms, int64_t *got) {
     static int32_t x;
@@ -30,10 +31,10 @@ void choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int
     fa_tensor v = {(void *)4096, {n, hk, s, dv}, {hk * s * dv, s * dv, dv, 1}};
     p.what.k = k, p.what.v = v;
     if (size) p.pages = (fa_pages){&x, {columns, 1}, size, n};
-    if (change == 7) p.varlen.cu_q = &x, p.varlen.total_q = 1000;
+    if (change == 7 || change == 9) p.varlen.cu_q = &x, p.varlen.total_q = 1000;
     fa_tensor q = {(void *)4096, {b, hq, sq, d}, {hq * sq * d, sq * d, d, 1}};
     if (change == 8) p.masks.k_lengths = &x;
-    if (change == 7) q.shape[0] = 1, q.shape[2] = 1000;
+    if (p.varlen.cu_q) q.shape[0] = 1, q.shape[2] = 1000;
     p.what.q = q;
     if (change == 1) p.scores.mask.data = &x;
     if (change == 2) p.dropout.p = 0.5;
@@ -42,10 +43,10 @@ void choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int
     if (change == 5) p.scores.softcap = 3;
     if (change == 6) p.what.k.data = (void *)4098;
     const int i = fa_choose_decode(&p);
-    got[4] = fa_is_decode(&p), got[0] = -1;
+    got[4] = fa_is_decode(&p), got[0] = -1, got[14] = fa_few_rows(&p);
     if (i < 0) return;
     const fa_decode_variant *r = &fa_decode_variants[i];
-    const fa_decode_plan plan = fa_decode_make(&p, r, sms);
+    const fa_decode_plan plan = fa_decode_make(&p, r, change == 9 ? sq : 0, sms);
     got[0] = r->rows, got[1] = r->d, got[2] = r->dv, got[3] = r->strided;
     got[5] = plan.tiles, got[6] = plan.parts, got[7] = plan.part_blocks, got[8] = plan.lse;
     got[9] = plan.merged, got[10] = plan.bytes, got[11] = r->block_n, got[12] = plan.cluster;
@@ -53,7 +54,7 @@ void choose(int dtype, int b, int hq, int hk, int sq, int sk, int d, int dv, int
 }
 """
 FIELDS = ("rows", "d", "dv", "strided", "is_decode", "tiles", "parts", "part_blocks")
-FIELDS += ("lse", "merged", "bytes", "block_n", "cluster", "deal")
+FIELDS += ("lse", "merged", "bytes", "block_n", "cluster", "deal", "few")
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +107,30 @@ def test_packed_queries_are_taken_whatever_their_number(choose):
     for b, sq, invariant in itertools.product((1, 3, 100), (1, 2, 700), (0, 1)):
         got = choose(b, 16, 2, sq, 500, size=16, change=7, invariant=invariant)
         rows = 16 if sq * 8 <= 16 and not invariant else 64
-        assert got["is_decode"] and got["rows"] == rows  # of a tile: no one else's lengths
+        assert got["rows"] == rows  # of a tile: no one else's lengths
+        assert got["is_decode"] == (sq < 700 or invariant)
         assert got["tiles"] == 1000 * 8 // rows + b
-    assert choose(2, 16, 2, 70, 500, size=16)["is_decode"]
+
+
+def test_many_rows_are_the_forward_kernels(choose):
+    """Those of a cache too, whatever its pages and strides; what it does not know stays here."""
+    for d, size, change in itertools.product((8, 64, 100, 256), (1, 16, 64, 100), (0, 6)):
+        asked = {"d": d, "size": size, "change": change}
+        assert choose(2, 16, 2, 8, 500, **asked)["is_decode"]
+        small = d == 256 and (size in (1, 100) or change)  # pages, and rows that begin anywhere
+        assert choose(2, 16, 2, 9, 500, **asked)["is_decode"] == bool(small)
+    assert choose(2, 16, 2, 70, 500, size=16, change=5)["is_decode"]  # softcap
+
+
+def test_few_rows_beside_many(choose):
+    """Of packed sequences: a tile each, whose keys are one sum."""
+    for group, few in ((1, 16), (4, 4), (5, 3), (16, 1), (17, 3), (64, 1), (65, 0)):
+        assert choose(100, 2 * group, 2, 700, 9000, size=16, change=7)["few"] == few
+        if few:
+            got = choose(100, 2 * group, 2, few, 9000, size=16, change=9)
+            assert (got["tiles"], got["bytes"]) == (100, 0)
+            assert got["parts"] == got["cluster"] and few * group <= got["rows"]
+    assert choose(100, 8, 2, 700, 9000, size=16)["few"] == 0
 
 
 def test_the_workspace_holds_all_parts(choose):

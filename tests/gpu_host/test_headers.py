@@ -40,6 +40,7 @@ def variant_for(header):
         v
         for v in VARIANTS
         if v["general"] == (stem in GENERAL)
+        and v["paged"] == (stem == "load_pages")
         and v["loads"] == ("FA_RAW" if stem in RAW else "FA_BOXES")
     )
 

@@ -11,17 +11,21 @@ from gpu_host import HAS_LEFT, HAS_RIGHT
 pytestmark = gpu_host.marks
 
 
-def list_tiles(packed, cu_q, cu_k, total_q, total_k, heads=(4, 2), longest=None, flags=2, block=64):
-    """The list's entries, the visits of each row by each head, and the keys of each entry."""
+def list_tiles(
+    packed, cu_q, cu_k, total_q, total_k, heads=(4, 2), longest=None, flags=2, block=64, few=0
+):
+    """The list's entries, the visits of each row by each head, and the keys of each entry. cu_k
+    None: keys are a cache's, and sequences of at most `few` rows are left out."""
     b, capacity = len(cu_q) - 1, total_q // block + len(cu_q)
-    cu = [np.ascontiguousarray(x, np.int32) for x in (cu_q, cu_k)]
+    cu = [None if x is None else np.ascontiguousarray(x, np.int32) for x in (cu_q, cu_k)]
     longest = longest or (total_q, total_k)
     workspace = np.full(4 + 2 * capacity + 64 + 1000, -7, np.int32)
     visits, keys = np.zeros((heads[0], total_q), np.uint8), np.zeros(capacity, np.int32)
-    pointers = [ctypes.c_void_p(x.ctypes.data) for x in (*cu, workspace, visits, keys)]
+    arrays = (*cu, workspace, visits, keys)
+    pointers = [None if x is None else ctypes.c_void_p(x.ctypes.data) for x in arrays]
     entries = packed.list(
         b, *heads, total_q, total_k, *longest, *pointers[:2], flags, block, pointers[2],
-        ctypes.c_int64(4 * (len(workspace) - 1000)), *pointers[3:],
+        ctypes.c_int64(4 * (len(workspace) - 1000)), *pointers[3:], few,
     )  # fmt: skip
     assert 0 <= entries <= capacity, entries
     assert (workspace[4 + 2 * capacity :] == -7).all()  # nothing behind the list
@@ -58,6 +62,18 @@ def test_packed_rows_come_exactly_once(packed, flags):
         firsts = {}
         for i, (sequence, first) in enumerate(entries):
             assert first == firsts.setdefault(sequence, i)
+
+
+@pytest.mark.parametrize("few", [0, 1, 16])
+def test_a_cache_leaves_out_sequences_of_few_rows(packed, few):
+    rows = np.random.default_rng(few).choice([0, 1, 1, 3, 16, 17, 64, 300], 200)
+    total = int(rows.sum())
+    entries, visits, keys = list_tiles(
+        packed, ends(rows), None, total + 5, 0, longest=(300, 5000), few=few
+    )
+    assert (visits == np.append(np.repeat(rows > few, rows), [True] * 5)).all()
+    assert len(entries) == sum(-(-rows[rows > few] // 64)) + 1
+    assert (keys[:-1] == 5000).all() and entries[-1, 0] == 200
 
 
 def test_packed_classes(packed):
