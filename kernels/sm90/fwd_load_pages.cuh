@@ -15,29 +15,53 @@ DEVICE key_place find_seen(const kernel_args &a, const work_tile &t, int32_t key
 
 #if IS_STRIDED
 
+static constexpr int TURNS_OF_ROWS = BLOCK_N / 32;
+
+/* Rows that are all there, in chunks of 16 bytes: `own` are those of this lane, in bytes. */
+template <int COLUMNS>
+DEVICE void copy_whole(uint32_t smem, const char *column, const int64_t (&own)[TURNS_OF_ROWS]) {
+    constexpr int CHUNKS = panels<COLUMNS> * 8, AT_ONCE = 32 / CHUNKS;
+    const int32_t lane = threadIdx.x % 32, chunk = lane % CHUNKS, row = lane / CHUNKS;
+    smem += chunk / 8 * PANEL_N + row * 128 + ((chunk ^ row) % 8 << 4);
+#pragma unroll
+    for (int turn = 0; turn < TURNS_OF_ROWS; ++turn, smem += 32 * 128)
+#pragma unroll
+        for (int i = 0; i < 32; i += AT_ONCE)
+            cp_async_or_zero<16>((smem ^ i % 8 << 4) + i * 128,
+                                 column + shuffle(own[turn], i + row), 16);
+}
+
 /* BLOCK_N rows of K or V (WHICH) from key `first` on; those that no row sees are 0. */
 template <int COLUMNS, int WHICH>
 DEVICE void load_pages(const kernel_args &a, const work_tile &t, uint32_t smem,
                        const fa_tensor &from, int32_t first, const int32_t (&)[2], uint32_t barrier,
                        uint64_t) {
     constexpr int CHUNKS = panels<COLUMNS> * 8, AT_ONCE = 32 / CHUNKS; /* rows */
-    const int32_t lane = threadIdx.x % 32, chunk = lane % CHUNKS;
+    const int32_t lane = threadIdx.x % 32, chunk = lane % CHUNKS, width = a.widths[WHICH - 1];
     const int32_t d = (int32_t)from.shape[3] - 8 * chunk, rows = t.visible.end - first;
     const char *column =
         (const char *)from.data + 2 * (t.h_k * from.stride[1] + 8 * chunk * from.stride[3]);
-    smem += chunk / 8 * PANEL_N;
+    int64_t own[TURNS_OF_ROWS];
+#pragma unroll
+    for (int turn = 0; turn < TURNS_OF_ROWS; ++turn) {
+        const key_place p = find_seen(a, t, first + 32 * turn + lane);
+        own[turn] = 2 * (p.place * from.stride[0] + p.row * from.stride[2]);
+    }
+    if (width == 16 && rows >= BLOCK_N && from.shape[3] == COLUMNS) {
+        copy_whole<COLUMNS>(smem, column, own);
+    } else {
+        smem += chunk / 8 * PANEL_N;
+#pragma unroll
+        for (int turn = 0; turn < TURNS_OF_ROWS; ++turn)
 #pragma unroll 1
-    for (int32_t top = 0; top < BLOCK_N; top += 32) {
-        const key_place p = find_seen(a, t, first + top + lane);
-        const int64_t own = 2 * (p.place * from.stride[0] + p.row * from.stride[2]);
-#pragma unroll 4
-        for (int i = 0; i < 32; i += AT_ONCE) {
-            const int32_t row = top + i + lane / CHUNKS, columns = row < rows ? max(d, 0) : 0;
-            const char *source = column + shuffle(own, i + lane / CHUNKS);
-            copy_columns(smem + row * 128 + ((chunk ^ row) % 8 << 4),
-                         columns ? source : (const char *)from.data, a.widths[WHICH - 1],
-                         2 * from.stride[3], columns);
-        }
+            for (int32_t i = 0; i < 32; i += AT_ONCE) {
+                const int32_t mine = i + lane / CHUNKS, row = 32 * turn + mine;
+                const int32_t columns = row < rows ? max(d, 0) : 0;
+                const char *source = column + shuffle(own[turn], mine);
+                copy_columns(smem + row * 128 + ((chunk ^ row) % 8 << 4),
+                             columns ? source : (const char *)from.data, width, 2 * from.stride[3],
+                             columns);
+            }
     }
     cp_async_wait();
     fence_proxy_async();
