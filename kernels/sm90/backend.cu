@@ -329,5 +329,5 @@ static fa_status run_kvcache(const fa_kvcache *c, const fa_choice *choice, void 
 static const fa_kvcache_op kvcache = {FA_SM90_KVCACHE, reject_kvcache, kvcache_kernel,
                                       kvcache_workspace, run_kvcache};
 
-const fa_backend fa_sm90 = {"sm90",   FA_CUDA, takes_device, &forward, &backward, &merge,
-                            &kvcache, NULL,    NULL,         NULL,     NULL,      names};
+const fa_backend fa_sm90 = {"sm90", FA_CUDA, takes_device, &forward, &backward, &merge, &kvcache,
+                            NULL,   NULL,    NULL,         NULL,     NULL,      NULL,   names};
