@@ -36,7 +36,7 @@ def forgotten(contract, choice, cpu):
 
 
 def test_a_change_of_the_scores_is_switched_on_in_every_backend():
-    contract, choice = text("csrc/forward.h"), text("kernels/sm90/general.h")
+    contract, choice = text("csrc/forward.h"), text("kernels/common/general.h")
     cpu = "".join(
         text(f"csrc/cpu/{x}.h") for x in ("forward_rows", "forward_kernel", "backward_kernel")
     )

@@ -1,5 +1,5 @@
-/* element.cuh - elements of the 16-bit formats and float32: to float and back, and as many as one
- * load brings. Any architecture from sm_80 on. */
+/* element.cuh - elements of the float formats: to float and back (float64: itself), and as many as
+ * one load brings. Any architecture from sm_80 on. */
 #ifndef FASTATTN_ELEMENT_CUH
 #define FASTATTN_ELEMENT_CUH
 
@@ -10,6 +10,13 @@
  * low half. */
 template <fa_dtype T>
 struct element;
+
+template <>
+struct element<FA_F64> {
+    typedef double stored;
+    DEVICE double widen(double x) { return x; }
+    DEVICE double narrow(double x) { return x; }
+};
 
 template <>
 struct element<FA_F32> {
@@ -51,6 +58,12 @@ struct element<FA_F16> {
         x[0] = widen((uint16_t)bits);
         x[1] = widen((uint16_t)(bits >> 16));
     }
+};
+
+/* Two neighbours, aligned so that they are read or written at once. */
+template <typename T>
+struct alignas(2 * sizeof(T)) pair_of {
+    T x[2];
 };
 
 /* 16, 8 or 4 bytes, aligned so, that are read once: the L1 keeps nothing of them. */

@@ -29,13 +29,14 @@ static inline const fa_params *fa_head_part(const fa_params *p, int32_t i, fa_pa
     const fa_what *w = &p->what;
     const int32_t parts = fa_head_parts(w), heads = w->hq / parts;
     const int64_t first = (int64_t)i * heads, mask_size = fa_dtype_size(p->scores.mask_dtype);
+    const int64_t size = fa_dtype_size(w->dtype);
     if (parts == 1) return p;
     *part = *p;
-    part->what.q = fa_heads_of(&w->q, first, heads, 2);
-    part->what.k = fa_heads_of(&w->k, i / (parts / w->hk), 1, 2);
-    part->what.v = fa_heads_of(&w->v, i / (parts / w->hv), 1, 2);
-    part->what.out = fa_heads_of(&w->out, first, heads, 2);
-    part->what.lse = fa_heads_of(&w->lse, first, heads, 4);
+    part->what.q = fa_heads_of(&w->q, first, heads, size);
+    part->what.k = fa_heads_of(&w->k, i / (parts / w->hk), 1, size);
+    part->what.v = fa_heads_of(&w->v, i / (parts / w->hv), 1, size);
+    part->what.out = fa_heads_of(&w->out, first, heads, size);
+    part->what.lse = fa_heads_of(&w->lse, first, heads, w->dtype == FA_F64 ? 8 : 4);
     part->scores.mask = fa_heads_of(&p->scores.mask, first, heads, mask_size);
     if (part->scores.alibi_slopes)
         part->scores.alibi_slopes += first * part->scores.alibi_stride[1];

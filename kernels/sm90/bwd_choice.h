@@ -4,10 +4,10 @@
 
 #include "backward.h"
 #include "common/empty.h"
+#include "common/general.h"
 #include "common/mask_bits.h"
 #include "common/packed.h"
 #include "common/schedule.h"
-#include "sm90/general.h"
 #include "sm90/loads.h"
 
 typedef struct fa_bwd_variant {

@@ -4,11 +4,11 @@
 
 #include "backward.h"
 #include "common/launch.cuh"
+#include "common/scale.h"
 #include "sm90/bwd_args.cuh"
 #include "sm90/bwd_choice.h"
 #include "sm90/bwd_ends.cuh"
 #include "sm90/bwd_smem.h"
-#include "sm90/scale.h"
 #include "sm90/scores_launch.cuh"
 #if VARIANT_GENERAL
 #include "sm90/bwd_mask.cuh"

@@ -11,12 +11,12 @@
 
 #include "common/compiler.cuh"
 #include "common/element.cuh"
+#include "common/quads.cuh"
 #include "philox.h"
 #include "sm90/bwd_args.cuh"
 #include "sm90/bwd_block.cuh"
 #include "sm90/bwd_smem.h"
 #include "sm90/ptx.cuh"
-#include "sm90/quads.cuh"
 #include "sm90/softcap.cuh"
 #include "sm90/wgmma.cuh"
 

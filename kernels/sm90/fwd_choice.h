@@ -6,8 +6,8 @@
 #ifndef FASTATTN_SM90_FWD_CHOICE_H
 #define FASTATTN_SM90_FWD_CHOICE_H
 
+#include "common/general.h"
 #include "sm90/fwd_cost.h"
-#include "sm90/general.h"
 #include "sm90/loads.h"
 
 /* Where setup.py was asked for some of them alone, a copy of the table comes first on the path. */

@@ -7,13 +7,13 @@
 
 #include "common/launch.cuh"
 #include "common/packed.h"
+#include "common/scale.h"
 #include "common/schedule.h"
 #include "sm90/fwd_args.cuh"
 #include "sm90/fwd_smem.h"
 #include "sm90/fwd_variant.h"
 #include "sm90/fwd_workspace.h"
 #include "sm90/loads.h"
-#include "sm90/scale.h"
 #include "sm90/softmax.cuh"
 #if VARIANT_GENERAL
 #include "sm90/scores_launch.cuh"

@@ -7,6 +7,7 @@
 #define FASTATTN_SM90_FWD_OUT_CUH
 
 #include "common/compiler.cuh"
+#include "common/quads.cuh"
 #include "mask.h"
 #include "sm90/fwd_args.cuh"
 #include "sm90/fwd_compiler.cuh"
@@ -16,7 +17,6 @@
 #include "sm90/fwd_visibility.cuh"
 #include "sm90/loads.h"
 #include "sm90/ptx.cuh"
-#include "sm90/quads.cuh"
 #include "sm90/softmax.cuh"
 #include "sm90/wgmma.cuh"
 

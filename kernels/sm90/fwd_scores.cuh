@@ -13,13 +13,13 @@
 #define FASTATTN_SM90_FWD_SCORES_CUH
 
 #include "common/compiler.cuh"
+#include "common/quads.cuh"
 #include "philox.h"
 #include "sm90/fwd_args.cuh"
 #include "sm90/fwd_mask_tiles.cuh"
 #include "sm90/fwd_smem.h"
 #include "sm90/fwd_visibility.cuh"
 #include "sm90/ptx.cuh"
-#include "sm90/quads.cuh"
 #include "sm90/softcap.cuh"
 #include "sm90/softmax.cuh"
 

@@ -8,8 +8,8 @@
 #include <string.h>
 
 #include "common/mask_bits.h"
+#include "common/scale.h"
 #include "sm90/loads.h"
-#include "sm90/scale.h"
 #include "sm90/scores_args.cuh"
 
 /* How c tanh(s / c) is computed; `alone` as in make_scores(). */

@@ -12,6 +12,13 @@ template <fa_dtype T>
 struct element;
 
 template <>
+struct element<FA_F64> {
+    typedef double stored;
+    static double widen(double x) { return x; }
+    static double narrow(double x) { return x; }
+};
+
+template <>
 struct element<FA_F32> {
     typedef float stored;
     static float widen(float x) { return x; }
@@ -58,6 +65,11 @@ struct element<FA_BF16> {
         x[0] = widen((uint16_t)bits);
         x[1] = widen((uint16_t)(bits >> 16));
     }
+};
+
+template <typename T>
+struct alignas(2 * sizeof(T)) pair_of {
+    T x[2];
 };
 
 /* An address that a GPU would refuse ends the test. */

@@ -1,6 +1,6 @@
 /* scale.h - what the scores are multiplied by. Host code, plain C. */
-#ifndef FASTATTN_SM90_SCALE_H
-#define FASTATTN_SM90_SCALE_H
+#ifndef FASTATTN_SCALE_H
+#define FASTATTN_SCALE_H
 
 #include <math.h>
 

@@ -1,6 +1,6 @@
 /* general.h - which requests need a general variant. Plain C. */
-#ifndef FASTATTN_SM90_GENERAL_H
-#define FASTATTN_SM90_GENERAL_H
+#ifndef FASTATTN_GENERAL_H
+#define FASTATTN_GENERAL_H
 
 #include "forward.h"
 

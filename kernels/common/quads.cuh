@@ -1,6 +1,6 @@
 /* quads.cuh - what the four lanes that share a row of a fragment exchange. */
-#ifndef FASTATTN_SM90_QUADS_CUH
-#define FASTATTN_SM90_QUADS_CUH
+#ifndef FASTATTN_QUADS_CUH
+#define FASTATTN_QUADS_CUH
 
 #include <stdint.h>
 

@@ -1,0 +1,125 @@
+/* fwd_load.cuh - how Q, K and V come into shared memory: 16 bytes a thread, by cp.async where the
+ * array's alignment allows that or 8 or 4, element by element elsewhere.
+ *
+ * A row's chunk of 16 bytes i lies at i ^ row % 8 of its 128 bytes, so that neither these stores
+ * nor the loads of fragments meet in a bank. Columns past the array's, keys that no row of the
+ * sequence sees, and V of keys that a bool mask hides from all rows of the tile are 0.
+ */
+#ifndef FASTATTN_SM80_FWD_LOAD_CUH
+#define FASTATTN_SM80_FWD_LOAD_CUH
+
+#include "common/element.cuh"
+#include "sm80/fwd_tile.cuh"
+#include "sm80/ptx.cuh"
+
+typedef element<DTYPE>::stored stored;
+
+/* Rows begin .. end - 1 of a tile exist, and those of them that `columns` (mask_bits.h) names, of
+ * 64 query rows or, in a second array behind, of 128. */
+struct row_filter {
+    int32_t begin, end;
+    const uint32_t *columns; /* or NULL; */
+    int32_t key;             /* of its 128 the tile's first row is */
+};
+
+DEVICE bool has_row(const row_filter &f, int32_t row) {
+    if (row < f.begin || row >= f.end) return false;
+    if (!GENERAL || !f.columns) return true;
+    const int32_t key = f.key + row;
+    uint32_t word = f.columns[key % 8 / 2];
+    if (BLOCK_M > FA_BITS_ROWS) word |= f.columns[4 + key % 8 / 2];
+    return word >> (key / 8 * 2 + key % 2) & 1;
+}
+
+/* 16 bytes, of which `bytes` exist, by copies of BYTES. */
+template <int BYTES>
+DEVICE void copy_chunk(uint32_t to, const char *from, int32_t bytes) {
+#pragma unroll
+    for (int i = 0; i < 16; i += BYTES)
+        cp_async_or_zero<BYTES>(to + i, bytes > i ? from + i : from, min(max(bytes - i, 0), BYTES));
+}
+DEVICE void copy_elements(uint32_t to, const char *from, int64_t step, int32_t bytes) {
+#pragma unroll 1
+    for (int i = 0; i < 16; i += SIZE, from += step)
+        st_shared(to + i, i < bytes ? *(const stored *)from : (stored)0);
+}
+
+/* This thread's chunks of ROWS rows of ROW bytes: the one from `column` on of every STEP-th row, by
+ * copies of BYTES, or, 0, element by element. */
+template <int ROWS, int ROW, int BYTES>
+DEVICE void load_chunks(uint32_t to, const array_args &x, const char *from, int32_t column,
+                        const row_filter &filter) {
+    constexpr int CHUNKS = ROW / 16, STEP = THREADS / CHUNKS;
+    static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "");
+    const int32_t chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
+    const int32_t bytes = min(max((x.columns - column) * SIZE, 0), 16);
+    from += first * x.stride[2] + (bytes ? column * x.stride[3] : 0);
+#pragma unroll(BYTES == 16 ? ROWS / STEP : 1)
+    for (int i = 0; i < ROWS; i += STEP, from += STEP * x.stride[2]) {
+        const int32_t row = first + i, there = has_row(filter, row) ? bytes : 0;
+        const uint32_t place = to + row * ROW + ((chunk ^ row % 8) << 4);
+        const char *source = there ? from : x.data; /* no address is past an array */
+        if (BYTES)
+            copy_chunk<BYTES ? BYTES : 16>(place, source, there);
+        else
+            copy_elements(place, source, x.stride[3], there);
+    }
+}
+
+template <int ROWS, int ROW>
+DEVICE void load_rows(uint32_t to, const array_args &x, const char *from, int32_t column,
+                      const row_filter &filter) {
+    if (x.width == 16)
+        load_chunks<ROWS, ROW, 16>(to, x, from, column, filter);
+    else if (x.width == 8)
+        load_chunks<ROWS, ROW, 8>(to, x, from, column, filter);
+    else if (SIZE <= 4 && x.width == 4)
+        load_chunks<ROWS, ROW, 4>(to, x, from, column, filter);
+    else
+        load_chunks<ROWS, ROW, 0>(to, x, from, column, filter);
+}
+
+DEVICE void load_q(const kernel_args &a, const tile &t, uint32_t q) {
+    const char *from = a.q.data + t.batch * a.q.stride[0] + t.h * a.q.stride[1] +
+                       (int64_t)(t.q + t.row) * a.q.stride[2];
+    const row_filter filter = {0, min(t.lengths.sq, t.rows) - t.row, NULL, 0};
+    load_rows<BLOCK_M, Q_ROW>(q, a.q, from, threadIdx.x % (Q_ROW / 16) * CHUNK, filter);
+}
+
+/* What comes next: a panel of K, or, from PANELS on, of V, of a block of keys. */
+struct cursor {
+    int32_t block, panel;
+};
+
+DEVICE void advance(const kernel_args &a, const tile &t, cursor &at) {
+    if (++at.panel < 2 * PANELS) return;
+    at.panel = 0;
+    at.block = next_block(a, t, at.block);
+}
+
+/* The first column of this thread's chunk of a panel. Of V a panel has columns of each warp. */
+DEVICE int32_t panel_column(int32_t panel, bool of_v) {
+    const int32_t column = threadIdx.x % (PANEL_ROW / 16) * CHUNK;
+    if (!of_v) return panel * PANEL + column;
+    return column / OWN_PANEL * OWN + (panel - PANELS) * OWN_PANEL + column % OWN_PANEL;
+}
+
+DEVICE void load_panel(const kernel_args &a, const tile &t, const cursor &at, uint32_t to) {
+    const bool of_v = at.panel >= PANELS;
+    const array_args &x = of_v ? a.v : a.k;
+    const int32_t key = at.block * BLOCK_N, h = fa_divide(t.h, a.by_group);
+    const char *from =
+        x.data + t.batch * x.stride[0] + h * x.stride[1] + (int64_t)(t.k + key) * x.stride[2];
+    row_filter filter = {t.visible.begin - key, t.visible.end - key, NULL, 0};
+#if VARIANT_GENERAL
+    if (of_v && a.scores.map && !read_map(a.scores, t, at.block).no_holes) {
+        filter.columns =
+            a.scores.columns +
+            4 * fa_columns_at(&a.scores.bits, t.plane, key / FA_BITS_KEYS, t.row / FA_BITS_ROWS);
+        filter.key = key % FA_BITS_KEYS;
+    }
+#endif
+    load_rows<BLOCK_N, PANEL_ROW>(to, x, from, panel_column(at.panel, of_v), filter);
+}
+
+#endif
