@@ -286,7 +286,7 @@ def cuda_jobs(nvcc: Path) -> list[Job]:
     jobs = [job(v.name, v.source, *table.gencode(v.architecture), *v.defines()) for v in chosen]
     architectures = sorted({path.parent.name for path in KERNELS.glob("sm*/*.cu")})
     flags = {a: [*some_tables(chosen), *table.gencode(a)] for a in architectures}
-    flags["common"] = [flag for a in architectures for flag in table.gencode(a)]
+    flags["common"] = table.gencode(*architectures)
     for source in sorted(KERNELS.glob("*/*.cu")):
         if not source.with_suffix(".def").exists():
             folder = source.parent.name

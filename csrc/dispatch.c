@@ -15,6 +15,7 @@
 static const fa_backend *const table[] = {
 #ifdef FASTATTN_CUDA
     &fa_sm90,
+    &fa_sm80,
 #endif
     &fa_cpu,
 };

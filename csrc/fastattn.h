@@ -53,6 +53,7 @@ const char *fa_cpu_warning(void); /* a sentence about FASTATTN_NUM_THREADS, or e
 
 #ifdef FASTATTN_CUDA             /* built with nvcc; kernels/ */
 extern const fa_backend fa_sm90; /* kernels/sm90/backend.cu */
+extern const fa_backend fa_sm80; /* kernels/sm80/backend.cu */
 
 typedef struct fa_gpu {
     char name[128];

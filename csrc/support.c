@@ -63,6 +63,15 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
         {"sm90", "merge", DTYPE(F32) | DTYPE(F16) | DTYPE(BF16), 0, {0}, 0, INT32_MAX},
     [FA_SM90_KVCACHE] =
         {"sm90", "kvcache", DTYPE(F16) | DTYPE(BF16), FA_ALL_FEATURES & ~FA_KV_HEADS, {0}, 1, 256},
+    [FA_SM80_FORWARD] = {"sm80",
+                         "forward",
+                         FLOATS,
+                         FA_ALL_FEATURES & ~FA_PAGES,
+                         {FA_DROPOUT | FA_KV_HEADS},
+                         0,
+                         512},
+    [FA_SM80_MERGE] =
+        {"sm80", "merge", DTYPE(F32) | DTYPE(F16) | DTYPE(BF16), 0, {0}, 0, INT32_MAX},
 };
 
 fa_demand fa_forward_demand(const fa_params *p) {

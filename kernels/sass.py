@@ -34,15 +34,17 @@ class Kernel:
     name: str
     code: tuple[tuple[int, int], ...]  # (low, high) 64 bits of every instruction
     registers: int = 0  # of a thread, at the launch
+    architecture: int = 90  # compute capability, times 10
 
     def variant(self) -> str:
         """The function's name in the source: the first that the symbol spells out. Of a template
-        its arguments follow."""
+        its arguments follow; then the architecture, if that is not Hopper."""
+        where = "" if self.architecture == 90 else f" on sm_{self.architecture}"
         match = re.search(r"_Z[A-Z]*(\d+)(\w+)", self.name)
         if not match:
-            return self.name
+            return self.name + where
         name, rest = match[2][: int(match[1])], match[2][int(match[1]) :]
-        return name + rest if rest.startswith("I") else name
+        return (name + rest if rest.startswith("I") else name) + where
 
     def parameter(self, i: int) -> int | None:
         """The constant bank's offset that an instruction reads, if a parameter lies there."""
@@ -132,6 +134,8 @@ def kernels(data: bytes) -> list[Kernel]:
         # (name, type, flags, address, offset, size, link, info)
         sections = [struct.unpack_from("<IIQQQQII", cubin, table + size * i) for i in range(count)]
         registers, texts = {}, []
+        abi, marks = cubin[8], struct.unpack_from("<I", cubin, 48)[0]
+        architecture = marks >> 8 & 0xFF if abi >= 8 else marks & 0xFF  # before CUDA 13
         for section in sections:
             at = sections[names][4] + section[0]
             name = cubin[at : cubin.index(b"\0", at)].decode()
@@ -142,7 +146,7 @@ def kernels(data: bytes) -> list[Kernel]:
                 # Before sm_90 the upper 8 bits are the number of registers.
                 texts.append((name.removeprefix(".text."), content, section[7] & 0xFFFFFF))
         found += [
-            Kernel(name, tuple(struct.iter_unpack("<QQ", code)), registers[symbol])
+            Kernel(name, tuple(struct.iter_unpack("<QQ", code)), registers[symbol], architecture)
             for name, code, symbol in texts
         ]
     return found

@@ -72,10 +72,15 @@ def read(table: Path) -> list[Variant]:
     return [replace(v, columns=zeros | v.columns) for v in variants.values()]
 
 
-def gencode(architecture: str) -> list[str]:
-    """What nvcc makes for a folder: from sm90 on, code that may use what that architecture alone
-    has; before, portable code, and PTX for newer GPUs."""
-    number = architecture.removeprefix("sm")
-    if int(number) >= 90:
-        return [f"-gencode=arch=compute_{number}a,code=sm_{number}a"]
-    return [f"-gencode=arch=compute_{number},code=[sm_{number},compute_{number}]"]
+def gencode(*architectures: str) -> list[str]:
+    """What nvcc makes for folders: from sm90 on, code that may use what that architecture alone
+    has; before, portable code, also for 9.0 unless that is among them, and PTX for newer GPUs."""
+    flags = []
+    for number in (int(a.removeprefix("sm")) for a in architectures):
+        if number >= 90:
+            flags.append(f"-gencode=arch=compute_{number}a,code=sm_{number}a")
+        else:
+            newer = "compute_90" if "sm90" in architectures else "[sm_90,compute_90]"
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            flags.append(f"-gencode=arch=compute_90,code={newer}")
+    return flags

@@ -25,19 +25,20 @@ static __device__ bool is_padding(const empty_args &a, int64_t b, int32_t i) {
 }
 
 /* No key: every output row is 0 and every lse is the sink's value, -inf without one and for
- * padding. Both 16-bit formats write 0 as 0. */
+ * padding. All formats of a size, an integer's, write 0 as 0. */
+template <typename STORED, typename LSE>
 static __global__ void write_empty_rows(const __grid_constant__ empty_args a) {
     const fa_what &w = a.what;
     wait_for_stream();
     int64_t sq = w.out.shape[2], rows = w.out.shape[0] * w.hq * sq;
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
         int64_t i = row % sq, h = row / sq % w.hq, b = row / sq / w.hq;
-        uint16_t *out = (uint16_t *)w.out.data + b * w.out.stride[0] + h * w.out.stride[1] +
-                        i * w.out.stride[2];
+        STORED *out =
+            (STORED *)w.out.data + b * w.out.stride[0] + h * w.out.stride[1] + i * w.out.stride[2];
         for (int32_t c = threadIdx.x; c < w.dv; c += blockDim.x) out[c * w.out.stride[3]] = 0;
         if (!w.lse.data || threadIdx.x != 0) continue;
         const bool padding = a.sink && is_padding(a, b, (int32_t)i);
-        ((float *)w.lse.data)[b * w.lse.stride[0] + h * w.lse.stride[1] + i * w.lse.stride[2]] =
+        ((LSE *)w.lse.data)[b * w.lse.stride[0] + h * w.lse.stride[1] + i * w.lse.stride[2]] =
             a.sink && !padding ? a.sink[h * a.sink_stride] : -INFINITY;
     }
 }
@@ -48,8 +49,12 @@ static inline fa_status launch_empty(const fa_params *p, const fa_device *device
     if (rows == 0) return FA_OK;
     int64_t blocks = rows < 8 * device->sms ? rows : 8 * device->sms;
     empty_args a = {*w, p->masks, p->varlen, p->scores.sink, p->scores.sink_stride};
-    return fa_launch_kernel((const void *)write_empty_rows, (int32_t)blocks, 128, 0,
-                            p->where.stream, device->early, &a, error);
+    const int64_t size = fa_dtype_size(w->dtype);
+    const void *kernel = size == 2   ? (const void *)write_empty_rows<uint16_t, float>
+                         : size == 4 ? (const void *)write_empty_rows<uint32_t, float>
+                                     : (const void *)write_empty_rows<uint64_t, double>;
+    return fa_launch_kernel(kernel, (int32_t)blocks, 128, 0, p->where.stream, device->early, &a,
+                            error);
 }
 
 /* 0 in every row of an array of 16-bit elements, or of as many pairs of them. */

@@ -6,7 +6,7 @@
 #include "common/head_parts.h"
 #include "common/launch.cuh"
 #include "common/mask_bits.cuh"
-#include "common/merge_plan.h"
+#include "common/merge_op.cuh"
 #include "common/packed.cuh"
 #include "fastattn.h"
 #include "support.h"
@@ -254,31 +254,7 @@ static fa_status run_backward(const fa_backward *r, const fa_choice *choice, voi
 static const fa_backward_op backward = {FA_SM90_BACKWARD, reject_backward, backward_kernel,
                                         backward_workspace, run_backward};
 
-/* ---- merging: common/merge.cu ---- */
-
-static fa_status reject_merge(const fa_merge *m, fa_choice *choice, fa_error *) {
-    choice->variant = fa_merge_choose(m, NULL);
-    return FA_OK;
-}
-
-static const char *merge_kernel(const fa_merge *, const fa_choice *choice) {
-    return ((const fa_merge_variant *)choice->variant)->name;
-}
-
-static int64_t merge_workspace(const fa_merge *m, const fa_choice *choice) {
-    return fa_merge_bytes(m, NULL, (const fa_merge_variant *)choice->variant);
-}
-
-static fa_status run_merge(const fa_merge *m, const fa_choice *choice, void *workspace,
-                           fa_error *error) {
-    const fa_device *device = (const fa_device *)choice->device;
-    int before;
-    fa_status status = fa_enter_device(device, &before, error);
-    if (status != FA_OK) return status;
-    status = fa_merge_launch(m, NULL, (const fa_merge_variant *)choice->variant, device, workspace,
-                             error);
-    return fa_leave_device(device, before, status, error);
-}
+/* ---- merging ---- */
 
 static const fa_merge_op merge = {FA_SM90_MERGE, reject_merge, merge_kernel, merge_workspace,
                                   run_merge};
