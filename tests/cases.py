@@ -367,8 +367,10 @@ def run_once(case, framework=None, backend=None, attention=None):
     keywords = arguments(case, inputs, framework)
     if inputs.out:
         keywords["out"] = framework.array(inputs.out)
-    taker = backend or {"cpu": "cpu", "cuda": "sm90"}[framework.device]
-    reason = declared.reason(taker, **declared.of_case(case))
+    asked = declared.of_case(case)
+    takers = [backend] if backend else {"cpu": ["cpu"], "cuda": ["sm90", "sm80"]}[framework.device]
+    reasons = [declared.reason(taker, **asked) for taker in takers]
+    reason = all(reasons) and "; ".join(reasons)
     try:
         out, lse = attention(**keywords, backend=backend)
     except NotImplementedError as error:

@@ -45,21 +45,24 @@ def python(*arguments, timeout=300, **environment):
     return done.stdout
 
 
-def gpu_present():
-    """Whether a backend of ours can serve a CUDA tensor of torch here."""
+def gpu_present(backend="sm90"):
+    """Whether it can serve a CUDA tensor of torch here."""
     if not has("torch"):
         return False
     import fastattn
     import torch
 
-    return torch.cuda.is_available() and "sm90" in fastattn.info()["backends"]
+    return torch.cuda.is_available() and backend in fastattn.info()["backends"]
 
 
 PLACES = [  # (framework, backend): where a case runs
     pytest.param((cases.NumPy(), "cpu"), id="cpu-numpy"),
     pytest.param((cases.Torch("cpu"), "cpu"), id="cpu-torch", marks=needs("torch")),
-    pytest.param(
-        (cases.Torch("cuda"), "sm90"), id="sm90-torch", marks=[pytest.mark.gpu, needs("torch")]
+    *(
+        pytest.param(
+            (cases.Torch("cuda"), gpu), id=f"{gpu}-torch", marks=[pytest.mark.gpu, needs("torch")]
+        )
+        for gpu in ("sm90", "sm80")
     ),
 ]
 
@@ -67,12 +70,13 @@ PLACES = [  # (framework, backend): where a case runs
 @pytest.fixture(params=PLACES)
 def place(request):
     """(framework, backend): where a case runs."""
-    if request.param[1] == "sm90" and not gpu_present():
-        pytest.skip("no GPU that the sm90 backend serves")
+    backend = request.param[1]
+    if backend != "cpu" and not gpu_present(backend):
+        pytest.skip(f"no GPU that the {backend} backend serves")
     return request.param
 
 
-KERNELS = [PLACES[0], PLACES[2]]  # for what is the kernel's alone: the CPU's has no framework
+KERNELS = [PLACES[0], *PLACES[2:]]  # for what is the kernel's alone: the CPU's has no framework
 
 
 @pytest.fixture

@@ -355,8 +355,9 @@ def test_law_3_variants_are_bounded():
     assert len(EVERY_VARIANT) <= 150
     for v in EVERY_VARIANT:
         assert re.fullmatch(r"[a-z0-9_]+", v.name) and v.source.exists()
-        assert v["dtype"] in ("FA_F32", "FA_F16", "FA_BF16")
-        size = f"d{v['d']}" + (f"_{v['dv']}" if v["dv"] != v["d"] else "")
+        assert v["dtype"] in ("FA_F64", "FA_F32", "FA_F16", "FA_BF16")
+        dv = v.columns.get("dv", v["d"])  # of a table that has no such column
+        size = f"d{v['d']}" + (f"_{dv}" if dv != v["d"] else "")
         assert v.name.startswith(
             f"{v.architecture}_{v.table.stem}_{v['dtype'][3:].lower()}_{size}_"
         )
