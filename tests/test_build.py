@@ -165,10 +165,12 @@ def test_an_architecture_is_a_folder(build):
     (folder / "fwd.cu").write_text("int VARIANT_NAME = VARIANT_D;\n")
     (folder / "backend.cu").write_text('#include "common/launch.cuh"\n')
     assert build() == {"sm80_fwd_four", "sm80_backend", "common_device", "common_merge"}
-    of_80 = "-gencode=arch=compute_80,code=[sm_80,compute_80]"
-    assert {of_80, "-DVARIANT_D=64"} <= {*command(build, "sm80_fwd_four")}
+    of_80 = "-gencode=arch=compute_80,code=sm_80"
+    newer = "-gencode=arch=compute_90,code=[sm_90,compute_90]"
+    assert {of_80, newer, "-DVARIANT_D=64"} <= {*command(build, "sm80_fwd_four")}
     gencode = [word for word in command(build, "common_merge") if word.startswith("-gencode")]
-    assert gencode == [of_80, "-gencode=arch=compute_90a,code=sm_90a"]
+    ptx = "-gencode=arch=compute_90,code=compute_90"
+    assert gencode == [of_80, ptx, "-gencode=arch=compute_90a,code=sm_90a"]
 
 
 def test_some_variants(build):
@@ -367,6 +369,7 @@ def test_machine_code_of_an_older_architecture_is_read(sass, tmp_path):
     (tmp_path / "add.cu").write_text("__global__ void add(float *x) { x[threadIdx.x] += 1; }\n")
     command = ["nvcc", *table.gencode("sm80"), "-c", "add.cu"]
     subprocess.run(command, cwd=tmp_path, check=True)
-    (kernel,) = sass.kernels((tmp_path / "add.o").read_bytes())
+    kernel, newer = sass.kernels((tmp_path / "add.o").read_bytes())
+    assert (kernel.variant(), newer.variant()) == ("add on sm_80", "add")
     assert "add" in kernel.name and 0x94D in kernel.opcodes() and kernel.registers > 0
     assert sass.check((tmp_path / "add.o").read_bytes(), "") == []

@@ -25,6 +25,10 @@ RAW = {"load_raw", "load_strided"}
 
 def variant_for(header):
     """The first of its table that includes it."""
+    if header.startswith("sm80/"):
+        dtype = "FA_F64" if header.endswith("_f64.cuh") else "FA_BF16"
+        portable = (v for v in EVERY_VARIANT if v.name.startswith("sm80_fwd_"))
+        return next(v for v in portable if v["dtype"] == dtype and v["general"])
     if "/bwd_" in header:
         kind = (
             header.endswith("load_strided.cuh"),
