@@ -202,7 +202,7 @@ def refusals():
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
     for call, arrays in (
         (jax.grad(lambda *of: fastattn.attention(*of).sum()), wide),
-        (fastattn.attention, wide),
+        (fastattn.attention, [jnp.zeros((1, 2, 9, 513), jnp.float32)] * 3),
     ):
         for wrap in (lambda f: f, jax.jit):
             try:

@@ -221,10 +221,12 @@ def test_a_launch_error_is_raised_in_the_same_call():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_dtype_without_a_kernel(dtype):
+def test_what_hopper_has_no_kernel_for_the_portable_backend_has(dtype):
     q, k, v = (x.to(dtype) for x in arrays())
+    said = fastattn.explain(fastattn.attention, q, k, v)
+    assert said.backend == "sm80" and said.kernel.startswith("sm80_fwd_f")
     with pytest.raises(NotImplementedError, match=r"sm90.*float16 and bfloat16, not float(32|64)"):
-        fastattn.attention(q, k, v)
+        fastattn.attention(q, k, v, backend="sm90")
 
 
 def test_cpu_backend_refuses_gpu_arrays():

@@ -42,20 +42,17 @@ def test_autocast_of_another_device(device, region, kind):
     test_autocast.check_as_torch(device, region, other, (kind,) * 3, None)
 
 
-def test_float64_is_left_alone_and_refused():
+def test_autocast_leaves_float64_alone():
     q, k, v = test_autocast.qkv("fp64", "fp64", "fp64", device="cuda")
-    with (
-        torch.autocast("cuda", dtype=torch.bfloat16),
-        pytest.raises(NotImplementedError, match="it takes float16 and bfloat16, not float64"),
-    ):
-        fastattn.attention(q, k, v)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = fastattn.attention(q, k, v)
+    assert out.dtype == torch.float64 and torch.equal(out, fastattn.attention(q, k, v))
 
 
-def test_float32_is_refused_with_the_mend():
+def test_float32_is_served_and_cast_under_autocast():
     q, k, v = gpu.inputs(1, 2, 2, 9, 9, 64, dtype=torch.float32)
-    sentence = r"sm90: it takes float16 and bfloat16, not float32: cast .*\.bfloat16\(\).*autocast"
-    with pytest.raises(NotImplementedError, match=sentence):
-        fastattn.scaled_dot_product_attention(q, k, v)
+    out, lse = fastattn.attention(q, k, v, return_lse=True)
+    assert gpu.complaints(out, lse, q, k, v) == []
     with torch.autocast("cuda", dtype=torch.bfloat16):
         out = fastattn.scaled_dot_product_attention(q, k, v)
     assert torch.equal(out, fastattn.attention(*(x.bfloat16() for x in (q, k, v))))
