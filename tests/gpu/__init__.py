@@ -126,7 +126,7 @@ def complaints(out, lse, q, k, v, most=16, **keywords):
     exact, low = (formula(q, k, v, heads, low=low, **keywords) for low in (False, True))
     b, h = torch.tensor(heads, device=q.device).T
     lse = None if lse is None else numpy(lse[b, h])[:, None]
-    return reference.judge(numpy(out[b, h])[:, None], lse, exact, low)
+    return reference.judge(numpy(out[b, h])[:, None], lse, exact, low, numpy(v))
 
 
 # --------------------------------------------------------------------------------- packed sequences
