@@ -19,8 +19,10 @@
 #include "sm80/fwd_tile.cuh"
 #if IS_F64
 #include "sm80/fwd_products_f64.cuh"
+#elif IS_F32
+#include "sm80/fwd_products_f32.cuh"
 #else
-#include "sm80/fwd_products.cuh"
+#include "sm80/fwd_products_half.cuh"
 #endif
 
 /* The panels' ring: what is loaded next, and the stage that is read next. */
@@ -30,7 +32,7 @@ struct ring {
 };
 
 DEVICE void load_next(const kernel_args &a, const tile &t, ring &r, uint32_t to) {
-    if (r.next.block >= t.begin) {
+    if (r.next.block.number >= t.begin) {
         load_panel(a, t, r.next, to);
         advance(a, t, r.next);
     }
@@ -52,13 +54,13 @@ template <bool GUARDED>
 DEVICE void attend(const kernel_args &a, const tile &t, rows_state &st, uint32_t q) {
     const uint32_t panels = q + Q_BYTES;
     const uint32_t rows = q + threadIdx.x / 32 / COLUMN_WARPS * WARP_ROWS * Q_ROW;
+    static_assert(STAGES == 2, "at a block's start the ring's next panel is of this block");
     ring r = {{next_block(a, t, t.end), 0}, 0};
-    int32_t block = r.next.block;
     load_q(a, t, q);
+    load_next(a, t, r, panels);
 #pragma unroll 1
-    for (int i = 0; i < STAGES - 1; ++i) load_next(a, t, r, panels + i * PANEL_BYTES);
-#pragma unroll 1
-    for (; block >= t.begin; block = next_block(a, t, block)) {
+    while (r.next.block.number >= t.begin) {
+        const key_block block = r.next.block;
         row_scores s = {};
 #pragma unroll 1
         for (int i = 0; i < PANELS; ++i)
@@ -81,9 +83,9 @@ __global__ void __launch_bounds__(THREADS) VARIANT_NAME(const __grid_constant__ 
     rows_state st;
     start_rows(st);
     if (t.begin < t.end) attend<false>(a, t, st, smem_address(raw));
-#if !IS_F64
+#if IS_F32
     /* All warps share the panels, and so the vote. */
-    if (IS_F32 && __syncthreads_or(!is_finite(st))) {
+    if (__syncthreads_or(!is_finite(st))) {
         start_rows(st);
         attend<true>(a, t, st, smem_address(raw));
     }

@@ -44,9 +44,9 @@ struct kernel_args {
     fa_schedule schedule; /* or of all others */
     int32_t b, hq, sq, sk;
     fa_divisor by_hq, by_group;
-    int32_t negative; /* the scale is, and scores change their sign */
-    real scale;       /* its absolute value */
-    real units;       /* what a final score counts, times log2(e) */
+    int32_t negative; /* scores change their sign: the scale is below 0, and not natural */
+    real scale;       /* of natural ones */
+    real units;       /* what a score counts in the end, times log2(e) */
     real gain;        /* of dropout */
     real *lse;        /* or NULL */
     int64_t lse_stride[3];

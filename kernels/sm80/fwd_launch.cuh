@@ -43,6 +43,7 @@ static score_args make_scores(const fa_params *p, const char *packed) {
     a.threshold = d->threshold;
     a.seed_data = d->seed_data;
     a.seed = d->seed;
+    a.natural = a.cap != 0 || a.slopes || (s->mask.data && s->mask_dtype != FA_BOOL);
     if (!s->mask.data) return a;
     if (s->mask_dtype == FA_BOOL) {
         a.bits = fa_mask_bits_make(&p->what, &p->masks, &p->varlen, &s->mask);
@@ -90,19 +91,21 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
     a.b = w->b, a.hq = w->hq, a.sq = w->sq, a.sk = w->sk;
     a.by_hq = fa_divisor_make(a.hq);
     a.by_group = fa_divisor_make(w->hq / w->hk);
-    a.negative = scale < 0;
-    a.scale = (real)scale;
-    a.units = (real)(GENERAL ? log2_e : fabs(scale) * log2_e);
     a.gain = (real)(p->dropout.p > 0 ? p->dropout.gain : 1);
     a.lse = (real *)w->lse.data;
     for (int i = 0; i < 3; ++i) a.lse_stride[i] = w->lse.stride[i];
     a.sink = p->scores.sink;
     a.sink_stride = p->scores.sink_stride;
+    bool natural = false;
 #if VARIANT_GENERAL
     a.scores = make_scores(p, (const char *)workspace);
+    natural = a.scores.natural;
 #else
     (void)workspace;
 #endif
+    a.negative = scale < 0 && !natural;
+    a.scale = (real)scale;
+    a.units = (real)(natural ? log2_e : fabs(scale) * log2_e);
     static uint64_t allowed;
     const fa_status status =
         fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES, error);

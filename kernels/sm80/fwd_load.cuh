@@ -14,21 +14,40 @@
 
 typedef element<DTYPE>::stored stored;
 
-/* Rows begin .. end - 1 of a tile exist, and those of them that `columns` (mask_bits.h) names, of
- * 64 query rows or, in a second array behind, of 128. */
+/* Which rows of what is loaded exist, those of a block of K or V or the tile's of Q: begin .. end
+ * - 1; of V where a bool mask may hide keys from all rows of the tile, those that are seen. */
 struct row_filter {
     int32_t begin, end;
-    const uint32_t *columns; /* or NULL; */
-    int32_t key;             /* of its 128 the tile's first row is */
+    bool holes;
+    int32_t key; /* the block's first */
 };
 
-DEVICE bool has_row(const row_filter &f, int32_t row) {
+#if VARIANT_GENERAL
+/* Whether some row of the tile sees this key. Of packed sequences the mask alone is packed: where
+ * the interval hides the key from some rows, the bits of the others are asked. */
+DEVICE bool is_seen(const score_args &a, const tile &t, int32_t key) {
+    const fa_mask_bits &bits = a.bits;
+    const int32_t block = key / FA_BITS_KEYS, of_128 = key % FA_BITS_KEYS, word = key % 8 / 2;
+    const int32_t bit = of_128 / 8 * 2 + key % 2;
+    const uint32_t *columns =
+        a.columns + 4 * fa_columns_at(&bits, t.plane, block, t.row / FA_BITS_ROWS) + word;
+    if (!((columns[0] | (BLOCK_M > FA_BITS_ROWS ? columns[4] : 0)) >> bit & 1)) return false;
+    if (!bits.mask_only) return true;
+    const fa_row_range rows = fa_rows_seeing_some(t.lengths, fa_interval{key, key + 1});
+    const int32_t end = min(t.row + BLOCK_M, t.lengths.sq);
+    if (rows.begin <= t.row && rows.end >= end) return true;
+    for (int32_t row = max(rows.begin, t.row); row < min(rows.end, end); ++row)
+        if (a.words[4 * fa_bits_at(&bits, t.plane, block, row) + word] >> bit & 1) return true;
+    return false;
+}
+#endif
+
+DEVICE bool has_row(const kernel_args &a, const tile &t, const row_filter &f, int32_t row) {
     if (row < f.begin || row >= f.end) return false;
-    if (!GENERAL || !f.columns) return true;
-    const int32_t key = f.key + row;
-    uint32_t word = f.columns[key % 8 / 2];
-    if (BLOCK_M > FA_BITS_ROWS) word |= f.columns[4 + key % 8 / 2];
-    return word >> (key / 8 * 2 + key % 2) & 1;
+#if VARIANT_GENERAL
+    if (f.holes) return is_seen(a.scores, t, f.key + row);
+#endif
+    return true;
 }
 
 /* 16 bytes, of which `bytes` exist, by copies of BYTES. */
@@ -47,16 +66,23 @@ DEVICE void copy_elements(uint32_t to, const char *from, int64_t step, int32_t b
 /* This thread's chunks of ROWS rows of ROW bytes: the one from `column` on of every STEP-th row, by
  * copies of BYTES, or, 0, element by element. */
 template <int ROWS, int ROW, int BYTES>
-DEVICE void load_chunks(uint32_t to, const array_args &x, const char *from, int32_t column,
-                        const row_filter &filter) {
+DEVICE void load_chunks(const kernel_args &a, const tile &t, uint32_t to, const array_args &x,
+                        const char *from, int32_t column, const row_filter &filter) {
     constexpr int CHUNKS = ROW / 16, STEP = THREADS / CHUNKS;
     static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "");
     const int32_t chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
     const int32_t bytes = min(max((x.columns - column) * SIZE, 0), 16);
     from += first * x.stride[2] + (bytes ? column * x.stride[3] : 0);
-#pragma unroll(BYTES == 16 ? ROWS / STEP : 1)
+    if (BYTES == 16 && x.columns == D && filter.begin <= 0 && filter.end >= ROWS &&
+        !filter.holes) { /* as nearly always */
+#pragma unroll
+        for (int i = 0; i < ROWS; i += STEP, from += STEP * x.stride[2])
+            cp_async_16(to + (first + i) * ROW + ((chunk ^ (first + i) % 8) << 4), from);
+        return;
+    }
+#pragma unroll 1
     for (int i = 0; i < ROWS; i += STEP, from += STEP * x.stride[2]) {
-        const int32_t row = first + i, there = has_row(filter, row) ? bytes : 0;
+        const int32_t row = first + i, there = has_row(a, t, filter, row) ? bytes : 0;
         const uint32_t place = to + row * ROW + ((chunk ^ row % 8) << 4);
         const char *source = there ? from : x.data; /* no address is past an array */
         if (BYTES)
@@ -67,34 +93,35 @@ DEVICE void load_chunks(uint32_t to, const array_args &x, const char *from, int3
 }
 
 template <int ROWS, int ROW>
-DEVICE void load_rows(uint32_t to, const array_args &x, const char *from, int32_t column,
-                      const row_filter &filter) {
+DEVICE void load_rows(const kernel_args &a, const tile &t, uint32_t to, const array_args &x,
+                      const char *from, int32_t column, const row_filter &filter) {
     if (x.width == 16)
-        load_chunks<ROWS, ROW, 16>(to, x, from, column, filter);
+        load_chunks<ROWS, ROW, 16>(a, t, to, x, from, column, filter);
     else if (x.width == 8)
-        load_chunks<ROWS, ROW, 8>(to, x, from, column, filter);
+        load_chunks<ROWS, ROW, 8>(a, t, to, x, from, column, filter);
     else if (SIZE <= 4 && x.width == 4)
-        load_chunks<ROWS, ROW, 4>(to, x, from, column, filter);
+        load_chunks<ROWS, ROW, 4>(a, t, to, x, from, column, filter);
     else
-        load_chunks<ROWS, ROW, 0>(to, x, from, column, filter);
+        load_chunks<ROWS, ROW, 0>(a, t, to, x, from, column, filter);
 }
 
 DEVICE void load_q(const kernel_args &a, const tile &t, uint32_t q) {
     const char *from = a.q.data + t.batch * a.q.stride[0] + t.h * a.q.stride[1] +
                        (int64_t)(t.q + t.row) * a.q.stride[2];
-    const row_filter filter = {0, min(t.lengths.sq, t.rows) - t.row, NULL, 0};
-    load_rows<BLOCK_M, Q_ROW>(q, a.q, from, threadIdx.x % (Q_ROW / 16) * CHUNK, filter);
+    const row_filter filter = {0, min(t.lengths.sq, t.rows) - t.row, false, 0};
+    load_rows<BLOCK_M, Q_ROW>(a, t, q, a.q, from, threadIdx.x % (Q_ROW / 16) * CHUNK, filter);
 }
 
 /* What comes next: a panel of K, or, from PANELS on, of V, of a block of keys. */
 struct cursor {
-    int32_t block, panel;
+    key_block block;
+    int32_t panel;
 };
 
 DEVICE void advance(const kernel_args &a, const tile &t, cursor &at) {
     if (++at.panel < 2 * PANELS) return;
     at.panel = 0;
-    at.block = next_block(a, t, at.block);
+    at.block = next_block(a, t, at.block.number);
 }
 
 /* The first column of this thread's chunk of a panel. Of V a panel has columns of each warp. */
@@ -107,19 +134,15 @@ DEVICE int32_t panel_column(int32_t panel, bool of_v) {
 DEVICE void load_panel(const kernel_args &a, const tile &t, const cursor &at, uint32_t to) {
     const bool of_v = at.panel >= PANELS;
     const array_args &x = of_v ? a.v : a.k;
-    const int32_t key = at.block * BLOCK_N, h = fa_divide(t.h, a.by_group);
+    const int32_t key = at.block.number * BLOCK_N, h = fa_divide(t.h, a.by_group);
     const char *from =
         x.data + t.batch * x.stride[0] + h * x.stride[1] + (int64_t)(t.k + key) * x.stride[2];
-    row_filter filter = {t.visible.begin - key, t.visible.end - key, NULL, 0};
+    row_filter filter = {t.visible.begin - key, t.visible.end - key, false, key};
 #if VARIANT_GENERAL
-    if (of_v && a.scores.map && !read_map(a.scores, t, at.block).no_holes) {
-        filter.columns =
-            a.scores.columns +
-            4 * fa_columns_at(&a.scores.bits, t.plane, key / FA_BITS_KEYS, t.row / FA_BITS_ROWS);
-        filter.key = key % FA_BITS_KEYS;
-    }
+    const bool cut = a.scores.bits.mask_only && is_cut(t, at.block.number);
+    filter.holes = of_v && a.scores.map && (!at.block.map.no_holes || cut);
 #endif
-    load_rows<BLOCK_N, PANEL_ROW>(to, x, from, panel_column(at.panel, of_v), filter);
+    load_rows<BLOCK_N, PANEL_ROW>(a, t, to, x, from, panel_column(at.panel, of_v), filter);
 }
 
 #endif

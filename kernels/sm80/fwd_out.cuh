@@ -28,14 +28,15 @@ DEVICE real finish_row(const kernel_args &a, const tile &t, rows_state &st, int 
     real sum = st.sum[i], minus = st.minus[i];
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    const bool empty = sum == 0; /* the top gives 1 */
+    const int32_t row = row_of(t, i);
+    const bool exists = row < t.lengths.sq; /* padding has sums of its own where nothing is cut */
+    const bool empty = sum == 0 || !exists; /* the top gives 1 */
     real inverse = a.sink ? add_sink(sink, sum, minus) : (real)1 / sum;
     inverse = empty ? (real)0 : inverse * a.gain;
-    const int32_t row = row_of(t, i);
     if (a.lse && row < t.rows && threadIdx.x % 4 == 0 && threadIdx.x / 32 % COLUMN_WARPS == 0) {
         const real lse = empty ? sink : (log2_of(sum) - minus) * (real)LN_2;
         a.lse[t.batch * a.lse_stride[0] + t.h * a.lse_stride[1] + (t.q + row) * a.lse_stride[2]] =
-            row < t.lengths.sq ? lse : -INFINITY;
+            exists ? lse : -INFINITY;
     }
     return inverse;
 }

@@ -1,14 +1,10 @@
-/* fwd_products_f64.cuh - fwd_products.cuh for float64: by ordinary instructions, each lane its own
- * part of the same fragments.
- */
+/* fwd_products_f64.cuh - a warp's two products, of float64: by ordinary instructions, each lane its
+ * own part of the same fragments as tensor cores have. */
 #ifndef FASTATTN_SM80_FWD_PRODUCTS_F64_CUH
 #define FASTATTN_SM80_FWD_PRODUCTS_F64_CUH
 
-#include "common/stream.cuh"
-#include "sm80/fwd_args.cuh"
+#include "sm80/fwd_fragments.cuh"
 #include "sm80/ptx.cuh"
-
-typedef real fragment[4];
 
 /* Two numbers of a row of a tile, from an even column on. */
 DEVICE double2 two_of(uint32_t tile, int row_bytes, int32_t row, int32_t column) {
@@ -18,7 +14,7 @@ DEVICE double2 two_of(uint32_t tile, int row_bytes, int32_t row, int32_t column)
 struct weights {};
 
 template <bool GUARDED>
-DEVICE void add_scores(fragment (&s)[STRIPS][SCORES], uint32_t q, uint32_t k) {
+DEVICE void add_scores(row_scores &s, uint32_t q, uint32_t k) {
     const int32_t r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll 4
     for (int column = 0; column < PANEL; column += 2) {
@@ -34,11 +30,10 @@ DEVICE void add_scores(fragment (&s)[STRIPS][SCORES], uint32_t q, uint32_t k) {
     }
 }
 
-DEVICE void make_weights(weights &, const fragment (&)[STRIPS][SCORES]) {}
+DEVICE void make_weights(weights &, const row_scores &) {}
 
 template <bool GUARDED>
-DEVICE void add_values(fragment (&o)[STRIPS][OWN / 8], int first, const weights &,
-                       const fragment (&s)[STRIPS][SCORES], uint32_t v) {
+DEVICE void add_values(row_values &o, int first, const weights &, const row_scores &s, uint32_t v) {
     const int32_t lane = threadIdx.x % 32, c = lane % 4;
     const int32_t column = threadIdx.x / 32 % COLUMN_WARPS * OWN_PANEL;
 #pragma unroll

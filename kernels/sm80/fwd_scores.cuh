@@ -160,29 +160,34 @@ DEVICE void drop_scores(const score_args &a, const tile &t, row_scores &p, int32
 
 #endif
 
+DEVICE void negate(row_scores &s) {
+#pragma unroll
+    for (int m = 0; m < STRIPS; ++m)
+#pragma unroll
+        for (int n = 0; n < SCORES; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[m][n][i] = -s[m][n][i];
+}
+
 /* P of a block of keys in place of products, dropout included. */
 DEVICE void softmax(const kernel_args &a, const tile &t, rows_state &st, row_scores &s,
-                    int32_t block) {
-    bool cut = is_cut(t, block);
+                    const key_block &block) {
+    const int32_t number = block.number;
+    bool cut = is_cut(t, number);
 #if VARIANT_GENERAL
-    change_scores(a, t, s, block);
-    if (a.scores.map && !read_map(a.scores, t, block).whole) {
-        mask_bits(a.scores, t, s, block);
+    if (a.scores.natural) change_scores(a, t, s, number);
+#endif
+    if (a.negative) negate(s);
+#if VARIANT_GENERAL
+    if (a.scores.map && !block.map.whole) {
+        mask_bits(a.scores, t, s, number);
         cut = cut && a.scores.bits.mask_only; /* elsewhere the bits have the intervals in them */
     }
-#else
-    if (a.negative)
-#pragma unroll
-        for (int m = 0; m < STRIPS; ++m)
-#pragma unroll
-            for (int n = 0; n < SCORES; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) s[m][n][i] = -s[m][n][i];
 #endif
-    if (cut) mask_scores(t, s, block);
+    if (cut) mask_scores(t, s, number);
     weigh(st, s, a.units);
 #if VARIANT_GENERAL
-    if (a.scores.drops) drop_scores(a.scores, t, s, block);
+    if (a.scores.drops) drop_scores(a.scores, t, s, number);
 #endif
 }
 

@@ -8,16 +8,14 @@
 
 #include <math.h>
 
-#include "sm80/fwd_args.cuh"
+#include "sm80/fwd_fragments.cuh"
 #include "sm80/ptx.cuh"
 
 static constexpr int ROWS = 2 * STRIPS; /* of a lane */
 
-typedef real row_scores[STRIPS][SCORES][4];
-
 /* What a warp has of its rows. */
 struct rows_state {
-    real o[STRIPS][OWN / 8][4];
+    row_values o;
     real top[ROWS];   /* -inf until the row has seen a greater score */
     real minus[ROWS]; /* -(top * units), or 0 where top is -inf */
     real sum[ROWS];   /* of P, this lane's columns */
@@ -80,18 +78,20 @@ DEVICE void raise_tops(rows_state &st, const row_scores &s, real units) {
     }
 }
 
-/* P in place of scores, and its sums. Where top * units is so great that its rounding shows in P of
- * the top, which should be 1, scores count from the top on before they are multiplied. */
+/* P in place of scores, and its sums. Where the rounding of top * units shows in P of the top,
+ * which should be 1, scores count from the top on before they are multiplied: always in float32. */
+static constexpr real COARSE = IS_HALF ? 8192 : 0;
+
 DEVICE void weigh(rows_state &st, row_scores &s, real units) {
     raise_tops(st, s, units);
     real minus[ROWS];
     bool coarse = false;
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) minus[i] = st.minus[i], coarse |= fabs(minus[i]) > 8192;
-    if (__any_sync(~0u, coarse)) {
+    for (int i = 0; i < ROWS; ++i) minus[i] = st.minus[i], coarse |= fabs(minus[i]) > COARSE;
+    if (COARSE == 0 || __any_sync(~0u, coarse)) {
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
-            if (!(fabs(minus[i]) > 8192)) continue;
+            if (!(fabs(minus[i]) > COARSE)) continue;
             minus[i] = 0;
 #pragma unroll
             for (int n = 0; n < SCORES; ++n)

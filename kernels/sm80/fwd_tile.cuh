@@ -107,14 +107,27 @@ DEVICE map_bits read_map(const score_args &a, const tile &t, int32_t block) {
 }
 #endif
 
-/* The block of keys that comes after this one, or one before the first. */
-DEVICE int32_t next_block(const kernel_args &a, const tile &t, int32_t block) {
-    --block;
+/* A block of keys, and what a bool mask's map says of it. */
+struct key_block {
+    int32_t number; /* one before the first: none is left */
 #if VARIANT_GENERAL
-    if (a.scores.map)
-        while (block >= t.begin && !read_map(a.scores, t, block).some) --block;
+    map_bits map;
 #endif
-    return block;
+};
+
+/* The one that comes after the block of this number. */
+DEVICE key_block next_block(const kernel_args &a, const tile &t, int32_t number) {
+    key_block next;
+    next.number = number - 1;
+#if VARIANT_GENERAL
+    next.map = {true, true, true};
+    if (a.scores.map)
+        for (; next.number >= t.begin; --next.number) {
+            next.map = read_map(a.scores, t, next.number);
+            if (next.map.some) break;
+        }
+#endif
+    return next;
 }
 
 #endif

@@ -9,16 +9,22 @@
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
 
-/* Whether the dtype is float64, for the preprocessor: to it names that it does not know are 0. */
+/* What the dtype is, for the preprocessor as well: to it names that it does not know are 0. */
 #define IS_F64_FA_F64 1
+#define IS_F32_FA_F32 1
 #if PASTE(IS_F64_, VARIANT_DTYPE)
 #define IS_F64 1
+#define IS_F32 0
+#elif PASTE(IS_F32_, VARIANT_DTYPE)
+#define IS_F64 0
+#define IS_F32 1
 #else
 #define IS_F64 0
+#define IS_F32 0
 #endif
+#define IS_HALF (!IS_F64 && !IS_F32)
 
 static constexpr fa_dtype DTYPE = VARIANT_DTYPE;
-static constexpr bool IS_F32 = DTYPE == FA_F32, IS_HALF = !IS_F32 && DTYPE != FA_F64;
 static constexpr int SIZE = IS_HALF ? 2 : IS_F32 ? 4 : 8; /* bytes of an element */
 static constexpr bool GENERAL = VARIANT_GENERAL;          /* it changes scores */
 
@@ -49,6 +55,7 @@ static_assert(D % PANEL == 0 && PANEL_ROW % 128 == 0, "rows of whole swizzled li
 static_assert(BLOCK_N % 16 == 0 && 128 % BLOCK_N == 0, "mask_bits.h has 128 keys to a word");
 static_assert(COLUMN_WARPS == 1 || IS_F64 || OWN_PANEL * SIZE % 128 == 0, "lines of their own");
 static_assert(WARP_ROWS % 16 == 0 && STAGES >= 2, "");
-static_assert(OWN_PANEL % (IS_HALF ? 16 : 8) == 0, "whole fragments of O");
+static_assert(OWN_PANEL % (IS_F64 ? 8 : 16) == 0, "whole fragments of O, two side by side");
+static_assert(!IS_F32 || STRIPS == 1, "");
 
 #endif

@@ -34,6 +34,7 @@ static void cp_async_or_zero(uint32_t smem, const void *from, uint32_t bytes) {
     memset(shared_at(smem), 0xFF, BYTES);
     own_copies[current].open.push_back(copy);
 }
+static void cp_async_16(uint32_t smem, const void *from) { cp_async_or_zero<16>(smem, from, 16); }
 static void cp_async_commit_group() {
     auto &own = own_copies[current];
     own.ends.push_back(std::move(own.open));
@@ -90,6 +91,21 @@ static double2 ld_shared_f64x2(uint32_t smem) {
 /* What the lanes of each warp multiply. */
 static uint32_t factors[FIBERS / 32][32][6];
 
+/* As tensor cores add: all terms in steps of 2^-25 of the greatest, the sum in float's, both
+ * rounded towards 0. */
+template <int N>
+static float truncated_sum(const double (&terms)[N]) {
+    double most = 0, sum = 0;
+    for (double x : terms) most = fabs(x) > most ? fabs(x) : most, sum += x;
+    if (!(fabs(sum) < INFINITY) || most == 0) return (float)sum;
+    int exponent;
+    frexp(most, &exponent);
+    sum = 0;
+    for (double x : terms) sum += ldexp(trunc(ldexp(x, 25 - exponent)), exponent - 25);
+    const float nearest = (float)sum;
+    return fabs((double)nearest) > fabs(sum) ? nextafterf(nearest, 0.f) : nearest;
+}
+
 /* d += the product of A and B, of K columns and rows, each register `width` of them. */
 template <int K, typename F>
 static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, F part) {
@@ -101,11 +117,13 @@ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
     __syncwarp();
     for (int e = 0; e < 4; ++e) {
         const int row = lane / 4, column = lane % 4 * 2 + e % 2;
+        double terms[K + 1] = {d[e]};
         for (int k = 0; k < K; ++k) {
             const int holder = k % (K / 2) / WIDTH, half = k / (K / 2);
-            d[e] += part(all[row * 4 + holder][half * 2 + e / 2], k % WIDTH) *
-                    part(all[column * 4 + holder][4 + half], k % WIDTH);
+            terms[k + 1] = (double)part(all[row * 4 + holder][half * 2 + e / 2], k % WIDTH) *
+                           part(all[column * 4 + holder][4 + half], k % WIDTH);
         }
+        d[e] = truncated_sum(terms);
     }
     __syncwarp();
 }

@@ -37,7 +37,10 @@ PLAIN = {
     "causal": {"sq": 150, "sk": 210, "hq": 2, "causal": True},
     "top left, odd sizes": {"sq": 70, "sk": 50, "causal": "top-left", "d": -3, "dv": -5},
     "window": {"sq": 130, "sk": 190, "b": 2, "window": (70, 20), "k_lengths": [190, 131]},
-    "padding": {"b": 2, "causal": True, "q_lengths": [90, 0], "k_start": [3, 70], "sink": True},
+    "padding": {"b": 2, "causal": True, "q_lengths": [50, 0], "k_start": [3, 70], "sink": True},
+    "padding beside whole blocks": {"b": 2, "q_lengths": [9, 70], "sk": 128},
+    "a key a row": {"window": (0, 0), "sq": 100},
+    "short heads": {"d": -40, "dv": -40, "sq": 60, "sk": 53},
     "columns": {"sq": 33, "sk": 130, "d": -8, "dv": -16, "scale": -0.2},
     "offsets": {"b": 2, "window": (9, 9), "q_offset": [-20, 45], "apart": 2},
     "large scores": {"sq": 40, "sk": 200, "factor": 60.0},
@@ -56,7 +59,12 @@ GENERAL = {
     "dropout": {"dropout_p": 0.3, "hq": 2, "b": 2, "causal": True},
     "everything dropped": {"dropout_p": 1.0},
     "all": {"softcap": 5.0, "mask": "float32", "alibi": True, "dropout_p": 0.5, "sink": True},
-    "packed mask": {"lengths": ([40, 70], [50, 131]), "mask": "bool", "of": (0, 1, 0, 0)},
+    "packed mask": {
+        "lengths": ([40, 70], [50, 131]),
+        "mask": "bool",
+        "of": (0, 1, 0, 0),
+        "causal": True,
+    },
 }
 
 
@@ -179,6 +187,15 @@ def run_packed(library, variant, late, lengths, hq=1, **keywords):
     out = aligned((1, hq, total_q, d), q.dtype)
     lse = aligned((1, hq, total_q), reference.lse_dtype(q.dtype))
     k[:, :, cu[1][-1] :] = v[:, :, cu[1][-1] :] = np.nan
+    given = [x.copy() for x in (q, k, v)]
+    for n in range(b):
+        keys = slice(cu[1][n], cu[1][n + 1])
+        own = {"causal": asked.get("causal", False)}
+        if "mask" in asked:
+            own["mask"] = asked["mask"][n : n + 1, :, : lengths[0][n], : lengths[1][n]]
+        seen = reference.visible(1, hq, lengths[0][n], lengths[1][n], **own).any((0, 1, 2))
+        for x in (k, v):
+            x[0, :, keys][:, ~seen] = np.nan
     arrays, none = (q, k, v, out, lse), [None] * 4
     shape = (b, hq, sq, sk)
     assert forward(library, late, arrays, none, cu, (b, sq, sk), shape=shape, **asked) == 0
@@ -190,7 +207,7 @@ def run_packed(library, variant, late, lengths, hq=1, **keywords):
         own = {**asked}
         if "mask" in own:
             own["mask"] = own["mask"][n : n + 1, :, : end - first, : k_end - k_first]
-        parts = q[:, :, first:end], k[:, :, k_first:k_end], v[:, :, k_first:k_end]
+        parts = given[0][:, :, first:end], *(x[:, :, k_first:k_end] for x in given[1:])
         if end > first:
             complaints += reference.check(out[:, :, first:end], lse[:, :, first:end], *parts, **own)
     return complaints
