@@ -19,9 +19,10 @@ struct array_args {
 #if VARIANT_GENERAL
 /* What changes scores. */
 struct score_args {
-    real cap, cap_scale;    /* c, and scale / c; 0: no softcap */
-    fa_dtype mask_dtype;    /* of a float mask, */
-    const char *mask;       /* or NULL */
+    int32_t natural;     /* scores are multiplied by `scale` and changed before they are weighed */
+    real cap, cap_scale; /* c, and scale / c; 0: no softcap */
+    fa_dtype mask_dtype; /* of a float mask, */
+    const char *mask;    /* or NULL */
     int64_t mask_stride[4]; /* bytes */
     int32_t mask_pairs;     /* two neighbours can be read at once */
     const float *slopes;    /* ALiBi's, or NULL */
