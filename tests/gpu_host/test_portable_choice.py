@@ -68,9 +68,11 @@ def test_wider_heads_have_none(host):
 
 
 def test_shared_memory_is_the_gpus(host):
-    """A variant that asks for more than the GPU has is passed by; one of the table has no use."""
+    """A variant that asks for more than the GPU has is passed by."""
     most = max(host.smem(i) for i in range(len(VARIANTS)))
-    assert 0 < most <= LEAST
+    assert LEAST < most <= 163 << 10
+    assert host.chosen(DTYPES["f16"], 256, 200, 0, most) == b"sm80_fwd_f16_d256_wide"
+    assert host.chosen(DTYPES["f16"], 256, 200, 0, most - 1) == b"sm80_fwd_f16_d256_plain"
     assert host.chosen(DTYPES["bf16"], 128, 128, 0, 64 << 10)
     assert host.chosen(DTYPES["bf16"], 256, 256, 0, 64 << 10) is None
     assert {host.chosen(2, d, d, 0, most) for d in (64, 128, 256, 512)} == {
