@@ -1,11 +1,11 @@
 /* fwd.cu - the portable forward kernel: stop 6 of 6.
  *
- * One object per line of fwd.def: setup.py passes its columns as VARIANT_<COLUMN> (fwd_variant.h),
+ * One object per line of fwd.def: setup.py passes its columns as VARIANT_<COLUMN> (variant.h),
  * and the object exports one function, fa_launch_<name> (fwd_launch.cuh).
  *
  * A block computes one tile, BLOCK_M query rows of one head. Each warp has some of the rows, and
  * keeps S, P and O in registers; where O of wide heads has no room there, several warps have the
- * same rows, all of the scores, and some columns of O each (fwd_variant.h). K and V pass by in
+ * same rows, all of the scores, and some columns of O each (variant.h). K and V pass by in
  * panels, BLOCK_N keys by PANEL columns, through a ring of stages in shared memory: one barrier a
  * panel says that it has come and that the one before has been read (take_panel()).
  */
@@ -16,13 +16,13 @@
 #include "sm80/fwd_out.cuh"
 #include "sm80/fwd_scores.cuh"
 #include "sm80/fwd_softmax.cuh"
-#include "sm80/fwd_tile.cuh"
+#include "sm80/tile.cuh"
 #if IS_F64
-#include "sm80/fwd_products_f64.cuh"
+#include "sm80/products_f64.cuh"
 #elif IS_F32
-#include "sm80/fwd_products_f32.cuh"
+#include "sm80/products_f32.cuh"
 #else
-#include "sm80/fwd_products_half.cuh"
+#include "sm80/products_half.cuh"
 #endif
 
 /* The panels' ring: what is loaded next, and the stage that is read next. */

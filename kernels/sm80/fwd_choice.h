@@ -7,7 +7,7 @@
 #include "common/empty.h"
 #include "common/general.h"
 #include "common/mask_bits.h"
-#include "sm80/fwd_columns.h"
+#include "sm80/columns.h"
 
 static const fa_sm80_variant fa_sm80_variants[] = {
 #define FA_VARIANT(name_, ...) {.name = #name_, __VA_ARGS__},

@@ -2,11 +2,10 @@
 #ifndef FASTATTN_SM80_FWD_OUT_CUH
 #define FASTATTN_SM80_FWD_OUT_CUH
 
-#include "common/element.cuh"
-#include "common/quads.cuh"
 #include "sm80/fwd_scores.cuh"
 #include "sm80/fwd_softmax.cuh"
-#include "sm80/fwd_tile.cuh"
+#include "sm80/store.cuh"
+#include "sm80/tile.cuh"
 
 static constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 
@@ -41,45 +40,6 @@ DEVICE real finish_row(const kernel_args &a, const tile &t, rows_state &st, int 
     return inverse;
 }
 
-/* Two neighbouring columns of a row. */
-DEVICE void store_two(const array_args &x, char *row, int32_t column, real first, real second) {
-    typedef element<DTYPE>::stored stored;
-    if (column < x.columns) *(stored *)(row + column * x.stride[3]) = element<DTYPE>::narrow(first);
-    if (column + 1 < x.columns)
-        *(stored *)(row + (column + 1) * x.stride[3]) = element<DTYPE>::narrow(second);
-}
-
-/* This lane's columns of a row; where the array lets it, 16 bytes of 16-bit elements after an
- * exchange with its quad, and two of wider ones. */
-DEVICE void store_row(const kernel_args &a, const rows_state &st, char *row, bool exists, int i) {
-    const int32_t lane = threadIdx.x % 4;
-    const array_args &x = a.out;
-#pragma unroll
-    for (int n = 0; n < OWN / 8; ++n) {
-        const real *pair = &st.o[i / 2][n][i % 2 * 2];
-        const int32_t column = threadIdx.x / 32 % COLUMN_WARPS * OWN + 8 * n + 2 * lane;
-        if (!x.width) {
-            if (exists) store_two(x, row, column, pair[0], pair[1]);
-            continue;
-        }
-        if constexpr (IS_HALF) {
-            if (n % 4) continue;
-            uint32_t packed[4];
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-                packed[j] = cvt_pack<DTYPE>(st.o[i / 2][(n + j) % (OWN / 8)][i % 2 * 2],
-                                            st.o[i / 2][(n + j) % (OWN / 8)][i % 2 * 2 + 1]);
-            transpose_quad(packed);
-            const int32_t first = column + 6 * lane;
-            if (exists && first < x.columns)
-                *(uint4 *)(row + 2 * first) =
-                    make_uint4(packed[0], packed[1], packed[2], packed[3]);
-        } else if (exists && column < x.columns) {
-            *(pair_of<real> *)(row + column * SIZE) = pair_of<real>{{pair[0], pair[1]}};
-        }
-    }
-}
-
 DEVICE void store_rows(const kernel_args &a, const tile &t, rows_state &st) {
     const real sink = a.sink ? (real)a.sink[t.h * a.sink_stride] : (real)-INFINITY;
     char *out = a.out.data + t.batch * a.out.stride[0] + t.h * a.out.stride[1];
@@ -94,7 +54,7 @@ DEVICE void store_rows(const kernel_args &a, const tile &t, rows_state &st) {
                 real &x = st.o[i / 2][n][i % 2 * 2 + e];
                 x = inverse == 0 ? (real)0 : x * inverse; /* of an empty row O may be NaN */
             }
-        store_row(a, st, out + (t.q + row) * a.out.stride[2], row < t.rows, i);
+        store_row(a.out, st.o, out + (t.q + row) * a.out.stride[2], row < t.rows, i);
     }
 }
 

@@ -7,8 +7,10 @@
 #include "common/element.cuh"
 #include "common/quads.cuh"
 #include "philox.h"
+#include "sm80/fwd_args.cuh"
 #include "sm80/fwd_softmax.cuh"
-#include "sm80/fwd_tile.cuh"
+#include "sm80/softcap.cuh"
+#include "sm80/tile.cuh"
 
 /* Row i of this lane, of the sequence's. */
 DEVICE int32_t row_of(const tile &t, int i) {
@@ -33,17 +35,6 @@ DEVICE void mask_scores(const tile &t, row_scores &s, int32_t block) {
 }
 
 #if VARIANT_GENERAL
-
-/* tanh(y): by a polynomial near 0, to 1.2e-6 of itself, elsewhere as 1 - 2 / (1 + e^2y), to 2e-7.
- * That is enough of scores that are rounded to 16 bits; elsewhere the library's. */
-DEVICE float tanh_of(float y) {
-    if (!IS_HALF) return tanhf(y);
-    const float u = y * y;
-    const float near = y * fmaf(fmaf(0.12633946f, u, -0.33310022f), u, 0.99999884f);
-    const float far = 1.f - __fdividef(2.f, 1.f + ex2_approx(2.885390081777927f * y));
-    return u < 0.09f ? near : far;
-}
-DEVICE double tanh_of(double y) { return tanh(y); }
 
 DEVICE void cap_scores(const score_args &a, row_scores &s) {
 #pragma unroll

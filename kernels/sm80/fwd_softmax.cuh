@@ -8,7 +8,7 @@
 
 #include <math.h>
 
-#include "sm80/fwd_fragments.cuh"
+#include "sm80/fragments.cuh"
 #include "sm80/ptx.cuh"
 
 static constexpr int ROWS = 2 * STRIPS; /* of a lane */

@@ -93,7 +93,7 @@ def test_a_bool_mask_is_packed_and_no_other(host):
 def test_the_kernels_own_constants(variant, tmp_path):
     """It asserts them itself: fwd_variant.h compiles for each line of the table."""
     (tmp_path / "alone.cpp").write_text(
-        '#include "sm80/fwd_variant.h"\n'
+        '#include "sm80/variant.h"\n'
         'static_assert(THREADS % 32 == 0 && THREADS <= 1024 && BLOCK_M <= 128, "");\n'
         'static_assert(BLOCK_M / 16 * 32 * COLUMN_WARPS >= THREADS, "");\n'
     )

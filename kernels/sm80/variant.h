@@ -1,10 +1,10 @@
-/* fwd_variant.h - the forward variant that is compiled: what follows from the columns of its line
- * (fwd_columns.h), which setup.py passes as VARIANT_<COLUMN>. C++ without CUDA.
+/* variant.h - the forward variant that is compiled: what follows from the columns of its line
+ * (columns.h), which setup.py passes as VARIANT_<COLUMN>. C++ without CUDA.
  */
-#ifndef FASTATTN_SM80_FWD_VARIANT_H
-#define FASTATTN_SM80_FWD_VARIANT_H
+#ifndef FASTATTN_SM80_VARIANT_H
+#define FASTATTN_SM80_VARIANT_H
 
-#include "sm80/fwd_columns.h"
+#include "sm80/columns.h"
 
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)

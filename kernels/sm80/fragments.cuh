@@ -1,13 +1,13 @@
-/* fwd_fragments.cuh - where the fragments of a warp's products lie, in shared memory and in
+/* fragments.cuh - where the fragments of a warp's products lie, in shared memory and in
  * registers: lane 4 r + c has of each 8 columns the 2c-th and the next, of rows r and r + 8.
  */
-#ifndef FASTATTN_SM80_FWD_FRAGMENTS_CUH
-#define FASTATTN_SM80_FWD_FRAGMENTS_CUH
+#ifndef FASTATTN_SM80_FRAGMENTS_CUH
+#define FASTATTN_SM80_FRAGMENTS_CUH
 
 #include <stdint.h>
 
 #include "common/stream.cuh"
-#include "sm80/fwd_variant.h"
+#include "sm80/variant.h"
 
 typedef real fragment[4];
 typedef fragment row_scores[STRIPS][SCORES]; /* of a warp's rows and a block of keys */

@@ -1,8 +1,8 @@
-/* fwd_columns.h - what the columns of fwd.def say. Plain C: the host's choice and the kernel read
+/* columns.h - what the columns of fwd.def say. Plain C: the host's choice and the kernel read
  * it.
  */
-#ifndef FASTATTN_SM80_FWD_COLUMNS_H
-#define FASTATTN_SM80_FWD_COLUMNS_H
+#ifndef FASTATTN_SM80_COLUMNS_H
+#define FASTATTN_SM80_COLUMNS_H
 
 #include "dtype.h"
 

@@ -1,4 +1,4 @@
-/* fwd_products_f32.cuh - a warp's two products, of float32: S += Q K^T of a panel of K, O += P V of
+/* products_f32.cuh - a warp's two products, of float32: S += Q K^T of a panel of K, O += P V of
  * a panel of V.
  *
  * Each number is the sum of two of TF32, and of a product's four parts the greatest three are
@@ -6,10 +6,10 @@
  * those of lower parts apart, and are added up by ordinary additions. That is right of finite
  * numbers; a tile that has others is computed again, GUARDED.
  */
-#ifndef FASTATTN_SM80_FWD_PRODUCTS_F32_CUH
-#define FASTATTN_SM80_FWD_PRODUCTS_F32_CUH
+#ifndef FASTATTN_SM80_PRODUCTS_F32_CUH
+#define FASTATTN_SM80_PRODUCTS_F32_CUH
 
-#include "sm80/fwd_fragments.cuh"
+#include "sm80/fragments.cuh"
 #include "sm80/ptx.cuh"
 
 static constexpr int FRESH = 4; /* steps of S, 8 columns each, that are summed by themselves */

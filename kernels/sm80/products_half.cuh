@@ -1,9 +1,9 @@
-/* fwd_products_half.cuh - a warp's two products, of 16 bits: S += Q K^T of a panel of K, O += P V
+/* products_half.cuh - a warp's two products, of 16 bits: S += Q K^T of a panel of K, O += P V
  * of a panel of V. */
-#ifndef FASTATTN_SM80_FWD_PRODUCTS_HALF_CUH
-#define FASTATTN_SM80_FWD_PRODUCTS_HALF_CUH
+#ifndef FASTATTN_SM80_PRODUCTS_HALF_CUH
+#define FASTATTN_SM80_PRODUCTS_HALF_CUH
 
-#include "sm80/fwd_fragments.cuh"
+#include "sm80/fragments.cuh"
 #include "sm80/ptx.cuh"
 
 /* P, as A. */

@@ -1,9 +1,9 @@
-/* fwd_products_f64.cuh - a warp's two products, of float64: by ordinary instructions, each lane its
+/* products_f64.cuh - a warp's two products, of float64: by ordinary instructions, each lane its
  * own part of the same fragments as tensor cores have. */
-#ifndef FASTATTN_SM80_FWD_PRODUCTS_F64_CUH
-#define FASTATTN_SM80_FWD_PRODUCTS_F64_CUH
+#ifndef FASTATTN_SM80_PRODUCTS_F64_CUH
+#define FASTATTN_SM80_PRODUCTS_F64_CUH
 
-#include "sm80/fwd_fragments.cuh"
+#include "sm80/fragments.cuh"
 #include "sm80/ptx.cuh"
 
 /* Two numbers of a row of a tile, from an even column on. */

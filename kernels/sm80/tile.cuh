@@ -1,13 +1,13 @@
-/* fwd_tile.cuh - which tile a block computes, which keys its rows see, and in which order it takes
+/* tile.cuh - which tile a block computes, which keys its rows see, and in which order it takes
  * the blocks of keys: from the right to the left, those that a bool mask hides from all rows left
  * out.
  */
-#ifndef FASTATTN_SM80_FWD_TILE_CUH
-#define FASTATTN_SM80_FWD_TILE_CUH
+#ifndef FASTATTN_SM80_TILE_CUH
+#define FASTATTN_SM80_TILE_CUH
 
 #include "common/stream.cuh"
 #include "mask.h"
-#include "sm80/fwd_args.cuh"
+#include "sm80/args.cuh"
 
 struct tile {
     int32_t b, h;        /* sequence, query head */
@@ -37,7 +37,7 @@ DEVICE void find_scores(const score_args &a, tile &t, int32_t sequences) {
 #endif
 
 /* Where the block's tile lies. */
-DEVICE void locate(const kernel_args &a, tile &t) {
+DEVICE void locate(const request_args &a, tile &t) {
     const int32_t number = blockIdx.x;
     if (a.varlen.cu_q) {
         /* Head after head; in a head the last rows first, which see most under a causal mask. */
@@ -62,7 +62,7 @@ DEVICE void locate(const kernel_args &a, tile &t) {
     }
 }
 
-DEVICE tile find_tile(const kernel_args &a) {
+DEVICE tile find_tile(const request_args &a) {
     tile t;
     locate(a, t);
 #if VARIANT_GENERAL
@@ -116,7 +116,7 @@ struct key_block {
 };
 
 /* The one that comes after the block of this number. */
-DEVICE key_block next_block(const kernel_args &a, const tile &t, int32_t number) {
+DEVICE key_block next_block(const request_args &a, const tile &t, int32_t number) {
     key_block next;
     next.number = number - 1;
 #if VARIANT_GENERAL
