@@ -1,5 +1,5 @@
-/* columns.h - what the columns of fwd.def say. Plain C: the host's choice and the kernel read
- * it.
+/* columns.h - what the columns of fwd.def and bwd.def say. Plain C: the host's choice and the
+ * kernel read it.
  */
 #ifndef FASTATTN_SM80_COLUMNS_H
 #define FASTATTN_SM80_COLUMNS_H
@@ -23,15 +23,16 @@ typedef struct fa_sm80_variant {
 /* Rows of a tile. */
 #define FA_SM80_BLOCK_M(row_warps, warp_rows) ((row_warps) * (warp_rows))
 
-/* Bytes of shared memory: Q, and the panels. */
-#define FA_SM80_SMEM(block_m, d, block_n, panel, stages, size) \
-    (((block_m) * (d) + (stages) * (block_n) * (panel)) * (size))
+/* Bytes of shared memory: a tile's rows of so many arrays (Q; Q and dO; K and V), and the panels.
+ */
+#define FA_SM80_SMEM(arrays, block_m, d, block_n, panel, stages, size) \
+    (((arrays) * (block_m) * (d) + (stages) * (block_n) * (panel)) * (size))
 
 static inline int32_t fa_sm80_block_m(const fa_sm80_variant *v) {
     return FA_SM80_BLOCK_M(v->row_warps, v->warp_rows);
 }
-static inline int32_t fa_sm80_smem_bytes(const fa_sm80_variant *v) {
-    return FA_SM80_SMEM(fa_sm80_block_m(v), v->d, v->block_n, v->panel, v->stages,
+static inline int32_t fa_sm80_smem_bytes(const fa_sm80_variant *v, int32_t arrays) {
+    return FA_SM80_SMEM(arrays, fa_sm80_block_m(v), v->d, v->block_n, v->panel, v->stages,
                         (int32_t)fa_dtype_size(v->dtype));
 }
 

@@ -28,7 +28,7 @@ static inline int32_t fa_sm80_choose(const fa_params *p, int32_t smem_bytes) {
         const fa_sm80_variant *v = &fa_sm80_variants[i];
         const fa_sm80_variant *b = best < 0 ? 0 : &fa_sm80_variants[best];
         if (v->dtype != w->dtype || v->d < d || v->general < general) continue;
-        if (fa_sm80_smem_bytes(v) > smem_bytes) continue;
+        if (fa_sm80_smem_bytes(v, 1) > smem_bytes) continue;
         if (!b || v->d < b->d || (v->d == b->d && v->general < b->general)) best = i;
     }
     return best;

@@ -24,9 +24,9 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_params *p, const f
     a.sink_stride = p->scores.sink_stride;
     static uint64_t allowed;
     const fa_status status =
-        fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES, error);
+        fa_allow_smem(&allowed, device, (const void *)VARIANT_NAME, SMEM_BYTES<1>, error);
     if (status != FA_OK) return status;
-    return fa_launch_kernel((const void *)VARIANT_NAME, (int32_t)tiles, THREADS, SMEM_BYTES,
+    return fa_launch_kernel((const void *)VARIANT_NAME, (int32_t)tiles, THREADS, SMEM_BYTES<1>,
                             p->where.stream, device->early, &a, error);
 }
 

@@ -24,13 +24,6 @@ DEVICE void advance(const kernel_args &a, const tile &t, cursor &at) {
     at.block = next_block(a, t, at.block.number);
 }
 
-/* The first column of this thread's chunk of a panel. Of V a panel has columns of each warp. */
-DEVICE int32_t panel_column(int32_t panel, bool of_v) {
-    const int32_t column = threadIdx.x % (PANEL_ROW / 16) * CHUNK;
-    if (!of_v) return panel * PANEL + column;
-    return column / OWN_PANEL * OWN + (panel - PANELS) * OWN_PANEL + column % OWN_PANEL;
-}
-
 DEVICE void load_panel(const kernel_args &a, const tile &t, const cursor &at, uint32_t to) {
     const bool of_v = at.panel >= PANELS;
     const array_args &x = of_v ? a.v : a.k;
@@ -42,7 +35,7 @@ DEVICE void load_panel(const kernel_args &a, const tile &t, const cursor &at, ui
     const bool cut = a.scores.bits.mask_only && is_cut(t, at.block.number);
     filter.holes = of_v && a.scores.map && (!at.block.map.no_holes || cut);
 #endif
-    load_rows<BLOCK_N, PANEL_ROW>(a, t, to, x, from, panel_column(at.panel, of_v), filter);
+    load_rows<BLOCK_N, PANEL_ROW>(a, t, to, x, from, panel_column(at.panel % PANELS, of_v), filter);
 }
 
 #endif

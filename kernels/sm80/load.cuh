@@ -65,9 +65,9 @@ DEVICE void copy_elements(uint32_t to, const char *from, int64_t step, int32_t b
 
 /* This thread's chunks of ROWS rows of ROW bytes: the one from `column` on of every STEP-th row, by
  * copies of BYTES, or, 0, element by element. */
-template <int ROWS, int ROW, int BYTES>
+template <int ROWS, int ROW, int BYTES, typename FILTER>
 DEVICE void load_chunks(const request_args &a, const tile &t, uint32_t to, const array_args &x,
-                        const char *from, int32_t column, const row_filter &filter) {
+                        const char *from, int32_t column, const FILTER &filter) {
     constexpr int CHUNKS = ROW / 16, STEP = THREADS / CHUNKS;
     static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "");
     const int32_t chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
@@ -92,9 +92,9 @@ DEVICE void load_chunks(const request_args &a, const tile &t, uint32_t to, const
     }
 }
 
-template <int ROWS, int ROW>
+template <int ROWS, int ROW, typename FILTER>
 DEVICE void load_rows(const request_args &a, const tile &t, uint32_t to, const array_args &x,
-                      const char *from, int32_t column, const row_filter &filter) {
+                      const char *from, int32_t column, const FILTER &filter) {
     if (x.width == 16)
         load_chunks<ROWS, ROW, 16>(a, t, to, x, from, column, filter);
     else if (x.width == 8)
@@ -103,6 +103,14 @@ DEVICE void load_rows(const request_args &a, const tile &t, uint32_t to, const a
         load_chunks<ROWS, ROW, 4>(a, t, to, x, from, column, filter);
     else
         load_chunks<ROWS, ROW, 0>(a, t, to, x, from, column, filter);
+}
+
+/* The first column of this thread's chunk of a panel. One that is multiplied by P or dS has columns
+ * of each of the warps that share them out. */
+DEVICE int32_t panel_column(int32_t panel, bool is_shared) {
+    const int32_t column = threadIdx.x % (PANEL_ROW / 16) * CHUNK;
+    if (!is_shared) return panel * PANEL + column;
+    return column / OWN_PANEL * OWN + panel * OWN_PANEL + column % OWN_PANEL;
 }
 
 #endif

@@ -1,5 +1,5 @@
-/* variant.h - the forward variant that is compiled: what follows from the columns of its line
- * (columns.h), which setup.py passes as VARIANT_<COLUMN>. C++ without CUDA.
+/* variant.h - the variant that is compiled, of whatever operation: what follows from the columns of
+ * its line (columns.h), which setup.py passes as VARIANT_<COLUMN>. C++ without CUDA.
  */
 #ifndef FASTATTN_SM80_VARIANT_H
 #define FASTATTN_SM80_VARIANT_H
@@ -48,9 +48,11 @@ static constexpr int CHUNK = 16 / SIZE;       /* elements of 16 bytes */
 /* Bytes: of a row of Q, of a row of a panel, of Q, of a panel, and in all. */
 static constexpr int Q_ROW = D * SIZE, PANEL_ROW = PANEL * SIZE, Q_BYTES = BLOCK_M * Q_ROW,
                      PANEL_BYTES = BLOCK_N * PANEL_ROW;
-static constexpr int SMEM_BYTES = FA_SM80_SMEM(BLOCK_M, D, BLOCK_N, PANEL, STAGES, SIZE);
+/* ARRAYS: that have rows of the tile. */
+template <int ARRAYS>
+constexpr int SMEM_BYTES = FA_SM80_SMEM(ARRAYS, BLOCK_M, D, BLOCK_N, PANEL, STAGES, SIZE);
 
-static_assert(SMEM_BYTES == Q_BYTES + STAGES * PANEL_BYTES, "one formula");
+static_assert(SMEM_BYTES<1> == Q_BYTES + STAGES * PANEL_BYTES, "one formula");
 static_assert(D % PANEL == 0 && PANEL_ROW % 128 == 0, "rows of whole swizzled lines");
 static_assert(BLOCK_N % 16 == 0 && 128 % BLOCK_N == 0, "mask_bits.h has 128 keys to a word");
 static_assert(COLUMN_WARPS == 1 || IS_F64 || OWN_PANEL * SIZE % 128 == 0, "lines of their own");

@@ -40,7 +40,7 @@ static struct {
     int64_t steps[2]; /* arrivals at even and odd steps */
     uint64_t values[2][32];
 } warps[FIBERS / 32];
-static int64_t block_arrivals;
+static int64_t block_arrivals, block_threads = FIBERS; /* of them, those that a kernel has */
 
 struct thread_index {
     struct {
@@ -95,7 +95,7 @@ static int __ffs(uint32_t x) { return __builtin_ffs((int)x); }
 static void __syncthreads() {
     int64_t sync = ++fibers[current].syncs;
     ++block_arrivals;
-    while (block_arrivals < sync * FIBERS) yield();
+    while (block_arrivals < sync * block_threads) yield();
 }
 
 /* Runs `body` once as each thread of a block. */

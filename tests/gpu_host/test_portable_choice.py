@@ -26,7 +26,7 @@ const char *chosen(int dtype, int d, int dv, int change, int smem) {
     const int i = fa_sm80_choose(&p, smem);
     return i < 0 ? 0 : fa_sm80_variants[i].name;
 }
-int smem(int i) { return i < FA_SM80_VARIANTS ? fa_sm80_smem_bytes(&fa_sm80_variants[i]) : 0; }
+int smem(int i) { return i < FA_SM80_VARIANTS ? fa_sm80_smem_bytes(&fa_sm80_variants[i], 1) : 0; }
 /* Of b sequences and hq heads, whose mask has b and hq of its own or is broadcast. */
 int64_t workspace(int dtype, int b, int hq, int sq, int sk, int64_t stride) {
     static int x;

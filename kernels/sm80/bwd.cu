@@ -1,0 +1,162 @@
+/* bwd.cu - the portable backward: bwd_rows (bwd_rows.cuh), then two kernels of one loop, one for
+ * dQ, one for dK and dV: without atomics, so that bits are the same in every run.
+ *
+ * A tile has query rows, whose Q and dO stay in shared memory, while K and V pass by; or, BY_KEYS,
+ * keys, whose K and V stay, while Q and dO of the rows that see one of them pass by, of all query
+ * heads that share the key head. Either way S and dP are products of the tile's rows with what
+ * passes by, and gradients products of P z and dS with it: those of the forward (products_*.cuh),
+ * in the same panels. Both kernels compute S and dP.
+ */
+#include "common/stream.cuh"
+#include "sm80/bwd_args.cuh"
+#include "sm80/bwd_launch.cuh"
+#include "sm80/bwd_rows.cuh"
+#include "sm80/bwd_scores.cuh"
+#include "sm80/bwd_tile.cuh"
+#include "sm80/store.cuh"
+#if IS_F64
+#include "sm80/products_f64.cuh"
+#elif IS_F32
+#include "sm80/products_f32.cuh"
+#else
+#include "sm80/products_half.cuh"
+#endif
+
+struct bwd_ring {
+    bwd_cursor next;
+    int32_t stage, heads; /* the head past the last */
+};
+
+template <bool BY_KEYS>
+DEVICE void load_next(const bwd_args &a, const tile &t, bwd_ring &r, uint32_t to) {
+    if (r.next.h < r.heads) {
+        load_panel<BY_KEYS>(a, t, r.next, to);
+        advance<BY_KEYS>(t, r.next);
+    }
+    cp_async_commit_group();
+}
+
+/* As the forward's. */
+template <bool BY_KEYS>
+DEVICE uint32_t take_panel(const bwd_args &a, const tile &t, bwd_ring &r, uint32_t panels) {
+    cp_async_wait_group<STAGES - 2>();
+    __syncthreads();
+    const int32_t stage = r.stage;
+    load_next<BY_KEYS>(a, t, r, panels + (stage ^ 1) * PANEL_BYTES);
+    r.stage = stage ^ 1;
+    return panels + stage * PANEL_BYTES;
+}
+
+/* What a tile sums: dQ; or dV, dK. */
+template <bool BY_KEYS>
+struct gradients {
+    row_values x[BY_KEYS ? 2 : 1] = {};
+};
+
+template <bool BY_KEYS, bool GUARDED>
+DEVICE void walk(const bwd_args &a, tile &t, gradients<BY_KEYS> &sums, uint32_t smem) {
+    const uint32_t panels = smem + 2 * Q_BYTES;
+    const uint32_t rows = smem + threadIdx.x / 32 / COLUMN_WARPS * WARP_ROWS * Q_ROW;
+    const int32_t group = BY_KEYS ? a.hq / a.hk : 1, first = t.h * group;
+    bwd_ring r = {{first, t.begin, 0}, 0, first + group};
+    static_assert(STAGES == 2, "at a block's start the ring's next panel is of this block");
+    if (BY_KEYS) {
+        const fa_interval keys = {fa_row_interval(t.lengths, t.visible.begin).begin,
+                                  fa_row_interval(t.lengths, t.visible.end - 1).end};
+        load_tile_rows(a, t, smem, a.k, t.h, t.k, keys);
+        load_tile_rows(a, t, smem + Q_BYTES, a.v, t.h, t.k, keys);
+    } else {
+        const fa_interval queries = {0, t.lengths.sq};
+        load_tile_rows(a, t, smem, a.q, t.h, t.q, queries);
+        load_tile_rows(a, t, smem + Q_BYTES, a.dout, t.h, t.q, queries);
+    }
+    load_next<BY_KEYS>(a, t, r, panels);
+#pragma unroll 1
+    while (r.next.h < r.heads) {
+        const int32_t h = r.next.h, block = r.next.block;
+        row_scores s = {}, dp = {};
+#pragma unroll 1
+        for (int i = 0; i < PANELS; ++i)
+            add_scores<GUARDED>(s, rows + i * PANEL_ROW, take_panel<BY_KEYS>(a, t, r, panels));
+#pragma unroll 1
+        for (int i = 0; i < PANELS; ++i)
+            add_scores<GUARDED>(dp, rows + Q_BYTES + i * PANEL_ROW,
+                                take_panel<BY_KEYS>(a, t, r, panels));
+#if VARIANT_GENERAL
+        if (BY_KEYS) t.h = h, find_scores(a.scores, t, a.b);
+#endif
+        weigh<BY_KEYS>(a, t, s, dp, h, block);
+#pragma unroll
+        for (int n = BY_KEYS ? 0 : 1; n < 2; ++n) {
+            weights w;
+            make_weights(w, n ? dp : s);
+#pragma unroll
+            for (int i = 0; i < PANELS; ++i)
+                add_values<GUARDED>(sums.x[BY_KEYS ? n : 0], i * (OWN_PANEL / 8), w, n ? dp : s,
+                                    take_panel<BY_KEYS>(a, t, r, panels));
+        }
+    }
+}
+
+DEVICE bool all_finite(const row_values &o) {
+    real probe = 0;
+#pragma unroll
+    for (int m = 0; m < STRIPS; ++m)
+#pragma unroll
+        for (int n = 0; n < OWN / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) probe = fma(o[m][n][i], (real)0, probe);
+    return probe == 0;
+}
+
+DEVICE void store_gradient(const tile &t, const array_args &to, row_values &x, int32_t h,
+                           int32_t first, real factor) {
+    if (!to.data) return;
+    char *base = to.data + t.batch * to.stride[0] + h * to.stride[1];
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+        const int32_t row = row_of(t, i);
+#pragma unroll
+        for (int n = 0; n < OWN / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) x[i / 2][n][i % 2 * 2 + e] *= factor;
+        store_row(to, x, base + (int64_t)(first + row) * to.stride[2], row < t.rows, i);
+    }
+}
+
+template <bool BY_KEYS>
+DEVICE void run_tile(const bwd_args &a, tile t, uint32_t smem) {
+    if (t.row >= t.rows) return;
+    const int32_t h = t.h; /* walk() goes from head to head */
+    gradients<BY_KEYS> sums;
+    if (t.begin < t.end) walk<BY_KEYS, false>(a, t, sums, smem);
+#if IS_F32
+    bool finite = all_finite(sums.x[0]);
+    if (BY_KEYS) finite &= all_finite(sums.x[1]);
+    if (__syncthreads_or(!finite)) {
+        t.h = h;
+        sums = gradients<BY_KEYS>();
+        walk<BY_KEYS, true>(a, t, sums, smem);
+    }
+#endif
+    if (BY_KEYS) {
+        store_gradient(t, a.dv, sums.x[0], h, t.k, 1);
+        store_gradient(t, a.dk, sums.x[1], h, t.k, a.factor);
+    } else {
+        store_gradient(t, a.dq, sums.x[0], h, t.q, a.factor);
+    }
+}
+
+static __global__ void __launch_bounds__(THREADS) bwd_q(const __grid_constant__ bwd_args a) {
+    extern __shared__ __align__(128) uint8_t raw[];
+    wait_for_stream();
+    let_next_start();
+    run_tile<false>(a, find_tile(a), smem_address(raw));
+}
+
+__global__ void __launch_bounds__(THREADS) VARIANT_NAME(const __grid_constant__ bwd_args a) {
+    extern __shared__ __align__(128) uint8_t raw[];
+    wait_for_stream();
+    let_next_start();
+    run_tile<true>(a, find_key_tile(a), smem_address(raw));
+}
