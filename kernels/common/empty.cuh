@@ -57,26 +57,30 @@ static inline fa_status launch_empty(const fa_params *p, const fa_device *device
                             error);
 }
 
-/* 0 in every row of an array of 16-bit elements, or of as many pairs of them. */
+/* 0 in every row of an array. */
+template <typename STORED>
 static __global__ void write_zeros(const __grid_constant__ fa_tensor t) {
     wait_for_stream();
     const int64_t rows = t.shape[0] * t.shape[1] * t.shape[2];
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
         const int64_t i = row % t.shape[2], h = row / t.shape[2] % t.shape[1],
                       b = row / t.shape[2] / t.shape[1];
-        uint16_t *to = (uint16_t *)t.data + b * t.stride[0] + h * t.stride[1] + i * t.stride[2];
-        for (int32_t c = threadIdx.x; c < t.shape[3]; c += blockDim.x) to[c * t.stride[3]] = 0;
+        STORED *to = (STORED *)t.data + b * t.stride[0] + h * t.stride[1] + i * t.stride[2];
+        for (int64_t c = threadIdx.x; c < t.shape[3]; c += blockDim.x) to[c * t.stride[3]] = 0;
     }
 }
 
 /* An array may have no rows, or not be wanted: data NULL. */
-static inline fa_status launch_clear(const fa_tensor *t, const fa_device *device, void *stream,
-                                     fa_error *error) {
-    const int64_t rows = t->shape[0] * t->shape[1] * t->shape[2];
+static inline fa_status launch_clear(const fa_tensor *t, fa_dtype dtype, const fa_device *device,
+                                     void *stream, fa_error *error) {
+    const int64_t rows = t->shape[0] * t->shape[1] * t->shape[2], size = fa_dtype_size(dtype);
     if (!t->data || rows == 0) return FA_OK;
     const int64_t blocks = rows < 8 * device->sms ? rows : 8 * device->sms;
-    return fa_launch_kernel((const void *)write_zeros, (int32_t)blocks, 128, 0, stream,
-                            device->early, (void *)t, error);
+    const void *kernel = size == 2   ? (const void *)write_zeros<uint16_t>
+                         : size == 4 ? (const void *)write_zeros<uint32_t>
+                                     : (const void *)write_zeros<uint64_t>;
+    return fa_launch_kernel(kernel, (int32_t)blocks, 128, 0, stream, device->early, (void *)t,
+                            error);
 }
 
 #endif

@@ -8,6 +8,8 @@
 #include "common/mask_bits.cuh"
 #include "common/merge_op.cuh"
 #include "fastattn.h"
+#include "sm80/bwd_choice.h"
+#include "sm80/bwd_sink.cuh"
 #include "sm80/fwd_choice.h"
 #include "support.h"
 
@@ -26,9 +28,24 @@ static fa_launcher *const launchers[] = {
     NULL,
 };
 
+typedef fa_status fa_bwd_launcher(const fa_backward *r, const fa_device *device, void *workspace,
+                                  fa_error *error);
+
+#define FA_VARIANT(name, ...) extern "C" fa_bwd_launcher fa_launch_##name;
+#include "sm80/bwd.def"
+#undef FA_VARIANT
+
+static fa_bwd_launcher *const bwd_launchers[] = {
+#define FA_VARIANT(name, ...) fa_launch_##name,
+#include "sm80/bwd.def"
+#undef FA_VARIANT
+    NULL,
+};
+
 static const char *const names[] = {
 #define FA_VARIANT(name, ...) #name,
 #include "sm80/fwd.def"
+#include "sm80/bwd.def"
 #undef FA_VARIANT
     NULL,
 };
@@ -98,7 +115,69 @@ static fa_status run(const fa_params *p, const fa_choice *choice, void *workspac
 
 static const fa_forward_op forward = {FA_SM80_FORWARD, reject, kernel, workspace, run};
 
+/* ---- the backward pass ---- */
+
+static fa_status reject_backward(const fa_backward *r, fa_choice *choice, fa_error *why) {
+    const fa_what *w = &r->forward.what;
+    const fa_device *device = (const fa_device *)choice->device;
+    const int32_t variant = fa_sm80_choose_bwd(r, device->smem_bytes);
+    if (variant < 0)
+        return fa_fail(why, FA_UNSUPPORTED,
+                       "it has no backward kernel for %s with d = %d and dv = %d in %d bytes of "
+                       "shared memory" FA_OF_SOME,
+                       fa_dtypes[w->dtype].name, w->d, w->dv, device->smem_bytes);
+    choice->variant = &fa_sm80_bwd_variants[variant];
+    return FA_OK;
+}
+
+static const char *backward_kernel(const fa_backward *, const fa_choice *choice) {
+    return ((const fa_sm80_variant *)choice->variant)->name;
+}
+
+static int64_t backward_workspace(const fa_backward *r, const fa_choice *) {
+    return fa_sm80_lay_out_bwd(&r->forward).bytes;
+}
+
+/* Where there is no score to compute, gradients are 0, but for the sinks': of lse. */
+static fa_status launch_zeros(const fa_backward *r, const fa_device *device, fa_error *error) {
+    const fa_params *p = &r->forward;
+    const fa_tensor *gradients[] = {&r->dq, &r->dk, &r->dv};
+    fa_status status = launch_sink(r, NULL, device, error);
+    for (int i = 0; i < 3 && status == FA_OK; ++i)
+        status = launch_clear(gradients[i], p->what.dtype, device, p->where.stream, error);
+    return status;
+}
+
+static fa_status launch_backward(const fa_backward *r, const fa_device *device,
+                                 const fa_sm80_variant *v, void *workspace, fa_error *error) {
+    const fa_params *p = &r->forward;
+    if (fa_is_empty(&p->what)) return launch_zeros(r, device, error);
+    fa_status status = FA_OK;
+    if (p->scores.mask.data && p->scores.mask_dtype == FA_BOOL)
+        status =
+            launch_pack_mask(p, device, (char *)workspace + fa_sm80_lay_out_bwd(p).mask, error);
+    if (status == FA_OK)
+        status = bwd_launchers[v - fa_sm80_bwd_variants](r, device, workspace, error);
+    return status == FA_OK ? launch_sink(r, workspace, device, error) : status;
+}
+
+static fa_status run_backward(const fa_backward *r, const fa_choice *choice, void *workspace,
+                              fa_error *error) {
+    const fa_device *device = (const fa_device *)choice->device;
+    int before;
+    fa_status status = fa_enter_device(device, &before, error);
+    if (status != FA_OK) return status;
+    status = launch_backward(r, device, (const fa_sm80_variant *)choice->variant, workspace, error);
+    return fa_leave_device(device, before, status, error);
+}
+
+static const fa_backward_op backward = {FA_SM80_BACKWARD, reject_backward, backward_kernel,
+                                        backward_workspace, run_backward};
+
+/* ---- merging ---- */
+
 static const fa_merge_op merge = {FA_SM80_MERGE, reject_merge, merge_kernel, merge_workspace,
                                   run_merge};
 
-const fa_backend fa_sm80 = {"sm80", FA_CUDA, takes_device, &forward, NULL, &merge, NULL, names};
+const fa_backend fa_sm80 = {"sm80",    FA_CUDA, takes_device, &forward,
+                            &backward, &merge,  NULL,         names};

@@ -50,7 +50,7 @@ DEVICE bool mask_shows(const score_args &a, const tile &t, int32_t query, int32_
     return a.words[4 * at + key % 8 / 2] >> (key % FA_BITS_KEYS / 8 * 2 + key % 2) & 1;
 }
 
-/* The final score of a natural one, and its slope. */
+/* The final score of a product, and its slope. */
 DEVICE void change_score(const bwd_args &a, const tile &t, real &x, real &slope, int32_t query,
                          int32_t key) {
     if (a.scores.cap != 0) {
@@ -96,13 +96,18 @@ DEVICE void weigh(const bwd_args &a, const tile &t, row_scores &s, row_scores &d
                 bool seen = !cut || (column >= columns.begin && column < columns.end);
                 real slope = 1, gain = 1;
 #if VARIANT_GENERAL
-                change_score(a, t, x, slope, query, key);
+                if (a.scores.natural) {
+                    change_score(a, t, x, slope, query, key);
+                    x -= of.x[0];
+                } else {
+                    x = fma(x, a.scale, -of.x[0]);
+                }
                 if (a.scores.map && seen) seen = mask_shows(a.scores, t, query, key);
                 if (a.scores.drops) gain = gain_of(a, t, h, query, key);
 #else
-                x *= a.scale;
+                x = fma(x, a.scale, -of.x[0]);
 #endif
-                const real p = seen ? exp_of(x - of.x[0]) : (real)0;
+                const real p = seen ? exp_of(x) : (real)0;
                 y = seen ? p * (gain == 0 ? -of.x[1] : y * gain - of.x[1]) * slope : (real)0;
                 x = p * gain;
             }

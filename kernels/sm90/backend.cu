@@ -213,16 +213,12 @@ static int64_t backward_workspace(const fa_backward *r, const fa_choice *choice)
 
 /* Where there is no score to compute, gradients are 0, but for the sinks': of lse. */
 static fa_status launch_zeros(const fa_backward *r, const fa_device *device, fa_error *error) {
-    fa_tensor dmask = r->dmask; /* a new array: its columns lie side by side */
-    if (r->forward.scores.mask_dtype == FA_F32) {
-        for (int i = 0; i < 3; ++i) dmask.stride[i] *= 2;
-        dmask.shape[3] *= 2;
-    }
-    dmask.stride[3] = 1;
-    const fa_tensor *gradients[] = {&r->dq, &r->dk, &r->dv, &dmask};
+    const fa_params *p = &r->forward;
+    const fa_tensor *gradients[] = {&r->dq, &r->dk, &r->dv, &r->dmask};
     fa_status status = launch_sink(r, NULL, 0, 1, device, error);
     for (int i = 0; i < 4 && status == FA_OK; ++i)
-        status = launch_clear(gradients[i], device, r->forward.where.stream, error);
+        status = launch_clear(gradients[i], i < 3 ? p->what.dtype : p->scores.mask_dtype, device,
+                              p->where.stream, error);
     return status;
 }
 
