@@ -222,19 +222,27 @@ def keeps():
     )
 
 
-def grades(hk=2, **keywords):
+def grades(hk=2, dtype="float32", grade_mask=False, **keywords):
     torch = pytest.importorskip("torch")
-    q, k, v = (torch.randn(1, h, 5, 16, requires_grad=True) for h in (2, hk, hk))
-    fastattn.attention(q, k, v, **keywords, backend="cpu").sum().backward()
-    assert all(x.grad.shape == x.shape for x in (q, k, v))
+
+    def normal(*shape):
+        return torch.randn(shape, dtype=getattr(torch, dtype), requires_grad=True)
+
+    arrays = [normal(1, h, 5, 16) for h in (2, hk, hk)]
+    masks = [normal(5, 5)] if grade_mask else []
+    given = {"mask": masks[0]} if masks else {}
+    fastattn.attention(*arrays, **keywords, **given, backend="cpu").sum().backward()
+    assert all(x.grad.shape == x.shape for x in (*arrays, *masks))
 
 
 MASKS = [np.tri(10, 13, dtype=bool), np.random.default_rng(1).standard_normal((4, 1, 13))]
 CALLS = {  # line of the matrix -> calls
-    "float16, bfloat16; any d and dv up to 256; merging parts, of float32 too": [
+    "float64 to bfloat16; any d and dv up to 512; merging parts, but of float64": [
         functools.partial(computes, np.float16),
         functools.partial(computes, ml_dtypes.bfloat16),
-        *(functools.partial(computes, d=d, dv=dv) for d, dv in ((256, 256), (1, 255), (200, 8))),
+        functools.partial(computes, np.float64),
+        functools.partial(computes, np.float32),
+        *(functools.partial(computes, d=d, dv=dv) for d, dv in ((512, 512), (1, 255), (300, 8))),
         *(functools.partial(merges, t) for t in (np.float32, np.float16, ml_dtypes.bfloat16)),
     ],
     "causal, windows of any sign, q_offset, lengths, start, bool and float masks": [
@@ -271,10 +279,12 @@ CALLS = {  # line of the matrix -> calls
         functools.partial(grades, softcap=5.0),
         functools.partial(grades, deterministic=True),
     ],
-    "float64, float32; d and dv above 256": [
-        functools.partial(computes, np.float64),
-        functools.partial(computes, np.float32),
-        *(functools.partial(computes, d=d, dv=dv) for d, dv in ((512, 512), (576, 512), (64, 300))),
+    "gradients of float masks, in 16 bits, d and dv up to 256": [
+        functools.partial(grades, grade_mask=True, dtype="bfloat16"),
+    ],
+    "gradients of other float masks; d and dv above 512": [
+        functools.partial(grades, grade_mask=True),
+        functools.partial(computes, d=576, dv=512),
     ],
     "caches of keys: pages, new keys written, rotary positions, the mass": [
         functools.partial(caches, s_new=None),
@@ -294,8 +304,9 @@ CALLS = {  # line of the matrix -> calls
 BOTH = ({"dtype": "float16"}, {"dtype": "bfloat16"})
 MASKED, POSITIONS = ("bool_mask", "float_mask"), ("causal", "window", "lengths")
 ASKS = {  # line of the matrix -> what it asks a backend to declare, in 16 bits if it names none
-    "float16, bfloat16; any d and dv up to 256; merging parts, of float32 too": (
-        *({"d": d, "dv": dv} for d, dv in ((64, 64), (256, 256), (1, 256), (256, 1))),
+    "float64 to bfloat16; any d and dv up to 512; merging parts, but of float64": (
+        *({"d": d, "dv": dv} for d, dv in ((64, 64), (512, 512), (1, 256), (257, 1))),
+        *({"dtype": dtype, "d": 512} for dtype in ("float64", "float32")),
         {"operation": "merge"},
         {"operation": "merge", "dtype": "float32"},
     ),
@@ -309,13 +320,19 @@ ASKS = {  # line of the matrix -> what it asks a backend to declare, in 16 bits 
         {"operation": "backward", "features": (*POSITIONS, "q_offset", "gqa", "lse", "sink")},
         {"operation": "backward", "features": ("varlen", "softcap", "alibi", "dropout")},
         {"operation": "backward", "features": ("bool_mask",)},
-        {"operation": "backward", "features": ("float_mask", "dmask")},
-        {"operation": "backward", "d": 256, "dv": 1},
+        {"operation": "backward", "features": ("float_mask",)},
+        {"operation": "backward", "d": 512, "dv": 1},
+        {"operation": "backward", "dtype": "float32"},
+        {"operation": "backward", "dtype": "float64", "d": 512},
         {"operation": "backward", "features": ("deterministic", "varlen", "gqa", "bool_mask")},
     ),
-    "float64, float32; d and dv above 256": (
-        *({"dtype": dtype} for dtype in ("float64", "float32")),
-        *({"d": d, "dv": dv} for d, dv in ((257, 257), (576, 512), (64, 257))),
+    "gradients of float masks, in 16 bits, d and dv up to 256": (
+        {"operation": "backward", "features": ("float_mask", "dmask"), "d": 256, "dv": 1},
+    ),
+    "gradients of other float masks; d and dv above 512": (
+        {"operation": "backward", "features": ("float_mask", "dmask"), "d": 257},
+        {"operation": "backward", "features": ("float_mask", "dmask"), "dtype": "float32"},
+        *({"d": d, "dv": dv} for d, dv in ((513, 64), (576, 512))),
     ),
     "caches of keys: pages, new keys written, rotary positions, the mass": (
         {"operation": "kvcache"},
@@ -344,18 +361,21 @@ ASKS = {  # line of the matrix -> what it asks a backend to declare, in 16 bits 
 }
 
 
-def serves(backend, what):
-    """Whether the backend declares what a line of the matrix says."""
+GPUS = {"Hopper": ("sm90", "sm80"), "others": ("sm80",)}  # the backends that take their arrays
+
+
+def serves(backends, what):
+    """Whether one of the backends declares what a line of the matrix says."""
     asked = [two | one for one in ASKS[what] for two in BOTH]
-    found = {declared.serves(backend, **one) for one in asked}
+    found = {any(declared.serves(x, **one) for x in backends) for one in asked}
     assert len(found) == 1, f"{what} is true in part"
     return found.pop()
 
 
 def matrix():
     section = README.partition("### What runs where")[2].partition("##")[0]
-    lines = re.findall(r"^\| (\S.*?) \| (yes|no) \| (yes|no) \|$", section, re.MULTILINE)
-    return {what: (cpu == "yes", hopper == "yes") for what, cpu, hopper in lines}
+    lines = re.findall(r"^\| (\S.*?)((?: \| (?:yes|no)){3}) \|$", section, re.MULTILINE)
+    return {what: tuple(x == "yes" for x in said.split(" | ")[1:]) for what, said in lines}
 
 
 def test_every_line_of_the_matrix_is_tried():
@@ -364,11 +384,12 @@ def test_every_line_of_the_matrix_is_tried():
 
 @pytest.mark.parametrize("what", CALLS)
 def test_the_matrix_is_true(what):
-    on_cpu, on_hopper = matrix()[what]
+    on_cpu, *on_gpus = matrix()[what]
     for call in CALLS[what]:
         if on_cpu:
             call()
         else:
             with pytest.raises(NotImplementedError):
                 call()
-    assert (serves("cpu", what), serves("sm90", what)) == (on_cpu, on_hopper)
+    found = [serves(backends, what) for backends in (("cpu",), *GPUS.values())]
+    assert found == [on_cpu, *on_gpus]

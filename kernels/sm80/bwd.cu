@@ -147,7 +147,7 @@ DEVICE void run_tile(const bwd_args &a, tile t, uint32_t smem) {
     }
 }
 
-static __global__ void __launch_bounds__(THREADS) bwd_q(const __grid_constant__ bwd_args a) {
+__global__ void __launch_bounds__(THREADS) Q_KERNEL(const __grid_constant__ bwd_args a) {
     extern __shared__ __align__(128) uint8_t raw[];
     wait_for_stream();
     let_next_start();

@@ -9,7 +9,10 @@
 #include "sm80/bwd_rows.cuh"
 #include "sm80/request.cuh"
 
-static __global__ void bwd_q(const __grid_constant__ bwd_args a);
+/* That for dQ. */
+#define Q_KERNEL PASTE(VARIANT_NAME, _q)
+
+__global__ void Q_KERNEL(const __grid_constant__ bwd_args a);
 __global__ void VARIANT_NAME(const __grid_constant__ bwd_args a);
 
 static array_args describe_optional(const fa_tensor *t, bool is_output) {
@@ -65,7 +68,7 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     static uint64_t allowed[2];
     fa_status status = launch_rows(r, a, device, error);
     if (status == FA_OK && r->dq.data)
-        status = launch_tiles((const void *)bwd_q, &allowed[0], q_tiles, a, r, device, error);
+        status = launch_tiles((const void *)Q_KERNEL, &allowed[0], q_tiles, a, r, device, error);
     if (status == FA_OK && (r->dk.data || r->dv.data))
         status =
             launch_tiles((const void *)VARIANT_NAME, &allowed[1], k_tiles, a, r, device, error);

@@ -12,7 +12,7 @@
 #include "sm80/fragments.cuh"
 #include "sm80/ptx.cuh"
 
-static constexpr int FRESH = 4; /* steps of S, 8 columns each, that are summed by themselves */
+static constexpr int FRESH = 2; /* steps of S, 8 columns each, that are summed by themselves */
 
 /* N registers of an operand: the nearest numbers of TF32, and what is left, whose lowest bit the
  * tensor cores do not see. */

@@ -19,8 +19,8 @@ static void body() {
     if (current >= block_threads) return;
     if (kernel_now == (const void *)bwd_rows)
         bwd_rows(*(bwd_rows_args *)arguments_now);
-    else if (kernel_now == (const void *)bwd_q)
-        bwd_q(*(bwd_args *)arguments_now);
+    else if (kernel_now == (const void *)Q_KERNEL)
+        Q_KERNEL(*(bwd_args *)arguments_now);
     else if (kernel_now == (const void *)VARIANT_NAME)
         VARIANT_NAME(*(bwd_args *)arguments_now);
     else

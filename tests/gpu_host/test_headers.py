@@ -26,8 +26,10 @@ RAW = {"load_raw", "load_strided"}
 def variant_for(header):
     """The first of its table that includes it."""
     if header.startswith("sm80/"):
-        dtype = "FA_F64" if header.endswith("_f64.cuh") else "FA_BF16"
-        portable = (v for v in EVERY_VARIANT if v.name.startswith("sm80_fwd_"))
+        dtypes = {"products_f32.cuh": "FA_F32", "products_f64.cuh": "FA_F64"}
+        dtype = dtypes.get(header.partition("/")[2], "FA_BF16")
+        kind = "sm80_bwd_" if "/bwd_" in header else "sm80_fwd_"
+        portable = (v for v in EVERY_VARIANT if v.name.startswith(kind))
         return next(v for v in portable if v["dtype"] == dtype and v["general"])
     if "/bwd_" in header:
         kind = (

@@ -14,7 +14,7 @@ import gpu_host
 from gpu_host import EVERY_VARIANT
 from gpu_host.test_backward_kernel import backward, rows
 from gpu_host.test_backward_scores import DTYPES as MASK_DTYPES
-from gpu_host.test_backward_scores import Scores, random_mask
+from gpu_host.test_backward_scores import Scores
 from gpu_host.test_merging import described
 from gpu_host.test_portable_kernel import DTYPES, changes, masks_of
 

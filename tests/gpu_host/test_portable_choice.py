@@ -10,11 +10,13 @@ from gpu_host import EVERY_VARIANT
 
 pytestmark = gpu_host.marks
 
-VARIANTS = [v for v in EVERY_VARIANT if v.name.startswith("sm80_fwd_")]
+EVERY = [v for v in EVERY_VARIANT if v.architecture == "sm80"]
+VARIANTS = [v for v in EVERY if v.name.startswith("sm80_fwd_")]
 LEAST = 99 << 10  # shared memory of a block where there is least: 8.6, 8.9 and 12.x
 DTYPES = {"f64": 1, "f32": 2, "f16": 3, "bf16": 4}
 CHANGES = ("", "mask", "softcap", "alibi", "sink", "dropout")
 SHIM = r"""
+#include "sm80/bwd_choice.h"
 #include "sm80/fwd_choice.h"
 const char *chosen(int dtype, int d, int dv, int change, int smem) {
     fa_params p = {.what = {.dtype = dtype, .d = d, .dv = dv}};
@@ -25,6 +27,12 @@ const char *chosen(int dtype, int d, int dv, int change, int smem) {
     p.dropout.p = change == 5 ? 0.1 : 0;
     const int i = fa_sm80_choose(&p, smem);
     return i < 0 ? 0 : fa_sm80_variants[i].name;
+}
+const char *chosen_backward(int dtype, int d, int dv, int softcap, int smem) {
+    fa_backward r = {.forward = {.what = {.dtype = dtype, .d = d, .dv = dv}}};
+    r.forward.scores.softcap = softcap;
+    const int i = fa_sm80_choose_bwd(&r, smem);
+    return i < 0 ? 0 : fa_sm80_bwd_variants[i].name;
 }
 int smem(int i) { return i < FA_SM80_VARIANTS ? fa_sm80_smem_bytes(&fa_sm80_variants[i], 1) : 0; }
 /* Of b sequences and hq heads, whose mask has b and hq of its own or is broadcast. */
@@ -46,7 +54,8 @@ def host(tmp_path_factory):
     folder = tmp_path_factory.mktemp("portable")
     (folder / "choice.c").write_text(SHIM)
     made = gpu_host.library(folder / "choice.c", folder)
-    made.chosen.restype, made.workspace.restype = ctypes.c_char_p, ctypes.c_int64
+    made.chosen.restype = made.chosen_backward.restype = ctypes.c_char_p
+    made.workspace.restype = ctypes.c_int64
     made.workspace.argtypes = [ctypes.c_int] * 5 + [ctypes.c_int64]
     return made
 
@@ -65,6 +74,19 @@ def test_wider_heads_have_none(host):
     for dtype in DTYPES.values():
         assert host.chosen(dtype, 513, 64, 0, LEAST) is None
         assert host.chosen(dtype, 64, 513, 0, LEAST) is None
+
+
+def test_the_backwards_too(host):
+    """But for float64 beyond d 256, which no block of 99 KB holds."""
+    for name, d, change in itertools.product(DTYPES, (0, 64, 65, 200, 257, 512), (0, 1)):
+        found = host.chosen_backward(DTYPES[name], d, 1, change, LEAST)
+        sizes = (256, 512) if name == "f64" else (64, 128, 256, 512)
+        size = next(s for s in sizes if s >= max(d, 1))
+        kind = "general" if change or name == "f64" else "plain"
+        want = f"sm80_bwd_{name}_d{size}_{kind}"
+        assert found == (None if (name, size) == ("f64", 512) else want.encode())
+        assert host.chosen_backward(DTYPES[name], d, 1, change, 227 << 10) == want.encode()
+    assert host.chosen_backward(DTYPES["f64"], 513, 1, 0, 227 << 10) is None
 
 
 def test_shared_memory_is_the_gpus(host):
@@ -89,9 +111,9 @@ def test_a_bool_mask_is_packed_and_no_other(host):
     assert host.workspace(boolean, 2, 3, 0, 300, 0) == host.workspace(boolean, 2, 3, 9, 0, 0) == 0
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", EVERY, ids=lambda v: v.name)
 def test_the_kernels_own_constants(variant, tmp_path):
-    """It asserts them itself: fwd_variant.h compiles for each line of the table."""
+    """It asserts them itself: variant.h compiles for each line of the table."""
     (tmp_path / "alone.cpp").write_text(
         '#include "sm80/variant.h"\n'
         'static_assert(THREADS % 32 == 0 && THREADS <= 1024 && BLOCK_M <= 128, "");\n'
