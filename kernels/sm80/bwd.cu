@@ -98,6 +98,7 @@ DEVICE void walk(const bwd_args &a, tile &t, gradients<BY_KEYS> &sums, uint32_t 
     }
 }
 
+#if IS_F32
 DEVICE bool all_finite(const row_values &o) {
     real probe = 0;
 #pragma unroll
@@ -108,6 +109,7 @@ DEVICE bool all_finite(const row_values &o) {
             for (int i = 0; i < 4; ++i) probe = fma(o[m][n][i], (real)0, probe);
     return probe == 0;
 }
+#endif
 
 DEVICE void store_gradient(const tile &t, const array_args &to, row_values &x, int32_t h,
                            int32_t first, real factor) {

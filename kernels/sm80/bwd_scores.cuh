@@ -90,12 +90,13 @@ DEVICE void weigh(const bwd_args &a, const tile &t, row_scores &s, row_scores &d
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const int32_t column = first + 8 * n + e;
-                const int32_t query = BY_KEYS ? column : row, key = BY_KEYS ? row : column;
                 const row_terms &of = terms[BY_KEYS ? 2 * n + e : i];
                 real &x = s[i / 2][n][i % 2 * 2 + e], &y = dp[i / 2][n][i % 2 * 2 + e];
                 bool seen = !cut || (column >= columns.begin && column < columns.end);
+                seen &= of.x[0] < INFINITY; /* else the row sees nothing, and dP may be NaN */
                 real slope = 1, gain = 1;
 #if VARIANT_GENERAL
+                const int32_t query = BY_KEYS ? column : row, key = BY_KEYS ? row : column;
                 if (a.scores.natural) {
                     change_score(a, t, x, slope, query, key);
                     x -= of.x[0];

@@ -4,9 +4,9 @@
 #define FASTATTN_SM90_DECODE_LAUNCH_CUH
 
 #include "common/launch.cuh"
+#include "common/scale.h"
 #include "sm90/decode_args.cuh"
 #include "sm90/decode_choice.h"
-#include "sm90/scale.h"
 
 __global__ void VARIANT_NAME(const __grid_constant__ decode_args a);
 

@@ -6,9 +6,9 @@
 #define FASTATTN_SM90_DECODE_MASS_CUH
 
 #include "common/launch.cuh"
+#include "common/scale.h"
 #include "sm90/decode_append.cuh"
 #include "sm90/mma.cuh"
-#include "sm90/scale.h"
 #include "sm90/softcap.cuh"
 
 enum { MASS_THREADS = 128, MASS_KEYS = 16, MASS_BLOCK = MASS_THREADS / 32 * MASS_KEYS };
