@@ -16,16 +16,14 @@ from gpu_host.test_backward_kernel import backward, rows
 from gpu_host.test_backward_scores import DTYPES as MASK_DTYPES
 from gpu_host.test_backward_scores import Scores
 from gpu_host.test_merging import described
-from gpu_host.test_portable_kernel import DTYPES, changes, masks_of
+from gpu_host.test_portable_kernel import DTYPES, cases_of, changes, masks_of
 
 HERE = Path(__file__).parent
 VARIANTS = {v.name: v for v in EVERY_VARIANT if v.name.startswith("sm80_bwd_")}
 TESTED = (
-    "sm80_bwd_bf16_d64_plain",
     "sm80_bwd_f16_d512_plain",  # columns shared out
     "sm80_bwd_bf16_d128_general",
     "sm80_bwd_f32_d64_general",
-    "sm80_bwd_f32_d256_plain",
     "sm80_bwd_f64_d256_general",
 )
 PLAIN = {
@@ -192,8 +190,7 @@ def test_backward(name, tmp_path):
 
 def main(path, name):
     library, variant = ctypes.CDLL(path), VARIANTS[name]
-    cases = {**PLAIN, **(GENERAL if variant["general"] else {})}
-    for number, (case, keywords) in enumerate(cases.items()):
+    for number, (case, keywords) in enumerate(cases_of(variant, PLAIN, GENERAL)):
         runs = run_packed if "packed" in keywords else run
         complaints = runs(library, variant, number % 2, **keywords)
         assert not complaints, f"{case}: {complaints}"
