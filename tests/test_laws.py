@@ -352,6 +352,8 @@ def test_dlpack_is_declared_as_in_the_tests(tmp_path):
 
 
 def test_law_3_variants_are_bounded():
+    """Of an architecture: what bounds them is that a kernel has its features at run time, and each
+    folder has kernels, tables and a choice of its own. (The build's time is bounded by itself.)"""
     for architecture in {v.architecture for v in EVERY_VARIANT}:
         assert sum(v.architecture == architecture for v in EVERY_VARIANT) <= 150
     for v in EVERY_VARIANT:

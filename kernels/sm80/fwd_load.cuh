@@ -32,8 +32,7 @@ DEVICE void load_panel(const kernel_args &a, const tile &t, const cursor &at, ui
         x.data + t.batch * x.stride[0] + h * x.stride[1] + (int64_t)(t.k + key) * x.stride[2];
     row_filter filter = {t.visible.begin - key, t.visible.end - key, false, key};
 #if VARIANT_GENERAL
-    const bool cut = a.scores.bits.mask_only && is_cut(t, at.block.number);
-    filter.holes = of_v && a.scores.map && (!at.block.map.no_holes || cut);
+    filter.holes = of_v && a.scores.map && (a.scores.bits.mask_only || !at.block.map.no_holes);
 #endif
     load_rows<BLOCK_N, PANEL_ROW>(a, t, to, x, from, panel_column(at.panel % PANELS, of_v), filter);
 }

@@ -23,8 +23,9 @@ struct row_filter {
 };
 
 #if VARIANT_GENERAL
-/* Whether some row of the tile sees this key. Of packed sequences the mask alone is packed: where
- * the interval hides the key from some rows, the bits of the others are asked. */
+/* Whether some row of the tile sees this key. Of packed sequences the mask alone is packed, for
+ * rows that a shorter sequence does not have, too: where not all of a group see it, each is asked.
+ */
 DEVICE bool is_seen(const score_args &a, const tile &t, int32_t key) {
     const fa_mask_bits &bits = a.bits;
     const int32_t block = key / FA_BITS_KEYS, of_128 = key % FA_BITS_KEYS, word = key % 8 / 2;
@@ -34,10 +35,14 @@ DEVICE bool is_seen(const score_args &a, const tile &t, int32_t key) {
     if (!((columns[0] | (BLOCK_M > FA_BITS_ROWS ? columns[4] : 0)) >> bit & 1)) return false;
     if (!bits.mask_only) return true;
     const fa_row_range rows = fa_rows_seeing_some(t.lengths, fa_interval{key, key + 1});
-    const int32_t end = min(t.row + BLOCK_M, t.lengths.sq);
-    if (rows.begin <= t.row && rows.end >= end) return true;
-    for (int32_t row = max(rows.begin, t.row); row < min(rows.end, end); ++row)
-        if (a.words[4 * fa_bits_at(&bits, t.plane, block, row) + word] >> bit & 1) return true;
+    const int32_t end = min(rows.end, t.row + BLOCK_M);
+    for (int32_t row = max(rows.begin, t.row); row < end;) {
+        const bool whole = row % FA_BITS_ROWS == 0 && row + FA_BITS_ROWS <= end;
+        const uint32_t seen = whole ? columns[4 * (row / FA_BITS_ROWS - t.row / FA_BITS_ROWS)]
+                                    : a.words[4 * fa_bits_at(&bits, t.plane, block, row) + word];
+        if (seen >> bit & 1) return true;
+        row += whole ? FA_BITS_ROWS : 1;
+    }
     return false;
 }
 #endif

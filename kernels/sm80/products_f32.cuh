@@ -12,7 +12,8 @@
 #include "sm80/fragments.cuh"
 #include "sm80/ptx.cuh"
 
-static constexpr int FRESH = 2; /* steps of S, 8 columns each, that are summed by themselves */
+/* Steps, of 8 columns or keys, that are summed by themselves. */
+static constexpr int FRESH = 2, FRESH_KEYS = 2;
 
 /* N registers of an operand: the nearest numbers of TF32, and what is left, whose lowest bit the
  * tensor cores do not see. */
@@ -52,6 +53,12 @@ struct sums {
 DEVICE void add_to(fragment &d, const sums &s) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) d[i] += s.high[i] + s.low[i];
+}
+
+/* The lower parts go on. */
+DEVICE void add_high(fragment &d, sums &s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += s.high[i], s.high[i] = 0;
 }
 
 template <bool GUARDED>
@@ -140,6 +147,7 @@ DEVICE void add_values(row_values &o, int first, const weights &w, const row_sco
                 for (int e = 0; e < 2; ++e)
                     set<GUARDED>(b, e, ld_shared(row[i][e] + j * 8 * PANEL_ROW));
                 multiply_whole<GUARDED>(sum[i], w.p[j], b);
+                if (j % FRESH_KEYS == FRESH_KEYS - 1) add_high(o[0][first + n + i], sum[i]);
             }
 #pragma unroll
         for (int i = 0; i < 2; ++i) add_to(o[0][first + n + i], sum[i]);

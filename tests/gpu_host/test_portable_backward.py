@@ -49,6 +49,7 @@ GENERAL = {
     "everything dropped": {"dropout_p": 1.0, "dlse": True},
     "all": {"softcap": 5.0, "mask": "bool", "alibi": True, "dropout_p": 0.5, "sink": True},
     "packed mask": {"packed": ([40, 70], [50, 131]), "mask": "bool", "causal": True},
+    "packed mask of shorter sequences": {"packed": ([66, 90], [120, 140]), "mask": "bool"},
 }
 LIMITS = ("causal", "window", "q_lengths", "k_lengths", "k_start", "scale")
 

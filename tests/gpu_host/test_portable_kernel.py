@@ -43,6 +43,7 @@ PLAIN = {
     "large scores": {"sq": 40, "sk": 200, "factor": 60.0},
     "infinite values": {"sq": 20, "sk": 40, "infinite": True},
     "packed": {"lengths": ([40, 0, 70, 1], [50, 9, 0, 130]), "causal": True, "hq": 2},
+    "values alike": {"sq": 40, "sk": 200, "alike": True},  # errors of P V's sums do not cancel
 }
 GENERAL = {
     "softcap": {"softcap": 2.0, "causal": True, "hq": 2},
@@ -62,6 +63,7 @@ GENERAL = {
         "of": (0, 1, 0, 0),
         "causal": True,
     },
+    "packed mask of shorter sequences": {"lengths": ([66, 90], [120, 140]), "mask": "bool"},
 }
 
 
@@ -148,6 +150,8 @@ def run(library, variant, late, b=1, hq=1, sq=70, sk=100, d=0, dv=0, factor=1.0,
     shapes = (b, hq, sq, d), (b, 1, sk, d), (b, 1, sk, dv)
     apart, infinite = keywords.get("apart", 0), keywords.get("infinite", False)
     q, k, v = inputs(variant, shapes, factor, apart, infinite)
+    if keywords.get("alike"):
+        v[:] = v[:, :, :1]
     asked = {name: keywords[name] for name in LIMITS if name in keywords and name != "mask"}
     asked["scale"] = keywords.get("scale", d**-0.5)
     changes(rng, asked, b, hq, sq, sk, **{"of": (0, 0, 0, 0), **keywords})
@@ -211,9 +215,16 @@ def run_packed(library, variant, late, lengths, hq=1, **keywords):
 
 
 def cases_of(variant, plain, general):
-    """(name, keywords); of wide heads, which take long, a fifth of them."""
-    cases = {**plain, **(general if variant["general"] else {})}
-    return list(cases.items())[:: 1 if variant["d"] < 256 else 5]
+    """(name, keywords): what a variant of TESTED adds to the others; of wide heads, which take long,
+    a few small ones."""
+    plain = list(plain.items())
+    general = list(general.items()) if variant["general"] else []
+    if variant["d"] < 256:
+        of_float32 = variant["dtype"] == "FA_F32"
+        return plain[:: 2 if general else 1] + general[:: 3 if of_float32 else 1]
+    small = {"hq": 1, "sq": 40, "sk": 70}
+    packed = {"lengths", "packed"}
+    return [(x, y if packed & y.keys() else y | small) for x, y in (plain + general)[::5]]
 
 
 @gpu_host.marks
