@@ -73,7 +73,7 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
     [FA_SM80_BACKWARD] = {"sm80",
                           "backward",
                           FLOATS,
-                          FA_ALL_FEATURES & ~(FA_KV_HEADS | FA_PAGES | FA_DMASK),
+                          FA_ALL_FEATURES & ~(FA_KV_HEADS | FA_PAGES),
                           {0},
                           0,
                           512},

@@ -278,14 +278,10 @@ CALLS = {  # line of the matrix -> calls
         functools.partial(grades, hk=1),
         functools.partial(grades, softcap=5.0),
         functools.partial(grades, deterministic=True),
-    ],
-    "gradients of float masks, in 16 bits, d and dv up to 256": [
+        functools.partial(grades, grade_mask=True),
         functools.partial(grades, grade_mask=True, dtype="bfloat16"),
     ],
-    "gradients of other float masks; d and dv above 512": [
-        functools.partial(grades, grade_mask=True),
-        functools.partial(computes, d=576, dv=512),
-    ],
+    "d and dv above 512": [functools.partial(computes, d=576, dv=512)],
     "caches of keys: pages, new keys written, rotary positions, the mass": [
         functools.partial(caches, s_new=None),
         functools.partial(caches, rotary=8, mass=True),
@@ -320,20 +316,14 @@ ASKS = {  # line of the matrix -> what it asks a backend to declare, in 16 bits 
         {"operation": "backward", "features": (*POSITIONS, "q_offset", "gqa", "lse", "sink")},
         {"operation": "backward", "features": ("varlen", "softcap", "alibi", "dropout")},
         {"operation": "backward", "features": ("bool_mask",)},
-        {"operation": "backward", "features": ("float_mask",)},
+        {"operation": "backward", "features": ("float_mask", "dmask")},
+        {"operation": "backward", "features": ("float_mask", "dmask"), "dtype": "float32"},
         {"operation": "backward", "d": 512, "dv": 1},
         {"operation": "backward", "dtype": "float32"},
         {"operation": "backward", "dtype": "float64", "d": 512},
         {"operation": "backward", "features": ("deterministic", "varlen", "gqa", "bool_mask")},
     ),
-    "gradients of float masks, in 16 bits, d and dv up to 256": (
-        {"operation": "backward", "features": ("float_mask", "dmask"), "d": 256, "dv": 1},
-    ),
-    "gradients of other float masks; d and dv above 512": (
-        {"operation": "backward", "features": ("float_mask", "dmask"), "d": 257},
-        {"operation": "backward", "features": ("float_mask", "dmask"), "dtype": "float32"},
-        *({"d": d, "dv": dv} for d, dv in ((513, 64), (576, 512))),
-    ),
+    "d and dv above 512": ({"d": 513, "dv": 64}, {"d": 576, "dv": 512}),
     "caches of keys: pages, new keys written, rotary positions, the mass": (
         {"operation": "kvcache"},
         {"operation": "kvcache", "features": (*POSITIONS, "pages", "gqa", "lse", "sink")},

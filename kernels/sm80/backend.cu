@@ -141,10 +141,11 @@ static int64_t backward_workspace(const fa_backward *r, const fa_choice *) {
 /* Where there is no score to compute, gradients are 0, but for the sinks': of lse. */
 static fa_status launch_zeros(const fa_backward *r, const fa_device *device, fa_error *error) {
     const fa_params *p = &r->forward;
-    const fa_tensor *gradients[] = {&r->dq, &r->dk, &r->dv};
+    const fa_tensor *gradients[] = {&r->dq, &r->dk, &r->dv, &r->dmask};
     fa_status status = launch_sink(r, NULL, device, error);
-    for (int i = 0; i < 3 && status == FA_OK; ++i)
-        status = launch_clear(gradients[i], p->what.dtype, device, p->where.stream, error);
+    for (int i = 0; i < 4 && status == FA_OK; ++i)
+        status = launch_clear(gradients[i], i < 3 ? p->what.dtype : p->scores.mask_dtype, device,
+                              p->where.stream, error);
     return status;
 }
 

@@ -12,40 +12,11 @@
 #include "sm80/bwd_launch.cuh"
 #include "sm80/bwd_rows.cuh"
 #include "sm80/bwd_scores.cuh"
-#include "sm80/bwd_tile.cuh"
-#include "sm80/store.cuh"
-#if IS_F64
-#include "sm80/products_f64.cuh"
-#elif IS_F32
-#include "sm80/products_f32.cuh"
-#else
-#include "sm80/products_half.cuh"
+#include "sm80/bwd_walk.cuh"
+#if VARIANT_GENERAL
+#include "sm80/bwd_mask.cuh"
 #endif
-
-struct bwd_ring {
-    bwd_cursor next;
-    int32_t stage, heads; /* the head past the last */
-};
-
-template <bool BY_KEYS>
-DEVICE void load_next(const bwd_args &a, const tile &t, bwd_ring &r, uint32_t to) {
-    if (r.next.h < r.heads) {
-        load_panel<BY_KEYS>(a, t, r.next, to);
-        advance<BY_KEYS>(t, r.next);
-    }
-    cp_async_commit_group();
-}
-
-/* As the forward's. */
-template <bool BY_KEYS>
-DEVICE uint32_t take_panel(const bwd_args &a, const tile &t, bwd_ring &r, uint32_t panels) {
-    cp_async_wait_group<STAGES - 2>();
-    __syncthreads();
-    const int32_t stage = r.stage;
-    load_next<BY_KEYS>(a, t, r, panels + (stage ^ 1) * PANEL_BYTES);
-    r.stage = stage ^ 1;
-    return panels + stage * PANEL_BYTES;
-}
+#include "sm80/store.cuh"
 
 /* What a tile sums: dQ; or dV, dK. */
 template <bool BY_KEYS>
@@ -56,9 +27,8 @@ struct gradients {
 template <bool BY_KEYS, bool GUARDED>
 DEVICE void walk(const bwd_args &a, tile &t, gradients<BY_KEYS> &sums, uint32_t smem) {
     const uint32_t panels = smem + 2 * Q_BYTES;
-    const uint32_t rows = smem + threadIdx.x / 32 / COLUMN_WARPS * WARP_ROWS * Q_ROW;
     const int32_t group = BY_KEYS ? a.hq / a.hk : 1, first = t.h * group;
-    bwd_ring r = {{first, t.begin, 0}, 0, first + group};
+    bwd_ring r = {{first, t.begin, 0}, 0, first + group, BLOCK_PANELS<BY_KEYS>};
     static_assert(STAGES == 2, "at a block's start the ring's next panel is of this block");
     if (BY_KEYS) {
         const fa_interval keys = {fa_row_interval(t.lengths, t.visible.begin).begin,
@@ -66,22 +36,14 @@ DEVICE void walk(const bwd_args &a, tile &t, gradients<BY_KEYS> &sums, uint32_t 
         load_tile_rows(a, t, smem, a.k, t.h, t.k, keys);
         load_tile_rows(a, t, smem + Q_BYTES, a.v, t.h, t.k, keys);
     } else {
-        const fa_interval queries = {0, t.lengths.sq};
-        load_tile_rows(a, t, smem, a.q, t.h, t.q, queries);
-        load_tile_rows(a, t, smem + Q_BYTES, a.dout, t.h, t.q, queries);
+        load_query_rows(a, t, smem);
     }
     load_next<BY_KEYS>(a, t, r, panels);
 #pragma unroll 1
     while (r.next.h < r.heads) {
         const int32_t h = r.next.h, block = r.next.block;
         row_scores s = {}, dp = {};
-#pragma unroll 1
-        for (int i = 0; i < PANELS; ++i)
-            add_scores<GUARDED>(s, rows + i * PANEL_ROW, take_panel<BY_KEYS>(a, t, r, panels));
-#pragma unroll 1
-        for (int i = 0; i < PANELS; ++i)
-            add_scores<GUARDED>(dp, rows + Q_BYTES + i * PANEL_ROW,
-                                take_panel<BY_KEYS>(a, t, r, panels));
+        multiply_rows<BY_KEYS, GUARDED>(a, t, r, s, dp, smem);
 #if VARIANT_GENERAL
         if (BY_KEYS) t.h = h, find_scores(a.scores, t, a.b);
 #endif
@@ -97,19 +59,6 @@ DEVICE void walk(const bwd_args &a, tile &t, gradients<BY_KEYS> &sums, uint32_t 
         }
     }
 }
-
-#if IS_F32
-DEVICE bool all_finite(const row_values &o) {
-    real probe = 0;
-#pragma unroll
-    for (int m = 0; m < STRIPS; ++m)
-#pragma unroll
-        for (int n = 0; n < OWN / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) probe = fma(o[m][n][i], (real)0, probe);
-    return probe == 0;
-}
-#endif
 
 DEVICE void store_gradient(const tile &t, const array_args &to, row_values &x, int32_t h,
                            int32_t first, real factor) {
@@ -162,3 +111,12 @@ __global__ void __launch_bounds__(THREADS) VARIANT_NAME(const __grid_constant__ 
     let_next_start();
     run_tile<true>(a, find_key_tile(a), smem_address(raw));
 }
+
+#if VARIANT_GENERAL
+__global__ void __launch_bounds__(THREADS) MASK_KERNEL(const __grid_constant__ bwd_mask_args a) {
+    extern __shared__ __align__(128) uint8_t raw[];
+    wait_for_stream();
+    let_next_start();
+    run_part(a, raw);
+}
+#endif

@@ -2,6 +2,7 @@
 #ifndef FASTATTN_SM80_BWD_ARGS_CUH
 #define FASTATTN_SM80_BWD_ARGS_CUH
 
+#include "backward.h"
 #include "common/element.cuh"
 #include "sm80/args.cuh"
 
@@ -13,6 +14,12 @@ struct bwd_args : request_args {
     real factor;          /* of dq and dk: the scale */
     const row_terms *terms;
     int64_t terms_rows; /* of a head */
+};
+
+/* Of a float mask's gradient. */
+struct bwd_mask_args : bwd_args {
+    fa_tensor to;
+    int32_t row_blocks, key_blocks; /* of the mask: BLOCK_M rows by BLOCK_N keys, or a whole axis */
 };
 
 struct bwd_rows_args : request_args {

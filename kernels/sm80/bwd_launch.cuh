@@ -12,8 +12,12 @@
 /* That for dQ. */
 #define Q_KERNEL PASTE(VARIANT_NAME, _q)
 
+/* That for a float mask's gradient. */
+#define MASK_KERNEL PASTE(VARIANT_NAME, _mask)
+
 __global__ void Q_KERNEL(const __grid_constant__ bwd_args a);
 __global__ void VARIANT_NAME(const __grid_constant__ bwd_args a);
+__global__ void MASK_KERNEL(const __grid_constant__ bwd_mask_args a);
 
 static array_args describe_optional(const fa_tensor *t, bool is_output) {
     array_args none = {};
@@ -37,13 +41,30 @@ static fa_status launch_rows(const fa_backward *r, const bwd_args &b, const fa_d
                             r->forward.where.stream, device->early, &a, error);
 }
 
-static fa_status launch_tiles(const void *kernel, uint64_t *allowed, int64_t tiles, bwd_args &a,
+static fa_status launch_tiles(const void *kernel, uint64_t *allowed, int64_t tiles, void *args,
                               const fa_backward *r, const fa_device *device, fa_error *error) {
     const fa_status status = fa_allow_smem(allowed, device, kernel, SMEM_BYTES<2>, error);
     if (status != FA_OK) return status;
     return fa_launch_kernel(kernel, (int32_t)tiles, THREADS, SMEM_BYTES<2>, r->forward.where.stream,
-                            device->early, &a, error);
+                            device->early, args, error);
 }
+
+#if VARIANT_GENERAL
+static fa_status launch_mask(const fa_backward *r, const bwd_args &b, const fa_device *device,
+                             fa_error *error) {
+    const int64_t *shape = r->dmask.shape;
+    bwd_mask_args a = {};
+    (bwd_args &)a = b;
+    a.to = r->dmask;
+    a.row_blocks = shape[2] == 1 ? 1 : (int32_t)((shape[2] + BLOCK_M - 1) / BLOCK_M);
+    a.key_blocks = shape[3] == 1 ? 1 : (int32_t)((shape[3] + BLOCK_N - 1) / BLOCK_N);
+    const int64_t parts = shape[0] * shape[1] * a.row_blocks * a.key_blocks;
+    if (parts > INT32_MAX)
+        return fa_fail(error, FA_UNSUPPORTED, "sm80 takes masks of at most 2^31 tiles");
+    static uint64_t allowed;
+    return launch_tiles((const void *)MASK_KERNEL, &allowed, parts, &a, r, device, error);
+}
+#endif
 
 extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const fa_device *device,
                                                      void *workspace, fa_error *error) {
@@ -68,10 +89,13 @@ extern "C" fa_status PASTE(fa_launch_, VARIANT_NAME)(const fa_backward *r, const
     static uint64_t allowed[2];
     fa_status status = launch_rows(r, a, device, error);
     if (status == FA_OK && r->dq.data)
-        status = launch_tiles((const void *)Q_KERNEL, &allowed[0], q_tiles, a, r, device, error);
+        status = launch_tiles((const void *)Q_KERNEL, &allowed[0], q_tiles, &a, r, device, error);
     if (status == FA_OK && (r->dk.data || r->dv.data))
         status =
-            launch_tiles((const void *)VARIANT_NAME, &allowed[1], k_tiles, a, r, device, error);
+            launch_tiles((const void *)VARIANT_NAME, &allowed[1], k_tiles, &a, r, device, error);
+#if VARIANT_GENERAL
+    if (status == FA_OK && r->dmask.data) status = launch_mask(r, a, device, error);
+#endif
     return status;
 }
 

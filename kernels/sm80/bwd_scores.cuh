@@ -70,9 +70,9 @@ DEVICE real gain_of(const bwd_args &a, const tile &t, int32_t h, int32_t query, 
 }
 #endif
 
-/* P z in place of products, and dS, times the score's slope, in place of dP. `h`: the query head.
- */
-template <bool BY_KEYS>
+/* P z in place of products, and dS in place of dP, times the score's slope but for what is added to
+ * scores, OF_MASK. `h`: the query head. */
+template <bool BY_KEYS, bool OF_MASK = false>
 DEVICE void weigh(const bwd_args &a, const tile &t, row_scores &s, row_scores &dp, int32_t h,
                   int32_t block) {
     const int32_t first = block * BLOCK_N + threadIdx.x % 4 * 2;
@@ -109,7 +109,8 @@ DEVICE void weigh(const bwd_args &a, const tile &t, row_scores &s, row_scores &d
                 x = fma(x, a.scale, -of.x[0]);
 #endif
                 const real p = seen ? exp_of(x) : (real)0;
-                y = seen ? p * (gain == 0 ? -of.x[1] : y * gain - of.x[1]) * slope : (real)0;
+                y = seen ? p * (gain == 0 ? -of.x[1] : y * gain - of.x[1]) : (real)0;
+                if (!OF_MASK) y *= slope;
                 x = p * gain;
             }
     }

@@ -65,9 +65,8 @@ struct bwd_cursor {
 template <bool BY_KEYS>
 constexpr int BLOCK_PANELS = (BY_KEYS ? 4 : 3) * PANELS;
 
-template <bool BY_KEYS>
-DEVICE void advance(const tile &t, bwd_cursor &at) {
-    if (++at.panel < BLOCK_PANELS<BY_KEYS>) return;
+DEVICE void advance(const tile &t, bwd_cursor &at, int32_t panels) {
+    if (++at.panel < panels) return;
     at.panel = 0;
     if (++at.block < t.end) return;
     at.block = t.begin, ++at.h;

@@ -62,23 +62,28 @@ DEVICE void locate(const request_args &a, tile &t) {
     }
 }
 
+/* Of a tile that is located: what its rows see. */
+DEVICE void find_visible(tile &t) {
+    t.begin = t.end = 0;
+    t.visible = t.whole = fa_interval{0, 0};
+    if (t.row >= t.lengths.sq) return;
+    const fa_interval first = fa_row_interval(t.lengths, t.row);
+    const fa_interval last = fa_row_interval(t.lengths, min(t.row + BLOCK_M, t.lengths.sq) - 1);
+    t.visible.begin = fa_row_interval(t.lengths, 0).begin;
+    t.visible.end = fa_row_interval(t.lengths, t.lengths.sq - 1).end;
+    if (last.end <= first.begin) return;
+    t.whole = fa_interval{last.begin, first.end};
+    t.begin = first.begin / BLOCK_N;
+    t.end = (last.end + BLOCK_N - 1) / BLOCK_N;
+}
+
 DEVICE tile find_tile(const request_args &a) {
     tile t;
     locate(a, t);
 #if VARIANT_GENERAL
     find_scores(a.scores, t, a.b);
 #endif
-    t.begin = t.end = 0;
-    t.visible = t.whole = fa_interval{0, 0};
-    if (t.row >= t.lengths.sq) return t;
-    const fa_interval first = fa_row_interval(t.lengths, t.row);
-    const fa_interval last = fa_row_interval(t.lengths, min(t.row + BLOCK_M, t.lengths.sq) - 1);
-    t.visible.begin = fa_row_interval(t.lengths, 0).begin;
-    t.visible.end = fa_row_interval(t.lengths, t.lengths.sq - 1).end;
-    if (last.end <= first.begin) return t;
-    t.whole = fa_interval{last.begin, first.end};
-    t.begin = first.begin / BLOCK_N;
-    t.end = (last.end + BLOCK_N - 1) / BLOCK_N;
+    find_visible(t);
     return t;
 }
 

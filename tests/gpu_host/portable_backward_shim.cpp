@@ -23,6 +23,10 @@ static void body() {
         Q_KERNEL(*(bwd_args *)arguments_now);
     else if (kernel_now == (const void *)VARIANT_NAME)
         VARIANT_NAME(*(bwd_args *)arguments_now);
+#if VARIANT_GENERAL
+    else if (kernel_now == (const void *)MASK_KERNEL)
+        MASK_KERNEL(*(bwd_mask_args *)arguments_now);
+#endif
     else
         bwd_sink<real>(*(sink_args *)arguments_now);
 }

@@ -42,8 +42,11 @@ PLAIN = {
 GENERAL = {
     "softcap": {"softcap": 2.0, "causal": True, "hq": 2},
     "alibi": {"alibi": True, "window": (40, 9), "hq": 2},
-    "float mask": {"mask": "float32", "b": 2, "hq": 2, "of": (1, 1, 0, 0)},
-    "keys alike": {"mask": "float16", "hq": 2, "of": (0, 1, 0, 1), "softcap": 3.0},
+    "float mask": {"mask": "float32", "b": 2, "hq": 2, "of": (1, 1, 0, 0), "dmask": True},
+    "keys alike": {"mask": "float16", "hq": 2, "of": (0, 1, 0, 1), "softcap": 3.0, "dmask": True},
+    "rows alike": {"mask": "bfloat16", "b": 2, "of": (0, 0, 1, 0), "causal": True, "dmask": True},
+    "one number": {"mask": "float32", "hq": 2, "of": (1, 1, 1, 1), "dlse": True, "dmask": True},
+    "packed float mask": {"packed": ([40, 0, 90], [50, 9, 70]), "mask": "float32", "dmask": True},
     "bool mask": {"mask": "bool", "hq": 2, "of": (0, 1, 0, 0), "sink": True, "causal": True},
     "dropout": {"dropout_p": 0.3, "hq": 2, "b": 2, "causal": True},
     "everything dropped": {"dropout_p": 1.0, "dlse": True},
@@ -67,6 +70,12 @@ def scores_of(asked, shape):
     return scores, whole
 
 
+def wanted_mask(scores, asked):
+    made = rows(asked["mask"].shape, asked["mask"].dtype, 0)[0]
+    scores.dmask = ctypes.pointer(described(made))
+    return made
+
+
 def run(
     library,
     variant,
@@ -81,6 +90,7 @@ def run(
     factor=1.0,
     dout=True,
     dlse=False,
+    dmask=False,
     wanted=("dq", "dk", "dv"),
     **keywords,
 ):
@@ -115,6 +125,8 @@ def run(
     sinks = [asked.get("sink"), np.full(hq, np.nan, np.float32) if "sink" in asked else None]
     arrays = q, k, v, out, lse, dout, dlse, *(got.get(name) for name in made)
     scores, _kept = scores_of(asked, (b, hq, sq, sk))
+    if dmask:
+        got["dmask"] = wanted_mask(scores, asked)
     masks = masks_of(**asked)
     scale = asked["scale"]
     assert backward(library, late, scale, masks, lengths, sinks, *arrays, scores=scores) == 0
@@ -125,7 +137,7 @@ def run(
     return reference_backward.check(got, *given, dlse=dlse, lse=lse, **asked)
 
 
-def run_packed(library, variant, late, packed, hq=1, **keywords):
+def run_packed(library, variant, late, packed, hq=1, dmask=False, **keywords):
     """Complaints about sequences that lie end to end, rows of none behind them."""
     rng = np.random.default_rng(1)
     dtype, d, b = np.dtype(DTYPES.get(variant["dtype"], np.float64)), variant["d"], len(packed[0])
@@ -161,6 +173,7 @@ def run_packed(library, variant, late, packed, hq=1, **keywords):
         x[:, :, end:] = np.nan
     got = {name: rows(x.shape, dtype, 0)[0] for name, x in (("dq", q), ("dk", k), ("dv", v))}
     scores, _kept = scores_of(asked, (b, hq, sq, sk))
+    made_mask = wanted_mask(scores, asked) if dmask else None
     arrays = q, k, v, out, lse, dout, None, *got.values()
     where, none, sinks = (cu[0], cu[1], (b, sq, sk)), [None] * 3, [None, None]
     masks, scale = masks_of(**asked), asked["scale"]
@@ -170,12 +183,17 @@ def run_packed(library, variant, late, packed, hq=1, **keywords):
     for name, end in (("dq", cu[0][-1]), ("dk", cu[1][-1]), ("dv", cu[1][-1])):
         if got[name][:, :, end:].astype(float).any():
             complaints.append(f"{name} of rows of no sequence is not 0")
-    for at, keys, parts, own in calls:
+    shared = []
+    for n, (at, keys, parts, own) in enumerate(calls):
         mine = {name: x[:, :, at if name == "dq" else keys] for name, x in got.items()}
         if parts[1].size and parts[2].size:
             complaints += reference_backward.check(mine, *parts, lse=lse[:, :, at], **own)
+            place = slice(n, n + 1), slice(None), slice(packed[0][n]), slice(packed[1][n])
+            shared.append((place, lse[:, :, at], parts, own))
         elif any(x.astype(float).any() for x in mine.values()):
             complaints.append("a sequence without scores has gradients")
+    if dmask:
+        complaints += reference_backward.check_shared("dmask", made_mask, shared)
     return complaints
 
 

@@ -215,8 +215,8 @@ def run_packed(library, variant, late, lengths, hq=1, **keywords):
 
 
 def cases_of(variant, plain, general):
-    """(name, keywords): what a variant of TESTED adds to the others; of wide heads, which take long,
-    a few small ones."""
+    """(name, keywords): what a variant of TESTED adds to the others; of wide heads, which take
+    long, a few small ones."""
     plain = list(plain.items())
     general = list(general.items()) if variant["general"] else []
     if variant["d"] < 256:
