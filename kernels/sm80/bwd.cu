@@ -28,8 +28,6 @@ template <bool BY_KEYS, bool GUARDED>
 DEVICE void walk(const bwd_args &a, tile &t, gradients<BY_KEYS> &sums, uint32_t smem) {
     const uint32_t panels = smem + 2 * Q_BYTES;
     const int32_t group = BY_KEYS ? a.hq / a.hk : 1, first = t.h * group;
-    bwd_ring r = {{first, t.begin, 0}, 0, first + group, BLOCK_PANELS<BY_KEYS>};
-    static_assert(STAGES == 2, "at a block's start the ring's next panel is of this block");
     if (BY_KEYS) {
         const fa_interval keys = {fa_row_interval(t.lengths, t.visible.begin).begin,
                                   fa_row_interval(t.lengths, t.visible.end - 1).end};
@@ -38,16 +36,16 @@ DEVICE void walk(const bwd_args &a, tile &t, gradients<BY_KEYS> &sums, uint32_t 
     } else {
         load_query_rows(a, t, smem);
     }
-    load_next<BY_KEYS>(a, t, r, panels);
+    bwd_ring r =
+        start_ring<BY_KEYS>(a, t, first, first + group, BLOCK_PANELS < BY_KEYS ? 4 : 3 >, panels);
 #pragma unroll 1
-    while (r.next.h < r.heads) {
-        const int32_t h = r.next.h, block = r.next.block;
+    for (bwd_cursor at = {first, t.begin, 0}; at.h < r.heads; advance(t, at, 1)) {
         row_scores s = {}, dp = {};
         multiply_rows<BY_KEYS, GUARDED>(a, t, r, s, dp, smem);
 #if VARIANT_GENERAL
-        if (BY_KEYS) t.h = h, find_scores(a.scores, t, a.b);
+        if (BY_KEYS) t.h = at.h, find_scores(a.scores, t, a.b);
 #endif
-        weigh<BY_KEYS>(a, t, s, dp, h, block);
+        weigh<BY_KEYS>(a, t, s, dp, at.h, at.block);
 #pragma unroll
         for (int n = BY_KEYS ? 0 : 1; n < 2; ++n) {
             weights w;
@@ -55,7 +53,7 @@ DEVICE void walk(const bwd_args &a, tile &t, gradients<BY_KEYS> &sums, uint32_t 
 #pragma unroll
             for (int i = 0; i < PANELS; ++i)
                 add_values<GUARDED>(sums.x[BY_KEYS ? n : 0], i * (OWN_PANEL / 8), w, n ? dp : s,
-                                    take_panel<BY_KEYS>(a, t, r, panels));
+                                    take_panel<BY_KEYS>(a, t, r, panels, BY_KEYS ? n + 2 : 2));
         }
     }
 }

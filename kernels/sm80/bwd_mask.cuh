@@ -57,13 +57,11 @@ DEVICE tile part_tile(const bwd_mask_args &a, const mask_part &p, int32_t b, int
 template <bool GUARDED>
 DEVICE void add_tile(const bwd_mask_args &a, const tile &t, row_scores &sums, uint32_t smem) {
     const uint32_t panels = smem + 2 * Q_BYTES;
-    bwd_ring r = {{t.h, t.begin, 0}, 0, t.h + 1, 2 * PANELS};
     __syncthreads(); /* the tile before has been read */
     load_query_rows(a, t, smem);
-    load_next<false>(a, t, r, panels);
+    bwd_ring r = start_ring<false>(a, t, t.h, t.h + 1, BLOCK_PANELS<2>, panels);
 #pragma unroll 1
-    while (r.next.h < r.heads) {
-        const int32_t block = r.next.block;
+    for (int32_t block = t.begin; block < t.end; ++block) {
         row_scores s = {}, dp = {};
         multiply_rows<false, GUARDED>(a, t, r, s, dp, smem);
         weigh<false, true>(a, t, s, dp, t.h, block);

@@ -61,9 +61,14 @@ struct bwd_cursor {
     int32_t h, block, panel;
 };
 
-/* Panels of a block: of S, of dP, of dQ; or of S, of dP, of dV, of dK. */
-template <bool BY_KEYS>
-constexpr int BLOCK_PANELS = (BY_KEYS ? 4 : 3) * PANELS;
+/* Where a panel has whole rows and there is shared memory for it, both arrays' panels of a block
+ * come at once, and stay until its last product. */
+static constexpr bool PAIRED = PANELS == 1 && STAGES == 4;
+
+/* What comes one after the other of a block: panels of S, of dP, of dQ, or of S, of dP, of dV, of
+ * dK; of the gradient of a mask those of S and dP alone. */
+template <int PRODUCTS>
+constexpr int BLOCK_PANELS = PAIRED ? 1 : PRODUCTS * PANELS;
 
 DEVICE void advance(const tile &t, bwd_cursor &at, int32_t panels) {
     if (++at.panel < panels) return;
@@ -87,7 +92,8 @@ DEVICE void load_tile_rows(const bwd_args &a, const tile &t, uint32_t to, const 
 template <bool BY_KEYS>
 DEVICE void load_panel(const bwd_args &a, const tile &t, const bwd_cursor &at, uint32_t to) {
     const int32_t phase = at.panel / PANELS, first = at.block * BLOCK_N;
-    const int32_t column = panel_column(at.panel % PANELS, phase >= 2);
+    const bool of_gradient = PAIRED || phase >= 2;
+    const int32_t column = panel_column(at.panel % PANELS, of_gradient);
     if (BY_KEYS) {
         const array_args &x = phase == 1 || phase == 2 ? a.dout : a.q;
         const int64_t row = t.q + first;
@@ -99,7 +105,7 @@ DEVICE void load_panel(const bwd_args &a, const tile &t, const bwd_cursor &at, u
         const array_args &x = phase == 1 ? a.v : a.k;
         row_filter filter = {t.visible.begin - first, t.visible.end - first, false, first};
 #if VARIANT_GENERAL
-        filter.holes = phase == 2 && a.scores.map;
+        filter.holes = of_gradient && phase != 1 && a.scores.map;
 #endif
         const int32_t h = fa_divide(at.h, a.by_group);
         load_rows<BLOCK_N, PANEL_ROW>(a, t, to, x, row_at(x, t.batch, h, t.k + first), column,
