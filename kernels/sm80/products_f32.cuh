@@ -55,7 +55,8 @@ DEVICE void add_to(fragment &d, const sums &s) {
     for (int i = 0; i < 4; ++i) d[i] += s.high[i] + s.low[i];
 }
 
-/* The lower parts go on. */
+/* Of a block of keys, before they are added to what all blocks before it gave: that is large, and
+ * rounds. The lower parts go on. */
 DEVICE void add_high(fragment &d, sums &s) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) d[i] += s.high[i], s.high[i] = 0;
@@ -131,6 +132,7 @@ DEVICE void add_values(row_values &o, int first, const weights &w, const row_sco
 #pragma unroll
     for (int n = 0; n < OWN_PANEL / 8; n += 2) {
         sums sum[2];
+        fragment block[2] = {};
         uint32_t row[2][2]; /* of an even key and of the one behind */
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -147,10 +149,14 @@ DEVICE void add_values(row_values &o, int first, const weights &w, const row_sco
                 for (int e = 0; e < 2; ++e)
                     set<GUARDED>(b, e, ld_shared(row[i][e] + j * 8 * PANEL_ROW));
                 multiply_whole<GUARDED>(sum[i], w.p[j], b);
-                if (j % FRESH_KEYS == FRESH_KEYS - 1) add_high(o[0][first + n + i], sum[i]);
+                if (j % FRESH_KEYS == FRESH_KEYS - 1) add_high(block[i], sum[i]);
             }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) add_to(o[0][first + n + i], sum[i]);
+        for (int i = 0; i < 2; ++i) {
+            add_to(block[i], sum[i]);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) o[0][first + n + i][e] += block[i][e];
+        }
     }
 }
 
