@@ -70,13 +70,8 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
                          {FA_DROPOUT | FA_KV_HEADS},
                          0,
                          512},
-    [FA_SM80_BACKWARD] = {"sm80",
-                          "backward",
-                          FLOATS,
-                          FA_ALL_FEATURES & ~(FA_KV_HEADS | FA_PAGES),
-                          {0},
-                          0,
-                          512},
+    [FA_SM80_BACKWARD] =
+        {"sm80", "backward", FLOATS, FA_ALL_FEATURES & ~(FA_KV_HEADS | FA_PAGES), {0}, 0, 512},
     [FA_SM80_MERGE] =
         {"sm80", "merge", DTYPE(F32) | DTYPE(F16) | DTYPE(BF16), 0, {0}, 0, INT32_MAX},
 };
