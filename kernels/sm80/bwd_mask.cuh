@@ -39,9 +39,8 @@ DEVICE mask_part find_part(const bwd_mask_args &a, int64_t &plane) {
 }
 
 /* A tile of a sequence's rows, and the blocks of keys that these see of the part. */
-DEVICE tile part_tile(const bwd_mask_args &a, const mask_part &p, int32_t b, int32_t h,
-                      int32_t row) {
-    const fa_sequence s = fa_find_sequence(&a.varlen, &a.masks, b, a.sq, a.sk);
+DEVICE tile part_tile(const bwd_mask_args &a, const mask_part &p, const fa_sequence &s, int32_t b,
+                      int32_t h, int32_t row) {
     tile t;
     t.b = b, t.h = h, t.batch = a.varlen.cu_q ? 0 : b;
     t.row = row, t.rows = s.q_end - s.q;
@@ -76,12 +75,15 @@ DEVICE void add_tile(const bwd_mask_args &a, const tile &t, row_scores &sums, ui
 
 template <bool GUARDED>
 DEVICE void add_part(const bwd_mask_args &a, const mask_part &p, row_scores &sums, uint32_t smem) {
-    for (int32_t b = p.batches.begin; b < p.batches.end; ++b)
+    for (int32_t b = p.batches.begin; b < p.batches.end; ++b) {
+        const fa_sequence s = fa_find_sequence(&a.varlen, &a.masks, b, a.sq, a.sk);
+        const int32_t end = min(p.end_row, s.lengths.sq);
         for (int32_t h = p.heads.begin; h < p.heads.end; ++h)
-            for (int32_t row = p.row; row < p.end_row; row += BLOCK_M) {
-                const tile t = part_tile(a, p, b, h, row);
+            for (int32_t row = p.row; row < end; row += BLOCK_M) {
+                const tile t = part_tile(a, p, s, b, h, row);
                 if (t.begin < t.end) add_tile<GUARDED>(a, t, sums, smem);
             }
+    }
 }
 
 /* ---- the way to memory ------------------------------------------------------------------------*/
