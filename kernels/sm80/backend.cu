@@ -180,5 +180,5 @@ static const fa_backward_op backward = {FA_SM80_BACKWARD, reject_backward, backw
 static const fa_merge_op merge = {FA_SM80_MERGE, reject_merge, merge_kernel, merge_workspace,
                                   run_merge};
 
-const fa_backend fa_sm80 = {"sm80", FA_CUDA, takes_device, &forward, &backward, &merge,
-                            NULL,   NULL,    NULL,         NULL,     NULL,      names};
+const fa_backend fa_sm80 = {"sm80", FA_CUDA, takes_device, &forward, &backward, &merge, NULL,
+                            NULL,   NULL,    NULL,         NULL,     NULL,      NULL,   names};
