@@ -7,9 +7,9 @@
 #ifndef FASTATTN_SM90_DECODE_CHOICE_H
 #define FASTATTN_SM90_DECODE_CHOICE_H
 
+#include "common/general.h"
 #include "common/packed.h"
 #include "sm90/decode_columns.h"
-#include "sm90/general.h"
 #include "sm90/loads.h"
 
 /* Where setup.py was asked for some of them alone, a copy of the table comes first on the path. */
