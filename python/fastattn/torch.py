@@ -43,6 +43,7 @@ from ._sparsek_attention import (
     sparsek_attention_backward,
     sparsek_attention_varlen,
 )
+from ._sparsek_module import SparseKAttention, SparseKCache
 from ._transforms import (
     apply,
     each,
@@ -56,6 +57,8 @@ from ._transforms import (
 )
 
 __all__ = [
+    "SparseKAttention",
+    "SparseKCache",
     "attention",
     "attention_varlen",
     "merge_states",
