@@ -12,6 +12,8 @@ SMALL = [
     serving.Case(2, 4, 2, 100, d=16, page=8),
     serving.Case(3, 4, 1, 300, d=16, page=1, ragged=True),
     serving.Case(2, 4, 2, 90, d=16, invariant=True),
+    serving.Case(2, 4, 2, 90, d=16, page=8, append=True),
+    serving.Case(2, 4, 2, 90, d=16, mass=True),
 ]
 
 
@@ -46,11 +48,11 @@ def test_what_is_right_and_what_is_not(case):
 
 def test_the_table():
     done = {"label": "b1", "us": {"fastattn": 2.0, "cudnn": 3.0}, "eager": {"fastattn": 2.5}}
-    done |= {"share": 0.5, "errors": {"fastattn": 1e-3}}
+    done |= {"share": 0.5, "errors": {"fastattn": 1e-3}, "host": 6.54}
     refused = {"label": "b2", "us": {}}
     assert [*serving.lines([done, refused])][1:] == [
-        ["b1", "2.0", "2.5", "0.500", "1.50", "-", "1.0e-03"],
-        ["b2", *["-"] * 6],
+        ["b1", "2.0", "2.5", "6.5", "0.500", "1.50", "-", "1.0e-03"],
+        ["b2", *["-"] * 7],
     ]
 
 

@@ -14,8 +14,10 @@
     cli.py      the command line
     cpu.py      the CPU beside torch as a program meets them: `python -m fastattn.bench.cpu`
     training.py forward and backward so: `python -m fastattn.bench.training`
-    decode.py   few rows against many keys so: `python -m fastattn.bench.decode`
-    serving.py  on a GPU, pages and ragged batches too: `python -m fastattn.bench.serving`
+    decode.py   the suite decode, few rows against many keys so: on the CPU
+    serving.py  the same on a GPU: pages, ragged batches, new keys, the mass
+    chunked.py  prompts and single tokens in one call there
+    generate.py tokens of transformers' Llama on a GPU: `python -m fastattn.bench.generate`
     llama.py    a Llama's training step on a GPU: `python -m fastattn.bench.llama`; llama_model.py
     merge.py    merging on a GPU beside a copy: `python -m fastattn.bench.merge`
     jax.py      programs of JAX beside those with jax.nn's: `python -m fastattn.bench.jax`

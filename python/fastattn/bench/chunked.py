@@ -120,7 +120,7 @@ def measure(arrays, step):
     us = {name: statistics.median(x) * 1e6 for name, x in times.items()}
     singles = us.get("singles", 0.0)
     return {
-        "suite": "decode",
+        "suite": "chunked",
         "label": step.label,
         "us": us,
         "error": error,

@@ -19,6 +19,7 @@ import sys
 
 import fastattn
 
+from . import decode, serving
 from .arrays import arrays_for, gpu_usable
 from .cells import suites
 from .machine import environment, git, machine
@@ -55,7 +56,8 @@ def parser_of(program, tree):
     others = [peer for peer in peers() if not peer.own]
     parser.epilog = "\n".join(
         [
-            f"suites: {', '.join(suites())}; 'cpu*' and 'gpu*' take all of a kind.",
+            f"suites: {', '.join(suites())}; 'cpu*' and 'gpu*' take all of a kind; alone, "
+            f"{decode.SUITE}: few rows against many keys, on a GPU where there is one.",
             f"peers of the CPU: {', '.join(x.name for x in others if x.device == 'cpu')}; "
             f"of a GPU: {', '.join(x.name for x in others if x.device == 'cuda')}",
         ]
@@ -93,6 +95,11 @@ def recorded(program, argv):
 def main(argv, program="python -m fastattn bench", tree=None):
     """The command line, called from the sources in `tree` (None: installed). Returns the status."""
     args = parser_of(program, tree).parse_args(argv)
+    if args.suite == [decode.SUITE]:
+        gpu = gpu_usable()
+        more = ["--json", args.json] if args.json else []
+        more += ["--commit", args.commit] if gpu and args.commit else []
+        return (serving if gpu else decode).main(more) or 0
     try:
         if args.plot:  # before minutes of measuring
             if not importlib.util.find_spec("matplotlib"):

@@ -5,7 +5,8 @@ sequences differ; its inputs rotate, so that no cache lies in the L2. The first 
 implementation is checked against float64, on heads from both ends; then all are timed in turn,
 round by round, by replays of a CUDA graph that calls them once with each set of inputs, and once
 more without a graph. `share` is the bytes of K and V that are read, by our time, over the rate of
-a copy of 1 GiB (read and written) in the same run.
+a copy of 1 GiB (read and written) in the same run; `host` the host's time of an eager call. Then
+chunked prefill (fastattn.bench.chunked).
 """
 
 import argparse
@@ -19,6 +20,7 @@ import numpy as np
 
 import fastattn
 
+from . import chunked
 from .arrays import arrays_for, gpu_usable
 from .machine import environment
 from .report import aligned
@@ -37,12 +39,15 @@ class Case:
     page: int = 0  # keys in a page; 0: no pages
     ragged: bool = False  # lengths from 128 to sk, log-uniform
     invariant: bool = False
+    append: bool = False  # the last sq keys are new ones, written by the call
+    mass: bool = False
 
     @property
     def label(self):
         words = [f"b{self.b} h{self.hq}:{self.hk} sq{self.sq} sk{self.sk} d{self.d}"]
         words += [f"pages of {self.page}"] * bool(self.page)
         words += ["ragged"] * self.ragged + ["invariant"] * self.invariant
+        words += ["append"] * self.append + ["mass"] * self.mass
         return " ".join(words)
 
     @property
@@ -74,6 +79,8 @@ MORE = [
     *(Case(b, 32, 8, 4096) for b in (1, 2, 4, 8, 16, 32, 128)),
     *(Case(16, 32, 8, 8192, d=d) for d in (64, 256)),
     *(Case(b, 32, 8, 8192, invariant=True) for b in (1, 16)),
+    *(Case(b, 32, 8, 8192, page=64, append=True) for b in (1, 16)),
+    *(Case(b, 32, 8, 8192, mass=True) for b in (1, 16)),
 ]
 CASES = {"table": TABLE, "paged": PAGED, "more": MORE}
 
@@ -86,12 +93,12 @@ def make(torch, case, seed):
         x = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
         return x.normal_(generator=generator)
 
-    lengths = torch.from_numpy(case.lengths).cuda()
+    lengths = torch.from_numpy(case.lengths - case.sq * case.append).cuda()
     q = normal(case.b, case.sq, case.hq, case.d)
     if not case.page:
         return q, *(normal(case.b, case.sk, case.hk, case.d) for _ in "kv"), lengths, None
     columns = -(-case.sk // case.page)
-    need = int((-(-lengths // case.page)).sum())
+    need = int((-(-case.lengths // case.page)).sum())
     order = torch.randperm(need, generator=generator, device="cuda").int()
     table = torch.zeros(case.b, columns, dtype=torch.int32, device="cuda")
     first = 0
@@ -104,6 +111,14 @@ def make(torch, case, seed):
 
 def ours(torch, case):
     more = {"causal": case.sq > 1, "batch_invariant": case.invariant}
+    if case.append:
+        return lambda q, k, v, n, t: fastattn.attention_kvcache(
+            q, k, v, n, k=q[:, :, : case.hk], v=q[:, :, -case.hk :], page_table=t, **more
+        )
+    if case.mass:
+        return lambda q, k, v, n, t: fastattn.attention_kvcache(
+            q, k, v, n, page_table=t, return_mass=True, **more
+        )[0]
     if case.page or case.ragged:
         return lambda q, k, v, n, t: fastattn.attention_kvcache(q, k, v, n, page_table=t, **more)
     return lambda q, k, v, n, t: fastattn.attention(q, k, v, layout="bshd", **more)
@@ -114,7 +129,7 @@ def cudnn(torch, case):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-    if case.page or case.ragged or case.sq > 1 or case.invariant:
+    if case.page or case.ragged or case.sq > 1 or case.invariant or case.append or case.mass:
         return None
 
     def call(q, k, v, n, t):
@@ -126,15 +141,22 @@ def cudnn(torch, case):
 
 
 def fa3(torch, case):
-    if case.page or case.ragged or case.invariant:
+    """flash_attn_with_kvcache, which some builds have without pages, or without new keys."""
+    if case.invariant or case.mass:
         return None
     try:
-        from fa3_fwd_interface import flash_attn_func
+        from fa3_fwd_interface import flash_attn_func, flash_attn_with_kvcache
     except ImportError:
         return None
 
     def call(q, k, v, n, t):
-        out = flash_attn_func(q, k, v, causal=case.sq > 1)
+        more = {"causal": case.sq > 1}
+        if case.append:
+            more |= {"k": q[:, :, : case.hk], "v": q[:, :, -case.hk :]}
+        if case.page or case.ragged or case.append:
+            out = flash_attn_with_kvcache(q, k, v, cache_seqlens=n, page_table=t, **more)
+        else:
+            out = flash_attn_func(q, k, v, **more)
         return out[0] if isinstance(out, tuple) else out
 
     return call
@@ -148,7 +170,7 @@ def error(torch, case, inputs, out):
     q, k, v, lengths, table = inputs
     worst, group = 0.0, case.hq // case.hk
     for b, h in {(0, 0), (case.b - 1, case.hq - 1), (case.b // 2, case.hq // 3)}:
-        n = int(lengths[b])
+        n = int(lengths[b]) + case.sq * case.append
         if table is None:
             mine = [x[b, :n, h // group].double() for x in (k, v)]
         else:
@@ -201,6 +223,10 @@ def measure(arrays, case, copy):
             times[name] += arrays.seconds([replay], 1, 1)
         for name, call in calls.items():
             eager[name] += arrays.seconds([call], 1, 1)
+    if "fastattn" in calls:
+        one = IMPLEMENTATIONS["fastattn"](torch, case)
+        host = arrays.host_seconds([lambda: one(*sets[0])], 5, 20)
+        row["host"] = statistics.median(host) * 1e6
     row["copy"] = 2 * GIB / statistics.median(times.pop("copy"))
     row["us"] = {name: statistics.median(x) / count * 1e6 for name, x in times.items()}
     row["eager"] = {name: statistics.median(x) / count * 1e6 for name, x in eager.items()}
@@ -210,16 +236,25 @@ def measure(arrays, case, copy):
 
 
 def lines(rows):
-    yield ["", "us", "eager", "share", *(f"x {x}" for x in list(IMPLEMENTATIONS)[1:]), "error"]
+    yield [
+        "",
+        "us",
+        "eager",
+        "host",
+        "share",
+        *(f"x {x}" for x in list(IMPLEMENTATIONS)[1:]),
+        "error",
+    ]
     for row in rows:
         us = row["us"]
         if "fastattn" not in us:
-            yield [row["label"], *["-"] * 6]
+            yield [row["label"], *["-"] * 7]
             continue
         others = [
             f"{us[x] / us['fastattn']:.2f}" if x in us else "-" for x in list(IMPLEMENTATIONS)[1:]
         ]
-        first = f"{us['fastattn']:.1f}", f"{row['eager']['fastattn']:.1f}", f"{row['share']:.3f}"
+        eager, host = row["eager"]["fastattn"], row.get("host", np.nan)
+        first = f"{us['fastattn']:.1f}", f"{eager:.1f}", f"{host:.1f}", f"{row['share']:.3f}"
         yield [row["label"], *first, *others, f"{row['errors']['fastattn']:.1e}"]
 
 
@@ -237,6 +272,7 @@ def main(argv):
     parser = argparse.ArgumentParser(prog="python -m fastattn.bench.serving", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--cases", default="table,paged,more", help="of: %(default)s")
+    parser.add_argument("--no-chunked", dest="chunked", action="store_false", help="leave it out")
     parser.add_argument("--json", metavar="FILE", help="write header and rows")
     parser.add_argument("--commit", help="to be recorded")
     args = parser.parse_args(argv)
@@ -252,9 +288,14 @@ def main(argv):
         print("  ".join(list(lines(rows[-1:]))[1]), flush=True)
     print("\n".join(aligned(list(lines(rows)))))
     print("slower:", "; ".join(f"{label} {x:.2f}" for x, label in losing(rows)) or "none")
+    steps = [chunked.measure(arrays, step) for step in chunked.STEPS if args.chunked]
+    if steps:
+        print("\n".join(aligned(list(chunked.lines(steps)))))
     if args.json:
         header = environment(arrays, "python -m fastattn.bench.serving", args.commit)
-        pathlib.Path(args.json).write_text(json.dumps({"header": header, "rows": rows}, indent=1))
+        pathlib.Path(args.json).write_text(
+            json.dumps({"header": header, "rows": rows + steps}, indent=1)
+        )
     bad = [row["label"] for row in rows if not row["errors"].get("fastattn", np.inf) < 2e-2]
     if bad:
         sys.exit(f"wrong: {', '.join(bad)}")
