@@ -63,6 +63,11 @@ const fa_support fa_support_table[FA_SUPPORT_COUNT] = {
         {"sm90", "merge", DTYPE(F32) | DTYPE(F16) | DTYPE(BF16), 0, {0}, 0, INT32_MAX},
     [FA_SM90_KVCACHE] =
         {"sm90", "kvcache", DTYPE(F16) | DTYPE(BF16), FA_ALL_FEATURES & ~FA_KV_HEADS, {0}, 1, 256},
+    [FA_SM90_SPARSEK] = {"sm90", "sparsek", FLOATS, SPARSEK, {0}, 0, 0},
+    [FA_SM90_SPARSEK_BACKWARD] = {"sm90", "sparsek_backward", FLOATS, SPARSEK, {0}, 0, 0},
+    [FA_SM90_SPARSE] = {"sm90", "sparse", DTYPE(F16) | DTYPE(BF16), LISTED, {0}, 1, 256},
+    [FA_SM90_SPARSE_BACKWARD] =
+        {"sm90", "sparse_backward", DTYPE(F16) | DTYPE(BF16), LISTED | FA_DETERMINISTIC, {0}, 1, 256},
     [FA_SM80_FORWARD] = {"sm80",
                          "forward",
                          FLOATS,

@@ -39,14 +39,15 @@ def random_lists(rng, shape, blocks):
     return np.sort(lists, axis=-1) if rng.random() < 0.3 else lists
 
 
-def random_call(seed, dtype=None):
+def random_call(seed, dtype=None, sizes=(3, 8, 16, 40)):
+    """sizes: of heads."""
     rng = np.random.default_rng(seed)
     dtype = cases.dtype_of(dtype or rng.choice(["float64", "float32", "float16", "bfloat16"]))
     wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     b, hk, group = rng.integers(1, 3), rng.integers(1, 3), rng.choice([1, 2, 3])
     q_block, k_block = rng.choice([1, 64, 128]), rng.choice([1, 16, 32, 64, 128])
     sq = int(rng.integers(1, 40) if q_block == 1 else rng.integers(1, 200))
-    sk, d, dv = int(rng.integers(1, 300)), *map(int, rng.choice([3, 8, 16, 40], 2))
+    sk, d, dv = int(rng.integers(1, 300)), *map(int, rng.choice(sizes, 2))
     hq = hk * group
 
     def maybe(share=0.3):
@@ -118,18 +119,101 @@ def poisoned(call):
     return arrays, keywords
 
 
-def run(call, poison):
-    """{name: array} of all results of the call."""
+def run(
+    call,
+    poison,
+    backend=None,
+    there=lambda x: x,
+    back=lambda x: x,
+    gradients=True,
+    deterministic=False,
+):
+    """{name: array} of all results of the call. there, back: arrays to another framework and from
+    it."""
     arrays, keywords = poisoned(call) if poison else (call.arrays, call.keywords)
-    q, k, v, lists = arrays.values()
-    out = np.full((*q.shape[:3], v.shape[3]), np.nan).astype(q.dtype)
+    shape = (*arrays["q"].shape[:3], arrays["v"].shape[3])
+    out = there(np.full(shape, np.nan).astype(arrays["q"].dtype))
+    q, k, v, lists = (there(x) for x in arrays.values())
+    keywords = {n: there(x) if isinstance(x, np.ndarray) else x for n, x in keywords.items()}
+    keywords |= {"backend": backend, "deterministic": deterministic}
     given, lse, mass = fastattn.attention_sparse(
         q, k, v, lists, **keywords, out=out, return_lse=True, return_mass=True
     )
     assert given is out
-    needs = {"need_dgate": "gate" in keywords, "need_dsink": "sink" in keywords}
+    results = {"out": out, "lse": lse, "mass": mass}
+    if gradients:
+        needs = {"need_dgate": "gate" in keywords, "need_dsink": "sink" in keywords}
+        found = fastattn.attention_sparse_backward(
+            *(there(call.dout), q, k, v, out, lse, lists),
+            dlse=there(call.dlse),
+            **needs,
+            **keywords,
+        )
+        results |= {name: x for name, x in zip(NAMES, found, strict=True) if x is not None}
+    return {name: back(x) for name, x in results.items()}
+
+
+def check_packed(seed, dtype, backend=None, there=lambda x: x, back=lambda x: x):
+    """Packed sequences: each is the call of its own; rows in no sequence give 0, and have gradients
+    of 0."""
+    rng, dtype = np.random.default_rng(seed), cases.dtype_of(dtype)
+    exact = 1e-5 if dtype.itemsize > 2 else 4 * float(cases.reference.finfo(dtype).eps)
+
+    def normal(*shape, of=dtype):
+        return rng.standard_normal(shape).astype(of)
+
+    q_block, k_block = (int(rng.choice(x)) for x in ([1, 64, 128], [1, 16, 64]))
+    n, tail = rng.integers(0, 150, (2, 3)), rng.integers(0, 9, 2)
+    hk, group, d, dv = 2, int(rng.choice([1, 2])), 16, 8
+    q = normal(n[0].sum() + tail[0], hk * group, d)
+    k, v = (normal(n[1].sum() + tail[1], hk, w) for w in (d, dv))
+    cu = [np.append(0, np.cumsum(x)).astype(np.int32) for x in n]
+    blocks = -(-n[0] // q_block)
+    lists = rng.integers(-1, max(1, 150 // k_block), (hk, blocks.sum() + 2, 5)).astype(np.int32)
+    gate = rng.uniform(0, 1, lists.shape).astype(np.float32)
+    sink, dlse = normal(hk * group, of=np.float32), normal(hk * group, len(q), of=np.float32)
+    dout = normal(len(q), hk * group, dv)
+    keywords = {"q_block": q_block, "k_block": k_block, "causal": True, "window_union": (9, 0)}
+    keywords |= {"sink": there(sink), "backend": backend}
+    asked = {"return_lse": True, "return_mass": True}
+    needs = {"need_dgate": True, "need_dsink": True}
+    ends = (*map(there, cu), int(n[0].max()), int(n[1].max()))
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    given, options = [there(x) for x in (q, k, v, lists)], {"gate": there(gate), **keywords}
+    made = fastattn.attention_sparse_varlen(*given, *ends, **options, **asked)
     found = fastattn.attention_sparse_backward(
-        call.dout, q, k, v, out, lse, lists, dlse=call.dlse, **needs, **keywords
+        *(there(dout), *given[:3], *made[:2], given[3]),
+        dlse=there(dlse),
+        **dict(zip(names, ends, strict=True)),
+        **needs,
+        **options,
     )
-    gradients = {name: x for name, x in zip(NAMES, found, strict=True) if x is not None}
-    return {"out": out, "lse": lse, "mass": mass, **gradients}
+    out, lse, mass, *found = (back(x) for x in (*made, *found))
+    of_sink = np.zeros_like(sink)
+    first = np.append(0, np.cumsum(blocks))
+    for b in range(3):
+        rows, keys = (slice(cu[i][b], cu[i][b + 1]) for i in (0, 1))
+        mine = slice(first[b], first[b + 1])
+        alone = [there(x[None, part]) for x, part in ((q, rows), (k, keys), (v, keys))]
+        options = {**keywords, "gate": there(gate[None, :, mine]), "layout": "bshd"}
+        own = there(lists[None, :, mine])
+        got = fastattn.attention_sparse(*alone, own, **options, **asked)
+        for x, y in zip(map(back, got), (out[rows], lse[:, rows], mass[:, mine]), strict=True):
+            np.testing.assert_array_equal(x[0], y)
+        gradients = fastattn.attention_sparse_backward(
+            *(there(dout[None, rows]), *alone, *got[:2], own),
+            dlse=there(dlse[None, :, rows]),
+            **needs,
+            **options,
+        )
+        *gradients, dsink = map(back, gradients)
+        wanted = found[0][rows], found[1][keys], found[2][keys], found[3][:, mine]
+        for x, y in zip(gradients, wanted, strict=True):
+            np.testing.assert_allclose(
+                x[0].astype(float), y.astype(float), rtol=10 * exact, atol=exact
+            )
+        of_sink += dsink
+    np.testing.assert_allclose(found[4], of_sink, rtol=1e-4, atol=1e-5)
+    assert (out[cu[0][3] :] == 0).all() and (lse[:, cu[0][3] :] == -np.inf).all()
+    assert (found[0][cu[0][3] :] == 0).all() and (found[1][cu[1][3] :] == 0).all()
+    assert (mass[:, blocks.sum() :] == 0).all() and (found[3][:, blocks.sum() :] == 0).all()

@@ -111,67 +111,7 @@ def test_parts_merge():
 
 @pytest.mark.parametrize("seed", range(12))
 def test_packed_sequences(seed):
-    """Each is the call of its own; rows in no sequence give 0, and have gradients of 0."""
-    rng = np.random.default_rng(seed)
-    q_block, k_block = rng.choice([1, 64, 128]), rng.choice([1, 16, 64])
-    n, tail = rng.integers(0, 150, (2, 3)), rng.integers(0, 9, 2)
-    hk, group, d, dv = 2, rng.choice([1, 2]), 16, 8
-    q = normal(n[0].sum() + tail[0], hk * group, d, seed=seed)
-    k, v = (normal(n[1].sum() + tail[1], hk, w, seed=seed + 9 * w) for w in (d, dv))
-    cu = [np.append(0, np.cumsum(x)).astype(np.int32) for x in n]
-    blocks = -(-n[0] // q_block)
-    lists = rng.integers(-1, max(1, 150 // k_block), (hk, blocks.sum() + 2, 5)).astype(np.int32)
-    gate = rng.uniform(0, 1, lists.shape).astype(np.float32)
-    keywords = {"q_block": q_block, "k_block": k_block, "causal": True, "window_union": (9, 0)}
-    sink = normal(hk * group, seed=7)
-    ends = (*cu, int(n[0].max()), int(n[1].max()))
-    out, lse, mass = fastattn.attention_sparse_varlen(
-        *(q, k, v, lists, *ends),
-        **keywords,
-        gate=gate,
-        sink=sink,
-        return_lse=True,
-        return_mass=True,
-    )
-    dout, dlse = normal(*out.shape, seed=8), normal(*lse.shape, seed=9)
-    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-    packed = fastattn.attention_sparse_backward(
-        *(dout, q, k, v, out, lse, lists),
-        dlse=dlse,
-        gate=gate,
-        sink=sink,
-        need_dgate=True,
-        need_dsink=True,
-        **dict(zip(names, ends, strict=True)),
-        **keywords,
-    )
-    of_sink = np.zeros_like(sink)
-    first = np.append(0, np.cumsum(blocks))
-    for b in range(3):
-        rows, keys = (slice(cu[i][b], cu[i][b + 1]) for i in (0, 1))
-        mine = slice(first[b], first[b + 1])
-        alone = [x[None, part] for x, part in ((q, rows), (k, keys), (v, keys))]
-        options = {**keywords, "gate": gate[None, :, mine], "sink": sink, "layout": "bshd"}
-        got = fastattn.attention_sparse(
-            *(*alone, lists[None, :, mine]), **options, return_lse=True, return_mass=True
-        )
-        for x, y in zip(got, (out[rows], lse[:, rows], mass[:, mine]), strict=True):
-            np.testing.assert_array_equal(x[0], y)
-        found = fastattn.attention_sparse_backward(
-            *(dout[None, rows], *alone, *got[:2], lists[None, :, mine]),
-            dlse=dlse[None, :, rows],
-            need_dgate=True,
-            need_dsink=True,
-            **options,
-        )
-        wanted = packed[0][rows], packed[1][keys], packed[2][keys], packed[3][:, mine]
-        for x, y in zip(found[:4], wanted, strict=True):
-            np.testing.assert_allclose(x[0], y, rtol=1e-4, atol=1e-5)
-        of_sink += found[4]
-    np.testing.assert_allclose(packed[4], of_sink, rtol=1e-4, atol=1e-5)
-    assert (out[cu[0][3] :] == 0).all() and (lse[:, cu[0][3] :] == -np.inf).all()
-    assert (packed[0][cu[0][3] :] == 0).all() and (packed[1][cu[1][3] :] == 0).all()
-    assert (mass[:, blocks.sum() :] == 0).all() and (packed[3][:, blocks.sum() :] == 0).all()
+    sparse_cases.check_packed(seed, "float32")
 
 
 @pytest.mark.parametrize("seed", range(100, 106))

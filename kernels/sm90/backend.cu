@@ -18,6 +18,9 @@
 #include "sm90/decode_run.cuh"
 #include "sm90/fwd_choice.h"
 #include "sm90/fwd_workspace.h"
+#include "sm90/sparse_bwd_run.cuh"
+#include "sm90/sparse_run.cuh"
+#include "sm90/sparsek_run.cuh"
 
 /* The one function that every variant exports (fwd_launch.cuh): the launch, and the tensor maps
  * before it. The tensors' device is current. */
@@ -52,6 +55,8 @@ static const char *const names[] = {
 #include "sm90/fwd.def"
 #include "sm90/bwd.def"
 #include "sm90/decode.def"
+#include "sm90/sparse.def"
+#include "sm90/sparse_bwd.def"
 #undef FA_VARIANT
     NULL,
 };
@@ -301,5 +306,7 @@ static fa_status run_kvcache(const fa_kvcache *c, const fa_choice *choice, void 
 static const fa_kvcache_op kvcache = {FA_SM90_KVCACHE, reject_kvcache, kvcache_kernel,
                                       kvcache_workspace, run_kvcache};
 
-const fa_backend fa_sm90 = {"sm90", FA_CUDA, takes_device, &forward, &backward, &merge, &kvcache,
-                            NULL,   NULL,    NULL,         NULL,     NULL,      NULL,   names};
+const fa_backend fa_sm90 = {
+    "sm90",   FA_CUDA,           takes_device, &forward,         &backward, &merge, &kvcache,
+    &sparsek, &sparsek_backward, &sparse,      &sparse_backward, NULL,      NULL,   names,
+};

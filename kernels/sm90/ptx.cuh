@@ -200,6 +200,13 @@ DEVICE void cp_async_or_zero(uint32_t smem, const void *from, uint32_t bytes) {
 DEVICE void cp_async_mbarrier_arrive(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
+/* This thread's copies in groups: those since the last group become one; all but the last PENDING
+ * groups have come. */
+DEVICE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+DEVICE void cp_async_wait_group() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 DEVICE void cp_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 /* What no kernel writes meanwhile. */

@@ -97,8 +97,8 @@ def attention_sparse(
     Raises:
         ValueError: a shape or value; the message names the argument, the rule and what came.
         TypeError: no array, or a dtype, as lists of int64.
-        NotImplementedError: no backend serves the call (each one's reason is in the message), which
-            is any on a GPU so far; a transform of torch's other than its gradient.
+        NotImplementedError: no backend serves the call (each one's reason is in the message): on a
+            GPU float16 and bfloat16 alone are; a transform of torch's other than its gradient.
 
     Source: blocks chosen by the queries: Yuan et al., "Native Sparse Attention", 2025, section 3;
     gated values: Lou et al., "Sparser is Faster and Less is More", 2024.

@@ -33,8 +33,8 @@ def sparsek(scores: Any, k: float, *, lengths: Any = None) -> tuple[Any, Any]:
     Raises:
         ValueError: a shape or value; the message names the argument, the rule and what came.
         TypeError: no array, no number, or a dtype.
-        NotImplementedError: no backend serves the call (each one's reason is in the message), which
-            is any on a GPU so far; torch's forward-mode, and second derivatives.
+        NotImplementedError: no backend serves the call (each one's reason is in the message);
+            torch's forward-mode, and second derivatives.
 
     Source: Lou et al., "Sparser is Faster and Less is More: Efficient Sparse Attention for
     Long-Range Transformers", 2024.
@@ -62,7 +62,8 @@ def sparsek_lists(
     cut: they have no entry, but their part in the gradient.
 
     As prefixes grow tau never falls, so all rows are computed in one pass over the scores, in
-    memory of the present support. A row's bits depend on its candidates alone.
+    memory of the present support, and a row's bits depend on its candidates alone; on a GPU by
+    blocks of 512 rows, each in its own view of the scores, and tau is the greatest so far.
 
     Args:
         scores: (b, hk, sk) of float64, float32, float16 or bfloat16, any strides.

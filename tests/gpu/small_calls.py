@@ -20,10 +20,11 @@ import kvcache_cases
 import numpy as np
 import reference
 import reference_backward
+import sparsek_cases
 from cases import Torch
 
 import gpu
-from gpu import DTYPES, merging, torch
+from gpu import DTYPES, merging, test_sparse, torch
 
 SIZES = (
     (64, 64),
@@ -403,6 +404,19 @@ def caches(smoke):
         yield replace(case, d=d, dv=d, dtype=("float16", "bfloat16")[seed // 6 % 2], **more)
 
 
+def run_lists(seed):
+    dtype = ("float16", "bfloat16")[seed % 2]
+    wrong = test_sparse.said(seed, dtype, ((40, 64), (72, 128), (200, 256))[seed // 2 % 3])
+    print(f"{'WRONG' if wrong else 'ok   '}    lists {seed} {dtype} {'; '.join(wrong)}", flush=True)
+    return not wrong
+
+
+def run_sparsek(seed):
+    wrong = sparsek_cases.run(case := sparsek_cases.random_case(seed), Torch("cuda"))
+    print(f"{'WRONG' if wrong else 'ok   '}    {case} {'; '.join(wrong)}", flush=True)
+    return not wrong
+
+
 def main():
     smoke = "--smoke" in sys.argv
     part, parts = 0, 1
@@ -424,6 +438,8 @@ def main():
         for of in itertools.product(SIZES, DTYPES.values())
     ]
     right += [one() for one in itertools.islice(backward, part, None, parts)]
+    right += [run_lists(seed) for seed in range(part, 6 if smoke else 36, parts)]
+    right += [run_sparsek(seed) for seed in range(part, 10 if smoke else 60, parts)]
     if "--gradients" not in sys.argv:
         right += [run_cache(case) for case in itertools.islice(caches(smoke), part, None, parts)]
     print(f"{sum(right)} of {len(right)} right")

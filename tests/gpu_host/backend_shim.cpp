@@ -1,13 +1,19 @@
 /* backend.cu itself on the host, for a module whose backend "sm90" takes arrays on the CPU: decode,
- * caches, merging. Compiled several times, once for each thing that has threads of its own:
+ * caches, lists of keys, merging. Compiled several times, once for each thing that has threads of
+ * its own:
  *
  *     nothing defined     backend.cu, and the kernels that it has itself
- *     VARIANT_NAME        a decode variant
+ *     VARIANT_NAME        a decode variant; with OVER_LISTS, one over lists of keys, or,
+ *                         with OF_GRADIENTS too, of their gradients
  *     MERGING             merging's kernels
  *
  * In place of the one forward variant in its table there is the CPU; of the backward, nothing.
  */
-#if defined VARIANT_NAME
+#if defined OVER_LISTS
+
+#include "sparse_blocks.h"
+
+#elif defined VARIANT_NAME
 
 #include "decode_blocks.h"
 
@@ -82,22 +88,44 @@ static void run_kernel() {
     ((void (*)(const A))kernel_now)(*(const A *)arguments_now);
 }
 
+/* Each kernel, and how it is run. */
+static const struct {
+    const void *kernel;
+    void (*run)();
+} known[] = {
+    {(const void *)write_empty_rows<uint16_t, float>, run_kernel<empty_args>},
+    {(const void *)write_zeros<uint16_t>, run_kernel<fa_tensor>},
+    {(const void *)write_zeros<uint32_t>, run_kernel<fa_tensor>},
+    {(const void *)kvcache_append<FA_BF16>, run_kernel<append_args>},
+    {(const void *)kvcache_mass<FA_BF16, 64>, run_kernel<mass_args>},
+    {(const void *)gather_dealt<FA_BF16>, run_kernel<gather_args>},
+    {(const void *)sparse_mass<FA_BF16, 64>, run_kernel<sparse_mass_args>},
+    {(const void *)sparse_delta<FA_BF16>, run_kernel<sparse_ends_args>},
+    {(const void *)sparse_sums<FA_BF16>, run_kernel<sparse_ends_args>},
+    {(const void *)sparse_sink, run_kernel<sparse_ends_args>},
+    {(const void *)sparsek_gates, run_kernel<sparsek_args>},
+    {(const void *)sparsek_taus, run_kernel<sparsek_args>},
+    {(const void *)sparsek_rise, run_kernel<sparsek_args>},
+    {(const void *)sparsek_fill, run_kernel<sparsek_args>},
+    {(const void *)sparsek_whole, run_kernel<sparsek_grad_args>},
+    {(const void *)sparsek_clear, run_kernel<sparsek_grad_args>},
+    {(const void *)sparsek_runs, run_kernel<sparsek_grad_args>},
+    {(const void *)sparsek_prefix<false>, run_kernel<sparsek_grad_args>},
+    {(const void *)sparsek_prefix<true>, run_kernel<sparsek_grad_args>},
+    {(const void *)sparsek_means, run_kernel<sparsek_grad_args>},
+    {(const void *)sparsek_keys, run_kernel<sparsek_grad_args>},
+};
+
 static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t threads, int32_t,
                                   void *, bool, void *arguments, fa_error *) {
     if (kernel == (const void *)list_tiles) return FA_OK; /* what forward_here() has no use for */
-    const bool appends = kernel == (const void *)kvcache_append<FA_BF16>;
-    const bool weighs = kernel == mass_kernel<FA_BF16>(64);
-    const bool gathers = kernel == (const void *)gather_dealt<FA_BF16>;
-    if (threads != FIBERS ||
-        (!appends && !weighs && !gathers && kernel != (const void *)write_empty_rows))
-        abort();
+    void (*run)() = NULL;
+    for (const auto &one : known)
+        if (one.kernel == kernel) run = one.run;
+    if (threads != FIBERS || !run) abort();
     kernel_now = kernel, arguments_now = arguments;
     gridDim.x = blocks;
-    for (blockIdx.x = blocks - 1; blockIdx.x >= 0; --blockIdx.x)
-        run_block(appends   ? run_kernel<append_args>
-                  : weighs  ? run_kernel<mass_args>
-                  : gathers ? run_kernel<gather_args>
-                            : run_kernel<empty_args>);
+    for (blockIdx.x = blocks - 1; blockIdx.x >= 0; --blockIdx.x) run_block(run);
     return FA_OK;
 }
 

@@ -63,6 +63,22 @@ static void cp_async_mbarrier_arrive(uint32_t barrier) {
     on_their_way[barrier].push_back(arrive);
 }
 
+/* Groups of a thread's copies; the last is not ended. */
+static std::vector<std::vector<std::function<void()>>> own_groups[FIBERS];
+
+static void cp_async_commit_group() {
+    own_groups[current].push_back(std::move(own_copies[current]));
+    own_copies[current].clear();
+}
+template <int PENDING>
+static void cp_async_wait_group() {
+    auto &groups = own_groups[current];
+    while (groups.size() > PENDING) {
+        for (auto &copy : groups.front()) copy();
+        groups.erase(groups.begin());
+    }
+}
+
 /* ---- clusters: each block runs twice. The first time it stops where it meets the others, and what
  * its shared memory holds then is what they read the second time. -------------------------------*/
 

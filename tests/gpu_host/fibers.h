@@ -91,6 +91,7 @@ static uint32_t __ballot_sync(uint32_t, bool yes) {
     for (int i = 0; i < 32; ++i) bits |= (uint32_t)(all[i] != 0) << i;
     return bits;
 }
+static int __popc(uint32_t x) { return __builtin_popcount(x); }
 static int __ffs(uint32_t x) { return __builtin_ffs((int)x); }
 static void __syncthreads() {
     int64_t sync = ++fibers[current].syncs;

@@ -22,6 +22,9 @@
 
 #include "element.h"
 
+struct int2 {
+    int32_t x, y;
+};
 struct float2 {
     float x, y;
 };
@@ -65,6 +68,16 @@ static float __int_as_float(int32_t x) {
     memcpy(&y, &x, 4);
     return y;
 }
+static int64_t __double_as_longlong(double x) {
+    int64_t y;
+    memcpy(&y, &x, 8);
+    return y;
+}
+static double __longlong_as_double(int64_t x) {
+    double y;
+    memcpy(&y, &x, 8);
+    return y;
+}
 static uint32_t __float_as_uint(float x) { return (uint32_t)__float_as_int(x); }
 static float __uint_as_float(uint32_t x) { return __int_as_float((int32_t)x); }
 #define __log2f log2f /* glibc has one of that name */
@@ -96,8 +109,9 @@ static uint32_t atomicExch(uint32_t *to, uint32_t x) {
     *to = x;
     return before;
 }
-static int32_t atomicAdd(int32_t *to, int32_t x) {
-    const int32_t before = *to;
+template <typename T>
+static T atomicAdd(T *to, T x) {
+    const T before = *to;
     *to += x;
     return before;
 }

@@ -18,6 +18,7 @@ from conftest import python
 
 import gpu_host
 
+pytestmark = gpu_host.marks
 HERE, SOURCES = Path(__file__).parent, gpu_host.KERNELS.parent
 TABLES = {  # the variants that there are
     "fwd": ("sm90_fwd_bf16_d64_4x64",),
@@ -25,6 +26,13 @@ TABLES = {  # the variants that there are
     "decode": tuple(
         f"sm90_decode_bf16_d64_{rows}{how}" for rows in (16, 64) for how in ("", "_strided")
     ),
+    "sparse": tuple(f"sm90_sparse_bf16_d64_{rows}" for rows in (16, 64, 128)),
+    "sparse_bwd": tuple(f"sm90_sparse_bwd_bf16_d64_{rows}" for rows in (16, 64)),
+}
+FLAGS = {
+    "decode": (),
+    "sparse": ("-DOVER_LISTS",),
+    "sparse_bwd": ("-DOVER_LISTS", "-DOF_GRADIENTS"),
 }
 FORWARD = """
 #include <string.h>
@@ -76,9 +84,10 @@ def make_module(folder):
     shim = HERE / "backend_shim.cpp"
     found = [compile_into(folder, shim, "backend"), compile_into(folder, shim, "m", "-DMERGING")]
     found += [
-        compile_into(folder, shim, v.name, *v.defines())
+        compile_into(folder, shim, v.name, *v.defines(), *flags)
+        for table, flags in FLAGS.items()
         for v in gpu_host.EVERY_VARIANT
-        if v.name in TABLES["decode"]
+        if v.name in TABLES[table]
     ]
     python = ("-isystem", sysconfig.get_path("include"), "-isystem", np.get_include())
     if not sysconfig.get_config_var("Py_GIL_DISABLED"):
@@ -97,15 +106,61 @@ def make_module(folder):
     )
 
 
-@gpu_host.marks
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
-def test_caches(tmp_path):
-    make_module(tmp_path)
-    said = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from {__name__} import main; "
-    assert python("-c", f"{said}main({str(tmp_path)!r})") == "right\n"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    made = tmp_path_factory.mktemp("backend")
+    make_module(made)
+    return str(made)
 
 
-def main(folder):
+@pytest.mark.parametrize("what", ["caches", "lists", "packed_lists", "sparsek"])
+def test_backend(folder, what):
+    said = f"import sys; sys.path.insert(0, {folder!r}); from {__name__} import {what}; "
+    assert python("-c", f"{said}{what}({folder!r})") == "right\n"
+
+
+def lists(folder):
+    """Attention to lists of keys, and its gradients."""
+    import fastattn
+    import reference_sparse
+    from sparse_cases import random_call, run
+
+    assert fastattn.__file__.startswith(folder)
+    for seed in (0, 3, 4, 9, 14):
+        call = random_call(seed, "bfloat16")
+        results = run(call, seed % 2 == 1, "sm90", deterministic=seed % 3 == 0)
+        given = {"dout": call.dout, "dlse": call.dlse, **call.keywords}
+        said = reference_sparse.complaints(results, *call.arrays.values(), **given)
+        assert not said, f"seed {seed}: {call}: {said}"
+    print("right")
+
+
+def packed_lists(folder):
+    """Each sequence is the call of its own; rows in no sequence give 0, and have gradients of 0."""
+    import fastattn
+    import sparse_cases
+
+    assert fastattn.__file__.startswith(folder)
+    for seed in (0, 5):
+        sparse_cases.check_packed(seed, "bfloat16", "sm90")
+    print("right")
+
+
+def sparsek(folder):
+    import fastattn
+    import sparsek_cases
+
+    assert fastattn.__file__.startswith(folder)
+    for seed in (*range(40), 803):
+        case = sparsek_cases.random_case(seed)
+        said = sparsek_cases.run(case)
+        assert not said, f"{case}: {said}"
+    print("right")
+
+
+def caches(folder):
     import cases
     import fastattn
     import kvcache_cases

@@ -41,6 +41,9 @@ def variant_for(header):
         return next(v for v in backward if (v["strided"], v["general"], v["cluster"]) == kind)
     if "/decode_" in header:
         return next(v for v in EVERY_VARIANT if v.name.startswith("sm90_decode_"))
+    if "/sparse_" in header:
+        table = "sm90_sparse_bwd_" if "/sparse_bwd_" in header else "sm90_sparse_"
+        return next(v for v in EVERY_VARIANT if v.name.startswith(table))
     stem = header.rpartition("/fwd_")[2].partition(".")[0]
     return next(
         v
