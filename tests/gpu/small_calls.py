@@ -396,12 +396,17 @@ def run_cache(case):
 
 
 def caches(smoke):
-    """New keys, pages, packed queries, the mass; head sizes of all decode variants."""
+    """New keys, pages, packed queries, the mass; head sizes of all decode variants. And many rows,
+    which paged variants of the forward kernel have."""
     for seed in range(6 if smoke else 60):
         case = kvcache_cases.random_case(seed)
         d = (1, 64, 72, 128, 200, 256)[seed % 6]
         more = {"rotary": None if case.rotary is None else d // 2 * 2}
         yield replace(case, d=d, dv=d, dtype=("float16", "bfloat16")[seed // 6 % 2], **more)
+    many = kvcache_cases.Case(seed=1, sq=80, s_new=80, hq=8, room=320, dtype="bfloat16")
+    for d, size, packed in itertools.product((64, 128, 256), (1, 16, 64), (False, True)):
+        if not smoke or (d, size) in ((128, 1), (64, 64)):
+            yield replace(many, d=d, dv=d, page_size=size, packed=packed, seed=d + size)
 
 
 def run_lists(seed):
