@@ -81,7 +81,8 @@ COMPILED = (  # cells that make FlashAttention-4 compile what the parts of the b
 )
 ALONE = (*SUITES, "bench", "correctness", "merge", "jax", "llama")  # with all threads
 # Parts of our kernels' names: what another kernel writes initcheck does not see.
-KERNELS = ("sm90", "bwd_", "kvcache_", "merge_", "sparse", "list_tiles", "pack_mask", "write_")
+KERNELS = ("sm80", "sm90", "bwd_", "kvcache_", "merge_", "sparse", "gather_", "list_tiles")
+KERNELS += ("pack_mask", "write_")
 SECONDS = {  # part -> its time limit
     "smoke": 60,
     "tests": 240,
