@@ -129,6 +129,12 @@ static fa_status fa_launch_kernel(const void *kernel, int32_t blocks, int32_t th
     return FA_OK;
 }
 
+/* The portable kernels are not here. */
+static fa_status refuses_device(const fa_where *, const void **, fa_error *why) {
+    return fa_fail(why, FA_UNSUPPORTED, "it is not here");
+}
+const fa_backend fa_sm80 = {"sm80", FA_CUDA, refuses_device};
+
 #define FA_VARIANT(name, ...)                                                            \
     extern "C" fa_status fa_launch_##name(const fa_params *p, const fa_device *, void *, \
                                           fa_error *error) {                             \
