@@ -64,6 +64,8 @@ DEVICE work_tile describe(const bwd_args &a, int32_t number) {
     t.turn = turn_of(t.key, a.sk);
     t.key += pair_rank() * BLOCK_N;
     find_seen(t);
+    if (SPREAD && !a.turns && !v.cu_k && t.begin == 0)
+        t.first = (int32_t)((int64_t)block * t.end / a.n_blocks);
     return t;
 }
 
@@ -162,7 +164,7 @@ DEVICE void produce(const bwd_args &a, smem_layout &smem) {
     uint32_t n = 0; /* blocks of rows so far */
     for (uint32_t i = 0;; ++i) {
         const work_tile &t = next_tile(smem, i, i % 2);
-        const int32_t begin = t.begin, end = t.end;
+        const int32_t begin = t.begin, end = t.end, first = t.first;
         if (t.key < 0) return;
         const uint32_t place = i % KV_STAGES;
         mbarrier_wait(smem_address(&smem.kv_empty[place]), i / KV_STAGES % 2 ^ 1);
@@ -171,8 +173,9 @@ DEVICE void produce(const bwd_args &a, smem_layout &smem) {
         for (int32_t g = 0; g < a.group; ++g) {
 #pragma unroll 1
             for (int32_t m = begin; m < end; ++m, ++n) {
-                const int32_t h = t.h_k * a.group + g;
-                bring_rows(a, smem, t, h, first_row_of(a, t, h), m * BLOCK_M, n);
+                const int32_t h = t.h_k * a.group + g, round = m + first - begin;
+                const int32_t row = (round < end ? round : round - (end - begin)) * BLOCK_M;
+                bring_rows(a, smem, t, h, first_row_of(a, t, h), row, n);
             }
         }
         if (!STAYS) return;

@@ -108,7 +108,7 @@ struct tile_walk {
         wgmma_wait_group<1>();
         end_dk(n);
         add_dq(smem, a, t, sums, n, n > first, warp);
-        sums += next_sums(a, m, t.begin, t.end);
+        sums += next_sums(a, m, t.begin, t.end, SPREAD ? t.first : t.begin);
     }
     __device__ __forceinline__ void finish() {
         begin_dq(last);
@@ -128,7 +128,7 @@ DEVICE int32_t walk_ahead(const bwd_args &a, smem_layout &smem, smem_keys &kv, c
                           float (&dv)[DV_COLUMNS / 2]) {
     if (t.begin == t.end) return -1;
     const uint32_t first = uniform(before), last = first + uniform(a.group * (t.end - t.begin)) - 1;
-    const int32_t warp = uniform(threadIdx.x / 32), m = uniform(t.begin);
+    const int32_t warp = uniform(threadIdx.x / 32), m = uniform(t.first);
     const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
     const int32_t sums = sums_of(a, t, {t.h_k * a.group, m, 0});
     float dq[DQ_COLUMNS / 2], s[ROWS / 2], dp[ROWS / 2];

@@ -21,6 +21,7 @@
 enum { ENDS_THREADS = 256 };
 static constexpr int LANES = V_PANELS > 2 ? 32 : V_PANELS * 8; /* of a row: 16 bytes each */
 static constexpr int ROWS_OF_BLOCK = ENDS_THREADS / LANES;
+static_assert(BLOCK_M % ROWS_OF_BLOCK == 0, "all are of one block of rows");
 
 /* A row's dot product, of LANES threads side by side. */
 DEVICE float dot_row(const uint16_t *x, const uint16_t *y, int64_t x_step, int64_t y_step,
@@ -88,14 +89,16 @@ static __global__ void __launch_bounds__(ENDS_THREADS)
     wait_for_stream();
     let_next_start();
     if (blockIdx.x == 0 && threadIdx.x == 0) *a.taken = 0;
+    /* Divisions are the whole block's: a thread's own took as long as the memory. */
+    const int32_t blocks = a.rows / ROWS_OF_BLOCK; /* of a head */
+    const int32_t head = blockIdx.x / blocks, h = head % a.hq, b = head / a.hq;
+    const int32_t first = blockIdx.x % blocks * ROWS_OF_BLOCK; /* its first row, of the head's */
+    const row_block rows = find_rows(a.varlen, a.b, a.sq, BLOCK_M, first / BLOCK_M);
+    const int32_t place = first % BLOCK_M + threadIdx.x / LANES, row = rows.first + place;
     const int64_t number = (int64_t)blockIdx.x * ROWS_OF_BLOCK + threadIdx.x / LANES;
-    const int64_t head = number / a.rows, h = head % a.hq, b = head / a.hq;
-    const int32_t place = (int32_t)(number % a.rows);
-    const row_block rows = find_rows(a.varlen, a.b, a.sq, BLOCK_M, place / BLOCK_M);
-    const int32_t row = rows.first + place % BLOCK_M;
     const fa_tensor &o = a.out, &g = a.dout, &l = a.lse, &dl = a.dlse;
     float lse = INFINITY, delta = 0.f;
-    if (place % BLOCK_M < rows.count) {
+    if (place < rows.count) {
         const float x =
             ((const float *)l.data)[b * l.stride[0] + h * l.stride[1] + row * l.stride[2]];
         if (x != -INFINITY)
@@ -115,7 +118,7 @@ static __global__ void __launch_bounds__(ENDS_THREADS)
     }
     if (lse == INFINITY) delta = 0.f;
 #if VARIANT_GENERAL
-    if (a.words && !mask_leaves_some(a, rows, place % BLOCK_M, (int32_t)b, (int32_t)h)) {
+    if (a.words && !mask_leaves_some(a, rows, place, b, h)) {
         lse = INFINITY;
         delta = minus_dlse;
     }
@@ -123,8 +126,7 @@ static __global__ void __launch_bounds__(ENDS_THREADS)
     if (threadIdx.x % LANES == 0) {
         a.scaled_lse[number] = lse;
         a.delta[number] = delta;
-        if (a.turns && place % BLOCK_M == 0)
-            a.turns[number / BLOCK_M] = first_turn(a, rows, (int32_t)b);
+        if (a.turns && place == 0) a.turns[number / BLOCK_M] = first_turn(a, rows, b);
     }
     /* The block's share of zeros, wherever they lie. */
     if (a.dq) {

@@ -94,8 +94,9 @@ DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, smem_keys &kv, const w
     const int32_t warp = uniform(threadIdx.x / 32);
     const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
     const int32_t begin = uniform(t.begin), end = uniform(t.end);
+    const int32_t first = SPREAD ? uniform(t.first) : begin;
     const uint32_t blocks = a.group * (end - begin); /* of rows, where none is passed by */
-    walk_step at = {t.h_k * a.group, begin, 0};
+    walk_step at = {t.h_k * a.group, first, 0};
     int32_t sums = sums_of(a, t, at);
     uint32_t i = 0, n = uniform(before);
     for (; GENERAL || i < blocks; ++i, ++n) {
@@ -120,7 +121,7 @@ DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, smem_keys &kv, const w
         if (GENERAL)
             sums = sums_of(a, t, at);
         else if (i > 0)
-            sums += next_sums(a, m, begin, end);
+            sums += next_sums(a, m, begin, end, first);
         if (PLAIN && !EARLY_DV && !SHARED_KEYS)
             issue_sum<V_PANELS, DV_COLUMNS>(dv, p, smem.dout[stage], i == 0);
         mbarrier_wait(smem_address(&smem.ds_full[n % 2]), n / 2 % 2);

@@ -80,7 +80,7 @@ struct role_walk {
     /* And to its sums; `next`: of the block behind it. */
     __device__ __forceinline__ void add_dq(const float (&dq)[DQ_COLUMNS / 2], int32_t next) {
         if (a.dq) add_pair_dq(dq, a.dq, sums);
-        sums += next_sums(a, next, t.begin, t.end);
+        sums += next_sums(a, next, t.begin, t.end, t.begin);
     }
 
     __device__ __forceinline__ void put_p(const float (&p)[ROWS / 2]) {

@@ -37,6 +37,7 @@ DEVICE void find_seen(work_tile &t) {
     }
     t.begin = t.some.begin / BLOCK_M;
     t.end = t.some.begin < t.some.end ? (t.some.end + BLOCK_M - 1) / BLOCK_M : t.begin;
+    t.first = t.begin;
 }
 
 /* Where rows of a query head are in the workspace. */
@@ -51,8 +52,8 @@ DEVICE int32_t sums_of(const bwd_args &a, const work_tile &t, const walk_step &a
 
 /* How much further on dQ's sums of block m lie than those of the block before, where none is
  * passed by. */
-DEVICE int32_t next_sums(const bwd_args &a, int32_t m, int32_t begin, int32_t end) {
-    return m == begin ? a.m_blocks - (end - begin) + 1 : 1;
+DEVICE int32_t next_sums(const bwd_args &a, int32_t m, int32_t begin, int32_t end, int32_t first) {
+    return 1 + (m == first ? a.m_blocks : 0) - (m == begin ? end - begin : 0);
 }
 
 #if VARIANT_GENERAL

@@ -44,6 +44,7 @@ CASES = {
     "columns": {"sq": 70, "sk": 130, "d": -8, "dv": -16, "scale": -0.2},
     "sink": {"sq": 70, "sk": 130, "b": 1, "hq": 2, "window": (-9, 20), "sink": True, "dlse": True},
     "large scores": {"sq": 70, "sk": 130, "b": 1, "factor": 60.0, "causal": True},
+    "walks that go round": {"sq": 260, "sk": 130, "b": 1, "hq": 2},
     "only dk": {"sq": 64, "sk": 9, "b": 1, "wanted": ("dk",)},
 }
 STRIDED = {  # of variants that take any
