@@ -86,7 +86,7 @@ struct role_walk {
     __device__ __forceinline__ void put_p(const float (&p)[ROWS / 2]) {
 #pragma unroll
         for (int j = 0; j < ROWS / 8; ++j)
-            smem.exact_p[j][threadIdx.x % 128] =
+            *(float4 *)smem.exact_p[j][threadIdx.x % 128] =
                 make_float4(p[4 * j], p[4 * j + 1], p[4 * j + 2], p[4 * j + 3]);
         mbarrier_arrive(smem_address(&smem.p_full));
     }
@@ -96,7 +96,7 @@ struct role_walk {
 #pragma unroll
         for (int j = 0; j < ROWS / 8; ++j) {
             const float2 d = ld_shared_v2(from + 32 * j);
-            const float4 p = smem.exact_p[j][threadIdx.x % 128];
+            const float4 p = *(const float4 *)smem.exact_p[j][threadIdx.x % 128];
             dp[4 * j] = p.x * (dp[4 * j] - d.x);
             dp[4 * j + 1] = p.y * (dp[4 * j + 1] - d.y);
             dp[4 * j + 2] = p.z * (dp[4 * j + 2] - d.x);

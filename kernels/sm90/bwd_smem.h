@@ -114,7 +114,7 @@ struct smem_layout {
     uint8_t q[Q_STAGES][QK_PANELS][PANEL_M], dout[STAGES][V_PANELS][PANEL_M];
     uint8_t ds[2][BLOCK_M / 64][PANEL_N]; /* dS^T: a row a key */
     uint8_t p[SHARED_OUT ? 2 : 0][BLOCK_M / 64][PANEL_N];
-    float4 exact_p[PAIRED ? ROWS / 8 : 0][128]; /* P^T as a warpgroup's threads hold it */
+    float exact_p[PAIRED ? ROWS / 8 : 0][128][4]; /* P^T as a warpgroup's threads hold it */
     /* The other block's, of a cluster's two: K of this block's columns of dQ, dS^T. */
     uint8_t other_k[PAIRED ? QK_PANELS / 2 : 0][PANEL_N], other_ds[PAIRED ? 2 : 0][PANEL_N];
     /* Each warp's share, as its lanes hold it. */

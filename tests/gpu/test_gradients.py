@@ -289,7 +289,7 @@ def test_sizes_that_are_not_declared():
     q, k, v = (x.requires_grad_() for x in gpu.inputs(1, 2, 2, 9, 9, most))
     fastattn.attention(q, k, v).sum().backward()
     q, k, v = (x.requires_grad_() for x in gpu.inputs(1, 2, 2, 9, 9, most + 1))
-    with pytest.raises(NotImplementedError, match=f"it takes d and dv from 1 to {most}, not d = "):
+    with pytest.raises(NotImplementedError, match=f"it takes d and dv from 0 to {most}, not d = "):
         fastattn.attention(q, k, v)
 
 
