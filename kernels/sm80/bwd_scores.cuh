@@ -109,8 +109,8 @@ DEVICE void weigh(const bwd_args &a, const tile &t, row_scores &s, row_scores &d
                 x = fma(x, a.scale, -of.x[0]);
 #endif
                 const real p = seen ? exp_of(x) : (real)0;
-                y = seen ? p * (gain == 0 ? -of.x[1] : y * gain - of.x[1]) : (real)0;
-                if (!OF_MASK) y *= slope;
+                if (OF_MASK) slope = 1;
+                y = seen ? p * (gain == 0 ? -of.x[1] : y * gain - of.x[1]) * slope : (real)0;
                 x = p * gain;
             }
     }

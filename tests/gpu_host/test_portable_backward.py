@@ -41,6 +41,7 @@ PLAIN = {
 }
 GENERAL = {
     "softcap": {"softcap": 2.0, "causal": True, "hq": 2},
+    "softcap of rows without keys": {"softcap": 2.0, "sq": 90, "sk": 40, "causal": True},
     "alibi": {"alibi": True, "window": (40, 9), "hq": 2},
     "float mask": {"mask": "float32", "b": 2, "hq": 2, "of": (1, 1, 0, 0), "dmask": True},
     "keys alike": {"mask": "float16", "hq": 2, "of": (0, 1, 0, 1), "softcap": 3.0, "dmask": True},
