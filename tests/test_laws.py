@@ -355,7 +355,7 @@ def test_law_3_variants_are_bounded():
     """Of an architecture: what bounds them is that a kernel has its features at run time, and each
     folder has kernels, tables and a choice of its own. (The build's time is bounded by itself.)"""
     for architecture in {v.architecture for v in EVERY_VARIANT}:
-        assert sum(v.architecture == architecture for v in EVERY_VARIANT) <= 150
+        assert sum(v.architecture == architecture for v in EVERY_VARIANT) <= 180
     for v in EVERY_VARIANT:
         assert re.fullmatch(r"[a-z0-9_]+", v.name) and v.source.exists()
         assert v["dtype"] in ("FA_F64", "FA_F32", "FA_F16", "FA_BF16")
