@@ -74,13 +74,14 @@ def read(table: Path) -> list[Variant]:
 
 def gencode(*architectures: str) -> list[str]:
     """What nvcc makes for folders: from sm90 on, code that may use what that architecture alone
-    has; before, portable code, also for 9.0 unless that is among them, and PTX for newer GPUs."""
+    has; before, portable code, also for 9.0 unless that is among them. (No PTX for newer GPUs: it
+    would make the wheel half as large again.)"""
     flags = []
     for number in (int(a.removeprefix("sm")) for a in architectures):
         if number >= 90:
             flags.append(f"-gencode=arch=compute_{number}a,code=sm_{number}a")
         else:
-            newer = "compute_90" if "sm90" in architectures else "[sm_90,compute_90]"
             flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-            flags.append(f"-gencode=arch=compute_90,code={newer}")
+            if "sm90" not in architectures:
+                flags.append("-gencode=arch=compute_90,code=sm_90")
     return flags

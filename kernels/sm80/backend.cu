@@ -1,4 +1,4 @@
-/* backend.cu - the portable backend: every GPU of compute capability 8.0 and newer.
+/* backend.cu - the portable backend: every GPU of compute capability 8.x and 9.0.
  *
  * It stands behind those of one architecture in dispatch.c, and takes what they refuse. Stop 5 of
  * 6. Next: fa_launch_<name>() of the variant's object, in kernels/sm80/fwd.cu. */
@@ -59,9 +59,9 @@ static const char *const names[] = {
 static fa_status takes_device(const fa_where *where, const void **found, fa_error *why) {
     const fa_device *device;
     if (fa_find_device(where->device_id, &device, why) != FA_OK) return FA_UNSUPPORTED;
-    if (device->major < 8)
+    if (device->major < 8 || device->major * 10 + device->minor > 90)
         return fa_fail(why, FA_UNSUPPORTED,
-                       "it runs from compute capability 8.0 on, and cuda:%d has %d.%d",
+                       "it has code for compute capability 8.0 to 9.0, and cuda:%d has %d.%d",
                        where->device_id, device->major, device->minor);
     *found = device;
     return FA_OK;

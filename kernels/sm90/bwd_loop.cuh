@@ -91,9 +91,8 @@ template <bool PLAIN>
 DEVICE int32_t walk(const bwd_args &a, smem_layout &smem, smem_keys &kv, const work_tile &t,
                     int32_t warpgroup, uint32_t before, float (&dk)[DK_COLUMNS / 2],
                     float (&dv)[DV_COLUMNS / 2]) {
-    const int32_t warp = uniform(threadIdx.x / 32);
+    const int32_t warp = uniform(threadIdx.x / 32), begin = uniform(t.begin), end = uniform(t.end);
     const fa_row_range clean = whole_blocks(t.rows), plain = whole_blocks(t.all);
-    const int32_t begin = uniform(t.begin), end = uniform(t.end);
     const int32_t first = SPREAD ? uniform(t.first) : begin;
     const uint32_t blocks = a.group * (end - begin); /* of rows, where none is passed by */
     walk_step at = {t.h_k * a.group, first, 0};

@@ -23,7 +23,7 @@ VARIANTS = {v.name: v for v in EVERY_VARIANT if v.name.startswith("sm80_bwd_")}
 TESTED = (
     "sm80_bwd_f16_d256_plain",  # columns shared out, a ring of four
     "sm80_bwd_bf16_d128_general",
-    "sm80_bwd_f32_d64_general",
+    "sm80_bwd_f32_d128_general",
     "sm80_bwd_f64_d256_general",
 )
 PLAIN = {

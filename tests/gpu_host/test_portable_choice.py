@@ -14,6 +14,7 @@ EVERY = [v for v in EVERY_VARIANT if v.architecture == "sm80"]
 VARIANTS = [v for v in EVERY if v.name.startswith("sm80_fwd_")]
 LEAST = 99 << 10  # shared memory of a block where there is least: 8.6, 8.9 and 12.x
 DTYPES = {"f64": 1, "f32": 2, "f16": 3, "bf16": 4}
+KINDS = ("plain", "general")
 CHANGES = ("", "mask", "softcap", "alibi", "sink", "dropout")
 SHIM = r"""
 #include "sm80/bwd_choice.h"
@@ -60,14 +61,36 @@ def host(tmp_path_factory):
     return made
 
 
+FORWARD_SIZES = {
+    **{(name, kind): (64, 128, 256, 512) for name in ("bf16", "f16") for kind in KINDS},
+    ("f32", "plain"): (64, 128, 256),
+    ("f32", "general"): (64, 128, 512),
+    ("f64", "general"): (512,),
+}
+BACKWARD_SIZES = {
+    **{(name, "plain"): (64, 128, 256, 512) for name in ("bf16", "f16")},
+    **{(name, "general"): (128, 512) for name in ("bf16", "f16", "f32")},
+    ("f32", "plain"): (64, 128),
+    ("f64", "general"): (256, 512),
+}
+
+
+def narrowest(sizes, name, general, d):
+    """(kind, size) of the least that is wide enough; a plain one before a general one."""
+    kinds = KINDS[1:] if general else KINDS
+    found = [(s, kind) for kind in kinds for s in sizes.get((name, kind), ()) if s >= d]
+    size, kind = min(found, key=lambda x: (x[0], KINDS.index(x[1])))
+    return kind, size
+
+
 def test_the_narrowest_that_is_wide_enough(host):
     """Plain where nothing changes scores; each dtype, size and change has one within 99 KB."""
     sizes = (0, 1, 64, 65, 128, 129, 256, 257, 511, 512)
     for name, d, dv, change in itertools.product(DTYPES, sizes, sizes, range(len(CHANGES))):
         found = host.chosen(DTYPES[name], d, dv, change, LEAST).decode()
         general = CHANGES[change] not in ("", "sink") or name == "f64"
-        size = next(s for s in (64, 128, 256, 512) if s >= max(d, dv)) if name != "f64" else 512
-        assert found == f"sm80_fwd_{name}_d{size}_{'general' if general else 'plain'}"
+        kind, size = narrowest(FORWARD_SIZES, name, general, max(d, dv))
+        assert found == f"sm80_fwd_{name}_d{size}_{kind}"
 
 
 def test_wider_heads_have_none(host):
@@ -80,9 +103,7 @@ def test_the_backwards_too(host):
     """But for float64 beyond d 256, which no block of 99 KB holds."""
     for name, d, change in itertools.product(DTYPES, (0, 64, 65, 200, 257, 512), (0, 1)):
         found = host.chosen_backward(DTYPES[name], d, 1, change, LEAST)
-        sizes = (256, 512) if name == "f64" else (64, 128, 256, 512)
-        size = next(s for s in sizes if s >= max(d, 1))
-        kind = "general" if change or name == "f64" else "plain"
+        kind, size = narrowest(BACKWARD_SIZES, name, change or name == "f64", d)
         want = f"sm80_bwd_{name}_d{size}_{kind}"
         assert found == (None if (name, size) == ("f64", 512) else want.encode())
         assert host.chosen_backward(DTYPES[name], d, 1, change, 227 << 10) == want.encode()
@@ -97,8 +118,8 @@ def test_shared_memory_is_the_gpus(host):
     assert host.chosen(DTYPES["f16"], 256, 200, 0, most - 1) == b"sm80_fwd_f16_d256_plain"
     assert host.chosen(DTYPES["bf16"], 128, 128, 0, 64 << 10)
     assert host.chosen(DTYPES["bf16"], 256, 256, 0, 64 << 10) is None
-    assert {host.chosen(2, d, d, 0, most) for d in (64, 128, 256, 512)} == {
-        f"sm80_fwd_f32_d{d}_plain".encode() for d in (64, 128, 256, 512)
+    assert {host.chosen(2, d, d, 0, most) for d in (64, 128, 256)} == {
+        f"sm80_fwd_f32_d{d}_plain".encode() for d in (64, 128, 256)
     }
 
 
