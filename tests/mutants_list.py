@@ -175,7 +175,7 @@ FAULTS = (
         "tests/test_sparsek.py -k random_calls",
     ),
     (
-        "csrc/cpu/sparsek_backward.c",
+        "csrc/cpu/sparsek_means.h",
         "s->size[s->runs[j].begin]++, s->size[s->runs[j].end]--;",
         "s->size[s->runs[j].begin]++;",
         "tests/test_sparsek_gradients.py -k range",
@@ -271,8 +271,8 @@ FAULTS = (
     ),
     (
         "kernels/common/head_parts.h",
-        "fa_heads_of(&w->v, i / (parts / w->hv), 1, 2);",
-        "fa_heads_of(&w->v, i / (parts / w->hk), 1, 2);",
+        "fa_heads_of(&w->v, i / (parts / w->hv), 1, size);",
+        "fa_heads_of(&w->v, i / (parts / w->hk), 1, size);",
         f"{HOST}/test_positions.py",
         False,
     ),
@@ -388,7 +388,7 @@ FAULTS = (
     ),
     (
         "kernels/sm90/bwd_smem.h",
-        "return SHARED_KEYS ? ROWS * warpgroup : 0;",
+        "return SHARED_OUT ? ROWS * warpgroup : 0;",
         "return 0;",
         f"{BACKWARD} -k d192",
         False,
