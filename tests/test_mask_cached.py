@@ -1,4 +1,5 @@
-"""csrc/mask.h: the rows of sequences whose keys are a cache's, and the page of a key."""
+"""csrc/mask.h: the rows of sequences whose keys are a cache's, whether they are few, and the page
+of a key."""
 
 import numpy as np
 import pytest
@@ -28,8 +29,8 @@ int main(void) {
         p.size = page[0], p.count = page[1];
         for (int32_t n = 0; n < in[1]; n++) {
             fa_sequence s = fa_find_cached(&v, &m, n, in[2], in[3]);
-            int32_t out[6] = {s.q, s.q_end, s.k, s.lengths.sq, s.lengths.sk,
-                              fa_find_page(&p, n, page[2])};
+            int32_t out[7] = {s.q, s.q_end, s.k, s.lengths.sq, s.lengths.sk,
+                              fa_find_page(&p, n, page[2]), fa_is_short(s, 4)};
             fwrite(out, sizeof out, 1, stdout);
         }
     }
@@ -63,6 +64,7 @@ def test_whatever_is_said_rows_and_pages_are_there(which, tmp_path):
                 end = np.clip(cu[i + 1], first, total)
             rows = min(end - first, sq)
             page = np.clip(table[i, key // size], 0, count - 1)
-            want.append([first, end, 0, rows, np.clip(lengths[i], 0, sk), page])
-    got = compiled(DRIVER, which, tmp_path)(numbers).reshape(-1, 6)
+            short = end - first <= min(sq, 4)
+            want.append([first, end, 0, rows, np.clip(lengths[i], 0, sk), page, short])
+    got = compiled(DRIVER, which, tmp_path)(numbers).reshape(-1, 7)
     assert got.tolist() == np.array(want).tolist()
