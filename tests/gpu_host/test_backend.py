@@ -128,7 +128,7 @@ def lists(folder):
     from sparse_cases import random_call, run
 
     assert fastattn.__file__.startswith(folder)
-    for seed in (0, 3, 4, 9, 14):
+    for seed in (0, 3, 4):
         call = random_call(seed, "bfloat16")
         results = run(call, seed % 2 == 1, "sm90", deterministic=seed % 3 == 0)
         given = {"dout": call.dout, "dlse": call.dlse, **call.keywords}
@@ -153,7 +153,7 @@ def sparsek(folder):
     import sparsek_cases
 
     assert fastattn.__file__.startswith(folder)
-    for seed in (*range(40), 803):
+    for seed in (*range(16), 803):
         case = sparsek_cases.random_case(seed)
         said = sparsek_cases.run(case)
         assert not said, f"{case}: {said}"
@@ -169,7 +169,7 @@ def caches(folder):
     assert fastattn.__file__.startswith(folder)
     library = ctypes.CDLL(fastattn._C.__file__)
     sms = ctypes.c_int32.in_dll(library, "sms_now")
-    drawn = [replace(kvcache_cases.random_case(seed), dtype="bfloat16") for seed in range(60)]
+    drawn = [replace(kvcache_cases.random_case(seed), dtype="bfloat16") for seed in range(30)]
     packed = kvcache_cases.Case(seed=1, sq=5, rotary=16, packed=True, dtype="bfloat16")
     many = replace(packed, sq=70, hq=4, hk=2, room=160, page_size=16, mass=True)
     for seed, case in enumerate(

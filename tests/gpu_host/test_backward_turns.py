@@ -18,8 +18,6 @@ from gpu_host.test_merging import described
 
 TESTED = [
     "sm90_bwd_bf16_d128_64x128",
-    "sm90_bwd_f16_d64_128x128_strided",
-    "sm90_bwd_bf16_d256_64x64",
     "sm90_bwd_bf16_d64_general",
 ]
 CU_Q, CU_K = [0, 20, 20, 150, 160, 165], [0, 9, 140, 400, 400, 410]

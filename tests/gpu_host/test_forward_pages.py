@@ -38,7 +38,6 @@ ROWS = {
 VARIANTS = {
     "sm90_fwd_bf16_d128_pages": list(BOXES),
     "sm90_fwd_f16_d64_pages": ["pages of 64", "packed", "columns"],
-    "sm90_fwd_bf16_d256_pages": ["pages of 256", "packed, padded"],
     "sm90_fwd_bf16_d128_pages_strided": list(ROWS),
 }
 
