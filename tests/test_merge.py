@@ -81,6 +81,18 @@ def test_the_formula_on_any_states(dtype, place):
             assert np.abs(got.astype(np.float64) - want).max() <= bound * np.abs(want).max()
 
 
+@pytest.mark.parametrize("part", range(3))
+def test_a_nan_lse_makes_its_row_nan(part):
+    outs = [np.ones((1, 2, 3, 4), np.float32) for _ in range(3)]
+    lses = [np.zeros((1, 2, 3), np.float32) for _ in range(3)]
+    lses[part][0, 1, 2] = np.nan
+    out, lse = fastattn.merge_states(outs, lses)
+    rows = np.isnan(lse)
+    assert rows[0, 1, 2] and rows.sum() == 1
+    assert np.array_equal(np.isnan(out).all(-1), rows)
+    assert np.isfinite(out[~rows]).all() and np.isfinite(lse[~rows]).all()
+
+
 def test_a_sink_belongs_to_one_part(place):
     framework, backend = place
     rng = np.random.default_rng(2)

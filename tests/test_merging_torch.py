@@ -107,3 +107,17 @@ def test_gradients_of_low_dtypes(dtype):
     for x, y, leaf in zip(found, want, low, strict=True):
         assert x.dtype == leaf.dtype
         assert (x.double() - y).abs().max() <= 4 * torch.finfo(dtype).eps * y.abs().max()
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_one_part_alone_that_requires_grad(which):
+    """Whichever it is, an output or an lse, its gradient is what it is where all have one."""
+    arrays = parts(requires_grad=True)
+    out, lse = merge(*arrays)
+    (wanted,) = torch.autograd.grad(out.sum() + lse.square().sum(), arrays[which])
+    alone = [x.detach() for x in arrays]
+    alone[which].requires_grad_()
+    out, lse = merge(*alone)
+    assert out.requires_grad and lse.requires_grad
+    (got,) = torch.autograd.grad(out.sum() + lse.square().sum(), alone[which])
+    assert torch.equal(got, wanted)
